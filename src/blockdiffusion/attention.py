@@ -1,0 +1,206 @@
+"""Attention over the streams of a training pass, and over the cache while sampling.
+
+Three backends compute the same function:
+
+* `dense`: softmax over the whole masked score matrix, written out. Slow; the oracle.
+* `chunked`: scaled_dot_product_attention chunk by chunk, so that no score is computed for keys
+  that lie behind the chunk: about a quarter of the dense work. Default on CPU and MPS.
+* `flex`: FlexAttention with a block mask built once per layout. Default on CUDA; it has no
+  backward on CPU.
+
+Shape suffixes: B batch, H heads, E head width, T tokens of all streams, Q queries, C a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache, partial
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.masks import Streams, dense_mask, stream_predicate
+
+Backend = Literal["dense", "chunked", "flex"]
+CHUNK = 128  # tokens of a query chunk; measured best between 64 and 256 at L = 1024 on CPU
+
+
+def resolve_backend(name: str | None, device: torch.device) -> Backend:
+    """The backend called `name`, or the default of `device` for None.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if name is None:
+        return "flex" if device.type == "cuda" else "chunked"
+    if name not in get_args(Backend):
+        raise UserError(
+            f"unknown attention backend {name!r}; known: {', '.join(get_args(Backend))}"
+        )
+    return name  # type: ignore[return-value]  # just checked
+
+
+def attend(
+    q_BHQE: torch.Tensor,
+    k_BHTE: torch.Tensor,
+    v_BHTE: torch.Tensor,
+    streams: Streams,
+    backend: Backend,
+    valid_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of a training pass (B, H, Q, E), softmax scale 1/sqrt(E).
+
+    The queries are those of all streams, or of the noisy streams only (Q = num_noisy * seq_len).
+    `valid_BL` (bool) marks the keys of each stream that exist; padding still sees itself, so that
+    no row of the softmax is empty.
+    """
+    assert k_BHTE.shape[2] == streams.num_tokens
+    function = {"dense": _dense, "chunked": _chunked, "flex": _flex}[backend]
+    return function(q_BHQE, k_BHTE, v_BHTE, streams, valid_BL)
+
+
+def attend_cached(
+    q_BHTE: torch.Tensor,
+    k_BHKE: torch.Tensor,
+    v_BHKE: torch.Tensor,
+    mask_BTK: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of new tokens over the keys of a cache; `mask_BTK` True = visible, None = all."""
+    mask = None if mask_BTK is None else mask_BTK[:, None]
+    return F.scaled_dot_product_attention(q_BHTE, k_BHKE, v_BHKE, attn_mask=mask)
+
+
+# --- dense: the oracle -----------------------------------------------------------------------
+
+
+def _dense(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.Tensor:
+    visible = dense_mask(streams, q.device)[: q.shape[2]]
+    if valid_BL is not None:
+        copies = streams.num_noisy + streams.has_clean
+        itself = torch.eye(streams.num_tokens, dtype=torch.bool, device=q.device)[: q.shape[2]]
+        visible = visible & (valid_BL.repeat(1, copies)[:, None, None] | itself)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v
+
+
+# --- chunked: exact, without the scores that the mask would throw away ------------------------
+
+
+@lru_cache(maxsize=64)
+def _chunk_masks(
+    streams: Streams, start: int, stop: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of the queries [start, stop): noisy over [own noisy chunk; clean prefix], and clean
+    over the clean prefix. The prefix ends at `stop`."""
+    length = streams.seq_len
+    one = Streams(length, streams.block_size, 1, True, streams.clean_attention)
+    chunk = torch.arange(start, stop, device=device)
+    prefix = torch.arange(length, length + stop, device=device)
+    noisy = stream_predicate(one, chunk[:, None], torch.cat([chunk, prefix])[None])
+    clean = stream_predicate(one, (chunk + length)[:, None], prefix[None])
+    return noisy, clean
+
+
+def _chunked(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.Tensor:
+    length, copies = streams.seq_len, streams.num_noisy
+    batch = q.shape[0]
+    size = streams.block_size * max(1, CHUNK // streams.block_size)
+    noisy = slice(0, copies * length)
+    q_n, k_n, v_n = (x[:, :, noisy].unflatten(2, (copies, length)) for x in (q, k, v))
+    k_c, v_c = k[:, :, copies * length :], v[:, :, copies * length :]
+    q_c = q[:, :, copies * length :]
+
+    noisy_out, clean_out = [], []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        noisy_mask, clean_mask = _chunk_masks(streams, start, stop, q.device)
+        # A noisy chunk of a single block sees nothing of its own block's clean tokens: drop them.
+        prefix = (stop - streams.block_size) if streams.has_clean else 0
+        noisy_mask = noisy_mask[:, : stop - start + prefix]
+        valid = None if valid_BL is None else valid_BL[:, :stop]
+        keys = _with_prefix(k_n[:, :, :, start:stop], k_c[:, :, :prefix])
+        values = _with_prefix(v_n[:, :, :, start:stop], v_c[:, :, :prefix])
+        mask = _noisy_key_mask(noisy_mask, valid, start, prefix, copies)
+        queries = q_n[:, :, :, start:stop].transpose(1, 2).flatten(0, 1)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        noisy_out.append(out.unflatten(0, (batch, copies)).transpose(1, 2))
+        if q_c.shape[2]:
+            mask = clean_mask
+            if valid is not None:
+                itself = torch.eye(stop, dtype=torch.bool, device=q.device)[start:]
+                mask = (clean_mask & (valid[:, None] | itself))[:, None]
+            clean_out.append(
+                F.scaled_dot_product_attention(
+                    q_c[:, :, start:stop], k_c[:, :, :stop], v_c[:, :, :stop], attn_mask=mask
+                )
+            )
+    out = torch.cat(noisy_out, dim=3).flatten(2, 3)
+    return torch.cat([out, *clean_out], dim=2) if clean_out else out
+
+
+def _with_prefix(chunk_BHNCE: torch.Tensor, prefix_BHPE: torch.Tensor) -> torch.Tensor:
+    """(B*N, H, C + P, E): every noisy copy's own chunk, followed by the clean prefix they share."""
+    copies = chunk_BHNCE.shape[2]
+    shared = prefix_BHPE[:, :, None].expand(-1, -1, copies, -1, -1)
+    return torch.cat([chunk_BHNCE, shared], dim=3).transpose(1, 2).flatten(0, 1)
+
+
+def _noisy_key_mask(
+    mask_CK: torch.Tensor, valid_BK: torch.Tensor | None, start: int, prefix: int, copies: int
+) -> torch.Tensor:
+    if valid_BK is None:
+        return mask_CK
+    own = valid_BK[:, None, start:] | torch.eye(
+        mask_CK.shape[0], dtype=torch.bool, device=mask_CK.device
+    )
+    clean = valid_BK[:, None, :prefix].expand(-1, mask_CK.shape[0], -1)
+    mask_BCK = mask_CK & torch.cat([own, clean], dim=2)
+    return mask_BCK.repeat_interleave(copies, dim=0)[:, None]
+
+
+# --- flex: block-sparse kernels on CUDA -------------------------------------------------------
+
+
+def _mask_mod(streams: Streams, b, h, q_index, kv_index):
+    return stream_predicate(streams, q_index, kv_index)
+
+
+def _padded_mask_mod(streams: Streams, valid_BL: torch.Tensor, b, h, q_index, kv_index):
+    seen = stream_predicate(streams, q_index, kv_index)
+    return seen & (valid_BL[b, kv_index % streams.seq_len] | (q_index == kv_index))
+
+
+@lru_cache(maxsize=16)
+def _flex_block_mask(streams: Streams, queries: int, device: torch.device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(
+        partial(_mask_mod, streams), None, None, queries, streams.num_tokens, device=device
+    )
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if valid_BL is None:
+        block_mask = _flex_block_mask(streams, q.shape[2], q.device)
+    else:
+        block_mask = create_block_mask(
+            partial(_padded_mask_mod, streams, valid_BL),
+            q.shape[0],
+            None,
+            q.shape[2],
+            streams.num_tokens,
+            device=q.device,
+        )
+    function = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    return function(q, k, v, block_mask=block_mask)

@@ -1,0 +1,475 @@
+"""The paper's transformer (a DiT with rotary positions and adaptive layer norm), in one file.
+
+Read from top to bottom: configuration, small parts, a layer, the model with its three uses:
+
+* `encode`: one training pass over [noisy_1; ...; noisy_N; clean] (paper, section 3.2),
+* `decode`: new tokens against a cache of clean blocks (section 3.3),
+* `denoise_logits`: logits of a whole noisy sequence, for evaluation and tests.
+
+The arithmetic is that of the published checkpoints, to the digit. Two things are done differently
+because they cost nothing: the last layer's clean stream computes keys and values only, and for a
+network without time input the modulation is one vector, fused into the layer norms.
+
+Shape suffixes: B batch, N noisy copies, L tokens of a sequence, T tokens of all streams, K blocks,
+D width, H heads, E head width, V vocabulary, C width of the conditioning.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from blockdiffusion.attention import attend, attend_cached, resolve_backend
+from blockdiffusion.cache import BlockCache
+from blockdiffusion.errors import UserError
+from blockdiffusion.masks import Streams, decode_predicate
+
+NORM_EPS = 1e-5
+ROTARY_BASE = 10_000.0
+FREQUENCIES = 256  # features of the time embedding
+
+
+class BlockDiffusionConfig(PretrainedConfig):
+    """Sizes and conventions of a block diffusion language model.
+
+    Args:
+        vocab_size: V, the mask token included.
+        seq_len: L of the training sequences. Any L that `block_size` divides can be evaluated.
+        block_size: S, tokens of a diffusion block.
+        mask_id: id of the mask token; V - 1 where None.
+        width, num_layers, num_heads, cond_dim, dropout: the network (paper: 768, 12, 12, 128, 0.1).
+        adaln: whether layers are modulated by the conditioning (no for the AR baseline).
+        time_conditioning: whether the network reads sigma; a BD3-LM does not.
+        clean_attention: "block" (paper) or "causal", how clean tokens see each other.
+        bos: whether position 0 is a given BOS in this model's training data; None = not known.
+        bos_id, eos_id: ids of those tokens, where there are any.
+    """
+
+    model_type = "blockdiffusion"
+
+    def __init__(
+        self,
+        vocab_size: int = 258,
+        seq_len: int = 128,
+        block_size: int = 4,
+        mask_id: int | None = None,
+        width: int = 192,
+        num_layers: int = 6,
+        num_heads: int = 6,
+        cond_dim: int = 128,
+        dropout: float = 0.1,
+        adaln: bool = True,
+        time_conditioning: bool = False,
+        clean_attention: str = "block",
+        bos: bool | None = None,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        **kwargs: Any,
+    ):
+        self.vocab_size = vocab_size
+        self.seq_len = seq_len
+        self.block_size = block_size
+        self.mask_id = vocab_size - 1 if mask_id is None else mask_id
+        self.width = width
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.cond_dim = cond_dim
+        self.dropout = dropout
+        self.adaln = adaln
+        self.time_conditioning = time_conditioning
+        self.clean_attention = clean_attention
+        self.bos = bos
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("vocab_size", "seq_len", "block_size", "width", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seq_len % self.block_size:
+            raise UserError(
+                f"the sequence length {self.seq_len} is not a multiple of the block size "
+                f"{self.block_size}; choose a block_size that divides it"
+            )
+        if not 0 <= self.mask_id < self.vocab_size:
+            raise UserError(
+                f"mask_id {self.mask_id} lies outside the vocabulary 0..{self.vocab_size - 1}"
+            )
+        if self.width % (2 * self.num_heads):
+            raise UserError(
+                f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}"
+            )
+        if self.clean_attention not in ("block", "causal"):
+            raise UserError(f"clean_attention is {self.clean_attention!r}; choose block or causal")
+        if self.time_conditioning and not self.adaln:
+            raise UserError("time_conditioning needs adaln: true, which carries the time")
+
+
+# --- small parts -----------------------------------------------------------------------------
+
+
+def rotary_tables(
+    positions: torch.Tensor, head_width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (..., E/2) of the rotary angles, computed in float64.
+
+    In float32 the angles at position 100,000 would already shift logits by 7e-4.
+    """
+    half = torch.arange(head_width // 2, device=positions.device, dtype=torch.float64)
+    frequency = ROTARY_BASE ** (-2 * half / head_width)
+    angle = positions[..., None].to(torch.float64) * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    x1, x2 = x_BHTE.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+class Norm(nn.Module):
+    """Layer norm with a weight and no bias, then modulated: LN(x) * (1 + scale) + shift."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        shape = self.weight.shape
+        if scale.numel() == self.weight.numel():  # one modulation for all: part of the affine map
+            weight = self.weight * (1 + scale.reshape(shape))
+            return F.layer_norm(x, shape, weight, shift.reshape(shape), NORM_EPS)
+        return F.layer_norm(x, shape, self.weight, None, NORM_EPS) * (1 + scale) + shift
+
+
+class TimeEmbedding(nn.Module):
+    """sigma -> conditioning (..., C): cosines and sines, then linear, silu, linear."""
+
+    def __init__(self, cond_dim: int):
+        super().__init__()
+        self.linear_in = nn.Linear(FREQUENCIES, cond_dim)
+        self.linear_out = nn.Linear(cond_dim, cond_dim)
+
+    def forward(self, sigma: torch.Tensor) -> torch.Tensor:
+        half = FREQUENCIES // 2
+        index = torch.arange(half, device=sigma.device, dtype=torch.float32)
+        angle = sigma[..., None].float() * torch.exp(-math.log(10_000.0) * index / half)
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.linear_in.weight.dtype)
+        return F.silu(self.linear_out(F.silu(self.linear_in(features))))
+
+
+class Modulation(nn.Linear):
+    """Conditioning (..., C) -> `count` vectors of the width (DiT's adaLN); starts at zero."""
+
+    def __init__(self, cond_dim: int, width: int, count: int):
+        super().__init__(cond_dim, count * width)
+        self.count = count
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        return super().forward(input).chunk(self.count, dim=-1)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each with its norm, its modulation and its gate."""
+
+    def __init__(self, config: BlockDiffusionConfig):
+        super().__init__()
+        width = config.width
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.attn_norm = Norm(width)
+        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.mlp_norm = Norm(width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+        self.modulation = Modulation(config.cond_dim, width, 6) if config.adaln else None
+
+    def modulate(self, cond: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Shift, scale, gate of attention, then of the MLP."""
+        if self.modulation is not None:
+            return self.modulation(cond)
+        zero, one = torch.zeros_like(self.attn_norm.weight), torch.ones_like(self.attn_norm.weight)
+        return zero, zero, one, zero, zero, one
+
+    def queries_keys_values(self, h_BTD: torch.Tensor, rotary) -> tuple[torch.Tensor, ...]:
+        """Rotated queries and keys, and values, each (B, H, T, E)."""
+        q, k, v = self.attn_qkv(h_BTD).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return rotate(q, *rotary), rotate(k, *rotary), v
+
+    def finish(self, x_BTD: torch.Tensor, attended_BHTE: torch.Tensor, modulation) -> torch.Tensor:
+        """The residual stream after this layer, given what attention read."""
+        _, _, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        out = self.attn_out(attended_BHTE.transpose(1, 2).flatten(2))
+        x_BTD = torch.addcmul(x_BTD, attn_gate, self._drop(out))
+        h_BTD = self.mlp_norm(x_BTD, mlp_shift, mlp_scale)
+        out = self.mlp_out(F.gelu(self.mlp_in(h_BTD), approximate="tanh"))
+        return torch.addcmul(x_BTD, mlp_gate, self._drop(out))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+# --- the model -------------------------------------------------------------------------------
+
+
+class BlockDiffusionModel(PreTrainedModel):
+    """A block diffusion language model; see `BlockDiffusionConfig` for its sizes.
+
+    Attributes:
+        tokenizer: the Hugging Face tokenizer that `blockdiffusion.load` found beside the weights,
+            or None.
+        attention_backend: "dense", "chunked" or "flex"; None = the default of the device.
+    """
+
+    config_class = BlockDiffusionConfig
+    base_model_prefix = ""
+    main_input_name = "noisy_ids"
+    layers: list[Layer]  # an nn.ModuleList
+
+    def __init__(self, config: BlockDiffusionConfig):
+        super().__init__(config)
+        self.tokenizer = None
+        self.attention_backend: str | None = None
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.time = TimeEmbedding(config.cond_dim) if config.adaln else None
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))  # type: ignore
+        self.final_norm = Norm(config.width)
+        self.final_modulation = (
+            Modulation(config.cond_dim, config.width, 2) if config.adaln else None
+        )
+        self.output = nn.Linear(config.width, config.vocab_size)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; weights are copied out of the mapped file, where they may lie
+        unaligned, so that matrix products round as they did before saving."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
+            parameter.data = parameter.data.clone()
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The authors' initialisation: PyTorch's defaults; modulations and the output at zero."""
+        if isinstance(module, Modulation) or module is self.output:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            module.reset_parameters()
+        elif isinstance(module, nn.Embedding):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, Norm):
+            nn.init.ones_(module.weight)
+
+    # --- conditioning
+
+    def _condition(
+        self, sigma_BNK: torch.Tensor | None, shape: tuple[int, int, int], has_clean: bool
+    ) -> torch.Tensor | None:
+        """Conditioning that broadcasts over (B, T): one vector for all without time input.
+
+        The clean stream reads sigma = 0: it has no noise, and its keys serve every later block.
+        """
+        if self.time is None:
+            return None
+        if not self.config.time_conditioning:
+            return self.time(torch.zeros(1, 1, device=self.device))
+        batch, copies, length = shape
+        if sigma_BNK is None:
+            raise UserError("this network is conditioned on time: give sigma")
+        repeats = length // sigma_BNK.shape[-1]
+        sigma = sigma_BNK.repeat_interleave(repeats, dim=-1).expand(batch, copies, length)
+        sigma_BT = sigma.reshape(batch, copies * length)
+        if has_clean:
+            sigma_BT = torch.cat([sigma_BT, sigma_BT.new_zeros(batch, length)], dim=1)
+        return self.time(sigma_BT)
+
+    def _finish(self, x_BTD: torch.Tensor, cond: torch.Tensor | None) -> torch.Tensor:
+        if self.final_modulation is not None:
+            return self.final_norm(x_BTD, *self.final_modulation(cond))
+        zero = torch.zeros_like(self.final_norm.weight)
+        return self.final_norm(x_BTD, zero, zero)
+
+    # --- training and evaluation: all blocks in one pass
+
+    def encode(
+        self,
+        noisy_BNL: torch.Tensor,
+        clean_BL: torch.Tensor | None,
+        sigma_BNK: torch.Tensor | None = None,
+        valid_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, N, L, D) of N noisy copies that share one clean stream.
+
+        Args:
+            noisy_BNL: ids; every block of every copy may be masked in its own way.
+            clean_BL: the clean ids, or None when one block is the whole sequence.
+            sigma_BNK: time per block, for time-conditioned networks only (others ignore it).
+            valid_BL: bool, False at padding, which no token attends to; None = all valid.
+        """
+        batch, copies, length = noisy_BNL.shape
+        config = self.config
+        one_block = length == config.block_size
+        if length % config.block_size:
+            raise UserError(
+                f"the sequence length {length} is not a multiple of the block size "
+                f"{config.block_size}; cut or pad the sequence"
+            )
+        if clean_BL is None and not one_block:
+            raise UserError(
+                f"clean_ids are needed: a sequence of {length} tokens has "
+                f"{length // config.block_size} blocks, and later blocks read earlier clean ones"
+            )
+        has_clean = not one_block
+        streams = Streams(length, config.block_size, copies, has_clean, config.clean_attention)
+        ids_BT = noisy_BNL.reshape(batch, copies * length)
+        if has_clean:
+            assert clean_BL is not None
+            ids_BT = torch.cat([ids_BT, clean_BL], dim=1)
+        cond = self._condition(sigma_BNK, (batch, copies, length), has_clean)
+        x_BTD = self.embedding(ids_BT)
+        positions = torch.arange(length, device=ids_BT.device).repeat(copies + has_clean)
+        rotary = rotary_tables(positions, config.width // config.num_heads, x_BTD.dtype)
+        backend = resolve_backend(self.attention_backend, ids_BT.device)
+        noisy = copies * length
+
+        for layer in self.layers:
+            modulation = layer.modulate(cond)
+            h_BTD = layer.attn_norm(x_BTD, modulation[0], modulation[1])
+            q, k, v = layer.queries_keys_values(h_BTD, rotary)
+            if layer is self.layers[-1]:  # nothing reads the clean stream's output any more
+                q, x_BTD = q[:, :, :noisy], x_BTD[:, :noisy]
+                modulation = tuple(
+                    m[:, :noisy] if m.shape[:-1].numel() > 1 else m for m in modulation
+                )
+            x_BTD = layer.finish(x_BTD, attend(q, k, v, streams, backend, valid_BL), modulation)
+        if cond is not None and cond.shape[1] > 1:
+            cond = cond[:, :noisy]
+        return self._finish(x_BTD, cond).unflatten(1, (copies, length))
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., D), before SUBS."""
+        return self.output(hidden)
+
+    def denoise_logits(
+        self,
+        noisy_ids: torch.Tensor,
+        clean_ids: torch.Tensor | None = None,
+        sigma: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, L, V) at the noisy positions, before SUBS.
+
+        Args:
+            noisy_ids: (B, L), L any multiple of the block size.
+            clean_ids: (B, L); may be left out when L is the block size.
+            sigma: (B,) or (B, K), for time-conditioned networks.
+        """
+        if sigma is not None:
+            sigma = sigma[:, None, None] if sigma.ndim == 1 else sigma[:, None, :]
+        return self.head(self.encode(noisy_ids[:, None], clean_ids, sigma))[:, 0]
+
+    def forward(
+        self,
+        noisy_ids: torch.Tensor,
+        clean_ids: torch.Tensor | None = None,
+        sigma: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`denoise_logits`."""
+        return self.denoise_logits(noisy_ids, clean_ids, sigma)
+
+    # --- sampling: new tokens against the cache
+
+    def make_cache(self, batch: int, capacity: int) -> BlockCache:
+        """An empty cache for `batch` rows of at most `capacity` tokens at a time."""
+        config = self.config
+        return BlockCache(
+            config.num_layers,
+            batch,
+            config.num_heads,
+            config.width // config.num_heads,
+            capacity,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    def decode(
+        self,
+        ids_BT: torch.Tensor,
+        num_clean: int | torch.Tensor,
+        cache: BlockCache,
+        window: int | None = None,
+        sigma_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D) of the tokens that follow each row's cached ones.
+
+        Args:
+            ids_BT: whole blocks; the first `num_clean` tokens (of every row, or (B,)) are clean and
+                may be committed by the caller afterwards, then comes the block being denoised.
+            window: a query sees the last `window` tokens, its own block included; None = all.
+            sigma_B: time of the noisy block, for time-conditioned networks.
+        """
+        config = self.config
+        batch, tokens = ids_BT.shape
+        place = cache.place(tokens)
+        position_BT = cache.lengths_B[:, None] + torch.arange(tokens)
+        if cache.uniform:
+            position_BT = position_BT[:1]
+        clean_BT = torch.arange(tokens) < torch.as_tensor(num_clean).reshape(-1, 1)
+        mask = self._decode_mask(position_BT, clean_BT, cache, window)
+        x_BTD = self.embedding(ids_BT)
+        cos, sin = rotary_tables(
+            position_BT.to(ids_BT.device), config.width // config.num_heads, x_BTD.dtype
+        )
+        rotary = (cos[:, None], sin[:, None])
+        cond = self._decode_condition(sigma_B, clean_BT.expand(batch, tokens))
+        for index, layer in enumerate(self.layers):
+            modulation = layer.modulate(cond)
+            h_BTD = layer.attn_norm(x_BTD, modulation[0], modulation[1])
+            q, k, v = layer.queries_keys_values(h_BTD, rotary)
+            keys, values = cache.write(index, k, v, place)
+            x_BTD = layer.finish(x_BTD, attend_cached(q, keys, values, mask), modulation)
+        return self._finish(x_BTD, cond)
+
+    def _decode_condition(
+        self, sigma_B: torch.Tensor | None, clean_BT: torch.Tensor
+    ) -> torch.Tensor | None:
+        if self.time is None:
+            return None
+        if not self.config.time_conditioning:
+            return self.time(torch.zeros(1, 1, device=self.device))
+        if sigma_B is None:
+            if not clean_BT.all():
+                raise UserError("this network is conditioned on time: give sigma")
+            sigma_B = torch.zeros(len(clean_BT), device=self.device)
+        return self.time(sigma_B[:, None].masked_fill(clean_BT.to(self.device), 0.0))
+
+    def _decode_mask(
+        self,
+        position_BT: torch.Tensor,
+        clean_BT: torch.Tensor,
+        cache: BlockCache,
+        window: int | None,
+    ) -> torch.Tensor | None:
+        """Visible keys (B or 1, T, used slots), or None when every query sees every key."""
+        rows, tokens = position_BT.shape
+        key_BK = cache.positions(tokens)[:rows]
+        mask_BTK = decode_predicate(
+            position_BT[:, :, None],
+            key_BK[:, None, :],
+            clean_BT[:, :, None],
+            block_size=self.config.block_size,
+            window=window,
+            clean_attention=self.config.clean_attention,
+        )
+        return None if bool(mask_BTK.all()) else mask_BTK.to(self.device)

@@ -1,0 +1,193 @@
+"""Sampling: `generate` for whole results, `stream` for events as they happen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.errors import UserError
+from blockdiffusion.sampling.logits import Filters, TopPRule
+from blockdiffusion.sampling.loop import (
+    BlockEvent,
+    DoneEvent,
+    Event,
+    SamplingOptions,
+    StepEvent,
+    sample_events,
+)
+from blockdiffusion.sampling.policies import Policy, make_policy
+
+__all__ = [
+    "BlockEvent",
+    "DoneEvent",
+    "Event",
+    "Generation",
+    "SamplingOptions",
+    "StepEvent",
+    "generate",
+    "stream",
+]
+
+Prompt = str | Sequence[int] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Finished samples.
+
+    Attributes:
+        sequences: int64 (B, longest), BOS and prompt included, padded at the right with EOS (0
+            where the model has none).
+        lengths: int64 (B,), tokens of each row before padding.
+        prompt_lengths: int64 (B,), tokens that were given (BOS and prompt).
+        texts: decoded rows without special tokens; None without a tokenizer.
+        nfe: int64 (B,), network passes each row took part in, commits included, a fused pass once.
+        tokens_per_forward: float64 (B,), new tokens per network pass.
+    """
+
+    sequences: torch.Tensor
+    lengths: torch.Tensor
+    prompt_lengths: torch.Tensor
+    texts: list[str] | None
+    nfe: torch.Tensor
+    tokens_per_forward: torch.Tensor
+
+
+def generate(
+    model: Denoiser,
+    prompts: Prompt | Sequence[Prompt] | None = None,
+    num_samples: int = 1,
+    max_new_tokens: int = 128,
+    **options: Any,
+) -> Generation:
+    """Samples continuations of prompts, or texts from nothing.
+
+    Takes the arguments of `stream` and returns the finished result.
+    """
+    for event in stream(model, prompts, num_samples, max_new_tokens, **options):
+        if isinstance(event, DoneEvent):
+            return collect(model, event, _prepare(model, prompts, num_samples, options.get("bos")))
+    raise AssertionError("the block loop always ends with a DoneEvent")
+
+
+def stream(
+    model: Denoiser,
+    prompts: Prompt | Sequence[Prompt] | None = None,
+    num_samples: int = 1,
+    max_new_tokens: int = 128,
+    *,
+    bos: bool | None = None,
+    eos: bool = True,
+    policy: str | Policy = "first-hitting",
+    steps: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    top_p_rule: TopPRule = "transformers",
+    use_cache: bool = True,
+    window: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Event]:
+    """Events of sampling: tokens as they are decided, blocks as they are finished.
+
+    Args:
+        model: from `blockdiffusion.load`, or any `Denoiser`.
+        prompts: a text or ids, or a list of them, of any lengths; None = from nothing.
+        num_samples: samples of each prompt.
+        max_new_tokens: tokens after the prompt; a row may end earlier at EOS.
+        bos: whether a BOS is given before each prompt (unless its ids begin with it); None = what
+            the model's configuration says, and none where it says nothing. False: position 0 is
+            sampled like any other.
+        eos: whether a sampled EOS ends a row (where the model has an EOS).
+        policy: "first-hitting" or "ancestral" (with `steps`), or a `Policy`.
+        temperature, top_k, top_p, top_p_rule: see `Filters`.
+        use_cache: keep keys and values of finished blocks; the same law and logits without.
+        window: a token sees the last `window` tokens, its own block included; None = all.
+        generator: source of randomness (CPU); a fresh, unseeded one by default.
+
+    Yields:
+        `StepEvent` for each pass, `BlockEvent` for each block, then one `DoneEvent`.
+
+    Raises:
+        UserError: for options out of range, foreign ids, or a prompt longer than the window.
+    """
+    if not isinstance(policy, str):
+        if steps is not None:
+            raise UserError("steps goes with a policy's name; this policy object has its own")
+    else:
+        policy = make_policy(policy, steps)
+    sampling = SamplingOptions(
+        max_new_tokens=max_new_tokens,
+        policy=policy,
+        filters=Filters(temperature=temperature, top_k=top_k, top_p=top_p, top_p_rule=top_p_rule),
+        eos_id=model.config.eos_id if eos else None,
+        window=window,
+        use_cache=use_cache,
+    )
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    yield from sample_events(model, _prepare(model, prompts, num_samples, bos), sampling, generator)
+
+
+def collect(model: Denoiser, done: DoneEvent, prompts: Sequence[Sequence[int]]) -> Generation:
+    """The result of a finished stream whose prepared prompts (BOS included) were `prompts`."""
+    longest = int(done.lengths.max())
+    pad_id = model.config.eos_id if model.config.eos_id is not None else 0
+    outside = torch.arange(longest) >= done.lengths[:, None]
+    sequences = done.ids[:, :longest].masked_fill(outside, pad_id)
+    prompt_lengths = torch.tensor([len(p) for p in prompts])
+    texts = None
+    if model.tokenizer is not None:
+        texts = [
+            model.tokenizer.decode(row[:length].tolist(), skip_special_tokens=True)
+            for row, length in zip(sequences, done.lengths.tolist(), strict=True)
+        ]
+    return Generation(
+        sequences=sequences,
+        lengths=done.lengths,
+        prompt_lengths=prompt_lengths,
+        texts=texts,
+        nfe=done.nfe,
+        tokens_per_forward=(done.lengths - prompt_lengths).double() / done.nfe,
+    )
+
+
+def _prepare(model: Denoiser, prompts: Any, num_samples: int, bos: bool | None) -> list[list[int]]:
+    """Prompts as id lists with BOS, each repeated `num_samples` times."""
+    if num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}; it must be at least 1")
+    rows = [_to_ids(model, prompt) for prompt in _as_list(prompts)]
+    if model.config.bos if bos is None else bos:
+        bos_id = model.config.bos_id
+        if bos_id is None and model.tokenizer is not None:
+            bos_id = model.tokenizer.bos_token_id
+        if bos_id is None:
+            raise UserError("bos=True needs a BOS token, and this model names none; use bos=False")
+        rows = [row if row[:1] == [bos_id] else [bos_id, *row] for row in rows]
+    return [row for row in rows for _ in range(num_samples)]
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    if prompts is None:
+        return [[]]
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, torch.Tensor):
+        return [prompts] if prompts.ndim == 1 else list(prompts)
+    prompts = list(prompts)
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]
+    return prompts
+
+
+def _to_ids(model: Denoiser, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise UserError("this model's directory has no tokenizer; give prompts as token ids")
+        return model.tokenizer.encode(prompt, add_special_tokens=False)
+    return [int(token) for token in prompt]

@@ -1,0 +1,226 @@
+"""The block loop: a generator of events.
+
+Rows of a batch go block by block, in step. Inside a block a policy says which masked tokens a
+pass reveals; the network then runs, and logits are computed at those tokens only. A finished block
+is committed to the past with the first pass of the next one. The command line, `generate` and the
+pictures all consume the same events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.errors import UserError
+from blockdiffusion.sampling.context import CachedContext, RecomputedContext
+from blockdiffusion.sampling.logits import Filters, draw_tokens
+from blockdiffusion.sampling.policies import FirstHitting, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """What to sample, and how.
+
+    Attributes:
+        max_new_tokens: tokens after the prompt (and BOS); a row may stop earlier at EOS.
+        policy: which tokens a pass reveals.
+        filters: temperature, top-k, top-p.
+        eos_id: a sampled token of this id ends its row; None = rows never end early.
+        window: a token sees the last `window` tokens, its own block included; None = all.
+        use_cache: keep keys and values of finished blocks (same result, less work).
+    """
+
+    max_new_tokens: int
+    policy: Policy = field(default_factory=FirstHitting)
+    filters: Filters = field(default_factory=Filters)
+    eos_id: int | None = None
+    window: int | None = None
+    use_cache: bool = True
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One pass: M tokens were decided. All tensors are (M,) on the CPU.
+
+    Attributes:
+        step: number of the pass within its block, from 0.
+        rows, positions, ids: which row, where in it, and what.
+        confidences: the denoiser's probability of the token, before any filter.
+    """
+
+    step: int
+    rows: torch.Tensor
+    positions: torch.Tensor
+    ids: torch.Tensor
+    confidences: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BlockEvent:
+    """A block of every listed row is finished. `ends` is where each row's kept text now ends."""
+
+    rows: torch.Tensor
+    starts: torch.Tensor
+    ids: torch.Tensor
+    ends: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DoneEvent:
+    """All rows are finished.
+
+    Attributes:
+        ids: (B, T), valid up to `lengths` (B,), prompts included.
+        nfe: (B,) network passes each row took part in, commits included, a fused pass once.
+    """
+
+    ids: torch.Tensor
+    lengths: torch.Tensor
+    nfe: torch.Tensor
+
+
+Event = StepEvent | BlockEvent | DoneEvent
+
+
+@torch.no_grad()
+def sample_events(
+    model: Denoiser,
+    prompts: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    generator: torch.Generator,
+) -> Iterator[Event]:
+    """Samples a continuation of every prompt (ids; may be empty or ragged)."""
+    _check(model, prompts, options)
+    state = _Batch(model, prompts, options)
+    while state.active.numel():
+        yield from _denoise_block(model, state, options, generator)
+        yield state.finish_block(options.eos_id)
+    yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.nfe_B)
+
+
+def _denoise_block(
+    model: Denoiser, state: _Batch, options: SamplingOptions, generator: torch.Generator
+) -> Iterator[StepEvent]:
+    """Reveals the current block of all active rows."""
+    block_RS, masked_RS, kept_RS = state.open_block()
+    pass_RS = options.policy.plan(masked_RS, generator)
+    # A row can leave once every kept position is decided.
+    last_R = pass_RS.masked_fill(~kept_RS, -1).amax(1)
+    step = 0
+    while bool((last_R >= step).any()):
+        takes_part_R = last_R >= step
+        hidden_RSD = state.context.denoise(block_RS)
+        state.nfe_B[state.active[takes_part_R]] += 1
+        row_M, slot_M = ((pass_RS == step) & takes_part_R[:, None]).nonzero(as_tuple=True)
+        logits_MV = model.head(hidden_RSD[row_M, slot_M])
+        token_M, confidence_M = draw_tokens(
+            logits_MV, model.config.mask_id, options.filters, generator
+        )
+        block_RS[row_M, slot_M] = token_M
+        masked_RS[row_M, slot_M] = False
+        yield StepEvent(
+            step,
+            state.active[row_M],
+            state.starts_R[row_M] + slot_M,
+            token_M.cpu(),
+            confidence_M.cpu(),
+        )
+        if options.eos_id is not None:
+            ended_R = _decided_up_to_eos(block_RS.cpu(), masked_RS, state.new_RS, options.eos_id)
+            last_R = last_R.masked_fill(ended_R, -1)
+        step += 1
+    state.block_RS = block_RS
+
+
+def _decided_up_to_eos(
+    block_RS: torch.Tensor, masked_RS: torch.Tensor, new_RS: torch.Tensor, eos_id: int
+) -> torch.Tensor:
+    """Whether a row has a sampled EOS with nothing masked before it: the rest will be cut."""
+    is_eos_RS = (block_RS == eos_id) & new_RS & ~masked_RS
+    masked_before_RS = masked_RS.long().cumsum(1) > 0
+    return (is_eos_RS & ~masked_before_RS).any(1)
+
+
+class _Batch:
+    """Where every row stands. R counts the active rows, B all of them."""
+
+    def __init__(self, model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingOptions):
+        self.size = model.config.block_size
+        self.mask_id = model.config.mask_id
+        device = model.device
+        self.prompts_B = torch.tensor([len(p) for p in prompts])
+        self.limits_B = self.prompts_B + options.max_new_tokens
+        longest = -(-int(self.limits_B.max()) // self.size) * self.size
+        self.ids_BT = torch.full((len(prompts), longest), self.mask_id, device=device)
+        for row, prompt in enumerate(prompts):
+            if len(prompt):
+                self.ids_BT[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
+        self.ends_B = self.prompts_B.clone()
+        self.active = torch.arange(len(prompts))
+        self.starts_R = self.prompts_B // self.size * self.size
+        kind = CachedContext if options.use_cache else RecomputedContext
+        self.context = kind(model, len(prompts), longest, options.window)
+        self.nfe_B = self.context.prefill(self.ids_BT, self.starts_R.clone())
+        self.block_RS = self.new_RS = torch.empty(0)
+
+    def open_block(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The current block of every active row: ids, what is masked, what will be kept."""
+        position_RS = self.starts_R[:, None] + torch.arange(self.size)
+        device = self.ids_BT.device
+        block_RS = self.ids_BT[self.active[:, None].to(device), position_RS.to(device)]
+        self.new_RS = position_RS >= self.prompts_B[self.active, None]
+        kept_RS = position_RS < self.limits_B[self.active, None]
+        return block_RS, self.new_RS.clone(), kept_RS
+
+    def finish_block(self, eos_id: int | None) -> BlockEvent:
+        """Stores the block, cuts at EOS or the limit, and lets finished rows leave."""
+        rows, starts_R = self.active, self.starts_R
+        position_RS = starts_R[:, None] + torch.arange(self.size)
+        device = self.ids_BT.device
+        self.ids_BT[rows[:, None].to(device), position_RS.to(device)] = self.block_RS
+        block_RS = self.block_RS.cpu()
+        ends_R = (starts_R + self.size).minimum(self.limits_B[rows])
+        done_R = ends_R >= self.limits_B[rows]
+        if eos_id is not None:
+            is_eos_RS = (block_RS == eos_id) & self.new_RS & (position_RS < ends_R[:, None])
+            has_eos_R = is_eos_RS.any(1)
+            after_R = starts_R + is_eos_RS.long().argmax(1) + 1
+            ends_R = torch.where(has_eos_R, after_R, ends_R)
+            done_R = done_R | has_eos_R
+        self.ends_B[rows] = ends_R
+        go_on = (~done_R).nonzero().flatten()
+        if len(go_on):
+            self.context.commit(self.block_RS)
+            if len(go_on) < len(rows):
+                self.context.keep(go_on)
+        self.active, self.starts_R = rows[go_on], starts_R[go_on] + self.size
+        return BlockEvent(rows, starts_R, block_RS, ends_R)
+
+
+def _check(model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:
+    config = model.config
+    if not len(prompts):
+        raise UserError("there is no prompt; give at least one, which may be empty")
+    if options.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
+    window = options.window
+    if window is not None and window < config.block_size:
+        raise UserError(
+            f"the window of {window} tokens is smaller than a block of {config.block_size}; "
+            "give at least one block"
+        )
+    for prompt in prompts:
+        if window is not None and len(prompt) > window:
+            raise UserError(
+                f"a prompt has {len(prompt)} tokens, more than the window of {window}; "
+                "shorten it or widen the window"
+            )
+        for token in prompt:
+            if not 0 <= token < config.vocab_size or token == config.mask_id:
+                raise UserError(
+                    f"a prompt holds the id {token}; allowed are 0..{config.vocab_size - 1} "
+                    f"without the mask token {config.mask_id}"
+                )

@@ -1,0 +1,93 @@
+"""Which masked tokens of a block are revealed in which pass.
+
+Both policies here draw the passes before the network runs, because the mask process of absorbing
+diffusion does not depend on the tokens. A pass that would reveal nothing is skipped: the network
+reads no time, so its prediction could not have changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.schedules import Linear, Schedule
+
+
+class Policy(Protocol):
+    """Draws the pass (0, 1, ...) that reveals each masked token of a block."""
+
+    @property
+    def name(self) -> str: ...
+
+    def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """int64 (R, S): the pass that reveals each position; -1 where it is not masked.
+
+        The passes of a row are 0..n-1 without gaps.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FirstHitting:
+    """One token per pass, its position uniform among the masked ones (Zheng et al. 2024).
+
+    The law of the continuous-time reverse process, in n passes for n masked tokens.
+    """
+
+    name: str = "first-hitting"
+
+    def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        time_RS = torch.rand(masked_RS.shape, generator=generator, dtype=torch.float64)
+        return _ranks(1 - time_RS, masked_RS)
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """The reverse process on a grid of `steps` times: tokens that fall in one step are revealed
+    together, each from its own marginal. Tends to `FirstHitting` as the steps grow."""
+
+    steps: int
+    schedule: Schedule = field(default_factory=Linear)
+    name: str = "ancestral"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"the ancestral sampler needs at least 1 step, not {self.steps}")
+
+    def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        # A token masked at t=1 is revealed between grid times i and i-1 with probability
+        # p(t_i) - p(t_{i-1}): the step in which a uniform number lies.
+        grid = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
+        prob = self.schedule.mask_prob(grid)
+        uniform_RS = torch.rand(masked_RS.shape, generator=generator, dtype=torch.float64)
+        step_RS = torch.searchsorted(prob, uniform_RS, right=True)
+        return _ranks((step_RS + 1).double(), masked_RS)
+
+
+def _ranks(time_RS: torch.Tensor, masked_RS: torch.Tensor) -> torch.Tensor:
+    """Passes in order of falling time (> 0); equal times share a pass."""
+    time_RS = torch.where(masked_RS, time_RS, 0.0)  # after all masked ones
+    ordered_RS, order_RS = time_RS.sort(dim=1, descending=True)
+    changes_RS = (ordered_RS[:, 1:] != ordered_RS[:, :-1]).long()
+    rank_RS = torch.cat([torch.zeros_like(order_RS[:, :1]), changes_RS.cumsum(1)], dim=1)
+    ranks_RS = torch.empty_like(rank_RS).scatter_(1, order_RS, rank_RS)
+    return torch.where(masked_RS, ranks_RS, -1)
+
+
+def make_policy(name: str, steps: int | None = None) -> Policy:
+    """The policy called `name`; `steps` belongs to "ancestral" and is needed there."""
+    if name == "first-hitting":
+        if steps is not None:
+            raise UserError(
+                "steps has no meaning for first-hitting, which reveals one token per pass; "
+                "leave it out or use the ancestral policy"
+            )
+        return FirstHitting()
+    if name == "ancestral":
+        if steps is None:
+            raise UserError("the ancestral policy needs a number of steps per block: give steps")
+        return Ancestral(steps)
+    raise UserError(f"unknown policy {name!r}; known: ancestral, first-hitting")

@@ -1,0 +1,198 @@
+import math
+
+import pytest
+import torch
+
+import blockdiffusion
+from blockdiffusion.errors import UserError
+from blockdiffusion.exact import exact_blocks
+from blockdiffusion.schedules import Clipped, Linear
+
+T_MIN = 1e-3
+
+
+def test_exact_equals_the_golden_values(tiny_law, tiny_law_expected):
+    result = blockdiffusion.likelihood(
+        tiny_law.double(), tiny_law_expected["sequences"], "exact", bos=False
+    )
+    assert (result.nats_per_row - tiny_law_expected["exact_nelbo"]).abs().max() < 1e-5
+    exact = -tiny_law_expected["probabilities"].log()
+    assert (result.exact_nats_per_row - exact).abs().max() < 1e-5
+    assert result.num_tokens == 1024 and result.stderr_noise == 0 and result.is_bound
+    assert result.nats_per_token == pytest.approx(float(result.nats_per_row.sum()) / 1024)
+    assert result.exact_nats_per_token == pytest.approx(float(exact.mean()) / 4, abs=1e-6)
+    assert result.perplexity == math.exp(result.nats_per_token)
+
+
+def cut_values(model, clean):
+    """What Bernoulli on [t_min, 1] expects, per row: the exact value with the cut's bias added.
+
+    Each mask set of size k of a block of n then weighs the integral of t^(k-1) (1-t)^(n-k) over
+    [t_min, 1], divided by 1 - t_min, in place of 1 / (k C(n, k)).
+    """
+    size = model.config.block_size
+    t = T_MIN + (1 - T_MIN) * (torch.arange(200_000).double() + 0.5) / 200_000
+    total = torch.zeros(len(clean), dtype=torch.float64)
+    for subset in range(1, 2**size):
+        members = [i for i in range(size) if subset >> i & 1]
+        weight = (t ** (len(members) - 1) * (1 - t) ** (size - len(members))).mean()
+        masked = torch.tensor([i in members for i in range(size)]).repeat(clean.shape[1] // size)
+        noisy = clean.masked_fill(masked, model.config.mask_id)
+        with torch.no_grad():
+            logits = model.denoise_logits(noisy, clean)
+        logits[..., model.config.mask_id] = -math.inf
+        nll = -logits.log_softmax(-1).gather(-1, clean[..., None])[..., 0]
+        total += weight * (nll * masked).sum(1)
+    return total
+
+
+def test_bernoulli_agrees_with_the_exact_value(tiny_law, tiny_law_expected):
+    """Within 4 standard errors of its noise (false alarm 6e-5), at a noise below 0.5 %."""
+    model, clean = tiny_law.double(), tiny_law_expected["sequences"]
+    result = blockdiffusion.likelihood(
+        model, clean, samples=600, bos=False, generator=torch.Generator().manual_seed(0)
+    )
+    expected = float(cut_values(model, clean).sum()) / clean.numel()
+    exact = float(tiny_law_expected["exact_nelbo"].sum()) / clean.numel()
+    assert result.stderr_noise / result.nats_per_token < 0.005
+    assert abs(result.nats_per_token - expected) < 4 * result.stderr_noise
+    assert abs(expected / exact - 1) < 2e-3  # the cut's own bias is small, and known
+    assert result.t_min == T_MIN and result.exact_nats_per_token is None
+
+
+def test_the_noise_error_is_that_of_repeated_evaluations(make_model, random_ids):
+    """40 evaluations of 8 replicates: their spread equals the stated error within a factor 1.6
+    (chi-square with 39 and about 280 degrees of freedom; false alarm below 1e-4)."""
+    model, clean = make_model(), random_ids(8, 16)
+    source = torch.Generator().manual_seed(0)
+    results = [
+        blockdiffusion.likelihood(model, clean, samples=8, generator=source, t_min=0.1)
+        for _ in range(40)
+    ]
+    spread = torch.tensor([r.nats_per_token for r in results]).std()
+    stated = torch.tensor([r.stderr_noise for r in results]).square().mean().sqrt()
+    assert 1 / 1.6 < spread / stated < 1.6
+
+
+def test_the_data_error_is_the_ratio_estimator(make_model, random_ids):
+    model, clean = make_model(), random_ids(5, 16)
+    valid = torch.arange(16)[None] < torch.tensor([16, 9, 4, 16, 1])[:, None]
+    result = blockdiffusion.likelihood(model, clean, "exact", valid=valid)
+    counts = valid.sum(1).double()
+    assert result.num_tokens == 46
+    jackknife = []
+    for left_out in range(5):
+        keep = torch.arange(5) != left_out
+        jackknife.append(float(result.nats_per_row[keep].sum() / counts[keep].sum()))
+    spread = torch.tensor(jackknife)
+    jackknife_error = ((spread - spread.mean()).square().sum() * 4 / 5).sqrt()
+    assert result.stderr_data == pytest.approx(float(jackknife_error), rel=0.5)
+    low, high = result.interval
+    assert high - low == pytest.approx(2 * 1.96 * result.stderr_data, rel=1e-3)
+
+
+def test_bos_is_given_and_not_counted(make_model, random_ids):
+    clean = random_ids(3, 16)
+    silent, says_so = make_model(), make_model(bos=True)
+    assert blockdiffusion.likelihood(silent, clean, "exact").num_tokens == 48
+    assert blockdiffusion.likelihood(silent, clean, "exact", bos=True).num_tokens == 45
+    assert blockdiffusion.likelihood(says_so, clean, "exact").num_tokens == 45
+    given = blockdiffusion.likelihood(says_so, clean, "exact")
+    assert given.bos
+    free = torch.ones_like(clean, dtype=torch.bool)
+    free[:, 0] = False
+    expected = exact_blocks(says_so, clean, free).nelbo_BK.sum(1)
+    assert torch.allclose(given.nats_per_row, expected)
+    whole = blockdiffusion.likelihood(says_so, clean, "exact", bos=False)
+    assert whole.num_tokens == 48 and not whole.bos
+
+
+def test_rows_of_any_length(make_model):
+    """Lists are padded, and padding changes nothing."""
+    model = make_model()
+    rows = [[1, 2, 3, 4, 5, 6], [7, 8, 9]]
+    together = blockdiffusion.likelihood(model, rows, "exact")
+    apart = [blockdiffusion.likelihood(model, [row], "exact") for row in rows]
+    assert together.num_tokens == 9
+    for row in range(2):
+        assert together.nats_per_row[row] == pytest.approx(float(apart[row].nats_per_row[0]))
+    assert apart[0].stderr_data is None and apart[0].num_tokens == 6
+
+
+def test_single_token_blocks_give_an_exact_value_without_bound_sign(make_model, random_ids):
+    result = blockdiffusion.likelihood(make_model(block_size=1), random_ids(2, 8), "exact")
+    assert not result.is_bound
+    assert result.nats_per_token == pytest.approx(result.exact_nats_per_token, abs=1e-12)
+
+
+def test_bits_per_byte(make_model, random_ids):
+    model, clean = make_model(), random_ids(2, 8)
+    assert blockdiffusion.likelihood(model, clean, "exact").bits_per_byte is None
+    result = blockdiffusion.likelihood(model, clean, "exact", num_bytes=40)
+    assert result.bits_per_byte == pytest.approx(
+        float(result.nats_per_row.sum()) / 40 / math.log(2)
+    )
+
+
+def test_texts_need_a_tokenizer_and_know_their_bytes(make_model):
+    model = make_model()
+    with pytest.raises(UserError, match="no tokenizer"):
+        blockdiffusion.likelihood(model, ["abc"])
+
+    class Letters:
+        def encode(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return [ord(c) - ord("a") for c in text]
+
+    model.tokenizer = Letters()
+    result = blockdiffusion.likelihood(model, ["abc", "dddd"], "exact")
+    assert result.num_tokens == 7
+    assert result.bits_per_byte == pytest.approx(result.nats_per_token / math.log(2))
+
+
+def test_the_same_seed_gives_the_same_estimate(make_model, random_ids):
+    model, clean = make_model(), random_ids(4, 16)
+    values = [blockdiffusion.likelihood(model, clean, samples=3).nats_per_token for _ in range(2)]
+    assert values[0] == values[1]
+
+
+def test_progress_reaches_the_total(make_model, random_ids, monkeypatch):
+    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.PASS_TOKENS", 64)
+    for estimator in ("exact", "bernoulli"):
+        calls = []
+        blockdiffusion.likelihood(
+            make_model(),
+            random_ids(5, 16),
+            estimator,
+            3,
+            progress=lambda *a, calls=calls: calls.append(a),
+        )
+        assert calls[-1][0] == calls[-1][1] and len(calls) > 2
+
+
+def test_the_result_is_plain_json(make_model, random_ids):
+    import json
+
+    values = blockdiffusion.likelihood(make_model(), random_ids(2, 8), "exact").to_dict(rows=True)
+    assert json.loads(json.dumps(values))["nats_per_row"] == values["nats_per_row"]
+
+
+@pytest.mark.parametrize(("ids", "options", "message"), [
+    ([[1, 2]], dict(schedule=Clipped(Linear(), 0.3, 0.8)), "gives no perplexity"),
+    ([[1, 2]], dict(estimator="elbo"), "bernoulli, exact"),
+    ([[1, 2]], dict(samples=0), "samples"),
+    ([[1, 12]], {}, "mask token"),
+    ([[1, 13]], {}, "vocabulary"),
+    ([[]], {}, "empty row"),
+    ([[1]], dict(bos=True), "nothing to score"),
+    (torch.zeros(4, dtype=torch.long), {}, "shape"),
+    ("text", {}, "list of texts"),
+])  # fmt: skip
+def test_mistakes_are_told_in_one_sentence(make_model, ids, options, message):
+    with pytest.raises(UserError, match=message):
+        blockdiffusion.likelihood(make_model(), ids, **options)
+
+
+def test_long_blocks_cannot_be_enumerated(make_model, random_ids):
+    with pytest.raises(UserError, match="S = 16"):
+        blockdiffusion.likelihood(make_model(block_size=16), random_ids(1, 16), "exact")

@@ -1,0 +1,125 @@
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import blockdiffusion
+from blockdiffusion.errors import UserError
+from tests.conftest import GOLDEN
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A writable copy of the published-format golden directory."""
+    return shutil.copytree(GOLDEN / "bd3lm-hf", tmp_path / "model")
+
+
+def test_the_published_format(bd3lm):
+    config = bd3lm.config
+    assert (config.block_size, config.mask_id, config.vocab_size) == (4, 100, 101)
+    assert bd3lm.tokenizer is None and config.bos is None and not bd3lm.training
+
+
+@torch.no_grad()
+def test_our_own_directories_round_trip(bd3lm, bd3lm_expected, tmp_path):
+    bd3lm.save_pretrained(tmp_path / "run" / "model")
+    for place in (tmp_path / "run" / "model", tmp_path / "run"):  # a run's directory works too
+        again = blockdiffusion.load(place)
+        clean, noisy = bd3lm_expected["x0"], bd3lm_expected["xt"]
+        assert torch.equal(again.denoise_logits(noisy, clean), bd3lm.denoise_logits(noisy, clean))
+        assert again.config.mask_id == 100 and again.config.block_size == 4
+
+
+def test_dtype_and_tokenizer(copy):
+    model = blockdiffusion.load(copy, dtype=torch.float64)
+    assert model.dtype == torch.float64
+
+
+def change_weights(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+
+
+def test_a_missing_key_is_named(copy):
+    change_weights(copy, lambda s: s.pop("backbone.blocks.1.attn_qkv.weight"))
+    with pytest.raises(UserError, match=r"lacks layers\.1\.attn_qkv\.weight"):
+        blockdiffusion.load(copy)
+
+
+def test_an_unexpected_key_is_named(copy):
+    change_weights(copy, lambda s: s.update({"backbone.extra.weight": torch.zeros(2)}))
+    with pytest.raises(UserError, match=r"unexpected backbone\.extra\.weight"):
+        blockdiffusion.load(copy)
+
+
+def test_another_shape_is_named(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"cond_dim": 16}))
+    with pytest.raises(UserError, match=r"has shape .* but config\.json asks for"):
+        blockdiffusion.load(copy)
+
+
+def test_a_truncated_file_is_reported(copy):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated"):
+        blockdiffusion.load(copy)
+
+
+def test_a_pickle_is_never_opened(copy, tmp_path):
+    witness = tmp_path / "witness"
+
+    class Bomb:
+        def __reduce__(self):
+            return (witness.touch, ())
+
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=r"pytorch_model\.bin, a pickle"):
+        blockdiffusion.load(copy)
+    with pytest.raises(UserError, match="pickle"):
+        blockdiffusion.load(copy / "pytorch_model.bin")
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"model_type": "gpt2"}', '{"model_type": "bd3lm"}'])
+def test_a_foreign_or_broken_config_is_reported(copy, text):
+    (copy / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        blockdiffusion.load(copy)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        blockdiffusion.load(tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        blockdiffusion.load(tmp_path)
+
+
+def test_a_hub_id_that_cannot_be_had(monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(UserError, match=r"could not be had from the hub \(ConnectionError\)"):
+        blockdiffusion.load("someone/some-model")
+
+
+def test_a_hub_id_loads_from_the_snapshot(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(hub_id, allow_patterns):
+        asked.append(hub_id)
+        return str(GOLDEN / "bd3lm-hf")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert blockdiffusion.load("someone/some-model").config.block_size == 4
+    assert asked == ["someone/some-model"]

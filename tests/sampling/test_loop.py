@@ -1,0 +1,228 @@
+import pytest
+import torch
+from scipy import stats
+
+import blockdiffusion
+from blockdiffusion.errors import UserError
+from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+from tests.oracles import network, subs_log_prob
+from tests.test_cache import pattern
+
+DRAWS = 20_000
+FALSE_ALARM = 1e-4
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def p_value(model, expected, **options):
+    """Chi-square of 20,000 samples against the exact law, cells expecting under 5 pooled."""
+    result = blockdiffusion.generate(
+        model, num_samples=DRAWS, max_new_tokens=4, bos=False, generator=seeded(), **options
+    )
+    code = torch.tensor([64, 16, 4, 1])
+    counts = torch.bincount(result.sequences @ code, minlength=256)[expected["sequences"] @ code]
+    wanted = expected["probabilities"] * DRAWS
+    pooled = wanted < 5
+    observed = torch.cat([counts[~pooled], counts[pooled].sum()[None]]).double()
+    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
+    assert len(wanted) == 116
+    return stats.chisquare(observed.numpy(), wanted.numpy()).pvalue
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_first_hitting_keeps_the_law(tiny_law, tiny_law_expected, use_cache):
+    assert p_value(tiny_law, tiny_law_expected, use_cache=use_cache) > FALSE_ALARM
+
+
+def test_ancestral_tends_to_the_law(tiny_law, tiny_law_expected):
+    few = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=4)
+    many = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=256)
+    assert few < 1e-10 and many > FALSE_ALARM
+
+
+def test_a_prompt_inside_a_block_conditions_the_law(tiny_law, tiny_law_expected):
+    """Given the first token, the rest follows the conditional law (the tail of a prompt is never
+    padded to a block border)."""
+    ids = tiny_law_expected["sequences"]
+    draws = 8000
+    result = blockdiffusion.generate(
+        tiny_law, [[2]], draws, max_new_tokens=3, bos=False, generator=seeded(3)
+    )
+    # Given x_1 the sampler reveals x_2 in one step, so the law is p(x_2 | x_1) * p(block 2 | ..).
+    with torch.no_grad():
+        logits = tiny_law.denoise_logits(torch.tensor([[2, 4]]))[0, 1]
+    second = subs_log_prob(logits, 4).exp().double()
+    block = ids[:, 0] == 2
+    tail = tiny_law_expected["probabilities"][block]
+    given = ids[block]
+    pair = torch.zeros(4, dtype=torch.float64).index_add_(0, given[:, 1], tail)
+    wanted = second[given[:, 1]] * tail / pair[given[:, 1]] * draws
+    code = torch.tensor([64, 16, 4, 1])
+    counts = torch.bincount(result.sequences @ code, minlength=256)[given @ code].double()
+    pooled = wanted < 5
+    observed = torch.cat([counts[~pooled], counts[pooled].sum()[None]])
+    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
+    assert stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > FALSE_ALARM
+
+
+@pytest.mark.parametrize("window", [None, 16, 12, 10])
+@pytest.mark.parametrize("clean_attention", ["block", "causal"])
+def test_cached_equals_recomputed_for_ragged_prompts(make_model, window, clean_attention):
+    """Same generator, same tokens: prompts of any length, rows ending at different times."""
+    model = make_model(clean_attention=clean_attention)
+    prompts = [[1, 2, 3], [], list(range(9)), [5] * 8]
+    results = [
+        blockdiffusion.generate(
+            model, prompts, 2, max_new_tokens=21, window=window, use_cache=use_cache,
+            generator=seeded(5),
+        )
+        for use_cache in (True, False)
+    ]  # fmt: skip
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    assert results[0].lengths.tolist() == [24, 24, 21, 21, 30, 30, 29, 29]
+    for row, prompt in enumerate(p for p in prompts for _ in range(2)):
+        assert results[0].sequences[row, : len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@torch.no_grad()
+def test_confidences_equal_the_dense_oracle(make_model, window):
+    """Every decision of a long cached run, against one dense pass over the sequence so far."""
+    model, size, mask_id = make_model(), 4, 12
+    state, ids = {}, None
+    for event in blockdiffusion.stream(
+        model, [[3, 1]], max_new_tokens=30, window=window, generator=seeded(2)
+    ):
+        if isinstance(event, StepEvent):
+            position, token = int(event.positions), int(event.ids)
+            start = position // size * size
+            past = [state[p] for p in range(start)] if state else []
+            given = {0: 3, 1: 1} if start == 0 else {}
+            block = [state.get(p, given.get(p, mask_id)) for p in range(start, start + size)]
+            ids = torch.tensor(past + block)
+            logits = network(model, ids, torch.arange(len(ids)), pattern(size, len(ids), window))[
+                position
+            ]
+            expected = subs_log_prob(logits, mask_id)[token].exp()
+            assert abs(event.confidences - expected) < 1e-9
+            state.update({**given, position: token})
+    assert sorted(state) == list(range(32))
+
+
+def test_events_tell_the_whole_story(make_model):
+    model = make_model()
+    events = list(
+        blockdiffusion.stream(model, [[1], [1, 2]], max_new_tokens=9, generator=seeded(8))
+    )
+    result = events[-1]
+    assert isinstance(result, DoneEvent)
+    told = torch.full_like(result.ids, -1)
+    for event in events:
+        if isinstance(event, StepEvent):
+            assert (told[event.rows, event.positions] == -1).all()
+            told[event.rows, event.positions] = event.ids
+        elif isinstance(event, BlockEvent):
+            for row, start, ids in zip(event.rows, event.starts, event.ids, strict=True):
+                decided = told[row, start : start + 4]
+                assert ((decided == ids) | (decided == -1)).all()
+    for row, prompt in enumerate([1, 2]):
+        kept = result.ids[row, : result.lengths[row]]
+        assert torch.equal(told[row, prompt : len(kept)], kept[prompt:])
+    assert result.lengths.tolist() == [10, 11]
+
+
+def test_nfe_counts_passes_a_row_took_part_in(make_model):
+    model = make_model(seq_len=64)
+    result = blockdiffusion.generate(model, max_new_tokens=16, generator=seeded())
+    assert result.nfe.tolist() == [16]  # one per token; commits ride on the next block's first pass
+    assert result.tokens_per_forward.tolist() == [1.0]
+    result = blockdiffusion.generate(
+        model, [list(range(8)), [1]], max_new_tokens=4, generator=seeded()
+    )
+    assert result.nfe[0] == 5  # one pass reads the prompt
+    result = blockdiffusion.generate(
+        model, num_samples=3, max_new_tokens=16, policy="ancestral", steps=1, generator=seeded()
+    )
+    assert result.nfe.tolist() == [4, 4, 4] and result.tokens_per_forward.tolist() == [4, 4, 4]
+
+
+def test_rows_end_at_a_sampled_eos_and_not_at_the_given_bos(make_model):
+    model = make_model(eos_id=0, bos_id=0, bos=True)
+    result = blockdiffusion.generate(model, num_samples=64, max_new_tokens=64, generator=seeded())
+    assert (result.sequences[:, 0] == 0).all() and (result.prompt_lengths == 1).all()
+    for row, length in zip(result.sequences, result.lengths, strict=True):
+        eos = (row[1:length] == 0).nonzero().flatten()
+        assert eos.tolist() == [length - 2] or (length == 65 and not len(eos))
+        assert (row[length:] == 0).all()  # padded
+    assert result.lengths.min() < 65
+    free = blockdiffusion.generate(model, max_new_tokens=64, eos=False, generator=seeded())
+    assert free.lengths.tolist() == [65]
+
+
+def test_leaving_a_block_early_keeps_the_law(tiny_law, tiny_law_expected):
+    """EOS and a limit inside a block: the kept part follows the marginal of the exact law."""
+    tiny_law.config.eos_id = 1
+    result = blockdiffusion.generate(
+        tiny_law, num_samples=DRAWS, max_new_tokens=3, bos=False, generator=seeded(11)
+    )
+    assert result.nfe.max() <= 4 and result.nfe.min() < 3
+
+    def kept(ids):  # cut after the first EOS and at 3 tokens
+        out = []
+        for token in ids.tolist()[:3]:
+            out.append(token)
+            if token == 1:
+                break
+        return tuple(out)
+
+    law = {}
+    for ids, prob in zip(
+        tiny_law_expected["sequences"], tiny_law_expected["probabilities"].tolist(), strict=True
+    ):
+        law[kept(ids)] = law.get(kept(ids), 0.0) + prob
+    counts = dict.fromkeys(law, 0)
+    for row, length in zip(result.sequences, result.lengths.tolist(), strict=True):
+        counts[tuple(row[:length].tolist())] += 1
+    wanted = torch.tensor([law[k] * DRAWS for k in law])
+    observed = torch.tensor([float(counts[k]) for k in law])
+    pooled = wanted < 5
+    observed = torch.cat([observed[~pooled], observed[pooled].sum()[None]])
+    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
+    keep = wanted > 0
+    scaled = wanted[keep] / wanted[keep].sum() * observed.sum()
+    assert stats.chisquare(observed[keep].numpy(), scaled.numpy()).pvalue > FALSE_ALARM
+
+
+def test_memory_stays_constant_with_a_window(make_model, monkeypatch):
+    from blockdiffusion.cache import BlockCache
+
+    sizes = []
+    original = BlockCache.__init__
+
+    def remember(self, num_layers, batch, num_heads, head_width, capacity, **kwargs):
+        sizes.append(capacity)
+        original(self, num_layers, batch, num_heads, head_width, capacity, **kwargs)
+
+    monkeypatch.setattr(BlockCache, "__init__", remember)
+    model = make_model()
+    blockdiffusion.generate(model, max_new_tokens=100, window=16, generator=seeded())
+    assert sizes == [20]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(prompts=[[1] * 17], window=16), "more than the window"),
+    (dict(window=3), "smaller than a block"),
+    (dict(max_new_tokens=0), "max_new_tokens"),
+    (dict(num_samples=0), "num_samples"),
+    (dict(prompts=[[12]]), "without the mask token 12"),
+    (dict(prompts=[[99]]), "allowed are 0..12"),
+    (dict(prompts=["text"]), "no tokenizer"),
+    (dict(prompts=[]), "no prompt"),
+    (dict(bos=True), "needs a BOS"),
+    (dict(top_p=0), "top_p"),
+])  # fmt: skip
+def test_mistakes_are_told_in_one_sentence(make_model, options, message):
+    with pytest.raises(UserError, match=message):
+        blockdiffusion.generate(make_model(), **{"max_new_tokens": 4, **options})

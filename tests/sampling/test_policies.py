@@ -1,0 +1,53 @@
+import math
+
+import pytest
+import torch
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.sampling.policies import Ancestral, FirstHitting, make_policy
+
+
+def masked(rows, pattern=(True, True, False, True)):
+    return torch.tensor([pattern]).expand(rows, -1)
+
+
+@pytest.mark.parametrize("policy", [FirstHitting(), Ancestral(3), Ancestral(1)], ids=str)
+def test_passes_are_dense_and_only_for_masked_positions(policy):
+    plan = policy.plan(masked(200), torch.Generator().manual_seed(0))
+    assert (plan[:, 2] == -1).all()
+    for row in plan:
+        used = sorted(set(row[row >= 0].tolist()))
+        assert used == list(range(len(used)))
+
+
+def test_first_hitting_takes_every_order_equally_often():
+    """Chi-square over the 6 orders of 3 tokens, 6,000 draws; false alarm 1e-4 (25.7 at 5 df)."""
+    plan = FirstHitting().plan(masked(6000), torch.Generator().manual_seed(1))[:, [0, 1, 3]]
+    counts = torch.bincount(plan @ torch.tensor([9, 3, 1]), minlength=27)
+    counts = counts[counts > 0].double()
+    assert len(counts) == 6
+    assert ((counts - 1000) ** 2 / 1000).sum() < 25.7
+
+
+def test_ancestral_shares_a_pass_as_often_as_it_should():
+    """Two masked tokens fall into the same of T equal steps with probability 1/T; 4.9 sigma."""
+    steps, rows = 4, 20_000
+    plan = Ancestral(steps).plan(masked(rows, (True, True)), torch.Generator().manual_seed(2))
+    together = (plan[:, 0] == plan[:, 1]).double().mean()
+    assert abs(together - 1 / steps) < 4.9 * math.sqrt(1 / steps * (1 - 1 / steps) / rows)
+
+
+def test_one_step_reveals_everything_at_once():
+    plan = Ancestral(1).plan(masked(5), torch.Generator())
+    assert plan.amax() == 0
+
+
+def test_mistakes_are_told():
+    with pytest.raises(UserError, match="at least 1 step"):
+        Ancestral(0)
+    with pytest.raises(UserError, match="needs a number of steps"):
+        make_policy("ancestral")
+    with pytest.raises(UserError, match="no meaning for first-hitting"):
+        make_policy("first-hitting", 5)
+    with pytest.raises(UserError, match="ancestral, first-hitting"):
+        make_policy("greedy")

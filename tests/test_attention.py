@@ -1,0 +1,115 @@
+import pytest
+import torch
+
+from blockdiffusion.attention import attend, attend_cached, resolve_backend
+from blockdiffusion.errors import UserError
+from blockdiffusion.masks import Streams, dense_mask
+
+TOLERANCE = 1e-12  # float64
+
+
+def tensors(streams, batch=2, heads=2, width=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, streams.num_tokens, width)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)]
+
+
+def by_loops(q, k, v, streams, valid=None):
+    """Softmax over the visible keys, one query at a time."""
+    mask = dense_mask(streams)
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for i in range(q.shape[2]):
+            keys = mask[i].clone()
+            if valid is not None:
+                copies = streams.num_tokens // streams.seq_len
+                keys &= valid[b].repeat(copies)
+                keys[i] = True
+            for h in range(q.shape[1]):
+                scores = k[b, h, keys] @ q[b, h, i] / q.shape[-1] ** 0.5
+                out[b, h, i] = scores.softmax(0) @ v[b, h, keys]
+    return out
+
+
+LAYOUTS = [
+    Streams(16, 4),
+    Streams(16, 1),
+    Streams(12, 3, num_noisy=3),
+    Streams(16, 4, num_noisy=2, clean_attention="causal"),
+    Streams(8, 8, num_noisy=2, has_clean=False),
+    Streams(8, 8),
+]
+
+
+@pytest.mark.parametrize("streams", LAYOUTS, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_all_backends_equal_the_loop(streams, padded):
+    q, k, v = tensors(streams)
+    valid = None
+    if padded:
+        valid = torch.arange(streams.seq_len) < torch.tensor([[streams.seq_len - 3], [2]])
+    expected = by_loops(q, k, v, streams, valid)
+    for backend in ("dense", "chunked", "flex"):
+        out = attend(q, k, v, streams, backend, valid)
+        assert (out - expected).abs().max() < TOLERANCE, backend
+
+
+@pytest.mark.parametrize("streams", LAYOUTS, ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_noisy_queries_alone_give_the_same(streams, padded):
+    q, k, v = tensors(streams)
+    noisy = streams.num_noisy * streams.seq_len
+    valid = torch.arange(streams.seq_len)[None] < torch.tensor([[5], [3]]) if padded else None
+    for backend in ("dense", "chunked", "flex"):
+        whole = attend(q, k, v, streams, backend, valid)[:, :, :noisy]
+        part = attend(q[:, :, :noisy], k, v, streams, backend, valid)
+        assert (whole - part).abs().max() < TOLERANCE, backend
+
+
+def test_chunks_smaller_than_the_sequence(monkeypatch):
+    """Chunk borders must not show: 8-token chunks over 40 tokens, forward and backward."""
+    monkeypatch.setattr("blockdiffusion.attention.CHUNK", 8)
+    for streams in (Streams(40, 4), Streams(40, 2, num_noisy=2), Streams(40, 20)):
+        gradients = []
+        for backend in ("dense", "chunked"):
+            inputs = [x.requires_grad_() for x in tensors(streams)]
+            out = attend(*inputs, streams, backend)
+            weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+            (out * weight).sum().backward()
+            gradients.append([out.detach(), *(x.grad for x in inputs)])
+        for dense, chunked in zip(*gradients, strict=True):
+            assert (dense - chunked).abs().max() < 1e-10
+
+
+def test_cached_attention_equals_the_formula():
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, 2, n, 4, generator=generator).double() for n in (3, 7, 7))
+    mask = torch.rand(2, 3, 7, generator=generator) < 0.6
+    mask[..., 0] = True
+    scores = (q @ k.transpose(-1, -2) / 2).masked_fill(~mask[:, None], float("-inf"))
+    assert (attend_cached(q, k, v, mask) - scores.softmax(-1) @ v).abs().max() < TOLERANCE
+
+
+def test_backends_are_resolved_by_device_and_unknown_ones_refused():
+    assert resolve_backend(None, torch.device("cpu")) == "chunked"
+    assert resolve_backend(None, torch.device("cuda")) == "flex"
+    assert resolve_backend("dense", torch.device("cuda")) == "dense"
+    with pytest.raises(UserError, match="dense, chunked, flex"):
+        resolve_backend("flash", torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("size", [1, 4, 8, 16, 128, 1024])
+def test_flex_on_cuda_equals_dense(size, dtype, tolerance):
+    streams = Streams(1024, size)
+    inputs = [x.to("cuda", dtype) for x in tensors(streams, width=64)]
+    results = []
+    for backend in ("dense", "flex"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = attend(*leaves, streams, backend)
+        out.float().square().mean().backward()
+        results.append([out, *(x.grad for x in leaves)])
+    for dense, flex in zip(*results, strict=True):
+        assert (dense - flex).abs().max() < tolerance * dense.abs().max().clamp(min=1)

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from tests.oracles import network
+
+
+def pattern(size, total, window=None):
+    """Block-causal mask cut to the last `window` tokens of each block."""
+    block = torch.arange(total) // size
+    mask = block[None] <= block[:, None]
+    if window is not None:
+        mask &= torch.arange(total)[None] >= (block[:, None] + 1) * size - window
+    return mask
+
+
+@pytest.mark.parametrize("window", [None, 4, 8, 6])
+def test_block_by_block_equals_one_dense_pass(make_model, random_ids, window):
+    """Decoding step by step against the cache, commits fused, equals a pass over the sequence."""
+    model, size, total = make_model(), 4, 24
+    ids = random_ids(1, total)
+    expected = network(model, ids[0], torch.arange(total), pattern(size, total, window))
+    capacity = total if window is None else window + size
+    cache = model.make_cache(1, capacity)
+    with torch.no_grad():
+        model.decode(ids[:, :4], 4, cache, window)
+        cache.commit(4)
+        for start in range(4, total - size, size):
+            both = model.decode(ids[:, start : start + 2 * size], size, cache, window)
+            logits = model.head(both)[0]
+            assert torch.allclose(logits, expected[start : start + 2 * size], atol=1e-10)
+            cache.commit(size)
+    assert cache.keys[0].shape[2] == capacity
+
+
+def test_ragged_rows_equal_single_rows(make_model, random_ids):
+    model, ids = make_model(), random_ids(3, 12)
+    lengths = torch.tensor([0, 4, 8])
+    cache = model.make_cache(3, 16)
+    with torch.no_grad():
+        model.decode(ids[:, :8], 8, cache)
+        cache.commit(lengths)
+        block = torch.stack([ids[r, n : n + 4] for r, n in enumerate(lengths)])
+        ragged = model.head(model.decode(block, 0, cache))
+        for row, length in enumerate(lengths.tolist()):
+            total = length + 4
+            expected = network(model, ids[row, :total], torch.arange(total), pattern(4, total))
+            assert torch.allclose(ragged[row], expected[length:], atol=1e-10)
+
+
+def test_only_commit_changes_what_later_passes_see(make_model, random_ids):
+    model, ids = make_model(), random_ids(1, 8)
+    cache = model.make_cache(1, 8)
+    with torch.no_grad():
+        model.decode(ids[:, :4], 4, cache)
+        cache.commit(4)
+        before = model.head(model.decode(ids[:, 4:], 0, cache))
+        model.decode(torch.full((1, 4), model.config.mask_id), 0, cache)
+        after = model.head(model.decode(ids[:, 4:], 0, cache))
+    assert torch.equal(before, after) and cache.lengths_B.tolist() == [4]
+
+
+def test_keep_drops_rows(make_model, random_ids):
+    model, ids = make_model(), random_ids(3, 8)
+    cache = model.make_cache(3, 8)
+    with torch.no_grad():
+        model.decode(ids[:, :4], 4, cache)
+        cache.commit(4)
+        whole = model.head(model.decode(ids[:, 4:], 0, cache))
+        cache.keep(torch.tensor([0, 2]))
+        part = model.head(model.decode(ids[[0, 2], 4:], 0, cache))
+    assert torch.allclose(whole[[0, 2]], part, atol=1e-12)
+
+
+def test_positions_of_a_ring():
+    from blockdiffusion.cache import BlockCache
+
+    cache = BlockCache(1, 1, 1, 2, 6, dtype=torch.float32, device=torch.device("cpu"))
+    cache.commit(4)
+    assert cache.positions(2)[0].tolist() == [0, 1, 2, 3, 4, 5]
+    cache.commit(4)
+    assert cache.place(2).slots_BT.tolist() == [[2, 3]]
+    assert cache.positions(2)[0].tolist() == [6, 7, 8, 9, 4, 5]
