@@ -48,6 +48,7 @@ class Likelihood:
             from independent replicates; 0 for `exact`; None from a single sample.
         stderr_data: standard error over rows (documents), None from a single row. The spread over
             rows contains the rows' own noise.
+        exact_stderr_data: the same of exact_nats_per_token, or None.
         interval: 95 % interval of nats_per_token, from stderr_data (or the noise, for one row).
         bos: whether position 0 was given (BOS) and not counted.
         is_bound: False where nats_per_token is itself exact (S = 1, enumerated).
@@ -65,6 +66,7 @@ class Likelihood:
     num_rows: int
     stderr_noise: float | None
     stderr_data: float | None
+    exact_stderr_data: float | None
     estimator: str
     samples: int
     bos: bool
@@ -186,6 +188,7 @@ def likelihood(
         num_rows=len(row_B),
         stderr_noise=0.0 if estimator == "exact" else _noise_error(nelbo_BR, num_tokens),
         stderr_data=_data_error(row_B, free_BL.sum(1)),
+        exact_stderr_data=None if nll_B is None else _data_error(nll_B, free_BL.sum(1)),
         estimator=estimator,
         samples=samples,
         bos=given_bos,

@@ -28,7 +28,9 @@ __all__ = [
     "Generation",
     "SamplingOptions",
     "StepEvent",
+    "collect",
     "generate",
+    "prepare_prompts",
     "stream",
 ]
 
@@ -70,7 +72,9 @@ def generate(
     """
     for event in stream(model, prompts, num_samples, max_new_tokens, **options):
         if isinstance(event, DoneEvent):
-            return collect(model, event, _prepare(model, prompts, num_samples, options.get("bos")))
+            return collect(
+                model, event, prepare_prompts(model, prompts, num_samples, options.get("bos"))
+            )
     raise AssertionError("the block loop always ends with a DoneEvent")
 
 
@@ -131,7 +135,9 @@ def stream(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    yield from sample_events(model, _prepare(model, prompts, num_samples, bos), sampling, generator)
+    yield from sample_events(
+        model, prepare_prompts(model, prompts, num_samples, bos), sampling, generator
+    )
 
 
 def collect(model: Denoiser, done: DoneEvent, prompts: Sequence[Sequence[int]]) -> Generation:
@@ -157,8 +163,10 @@ def collect(model: Denoiser, done: DoneEvent, prompts: Sequence[Sequence[int]]) 
     )
 
 
-def _prepare(model: Denoiser, prompts: Any, num_samples: int, bos: bool | None) -> list[list[int]]:
-    """Prompts as id lists with BOS, each repeated `num_samples` times."""
+def prepare_prompts(
+    model: Denoiser, prompts: Any, num_samples: int, bos: bool | None
+) -> list[list[int]]:
+    """Prompts as id lists with BOS, each repeated `num_samples` times; see `stream`."""
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}; it must be at least 1")
     rows = [_to_ids(model, prompt) for prompt in _as_list(prompts)]

@@ -1,0 +1,80 @@
+"""One training step (forward + backward) of the 110M network: V = 50258, L = 1024, batch 1.
+
+    python -m benchmarks.training_step [--block-size 16] [--dtype float32] [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from benchmarks.machine import describe, matrix_flops
+from blockdiffusion.corruption import bernoulli
+from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.schedules import Linear
+
+VOCAB, LENGTH = 50258, 1024
+
+
+def paper_model(block_size: int) -> BlockDiffusionModel:
+    """The paper's network (110M parameters, 170M with both embeddings), generic weights."""
+    torch.manual_seed(0)
+    model = BlockDiffusionModel(
+        BlockDiffusionConfig(
+            vocab_size=VOCAB, seq_len=LENGTH, block_size=block_size, width=768, num_layers=12,
+            num_heads=12, cond_dim=128, dropout=0.1,
+        )
+    )  # fmt: skip
+    for parameter in model.parameters():  # zeros would let kernels cheat
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def step_flops(masked: int) -> float:
+    """Multiply-adds of forward and backward, times two; attention and head included."""
+    width, layers, streams = 768, 12, 2
+    per_token = 2 * 12 * width**2  # qkv, out, mlp
+    blocks = per_token * streams * LENGTH * layers - 2 * 9 * width**2 * LENGTH  # last clean layer
+    attention = layers * 2 * 2 * width * LENGTH * LENGTH  # two triangles of L x L
+    return 3 * (blocks + attention + 2 * masked * width * VOCAB)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    model = paper_model(args.block_size).train()
+    clean = torch.randint(0, VOCAB - 1, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    free = torch.ones_like(clean, dtype=torch.bool)
+    # Half of the tokens on average; the same draw every time.
+    drawn = bernoulli(
+        clean, free, args.block_size, VOCAB - 1, Linear(), torch.Generator().manual_seed(2)
+    )
+    times = []
+    for _ in range(args.repeats + 1):
+        model.zero_grad()
+        start = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            nll = masked_nll(model, drawn.noisy_BNL, clean)
+        ((nll * drawn.weight_BNL).sum() / free.sum()).backward()
+        times.append(time.perf_counter() - start)
+    masked = int((drawn.noisy_BNL == VOCAB - 1).sum())
+    best, flops = min(times[1:]), step_flops(masked)
+    peak = matrix_flops(dtype)
+    print(describe())
+    print(
+        f"S={args.block_size} {args.dtype}: {best:.2f} s a step (median "
+        f"{sorted(times[1:])[args.repeats // 2]:.2f}), {LENGTH / best:.0f} tokens/s, "
+        f"{flops / 1e12:.2f} TFLOP, {flops / best / 1e9:.0f} GFLOP/s = "
+        f"{flops / best / peak:.0%} of the measured {peak / 1e9:.0f}; {masked} tokens masked"
+    )
+
+
+if __name__ == "__main__":
+    main()

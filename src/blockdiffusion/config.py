@@ -1,0 +1,476 @@
+"""Recipes: YAML files and `section.key=value` overrides, read strictly into frozen dataclasses.
+
+Nothing is guessed and nothing is dropped: an unknown key is refused with the nearest known one, a
+value of the wrong type with what is allowed. The resolved recipe is saved with the run, and is
+itself a recipe.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
+from blockdiffusion.train.loggers import LogOptions
+from blockdiffusion.train.loop import ObjectiveOptions, TrainOptions
+from blockdiffusion.train.optim import OptimOptions
+
+if TYPE_CHECKING:
+    from blockdiffusion.data.manifest import Manifest
+    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.train.loop import Periodic
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataOptions:
+    """The prepared data."""
+
+    path: str
+    """Directory that `blockdiff prepare` made; it decides L and the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """The network; the defaults are the paper's. See `BlockDiffusionConfig`."""
+
+    num_layers: int = 12
+    width: int = 768
+    num_heads: int = 12
+    cond_dim: int = 128
+    block_size: int = 4
+    """S, tokens of a diffusion block; it divides the data's L."""
+    dropout: float = 0.1
+    clean_attention: Literal["block", "causal"] = "block"
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "width", "num_heads", "cond_dim", "block_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.width % (2 * self.num_heads):
+            raise UserError(
+                f"model.width is {self.width}; it must be a multiple of 2 * model.num_heads, "
+                f"which is {2 * self.num_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalOptions:
+    """The validation bound during training."""
+
+    every: int | None = 1000
+    """Steps between two evaluations; null: never. The last step is always evaluated otherwise."""
+    rows: int | None = 256
+    """Validation rows that are scored, the first ones; null: all."""
+    samples: int = 4
+    """Independent draws of the masks."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "rows", "samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"eval.{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleOptions:
+    """Samples during training."""
+
+    every: int | None = 1000
+    """Steps between two sets of samples; null: never."""
+    num: int = 1
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"sample.{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that a training run depends on."""
+
+    out: str
+    """Directory of the run."""
+    data: DataOptions
+    model: ModelOptions = field(default_factory=ModelOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    train: TrainOptions
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    sample: SampleOptions = field(default_factory=SampleOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+
+
+# What a resumed run may change: nothing here touches the weights.
+CHANGEABLE = ("out", "eval.", "sample.", "checkpoint.", "log.")
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a YAML recipe; each of `overrides` is `section.key=value` and wins over the file.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, or a value is not allowed.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r} is no override; write section.key=value")
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{override!r}: {section} is a value, not a section")
+        place[name] = _Text(text)
+    return _build(Recipe, tree, "", str(path))
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested plain values: what `config.yaml` and checkpoints hold."""
+    return _plain(asdict(recipe))
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The dotted keys whose values differ between two recipes given as nested mappings."""
+    flat_before, flat_after = dict(_flatten(before)), dict(_flatten(after))
+    keys = [*flat_before, *(key for key in flat_after if key not in flat_before)]
+    return [key for key in keys if flat_before.get(key, MISSING) != flat_after.get(key, MISSING)]
+
+
+class _Text(str):
+    """The value of an override, not yet interpreted: a string stays what was typed."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would silently keep the last."""
+
+
+def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node)
+        if key in mapping:
+            line = key_node.start_mark.line + 1
+            raise UserError(f"{loader.name}, line {line}: {key} is given twice; remove one")
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_StrictLoader.add_constructor(yaml.resolver.Resolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.load(file, _StrictLoader)
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the recipe {path} is not UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise UserError(f"the recipe {path} is not valid YAML: {where}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"the recipe {path} holds no sections; it needs at least data and train")
+    return tree
+
+
+def _build(kind: type, tree: Mapping[str, Any], prefix: str, source: str) -> Any:
+    """An instance of the dataclass `kind` from a mapping, every key and type checked."""
+    known: dict[str, Field[Any]] = {item.name: item for item in fields(kind)}
+    for key in tree:
+        if key not in known:
+            raise UserError(_unknown_key(f"{prefix}{key}", prefix, list(known), source))
+    types = get_type_hints(kind)
+    values = {}
+    for name, item in known.items():
+        path = f"{prefix}{name}"
+        nested = is_dataclass(types[name])
+        if nested:
+            given = {} if tree.get(name) is None else tree[name]
+            if not isinstance(given, Mapping):
+                raise UserError(f"{source}: {path} is {given!r}; it is a section with keys")
+            values[name] = _build(types[name], given, f"{path}.", source)
+        elif name in tree:
+            value = _interpret(types[name], tree[name])
+            try:
+                values[name] = _convert(types[name], value)
+            except _NotAllowed:
+                shown = "null" if value is None else repr(value)
+                raise UserError(
+                    f"{source}: {path} is {shown}; it must be {_describe(types[name])}"
+                ) from None
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise UserError(f"{source}: {path} is missing; give it {_describe(types[name])}")
+    return kind(**values)
+
+
+def _unknown_key(path: str, prefix: str, known: list[str], source: str) -> str:
+    """The message for an unknown key, with the nearest known one of its section, or of any."""
+    here = [f"{prefix}{name}" for name in known]
+    everywhere = list(_keys(Recipe, ""))
+    nearest = difflib.get_close_matches(path, here, n=1, cutoff=0.75) or [
+        key for key in everywhere if key.split(".")[-1] == path.split(".")[-1]
+    ]
+    nearest = nearest or difflib.get_close_matches(path, [*here, *everywhere], n=1, cutoff=0.0)
+    return (
+        f"{source}: unknown key {path}; the nearest known one is {nearest[0]} "
+        f"(known here: {', '.join(known)})"
+    )
+
+
+def _keys(kind: type, prefix: str) -> Iterator[str]:
+    types = get_type_hints(kind)
+    for item in fields(kind):
+        if is_dataclass(types[item.name]):
+            yield from _keys(types[item.name], f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+class _NotAllowed(Exception):
+    """A value does not fit its type; the caller knows the key."""
+
+
+def _interpret(kind: Any, value: Any) -> Any:
+    """The text of an override as YAML; where a text is meant, as it was typed."""
+    if not isinstance(value, _Text):
+        return value
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if str in options and value != "null":
+        return str(value)
+    try:
+        return yaml.load(value, _StrictLoader)
+    except yaml.YAMLError:
+        return str(value)
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    """`value` as `kind`; YAML reads 1e-4 as a string, which becomes a float where one is meant."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        for option in arguments:
+            try:
+                return _convert(option, value)
+            except _NotAllowed:
+                continue
+    elif origin is Literal:
+        if value in arguments and type(value) is str:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            several = len(arguments) == 2 and arguments[1] is Ellipsis
+            kinds = [arguments[0]] * len(value) if several else list(arguments)
+            if len(kinds) == len(value):
+                return tuple(_convert(k, v) for k, v in zip(kinds, value, strict=True))
+    elif kind is NoneType:
+        if value is None:
+            return None
+    elif kind is float:
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except ValueError:
+                pass
+    elif type(value) is kind:
+        return value
+    raise _NotAllowed
+
+
+def _describe(kind: Any) -> str:
+    """A type in words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(_describe(option) for option in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return f"a list of: {_describe(arguments[0])}"
+        return f"a list of {len(arguments)}: " + ", ".join(map(_describe, arguments))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return "null" if kind is NoneType else words[kind]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, as YAML and JSON have them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# --- From a recipe to a run -----------------------------------------------------------------------
+
+
+def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
+    """A network of the recipe's sizes for the data's L and vocabulary.
+
+    The initial weights are a function of `train.seed`.
+
+    Raises:
+        UserError: the block size does not divide L.
+    """
+    import torch
+
+    from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+    from blockdiffusion.seeding import derive_seed
+
+    if manifest.seq_len % recipe.model.block_size:
+        raise UserError(
+            f"model.block_size is {recipe.model.block_size}, which does not divide the "
+            f"{manifest.seq_len} tokens of a row of {recipe.data.path}; choose a divisor"
+        )
+    config = BlockDiffusionConfig(
+        **asdict(recipe.model),
+        vocab_size=manifest.vocab_size,
+        seq_len=manifest.seq_len,
+        mask_id=manifest.mask_id,
+        bos=manifest.row_bos,
+        bos_id=manifest.bos_id,
+        eos_id=manifest.eos_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
+        return BlockDiffusionModel(config)
+
+
+def run_training(
+    recipe: Recipe, *, resume: bool = False, resume_command: str | None = None
+) -> TrainState:
+    """Trains as the recipe says, with a display on standard error; see `train.loop.train`.
+
+    Args:
+        resume: go on with the run in `recipe.out`; the recipe may differ from the run's in
+            `out`, `eval`, `sample`, `checkpoint` and `log`, and in `train.steps` where the
+            learning rate does not depend on it.
+        resume_command: what an interrupted run tells its user to type; by default a command that
+            resumes from the run's own config.yaml.
+
+    Raises:
+        UserError: see `train.loop.train`; and the recipe is not the one of the run to resume.
+    """
+    from blockdiffusion.data.loader import TokenRows
+    from blockdiffusion.data.manifest import TOKENIZER_FOLDER
+    from blockdiffusion.data.tokenizers import load_tokenizer
+    from blockdiffusion.train.display import make_display
+    from blockdiffusion.train.loggers import make_loggers
+    from blockdiffusion.train.loop import train
+
+    out, data = Path(recipe.out), Path(recipe.data.path)
+    if resume:
+        _refuse_changes(recipe, out / "config.yaml")
+    rows = TokenRows(data, "train")
+    model = build_model(recipe, rows.manifest)
+    tokenizer = data / TOKENIZER_FOLDER
+    model.tokenizer = load_tokenizer(tokenizer)  # for samples
+    saved = shlex.quote(str(out / "config.yaml"))
+    return train(
+        model,
+        rows,
+        out=out,
+        options=recipe.train,
+        objective=recipe.objective,
+        optim=recipe.optim,
+        checkpoint=recipe.checkpoint,
+        periodic=[*_evaluation(recipe, data, rows.manifest), *_sampling(recipe)],
+        loggers=[make_display(recipe.train.steps), *make_loggers(recipe.log, out)],
+        tokenizer=tokenizer,
+        config=to_dict(recipe),
+        resume=resume,
+        resume_command=resume_command or f"blockdiff train {saved} --resume",
+    )
+
+
+def _refuse_changes(recipe: Recipe, saved: Path) -> None:
+    if not saved.exists():
+        return  # `train` says what is missing
+    changed = differences(to_dict(load_recipe(saved)), to_dict(recipe))
+    changed = [key for key in changed if not key.startswith(CHANGEABLE)]
+    if recipe.optim.schedule == "constant":
+        changed = [key for key in changed if key != "train.steps"]
+    if changed:
+        keys = ", ".join(changed)
+        why = " (the learning rate depends on it)" if changed == ["train.steps"] else ""
+        raise UserError(
+            f"the run in {saved.parent} was started with another {keys}{why}; resume with its own "
+            f"{saved}, or choose another out=... for a new run"
+        )
+
+
+def _evaluation(recipe: Recipe, data: Path, manifest: Manifest) -> list[Periodic]:
+    """The validation bound, with the same masks at every evaluation: less noise in the curve."""
+    if recipe.eval.every is None:
+        return []
+    import numpy as np
+
+    from blockdiffusion.data.loader import TokenRows
+    from blockdiffusion.evaluate.likelihood import likelihood
+    from blockdiffusion.seeding import generator
+    from blockdiffusion.train.loop import Periodic
+
+    if "valid" not in manifest.splits:
+        raise UserError(f"{data} has no validation rows; set eval.every=null to train without")
+    rows = TokenRows(data, "valid")
+    batch = rows.rows(np.arange(min(rows.num_rows, recipe.eval.rows or rows.num_rows)))
+
+    def evaluate(model: Any) -> dict[str, float | None]:
+        result = likelihood(
+            model,
+            batch.ids_BL,
+            estimator="bernoulli",
+            samples=recipe.eval.samples,
+            valid=batch.valid_BL,
+            generator=generator(recipe.train.seed, "evaluate"),
+        )
+        return {
+            "valid_bound": result.nats_per_token,
+            "valid_stderr_noise": result.stderr_noise,
+            "valid_stderr_data": result.stderr_data,
+            "valid_perplexity_bound": result.perplexity,
+        }
+
+    return [Periodic(every=recipe.eval.every, run=evaluate)]
+
+
+def _sampling(recipe: Recipe) -> list[Periodic]:
+    if recipe.sample.every is None:
+        return []
+    from blockdiffusion.sampling import generate
+    from blockdiffusion.seeding import generator
+    from blockdiffusion.train.loop import Periodic
+
+    def sample(model: Any) -> dict[str, list[str]]:
+        result = generate(
+            model,
+            num_samples=recipe.sample.num,
+            max_new_tokens=recipe.sample.max_new_tokens,
+            generator=generator(recipe.train.seed, "sample"),
+        )
+        return {"samples": result.texts or []}
+
+    return [Periodic(every=recipe.sample.every, run=sample)]

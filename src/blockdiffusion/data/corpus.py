@@ -1,0 +1,102 @@
+"""All documents of a preparation, in order, and which of them are held out for validation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from blockdiffusion.data.options import PrepareOptions
+from blockdiffusion.data.sources import DETOKENIZERS, Source, open_sources
+from blockdiffusion.errors import UserError
+from blockdiffusion.seeding import derive_seed
+
+
+class Corpus:
+    """The documents of all sources in order, and which of them are held out."""
+
+    def __init__(self, sources: Sequence[str], options: PrepareOptions) -> None:
+        if not sources:
+            raise UserError("there is no source to prepare: name files, a data set or python-docs")
+        rules = {
+            "field": options.field,
+            "documents": options.documents,
+            "document_bytes": options.document_bytes,
+        }
+        self.options = options
+        self.groups: dict[str, list[Source]] = {
+            "train": open_sources([str(source) for source in sources], **rules),
+            "valid": open_sources(options.valid, **rules),
+        }
+
+    def signatures(self) -> list[dict[str, Any]]:
+        """What tells this corpus from another; which sources are only for validation, too."""
+        return [
+            source.signature() | {"valid_only": group == "valid"}
+            for group, sources in self.groups.items()
+            for source in sources
+        ]
+
+    def num_bytes(self) -> int | None:
+        """UTF-8 bytes of all sources; None if one does not know."""
+        sizes = [source.size for sources in self.groups.values() for source in sources]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    def documents(self, group: str) -> Iterator[tuple[Source, str]]:
+        """The documents of "train" or "valid" that are not blank, each with its source."""
+        for source in self.groups[group]:
+            for text in source.documents():
+                if text.strip():
+                    yield source, text
+
+    @property
+    def draws(self) -> bool:
+        """Whether the validation documents are drawn from the training sources."""
+        return not self.groups["valid"] and self.options.valid_fraction > 0
+
+    @property
+    def has_valid(self) -> bool:
+        """Whether there is a validation split."""
+        return bool(self.groups["valid"]) or self.draws
+
+    @functools.cached_property
+    def first_draw(self) -> int:
+        """How many documents the first draw is from: all, in a corpus smaller than one draw."""
+        return sum(1 for _ in islice(self.documents("train"), self._draw_size))
+
+    @property
+    def _draw_size(self) -> int:
+        return round(1 / self.options.valid_fraction)
+
+    def check_split(self) -> None:
+        """Look before any work is done whether validation documents can be drawn.
+
+        Raises:
+            UserError: there are not two documents.
+        """
+        if self.draws and self.first_draw == 1:
+            raise UserError(
+                "the sources hold one document, which cannot be split into training and "
+                "validation: name validation sources, cut it smaller (documents=blank-line, or a "
+                "smaller document_bytes), or set valid_fraction=0"
+            )
+
+    def is_valid(self, number: int) -> bool:
+        """Whether document `number` of the group "train" is held out for validation.
+
+        One of every round(1 / valid_fraction) documents is, at a place drawn from the seed and
+        the running number of the draw.
+        """
+        if not self.draws:
+            return False
+        draw, place = divmod(number, self._draw_size)
+        size = self.first_draw if draw == 0 else self._draw_size
+        return place == derive_seed(self.options.seed, "valid", draw) % size
+
+    def training_text(self) -> Iterator[str]:
+        """Detokenized documents of the training split: what a BPE learns from."""
+        detokenize = DETOKENIZERS[self.options.detokenize]
+        for number, (_, text) in enumerate(self.documents("train")):
+            if not self.is_valid(number):
+                yield detokenize(text)

@@ -1,0 +1,48 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from blockdiffusion.errors import UserError
+
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def partial_path(path: Path) -> Path:
+    """Where `path` is written before it gets its name; hidden, and unique to this process."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that gets the name `path` when the block ends, and is removed if it fails.
+
+    A kill at any moment leaves the old `path` (or none), never half of the new one.
+    """
+    partial = partial_path(path)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def storage_error(error: OSError, directory: Path) -> UserError:
+    """The sentence for a write into `directory` that failed."""
+    reason = error.strerror or str(error)
+    if error.errno in FULL_DISK:
+        return UserError(
+            f"no room left to write {directory} ({reason}): free some space and run the same "
+            "command again, it goes on from what is already done"
+        )
+    return UserError(f"cannot read or write {error.filename or directory}: {reason}")

@@ -1,0 +1,149 @@
+"""Batches of token rows from a prepared directory, in an order that is a function of (seed, step).
+
+The whole state of reading is the number of the step, so a run resumes exactly, whatever the number
+of processes that share a batch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from blockdiffusion.data.manifest import Manifest
+from blockdiffusion.data.parts import id_dtype
+from blockdiffusion.data.shards import lengths_file
+from blockdiffusion.errors import UserError
+from blockdiffusion.seeding import derive_seed
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of tokens.
+
+    Attributes:
+        ids_BL: int64 token ids.
+        valid_BL: bool, False at padding, which is only ever at the right end of a row; None when
+            every position is valid.
+    """
+
+    ids_BL: torch.Tensor
+    valid_BL: torch.Tensor | None = None
+
+
+class TokenRows:
+    """The rows of one split of a prepared directory, memory-mapped.
+
+    Attributes:
+        manifest: the directory's manifest.
+        seq_len: tokens of a row (L).
+        num_rows: rows of this split.
+
+    Raises:
+        UserError: no prepared data there, no such split, or a file of it missing or truncated.
+    """
+
+    def __init__(self, directory: str | Path, split: str) -> None:
+        directory = Path(directory)
+        self.manifest = Manifest.load(directory)
+        if split not in self.manifest.splits:
+            raise UserError(
+                f"{directory} has no split {split!r}: it has {', '.join(self.manifest.splits)}"
+            )
+        shards = self.manifest.splits[split].shards
+        self.seq_len = self.manifest.seq_len
+        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
+        self.num_rows = int(self._starts[-1])
+        dtype = id_dtype(self.manifest.vocab_size)
+        self._rows = [
+            _map(directory / shard.file, dtype, (shard.rows, self.seq_len)) for shard in shards
+        ]
+        self._lengths = None
+        if self.manifest.packing == "document":
+            self._lengths = [
+                _map(directory / lengths_file(s.file), np.dtype("<u4"), (s.rows,)) for s in shards
+            ]
+
+    def rows(self, indices: np.ndarray) -> Batch:
+        """The rows with the numbers `indices` (B,), in that order.
+
+        Raises:
+            IndexError: a number outside 0 .. num_rows - 1.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.num_rows:
+            raise IndexError(f"row numbers must be from 0 to {self.num_rows - 1}: {indices}")
+        ids_BL = np.empty((len(indices), self.seq_len), dtype=np.int64)
+        lengths_B = np.empty(len(indices), dtype=np.int64)
+        shard_of_row = np.searchsorted(self._starts, indices, side="right") - 1
+        for shard in np.unique(shard_of_row):
+            where = np.flatnonzero(shard_of_row == shard)
+            inside = indices[where] - self._starts[shard]
+            ids_BL[where] = self._rows[shard][inside]
+            if self._lengths is not None:
+                lengths_B[where] = self._lengths[shard][inside]
+        if self._lengths is None:
+            return Batch(torch.from_numpy(ids_BL))
+        valid_BL = np.arange(self.seq_len) < lengths_B[:, None]
+        return Batch(torch.from_numpy(ids_BL), torch.from_numpy(valid_BL))
+
+
+def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """A read-only memory map of `path`, which must have exactly this size."""
+    remedy = "copy it again from where it was whole, or delete the directory and prepare it anew"
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, though the manifest names it: {remedy}") from None
+    expected = int(np.prod(shape)) * dtype.itemsize
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes and should have {expected}: {remedy}")
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+
+
+class BatchOrder:
+    """Which rows each global batch has: a pure function of (seed, step).
+
+    Every epoch is a permutation of its own, drawn from (seed, epoch); batches follow each other
+    without a gap, so one may straddle two epochs (or more, if it is larger than the data).
+
+    Args:
+        num_rows: rows to draw from.
+        batch_size: rows of a global batch (B).
+        seed: of the order.
+
+    Raises:
+        UserError: there is no row, or the batch is empty.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+        if num_rows < 1 or batch_size < 1:
+            raise UserError(
+                f"a batch of {batch_size} rows out of {num_rows} cannot be drawn: both must be at "
+                "least 1"
+            )
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def indices(self, step: int) -> np.ndarray:
+        """Row numbers (B,) of global batch `step` (from 0)."""
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epoch_of_position, places = np.divmod(positions, self.num_rows)
+        rows = np.empty(self.batch_size, dtype=np.int64)
+        for epoch in np.unique(epoch_of_position):
+            here = epoch_of_position == epoch
+            rows[here] = self._permutation(int(epoch))[places[here]]
+        return rows
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            bits = np.random.Philox(derive_seed(self.seed, "order", epoch))
+            self._epochs[epoch] = np.random.Generator(bits).permutation(self.num_rows)
+            if len(self._epochs) > 2:  # of a large corpus one alone is tens of megabytes
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]

@@ -1,0 +1,111 @@
+"""The manifest of a prepared data directory: what is in it, and what it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blockdiffusion.data.files import written_aside
+from blockdiffusion.data.shards import Shard
+from blockdiffusion.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """One split of a prepared directory.
+
+    Attributes:
+        documents: documents that the split got.
+        tokens: valid positions of its rows: document tokens, document EOS, row BOS and row EOS.
+        bytes: UTF-8 bytes of the text that the kept document tokens cover (after detokenizing).
+            When tokens were dropped at the end, all text times the share of tokens kept.
+        rows: rows of `seq_len` ids.
+        dropped_tokens: document tokens at the end that did not fill a row.
+        shards: the files, in order.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    rows: int
+    dropped_tokens: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What `manifest.json` says.
+
+    Attributes:
+        packing: "wrap" (no padding) or "document" (one document a row, padded at the right).
+        row_bos: every row begins with BOS, which is given: never masked, never scored.
+        tokenizer: as it was asked for; the tokenizer itself is in the folder `tokenizer`.
+        sources: name, signature, split and number of documents of each source.
+        options: all options that the content depends on.
+        splits: "train", and "valid" unless it was left out.
+    """
+
+    format_version: int
+    seq_len: int
+    packing: str
+    row_bos: bool
+    row_eos: bool
+    document_eos: bool
+    vocab_size: int
+    mask_id: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int
+    tokenizer: str
+    tokenizer_sha256: str
+    sources: tuple[dict[str, Any], ...]
+    options: dict[str, Any]
+    splits: dict[str, Split]
+
+    def save(self, directory: Path) -> None:
+        """Write `manifest.json` into `directory`."""
+        with written_aside(directory / MANIFEST_FILE) as file:
+            file.write((json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Manifest:
+        """Read the manifest of `directory`.
+
+        Raises:
+            UserError: there is none, it is damaged, or another version wrote it.
+        """
+        path = Path(directory) / MANIFEST_FILE
+        try:
+            fields = json.loads(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{directory} holds no prepared data (no {MANIFEST_FILE}): name a directory that "
+                "`blockdiff prepare` finished, or run the same prepare again to finish it"
+            ) from None
+        except ValueError:
+            raise _damaged(path) from None
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {version}, and this program reads {FORMAT_VERSION}: "
+                "prepare the data again"
+            )
+        try:
+            splits = {
+                name: Split(**split | {"shards": tuple(Shard(**s) for s in split["shards"])})
+                for name, split in fields["splits"].items()
+            }
+            return cls(**fields | {"splits": splits, "sources": tuple(fields["sources"])})
+        except (KeyError, TypeError, AttributeError):
+            raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is damaged: delete its directory and prepare the data again")

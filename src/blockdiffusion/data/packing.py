@@ -1,0 +1,385 @@
+"""`prepare`: from sources of text to a directory of token rows, memory-mapped by `loader`.
+
+Documents are read in order, tokenised in units by worker processes into part files, and the parts
+are packed in order into rows and shards; the manifest is written last. The result depends on the
+text and the options alone, not on the number of workers, nor on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from blockdiffusion.data.corpus import Corpus
+from blockdiffusion.data.files import storage_error, written_aside
+from blockdiffusion.data.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    TOKENIZER_FOLDER,
+    Manifest,
+    Split,
+)
+from blockdiffusion.data.options import PrepareOptions
+from blockdiffusion.data.parts import UNIT_BYTES, Job, PartRules, id_dtype, read_part, run_jobs
+from blockdiffusion.data.shards import PACKERS, Packer, RowRules, ShardWriter
+from blockdiffusion.data.sources import Source
+from blockdiffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SHARD_TOKENS = 64 * 2**20
+BPE_TEXT_BYTES = 2**30  # a BPE learns nothing more from more text, but takes more time and memory
+PARTS_FOLDER = "parts"
+LOCK_FILE = "lock"
+SETTINGS_FILE = "settings.json"
+
+
+class Progress(Protocol):
+    """Told how far a preparation is, in bytes of text."""
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        """`stage` is "tokenizer", "tokenize" or "pack"; `total` is None where it is not known."""
+
+
+def prepare(
+    sources: Sequence[str],
+    out: str | Path,
+    options: PrepareOptions,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Make the directory `out` of token rows from `sources`; see `sources.open_sources`.
+
+    A run that was stopped, at whatever moment, goes on when it is called again. A directory
+    finished with the same options from the same sources is left as it is. Needs room for twice
+    the tokens while it works.
+
+    Raises:
+        UserError: bad options or sources; too little text; `out` holds something else, was made
+            with other options, or another process is at work in it; the disk is full.
+    """
+    out = Path(out)
+    try:
+        corpus = Corpus(sources, options)
+        settings = {"options": options.content(), "sources": corpus.signatures()}
+        if finished := _finished(out, settings):
+            return finished
+        with _claimed(out):
+            return _prepare(corpus, out, settings, progress or _silent)
+    except OSError as error:
+        raise storage_error(error, out) from error
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> Manifest | None:
+    """The manifest of `out` if it is finished; an error if it was made from something else."""
+    if not (out / MANIFEST_FILE).exists():
+        return None
+    manifest = Manifest.load(out)
+    remedy = "name another directory, or delete this one to prepare it anew"
+    wanted = settings["options"]
+    if differing := [
+        f"{name}={manifest.options.get(name)!r}, not {value!r}"
+        for name, value in wanted.items()
+        if manifest.options.get(name) != value
+    ]:
+        raise UserError(f"{out} was prepared with {'; '.join(differing)}: {remedy}")
+    recorded = [
+        {name: value for name, value in source.items() if name != "documents"}
+        for source in manifest.sources
+    ]
+    if [source["name"] for source in recorded] != [s["name"] for s in settings["sources"]]:
+        names = ", ".join(source["name"] for source in recorded)
+        raise UserError(f"{out} was prepared from other sources ({names}): {remedy}")
+    for before, now in zip(recorded, settings["sources"], strict=True):
+        if before != now:
+            raise UserError(f"{now['name']} has changed since {out} was prepared: {remedy}")
+    shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)  # killed while tidying up
+    return manifest
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """`out` made, seen to be ours, and locked against a second process."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: name a directory to prepare the data into")
+    lock = out / PARTS_FOLDER / LOCK_FILE
+    if not lock.exists() and out.is_dir():
+        others = sorted(path.name for path in out.iterdir() if path.name != PARTS_FOLDER)
+        if others:
+            raise UserError(
+                f"{out} holds other files ({', '.join(others[:3])}): name a new or an empty "
+                "directory"
+            )
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "wb") as file:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            pass
+        else:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is preparing {out} right now: wait for it, or name another "
+                    "directory"
+                ) from None
+        yield
+
+
+def _prepare(corpus: Corpus, out: Path, settings: dict[str, Any], progress: Progress) -> Manifest:
+    from blockdiffusion.data.tokenizers import fingerprint, require_token, vocab_size
+
+    corpus.check_split()
+    options = corpus.options
+    tokenizer = _tokenizer(corpus, out, settings, progress)
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    size = vocab_size(tokenizer)
+    row_rules = RowRules(
+        seq_len=options.seq_len,
+        dtype=id_dtype(size),
+        pad_id=eos_id or 0,
+        row_bos_id=require_token(tokenizer, "bos", "row_bos") if options.row_bos else None,
+        row_eos_id=require_token(tokenizer, "eos", "row_eos") if options.row_eos else None,
+        document_eos_id=(
+            require_token(tokenizer, "eos", "document_eos") if options.document_eos else None
+        ),
+    )
+    part_rules = PartRules(
+        tokenizer_file=str(out / TOKENIZER_FOLDER / "tokenizer.json"),
+        tokenizer_sha256=fingerprint(tokenizer),
+        vocab_size=size,
+        mask_id=tokenizer.mask_token_id,
+        detokenize=options.detokenize,
+    )
+    units, counts = _tokenize(corpus, out / PARTS_FOLDER, part_rules, progress)
+    splits = _pack(corpus, out, units, row_rules, progress)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        seq_len=options.seq_len,
+        packing=options.packing,
+        row_bos=options.row_bos,
+        row_eos=options.row_eos,
+        document_eos=options.document_eos,
+        vocab_size=size,
+        mask_id=part_rules.mask_id,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        pad_id=row_rules.pad_id,
+        tokenizer=options.tokenizer,
+        tokenizer_sha256=part_rules.tokenizer_sha256,
+        sources=tuple(
+            signature | {"documents": count}
+            for signature, count in zip(settings["sources"], counts, strict=True)
+        ),
+        options=settings["options"],
+        splits=splits,
+    )
+    manifest.save(out)
+    shutil.rmtree(out / PARTS_FOLDER)
+    return manifest
+
+
+def _tokenizer(
+    corpus: Corpus, out: Path, settings: dict[str, Any], progress: Progress
+) -> PreTrainedTokenizerFast:
+    """The tokenizer in `out`, made there unless a run that was stopped already made it."""
+    from blockdiffusion.data.tokenizers import load_tokenizer, train_bpe
+
+    folder, record = out / TOKENIZER_FOLDER, out / PARTS_FOLDER / SETTINGS_FILE
+    if folder.exists() and record.exists() and json.loads(record.read_bytes()) == settings:
+        return load_tokenizer(folder)
+    spec = corpus.options.tokenizer
+    if spec.startswith("bpe:"):
+        tokenizer = train_bpe(_bpe_text(corpus, progress), int(spec.removeprefix("bpe:")))
+    else:
+        tokenizer = load_tokenizer(spec)
+    aside = out / PARTS_FOLDER / f"{TOKENIZER_FOLDER}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        tokenizer.save_pretrained(aside)
+    except Exception as error:  # the library written in Rust raises bare Exception
+        if match := re.search(r"os error (\d+)", str(error)):
+            code = int(match.group(1))
+            raise OSError(code, os.strerror(code), str(aside)) from error
+        raise
+    record.unlink(missing_ok=True)  # from here on it would speak of another tokenizer
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+    with written_aside(record) as file:
+        file.write(json.dumps(settings).encode())
+    # As it will be loaded ever after, so that nothing can depend on the way it was made.
+    return load_tokenizer(folder)
+
+
+def _bpe_text(corpus: Corpus, progress: Progress) -> Iterator[str]:
+    total = corpus.num_bytes()
+    done = 0
+    for text in corpus.training_text():
+        yield text
+        done += len(text.encode())
+        progress("tokenizer", done, total)
+        if done >= BPE_TEXT_BYTES:
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Documents in a row of one group, and the part file they are tokenised into."""
+
+    path: Path
+    group: str
+    first_document: int
+    num_documents: int
+    num_bytes: int
+
+
+def _tokenize(
+    corpus: Corpus, parts: Path, rules: PartRules, progress: Progress
+) -> tuple[list[Unit], list[int]]:
+    """Every unit of the corpus in order, its part written; and the documents of each source."""
+    units: list[Unit] = []
+    counts = {id(source): 0 for group in corpus.groups.values() for source in group}
+    total = corpus.num_bytes()
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress("tokenize", done, total)
+
+    def missing() -> Iterator[Job]:
+        under_way: set[Path] = set()
+        for group in corpus.groups:
+            first = 0
+            for documents in _batches(corpus.documents(group)):
+                for source, _ in documents:
+                    counts[id(source)] += 1
+                texts = [text for _, text in documents]
+                raw = [text.encode() for text in texts]
+                path = parts / f"{rules.key(raw)}.part"
+                num_bytes = sum(map(len, raw))
+                units.append(Unit(path, group, first, len(texts), num_bytes))
+                first += len(texts)
+                if path in under_way or path.exists():
+                    count(num_bytes)
+                else:
+                    under_way.add(path)
+                    yield Job(path, texts, num_bytes, rules)
+
+    num_workers = corpus.options.num_workers or _num_cores()
+    run_jobs(missing(), num_workers, lambda job: count(job.num_bytes))
+    return units, list(counts.values())
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _batches(documents: Iterator[tuple[Source, str]]) -> Iterator[list[tuple[Source, str]]]:
+    """Documents in a row, together just over `UNIT_BYTES` characters."""
+    batch: list[tuple[Source, str]] = []
+    length = 0
+    for source, text in documents:
+        batch.append((source, text))
+        length += len(text)
+        if length >= UNIT_BYTES:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass
+class _SplitState:
+    packer: Packer
+    writer: ShardWriter
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+
+def _pack(
+    corpus: Corpus, out: Path, units: list[Unit], rules: RowRules, progress: Progress
+) -> dict[str, Split]:
+    """Write the shards of both splits from the parts."""
+    for path in out.iterdir():  # of a run that was stopped while packing
+        if re.fullmatch(r"\.?(train|valid)-\d{5}\.(bin|len)(\.\d+\.partial)?", path.name):
+            path.unlink()
+    rows_per_shard = max(1, SHARD_TOKENS // rules.seq_len)
+    make_packer = PACKERS[corpus.options.packing]
+    states = {
+        name: _SplitState(make_packer(rules), ShardWriter(out, name, rows_per_shard))
+        for name in ("train", "valid")
+    }
+    total = sum(unit.num_bytes for unit in units)
+    done = 0
+    try:
+        for unit in units:
+            _pack_unit(corpus, unit, states)
+            done += unit.num_bytes
+            progress("pack", done, total)
+        splits = {
+            name: _finish_split(name, states[name], rules)
+            for name in (("train", "valid") if corpus.has_valid else ("train",))
+        }
+    finally:
+        for state in states.values():
+            state.writer.close()
+    return splits
+
+
+def _pack_unit(corpus: Corpus, unit: Unit, states: dict[str, _SplitState]) -> None:
+    ids, lengths, sizes = read_part(unit.path)
+    assert len(lengths) == unit.num_documents
+    numbers = range(unit.first_document, unit.first_document + unit.num_documents)
+    is_valid = np.array([unit.group == "valid" or corpus.is_valid(n) for n in numbers])
+    for name, chosen in (("train", ~is_valid), ("valid", is_valid)):
+        if chosen.any():
+            state = states[name]
+            chosen_ids = ids[np.repeat(chosen, lengths)]
+            state.writer.write(*state.packer.add(chosen_ids, lengths[chosen]))
+            state.documents += int(chosen.sum())
+            state.tokens += len(chosen_ids) + corpus.options.document_eos * int(chosen.sum())
+            state.bytes += int(sizes[chosen].sum())
+
+
+def _finish_split(name: str, state: _SplitState, rules: RowRules) -> Split:
+    """The split's last shard and its counts.
+
+    Raises:
+        UserError: it does not fill one row.
+    """
+    if state.writer.num_rows == 0:
+        what = {"train": "training", "valid": "validation"}[name]
+        more = {"train": "more text", "valid": "more validation text (valid, valid_fraction)"}[name]
+        raise UserError(
+            f"the {what} text has {state.tokens} tokens, fewer than the {rules.payload} of one "
+            f"row: give {more} or a smaller seq_len"
+        )
+    state.writer.finish()
+    dropped = state.packer.left_over
+    return Split(
+        documents=state.documents,
+        tokens=state.writer.tokens,
+        bytes=round(state.bytes * (1 - dropped / state.tokens)),
+        rows=state.writer.num_rows,
+        dropped_tokens=dropped,
+        shards=tuple(state.writer.shards),
+    )

@@ -1,0 +1,244 @@
+"""Tokenising on all cores: units of text go to worker processes, each unit becomes one file.
+
+A part is named by a hash of its text, of the tokenizer and of the detokenizer, and appears whole
+or not at all. So a run that was stopped goes on with the parts that exist, and a change of any
+option that matters to a part gives it another name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from blockdiffusion.data.files import written_aside
+from blockdiffusion.data.sources import DETOKENIZERS
+from blockdiffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PART_VERSION = 1
+UNIT_BYTES = 2 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class PartRules:
+    """What a part depends on besides its text."""
+
+    tokenizer_file: str
+    tokenizer_sha256: str
+    vocab_size: int
+    mask_id: int
+    detokenize: str
+
+    @property
+    def dtype(self) -> np.dtype:
+        return id_dtype(self.vocab_size)
+
+    def key(self, raw_texts: Iterable[bytes]) -> str:
+        """The name of the part made from `raw_texts`."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"{PART_VERSION} {self.tokenizer_sha256} {self.detokenize}".encode())
+        for raw in raw_texts:
+            digest.update(f" {len(raw)} ".encode())
+            digest.update(raw)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One unit of text to tokenise into the file `path`."""
+
+    path: Path
+    texts: list[str]
+    num_bytes: int
+    rules: PartRules
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type that holds every id: uint16 up to 65,536 ids, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def write_part(job: Job) -> None:
+    """Tokenise a unit into its file.
+
+    Raises:
+        UserError: a text becomes the mask token.
+        OSError: the file cannot be written.
+    """
+    tokenizer = _open_tokenizer(job.rules.tokenizer_file)
+    detokenize = DETOKENIZERS[job.rules.detokenize]
+    ids: list[np.ndarray] = []
+    sizes: list[int] = []
+    for text in map(detokenize, job.texts):
+        # A batch of one: no second thread (the processes have the cores), and no offsets.
+        encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+        ids.append(np.array(encoding.ids, dtype=job.rules.dtype))
+        sizes.append(len(text.encode()))
+        if (ids[-1] == job.rules.mask_id).any():
+            raise UserError(
+                "a document contains the tokenizer's mask token itself "
+                f"({text[:60]!r}...): take it out of the text, or use another tokenizer"
+            )
+    content = io.BytesIO()  # numpy hides the reason when it cannot write to a file itself
+    np.save(content, np.concatenate(ids))
+    np.save(content, np.array([len(document) for document in ids], dtype=np.int64))
+    np.save(content, np.array(sizes, dtype=np.int64))
+    with written_aside(job.path) as file:
+        file.write(content.getbuffer())
+
+
+def read_part(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids of all documents in a row, ids of each document, UTF-8 bytes of each document)."""
+    with open(path, "rb") as file:
+        ids, lengths, sizes = (np.load(file, allow_pickle=False) for _ in range(3))
+    return ids, lengths, sizes
+
+
+@functools.lru_cache(maxsize=1)
+def _open_tokenizer(path: str) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.encode_special_tokens = True  # "<|mask|>" in a text is plain text
+    return tokenizer
+
+
+def run_jobs(jobs: Iterator[Job], num_workers: int, on_done: Callable[[Job], None]) -> None:
+    """Write the parts of `jobs`, in `num_workers` processes if there is more than one job.
+
+    Raises:
+        UserError: a worker was killed; or what reading the jobs or writing a part raises. The
+            parts that were under way are finished first.
+    """
+    _open_tokenizer.cache_clear()  # another preparation may have written another file there
+    first = list(islice(jobs, 2))
+    jobs = chain(first, jobs)
+    if num_workers == 1 or len(first) < 2:
+        for job in jobs:
+            write_part(job)
+            on_done(job)
+        return
+    workers = [Worker() for _ in range(num_workers)]
+    try:
+        _run_in(workers, jobs, on_done)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _run_in(workers: list[Worker], jobs: Iterator[Job], on_done: Callable[[Job], None]) -> None:
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for worker in workers:
+        idle.put(worker)
+    pending: dict[Future[None], Job] = {}
+
+    def run(job: Job) -> None:
+        worker = idle.get()
+        try:
+            worker.write_part(job)
+        finally:
+            idle.put(worker)
+
+    def collect() -> None:
+        done, _ = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            job = pending.pop(future)
+            future.result()
+            on_done(job)
+
+    with ThreadPoolExecutor(len(workers)) as threads:  # a thread waits for each worker
+        for job in jobs:
+            pending[threads.submit(run, job)] = job
+            # Enough to keep every worker busy; more would only hold text in memory.
+            while len(pending) >= len(workers) + 2:
+                collect()
+        while pending:
+            collect()
+
+
+class Worker:
+    """A process that writes parts: it reads pickled jobs and answers None or what was raised.
+
+    Not a `multiprocessing` pool: that would run the caller's main script again in every worker,
+    with all it imports, and its workers outlive a parent that is killed. This one ends when its
+    standard input does.
+    """
+
+    def __init__(self) -> None:
+        # The same search path as here, whatever the caller did to it.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", "from blockdiffusion.data.parts import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+
+    def write_part(self, job: Job) -> None:
+        """Have `job` done, and wait for it; raises what it raised there.
+
+        Raises:
+            UserError: the process has ended.
+        """
+        to_worker, from_worker = self.process.stdin, self.process.stdout
+        assert to_worker is not None and from_worker is not None
+        try:
+            pickle.dump(job, to_worker)
+            to_worker.flush()
+            error = pickle.load(from_worker)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+            raise UserError(
+                f"a worker process ended by itself (exit status {self.process.wait()}; out of "
+                "memory?): run the same again, with a smaller num_workers if need be, it goes on "
+                "from what is already done"
+            ) from None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """End the process and wait for that."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        self.process.wait()
+
+
+def serve() -> None:
+    """What a worker process does: jobs from standard input until its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not get between the answers
+    while True:
+        try:
+            job = pickle.load(sys.stdin.buffer)
+        except (EOFError, pickle.UnpicklingError):  # closed, or killed while it wrote
+            return
+        error = None
+        try:
+            write_part(job)
+        except Exception as raised:
+            error = raised
+        try:
+            pickle.dump(error, answers)
+            answers.flush()
+        except BrokenPipeError:
+            return

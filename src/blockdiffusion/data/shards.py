@@ -1,0 +1,214 @@
+"""From tokens of documents to rows of one length, and from rows to shard files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+
+from blockdiffusion.data.files import partial_path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRules:
+    """How a row is laid out; an id that is None is not put anywhere."""
+
+    seq_len: int
+    dtype: np.dtype
+    pad_id: int
+    row_bos_id: int | None = None
+    row_eos_id: int | None = None
+    document_eos_id: int | None = None
+
+    @property
+    def payload(self) -> int:
+        """Tokens of documents that fit into a row."""
+        return self.seq_len - (self.row_bos_id is not None) - (self.row_eos_id is not None)
+
+
+class Packer(Protocol):
+    """Turns documents into rows; keeps what does not fill a row yet."""
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows (n, L) that these documents complete, and their lengths (n,) if they may differ.
+
+        Args:
+            ids: the tokens of all documents in a row.
+            lengths: how many of them each document has.
+        """
+        ...
+
+    @property
+    def left_over(self) -> int:
+        """Tokens that never filled a row."""
+        ...
+
+
+class WrapPacker:
+    """The paper's packing: documents one after the other, cut wherever a row is full."""
+
+    def __init__(self, rules: RowRules) -> None:
+        self.rules = rules
+        self._rest = np.empty(0, dtype=rules.dtype)
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        rules = self.rules
+        if rules.document_eos_id is not None:
+            ids = np.insert(ids, np.cumsum(lengths), rules.document_eos_id)
+        stream = np.concatenate([self._rest, ids])
+        num_rows = len(stream) // rules.payload
+        self._rest = stream[num_rows * rules.payload :].copy()
+        rows = np.empty((num_rows, rules.seq_len), dtype=rules.dtype)
+        start = 0
+        if rules.row_bos_id is not None:
+            rows[:, 0] = rules.row_bos_id
+            start = 1
+        kept = stream[: num_rows * rules.payload]
+        rows[:, start : start + rules.payload] = kept.reshape(num_rows, rules.payload)
+        if rules.row_eos_id is not None:
+            rows[:, -1] = rules.row_eos_id
+        return rows, None
+
+    @property
+    def left_over(self) -> int:
+        return len(self._rest)
+
+
+class DocumentPacker:
+    """One document a row, padded at the right; a longer one goes on in the next rows."""
+
+    left_over = 0
+
+    def __init__(self, rules: RowRules) -> None:
+        self.rules = rules
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        rules = self.rules
+        totals = lengths + (rules.document_eos_id is not None)
+        num_rows = int((-(-totals // rules.payload)).sum())
+        rows = np.full((num_rows, rules.seq_len), rules.pad_id, dtype=rules.dtype)
+        row_lengths = np.empty(num_rows, dtype="<u4")
+        row = 0
+        for document in np.split(ids, np.cumsum(lengths)[:-1]):
+            if rules.document_eos_id is not None:
+                document = np.append(document, rules.document_eos_id)
+            for start in range(0, len(document), rules.payload):
+                row_lengths[row] = self._fill(rows[row], document[start : start + rules.payload])
+                row += 1
+        assert row == num_rows
+        return rows, row_lengths
+
+    def _fill(self, row: np.ndarray, tokens: np.ndarray) -> int:
+        """Write one row; returns its number of valid positions."""
+        length = 0
+        if self.rules.row_bos_id is not None:
+            row[0] = self.rules.row_bos_id
+            length = 1
+        row[length : length + len(tokens)] = tokens
+        length += len(tokens)
+        if self.rules.row_eos_id is not None:
+            row[length] = self.rules.row_eos_id
+            length += 1
+        return length
+
+
+PACKERS: dict[str, type[WrapPacker] | type[DocumentPacker]] = {
+    "wrap": WrapPacker,
+    "document": DocumentPacker,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One file of rows: its name, its number of rows, the sha256 of its bytes."""
+
+    file: str
+    rows: int
+    sha256: str
+
+
+def lengths_file(shard_file: str) -> str:
+    """The file beside a shard that holds the lengths of its rows, little-endian uint32."""
+    return shard_file.removesuffix(".bin") + ".len"
+
+
+class ShardWriter:
+    """Writes rows into `<split>-00000.bin`, `-00001.bin`, ... of at most `rows_per_shard`.
+
+    A file has a hidden name until it is whole.
+    """
+
+    def __init__(self, directory: Path, split: str, rows_per_shard: int) -> None:
+        self.directory = directory
+        self.split = split
+        self.rows_per_shard = rows_per_shard
+        self.shards: list[Shard] = []
+        self.tokens = 0  # valid positions written
+        self._file: BinaryIO | None = None
+        self._lengths_file: BinaryIO | None = None
+        self._rows = 0  # in the unfinished shard
+
+    def write(self, rows: np.ndarray, lengths: np.ndarray | None) -> None:
+        """Append rows (n, L), with their lengths (n,) where they are padded."""
+        self.tokens += int(lengths.sum()) if lengths is not None else rows.size
+        while len(rows):
+            count = min(len(rows), self.rows_per_shard - self._rows)
+            self._append(rows[:count], None if lengths is None else lengths[:count])
+            rows, lengths = rows[count:], None if lengths is None else lengths[count:]
+            if self._rows == self.rows_per_shard:
+                self._finish_shard()
+
+    def finish(self) -> None:
+        """Give the last shard its name."""
+        if self._rows:
+            self._finish_shard()
+
+    def close(self) -> None:
+        """Drop an unfinished shard; nothing after `finish`."""
+        for file in (self._file, self._lengths_file):
+            if file is not None:
+                with suppress(OSError):  # a full disk: what was buffered cannot be written either
+                    file.close()
+                Path(file.name).unlink(missing_ok=True)
+        self._file = self._lengths_file = None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(shard.rows for shard in self.shards) + self._rows
+
+    @property
+    def _name(self) -> str:
+        return f"{self.split}-{len(self.shards):05d}.bin"
+
+    def _append(self, rows: np.ndarray, lengths: np.ndarray | None) -> None:
+        if self._file is None:
+            self._file = self._open(self._name)
+            self._digest = hashlib.sha256()
+        data = rows.tobytes()
+        self._digest.update(data)
+        self._file.write(data)
+        if lengths is not None:
+            if self._lengths_file is None:
+                self._lengths_file = self._open(lengths_file(self._name))
+            self._lengths_file.write(lengths.astype("<u4").tobytes())
+        self._rows += len(rows)
+
+    def _open(self, name: str) -> BinaryIO:
+        return open(partial_path(self.directory / name), "wb")
+
+    def _finish_shard(self) -> None:
+        name = self._name
+        for file, final in ((self._lengths_file, lengths_file(name)), (self._file, name)):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+                os.replace(file.name, self.directory / final)
+        self.shards.append(Shard(file=name, rows=self._rows, sha256=self._digest.hexdigest()))
+        self._file = self._lengths_file = None
+        self._rows = 0

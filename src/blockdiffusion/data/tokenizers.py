@@ -1,0 +1,242 @@
+"""Tokenizers: any fast Hugging Face one, bytes, or a byte-level BPE trained on the spot.
+
+Whatever it comes from, a tokenizer of this package is a `PreTrainedTokenizerFast` that has a mask
+token, adds no special token to a text by itself, and reads special tokens' names in a text as
+plain text (else a document could contain the mask).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockdiffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+MASK = "<|mask|>"
+OTHER_MASKS = ("[MASK]", "<mask>", "[mask]")
+MIN_BPE_VOCAB = 257  # every byte, and the end of text
+
+
+def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer `spec`: `byte`, a folder or file that exists, or a Hugging Face name.
+
+    A folder may be one written by `save_pretrained`, or hold only a `tokenizer.json`, or only the
+    `vocab.txt` of a BERT. A tokenizer's own mask token is used if it has one, else `<|mask|>` is
+    appended as the last id. Where no BOS and EOS are named, a BERT's are [CLS] and [SEP], and a
+    GPT-2's both <|endoftext|>.
+
+    Raises:
+        UserError: there is no such tokenizer, or it has no fast form.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _load_folder(path)
+    if path.is_file():
+        return _load_file(path)
+    if spec == "byte":
+        return byte_tokenizer()
+    if str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1 or path.suffix == ".json":
+        raise UserError(
+            f"there is no tokenizer {spec}: give a folder or a tokenizer.json that exists, byte, "
+            "bpe:SIZE, or a Hugging Face name"
+        )
+    return _load_pretrained(str(spec))
+
+
+def _load_folder(path: Path) -> PreTrainedTokenizerFast:
+    if (path / "tokenizer_config.json").exists():
+        return _load_pretrained(str(path))
+    if (path / "tokenizer.json").exists():
+        return _load_file(path / "tokenizer.json")
+    if (path / "vocab.txt").exists():
+        return _bert(path / "vocab.txt")
+    raise UserError(
+        f"the folder {path} holds no tokenizer: it needs a tokenizer.json, or a BERT's vocab.txt"
+    )
+
+
+def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the library, the network and broken files: a hundred classes
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"cannot load the tokenizer {name!r} ({first_line}): check the name and the network, "
+            "or give a folder with a tokenizer.json"
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"the tokenizer {name!r} has no fast form (tokenizer.json): convert it, or use another"
+        )
+    named = {
+        key: str(value)
+        for key, value in tokenizer.special_tokens_map.items()
+        if key.endswith("_token") and isinstance(value, str)
+    }
+    return _wrap(tokenizer.backend_tokenizer, named, getattr(tokenizer, "chat_template", None))
+
+
+def _load_file(path: Path) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer
+
+    try:
+        return _wrap(Tokenizer.from_file(str(path)), {})
+    except Exception as error:  # tokenizers raises bare Exception
+        first_line = str(error).partition("\n")[0]
+        raise UserError(
+            f"{path} cannot be read as a tokenizer ({first_line}): give a whole tokenizer.json"
+        ) from error
+
+
+def _bert(vocab_file: Path) -> PreTrainedTokenizerFast:
+    """BERT's WordPiece; uncased if no word of the vocabulary has a capital letter."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    named = {
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    words = vocab_file.read_text(encoding="utf-8").split("\n")
+    vocab = {word.rstrip("\r"): number for number, word in enumerate(words) if word.strip()}
+    if missing := [token for token in named.values() if token not in vocab]:
+        raise UserError(f"{vocab_file} is no BERT vocabulary: it lacks {', '.join(missing)}")
+    uncased = all(word == word.lower() for word in vocab if not word.startswith("["))
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=uncased)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return _wrap(backend, named)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """The 256 bytes as ids 0..255, then <|endoftext|> = 256 (BOS and EOS) and <|mask|> = 257."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = _byte_letters()
+    vocab = {letters[byte]: byte for byte in range(256)}
+    backend = Tokenizer(models.BPE(vocab, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([_added_token(END_OF_TEXT)])
+    return _wrap(backend, {})
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable stand-in for each byte: itself if printable, else from U+0100 upwards."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocab_size` ids learnt from `documents`; <|endoftext|> is the first.
+
+    <|mask|> is appended as one id more, so V = vocab_size + 1. The same text gives the same
+    tokenizer. Memory grows with the number of different words only.
+
+    Raises:
+        UserError: `vocab_size` is below 257, or the text has too little in it for so many ids.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < MIN_BPE_VOCAB:
+        raise UserError(
+            f"a byte-level BPE of {vocab_size} ids is too small: it needs at least {MIN_BPE_VOCAB} "
+            "(the 256 bytes and <|endoftext|>)"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[_added_token(END_OF_TEXT)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=16,  # no ids for rulers of dashes
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    found = backend.get_vocab_size()
+    if found != vocab_size:
+        raise UserError(
+            f"the text is too short for a BPE of {vocab_size} ids, it gives only {found}: ask for "
+            f"bpe:{found} or fewer, or give more text"
+        )
+    return _wrap(backend, {})
+
+
+def _added_token(content: str):
+    from tokenizers import AddedToken
+
+    return AddedToken(content, special=True, normalized=False)
+
+
+def _wrap(
+    backend: Tokenizer, named: dict[str, str], chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """`backend` with the tokens that it names (`bos_token`, ...), and with those it should."""
+    from transformers import PreTrainedTokenizerFast
+
+    backend.no_padding()
+    backend.no_truncation()
+    backend.post_processor = None  # it would add BOS, [CLS] and the like to every text
+    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    named = dict(named)
+    if "bos_token" not in named and "eos_token" not in named and END_OF_TEXT in special:
+        named |= {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
+    for name, bert_name in (("bos_token", "cls_token"), ("eos_token", "sep_token")):
+        if name not in named and bert_name in named:
+            named[name] = named[bert_name]
+    if "mask_token" not in named:
+        named["mask_token"] = next((m for m in (MASK, *OTHER_MASKS) if m in special), MASK)
+    backend.add_special_tokens([_added_token(named["mask_token"])])  # nothing if it is there
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, split_special_tokens=True, chat_template=chat_template, **named
+    )
+
+
+def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """V, the number of ids with the mask: one more than the largest id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The ids of `text` alone: nothing is added, and no special token is read out of the text."""
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of all that decides what ids a text gets and which ids are special."""
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id]
+    content = json.dumps([tokenizer.backend_tokenizer.to_str(), special])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def require_token(tokenizer: PreTrainedTokenizerFast, kind: str, option: str) -> int:
+    """The id of the tokenizer's `kind` ("bos" or "eos") token, which `option` needs.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    number = tokenizer.bos_token_id if kind == "bos" else tokenizer.eos_token_id
+    if number is None:
+        raise UserError(
+            f"{option} needs a tokenizer with a {kind.upper()} token, and this one has none: turn "
+            f"{option} off or use another tokenizer"
+        )
+    return number

@@ -1,0 +1,48 @@
+"""Held-out text from a prepared data directory, checked against the model that is to score it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from blockdiffusion.data.loader import Batch, TokenRows
+from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.errors import UserError
+
+
+@dataclass(frozen=True)
+class HeldOutText:
+    """Rows to score, and the UTF-8 bytes that they cover.
+
+    When only a part of the split is taken, the bytes are the split's times the share of tokens.
+    """
+
+    batch: Batch
+    num_bytes: float
+
+
+def read_rows(
+    directory: str | Path, split: str, model: Denoiser, rows: int | None = None
+) -> HeldOutText:
+    """The first `rows` rows (None = all) of a split.
+
+    Raises:
+        UserError: no such data or split, no rows, or data made for another vocabulary.
+    """
+    if rows is not None and rows < 1:
+        raise UserError(f"rows is {rows}; at least 1 row is needed")
+    source = TokenRows(directory, split)
+    manifest, config = source.manifest, model.config
+    if (manifest.vocab_size, manifest.mask_id) != (config.vocab_size, config.mask_id):
+        raise UserError(
+            f"{directory} has V = {manifest.vocab_size} and mask {manifest.mask_id}, the model "
+            f"V = {config.vocab_size} and mask {config.mask_id}; prepare the text with the "
+            "model's tokenizer"
+        )
+    count = min(source.num_rows, rows or source.num_rows)
+    batch = source.rows(np.arange(count))
+    tokens = batch.ids_BL.numel() if batch.valid_BL is None else int(batch.valid_BL.sum())
+    info = manifest.splits[split]
+    return HeldOutText(batch, info.bytes * tokens / info.tokens)

@@ -1,0 +1,184 @@
+"""What the command line shows: progress bars, a sample as its blocks fill in, results in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from blockdiffusion.evaluate.likelihood import Likelihood
+    from blockdiffusion.sampling import Event
+
+HIDDEN = "░"
+FRAME_SECONDS = 1 / 30
+
+
+def error_console() -> Console:
+    """Progress and messages go to standard error; results go to standard output."""
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Gives a function (stage, done, total) that draws a bar with rate and time left.
+
+    On what is no terminal nothing is drawn.
+    """
+    console = error_console()
+    bar = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(show_speed=True),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(title, total=None)
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            bar.update(task, description=f"{title} {stage}".strip(), completed=done, total=total)
+
+        yield report
+
+
+def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> Event:
+    """Draws one sample while it is denoised; returns the last event.
+
+    On a terminal the current block fills in token by token; elsewhere the text of each finished
+    block is printed.
+    """
+    from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+
+    console = Console()
+    view = _SampleView(tokenizer, prompt)
+    if not console.is_terminal:
+        return _print_blocks(events, console, view)
+    with Live(
+        view.text(), console=console, refresh_per_second=30, vertical_overflow="visible"
+    ) as live:
+        for event in events:
+            if isinstance(event, StepEvent):
+                view.decide(event)
+                live.update(view.text())
+            elif isinstance(event, BlockEvent):
+                view.finish(event)
+            elif isinstance(event, DoneEvent):
+                view.cut(int(event.lengths[0]))
+                live.update(view.text())
+                return event
+    raise AssertionError("the block loop always ends with a DoneEvent")
+
+
+def _print_blocks(events: Iterator[Event], console: Console, view: _SampleView) -> Event:
+    from blockdiffusion.sampling import BlockEvent, DoneEvent
+
+    printed = 0
+    for event in events:
+        if isinstance(event, BlockEvent):
+            view.finish(event)
+            view.cut(int(event.ends[0]))
+            text = view.plain().rstrip("\ufffd")  # half a character waits for its other half
+            console.print(text[printed:], end="", markup=False, highlight=False, soft_wrap=True)
+            printed = len(text)
+        elif isinstance(event, DoneEvent):
+            console.print()
+            return event
+    raise AssertionError("the block loop always ends with a DoneEvent")
+
+
+class _SampleView:
+    """The first row's tokens as text: given, finished, just decided, hidden."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]):
+        self.tokenizer = tokenizer
+        self.finished = list(prompt)
+        self.num_given = len(prompt)
+        self.block: dict[int, int] = {}
+
+    def decide(self, event: Any) -> None:
+        for position, token in zip(event.positions.tolist(), event.ids.tolist(), strict=True):
+            self.block[position] = token
+
+    def finish(self, event: Any) -> None:
+        start = int(event.starts[0])
+        self.finished = self.finished[:start] + event.ids[0].tolist()
+        self.block = {}
+
+    def cut(self, length: int) -> None:
+        self.finished = self.finished[:length]
+
+    def decode(self, ids: list[int]) -> str:
+        if self.tokenizer is None:
+            return "".join(f"{token} " for token in ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def plain(self) -> str:
+        return self.decode(self.finished)
+
+    def text(self) -> Text:
+        given = self.decode(self.finished[: self.num_given])
+        whole = self.decode(self.finished)
+        out = Text(given, style="bold")
+        out.append(whole[len(given) :])
+        if self.block:
+            last = max(self.block)
+            for position in range(len(self.finished), last + 1):
+                if position in self.block:
+                    out.append(self.decode([self.block[position]]), style="bold green")
+                else:
+                    out.append(HIDDEN, style="dim")
+            out.append(HIDDEN, style="dim")
+        return out
+
+
+def likelihood_lines(result: Likelihood, what: str) -> list[str]:
+    """A likelihood in words, one fact a line, the bound sign where it belongs."""
+    sign = "<= " if result.is_bound else ""
+    kind = "bound on nats/token" if result.is_bound else "nats/token"
+    noise = "" if result.stderr_noise is None else f" ± {result.stderr_noise:.4f} (noise)"
+    data = "" if result.stderr_data is None else f" ± {result.stderr_data:.4f} (data)"
+    lines = [what, f"  {kind:<22}{result.nats_per_token:.4f}{noise}{data}"]
+    spread = ""
+    if result.interval is not None:
+        low, high = result.interval
+        lines.append(f"  {'95 % interval':<22}{low:.4f} .. {high:.4f}")
+        import math
+
+        spread = f"  (95 %: {math.exp(low):.2f} .. {math.exp(high):.2f})"
+    lines.append(f"  {'perplexity':<22}{sign}{result.perplexity:.2f}{spread}")
+    if result.bits_per_byte is not None:
+        lines.append(f"  {'bits/byte':<22}{sign}{result.bits_per_byte:.4f}")
+    if result.is_bound and result.exact_nats_per_token is not None:
+        error = result.exact_stderr_data
+        data = "" if error is None else f" ± {error:.4f} (data)"
+        lines.append(f"  {'exact nats/token':<22}{result.exact_nats_per_token:.4f}{data}")
+        lines.append(f"  {'exact perplexity':<22}{result.exact_perplexity:.2f}")
+        if result.exact_bits_per_byte is not None:
+            lines.append(f"  {'exact bits/byte':<22}{result.exact_bits_per_byte:.4f}")
+    given = "BOS given, not counted" if result.bos else "no BOS given"
+    how = (
+        f"{2**result.block_size - 1} mask sets per block enumerated"
+        if result.estimator == "exact"
+        else f"{result.samples} draws of the masks, t cut at {result.t_min:g}"
+    )
+    lines.append(
+        f"  {result.num_tokens:,} tokens in {result.num_rows:,} rows counted; {given}; {how}; "
+        f"{result.seconds:.1f} s"
+    )
+    return lines

@@ -1,0 +1,349 @@
+"""Checkpoints of a run: written aside and renamed, without pickle, resumable bit for bit.
+
+A run lives in one directory:
+
+    config.yaml                  the resolved configuration
+    metrics.jsonl                one line per step, evaluation and set of samples
+    checkpoints/step-00001000/   weights, average and optimizer as safetensors, and state.json
+    model/                       the averaged weights and the tokenizer, ready to be loaded
+
+A kill at any moment leaves either the whole of a checkpoint under its final name or none of it.
+What is being written or removed is called `.*.partial`; the next start clears it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import blockdiffusion
+from blockdiffusion.data.files import FULL_DISK
+from blockdiffusion.errors import UserError
+from blockdiffusion.train.optim import MovingAverage
+
+FORMAT = "blockdiffusion-checkpoint-1"
+WEIGHTS, AVERAGE, OPTIMIZER = "weights.safetensors", "average.safetensors", "optimizer.safetensors"
+STATE = "state.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointOptions:
+    """When checkpoints are written; one is always written at the end and when interrupted."""
+
+    every: int = 1000
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Number of checkpoints that stay; older ones are removed."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"checkpoint.{name} is {getattr(self, name)}; it must be at least 1"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a checkpoint holds besides tensors."""
+
+    step: int
+    """Updates made."""
+    seconds: float
+    """Wall-clock time of training, summed over all resumes."""
+    best_bound: float | None
+    """The lowest validation bound so far, nats per token."""
+    config: dict[str, Any]
+    data: str
+    """Fingerprint of the prepared data."""
+    threads: int
+    """Threads of the CPU operators; results are equal bit for bit only at an equal number."""
+    device: str
+    versions: dict[str, str]
+
+
+def versions() -> dict[str, str]:
+    """The versions that a checkpoint records."""
+    from importlib.metadata import version
+
+    found = {"blockdiffusion": blockdiffusion.__version__, "python": platform.python_version()}
+    found["torch"] = str(torch.__version__)
+    for package in ("transformers", "safetensors", "numpy"):
+        found[package] = version(package)
+    return found
+
+
+# --- The run directory ----------------------------------------------------------------------------
+
+
+def holds_run(out: Path) -> bool:
+    """Whether `out` holds something that a new run would overwrite."""
+    names = ("config.yaml", "metrics.jsonl", "checkpoints", "model")
+    return any((out / name).exists() for name in names)
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """The run's directory, made, locked against a second process and cleared of leftovers.
+
+    Raises:
+        UserError: another process is at work in it.
+    """
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "wb") as file:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            pass
+        else:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is training in {out} right now; wait for it, or choose "
+                    "another out=..."
+                ) from None
+        _remove_leftovers(out)
+        yield
+
+
+def latest(out: Path) -> Path | None:
+    """The directory of the newest checkpoint of the run in `out`, or None."""
+    checkpoints = _all_checkpoints(out)
+    return checkpoints[-1] if checkpoints else None
+
+
+# --- Saving ---------------------------------------------------------------------------------------
+
+
+def save(
+    out: Path,
+    state: TrainState,
+    model: nn.Module,
+    average: MovingAverage,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+) -> Path:
+    """Writes checkpoint `state.step` of the run in `out` and removes all but the last `keep`.
+
+    Raises:
+        UserError: the disk is full; nothing is left of the new checkpoint, the earlier ones stay.
+    """
+    final = out / "checkpoints" / f"step-{state.step:08d}"
+    partial = final.with_name(f".{final.name}.partial")
+    with disk_full_is_user_error(f"checkpoint {final}", partial):
+        partial.mkdir(parents=True)
+        save_file(_weights(model), partial / WEIGHTS)
+        save_file(average.average, partial / AVERAGE)
+        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+        text = json.dumps({"format": FORMAT, **asdict(state)}, indent=2)
+        (partial / STATE).write_text(text + "\n", encoding="utf-8")
+        _publish(partial, final)
+    for old in _all_checkpoints(out)[:-keep]:
+        # Renamed first: a kill in the middle must not leave half of it under its name.
+        removed = old.rename(old.with_name(f".{old.name}.partial"))
+        shutil.rmtree(removed)
+    return final
+
+
+def export_model(
+    out: Path, model: nn.Module, average: MovingAverage, tokenizer: Path | None
+) -> None:
+    """Writes the averaged weights, and the tokenizer's files, to `out`/model/.
+
+    The files of an earlier export are replaced one by one. Only the weights differ between two
+    exports of a run, so that the directory can be loaded at every moment.
+
+    Raises:
+        UserError: the disk is full; an earlier export stays.
+    """
+    final, partial = out / "model", out / ".model.partial"
+    with disk_full_is_user_error(f"model {final}", partial):
+        partial.mkdir()
+        for path in [] if tokenizer is None else tokenizer.iterdir():
+            shutil.copyfile(path, partial / path.name)  # without its permissions
+        with average.swapped(), _no_progress_bars():
+            model.save_pretrained(partial)  # type: ignore
+        _publish(partial, final)
+
+
+def _publish(partial: Path, final: Path) -> None:
+    """Gives the complete directory `partial` the name `final`, once it is on the disk."""
+    for path in partial.iterdir():
+        _sync(path)
+    _sync(partial)
+    if not final.exists():
+        partial.rename(final)
+    else:
+        for path in partial.iterdir():
+            os.replace(path, final / path.name)
+        partial.rmdir()
+        _sync(final)
+    _sync(final.parent)
+
+
+@contextmanager
+def disk_full_is_user_error(what: str, partial: Path | None = None) -> Iterator[None]:
+    """Removes `partial` when writing fails, and tells a full disk in one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        # safetensors writes from Rust, where the number only survives in the text.
+        numbers = [f"(os error {number})" for number in FULL_DISK]
+        if getattr(error, "errno", None) in FULL_DISK or any(n in str(error) for n in numbers):
+            raise UserError(
+                f"the disk is full: the {what} could not be written; what was written before "
+                "it is intact: free some space, then resume the run"
+            ) from error
+        raise
+
+
+# --- Loading --------------------------------------------------------------------------------------
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """The state of a checkpoint directory.
+
+    Raises:
+        UserError: state.json is missing, damaged, or not one of ours.
+    """
+    path = checkpoint / STATE
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        if loaded.pop("format") != FORMAT:
+            raise ValueError("another format")
+        return TrainState(**{field.name: loaded[field.name] for field in fields(TrainState)})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _damaged(path, f"it cannot be read as a {FORMAT} state: {error!r}") from error
+
+
+def load(
+    checkpoint: Path,
+    model: nn.Module,
+    average: MovingAverage,
+    optimizer: torch.optim.Optimizer,
+) -> TrainState:
+    """Restores weights, average and optimizer from a checkpoint directory; returns its state.
+
+    Raises:
+        UserError: a file is missing, truncated, or belongs to a model of another shape.
+    """
+    state = read_state(checkpoint)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = _read_tensors(checkpoint / WEIGHTS, _shapes(parameters))
+    averages = _read_tensors(checkpoint / AVERAGE, _shapes(average.average))
+    shapes = {
+        f"{name}.{key}": () if key == "step" else tuple(p.shape)
+        for name, p in parameters.items()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+    # A parameter that never had a gradient has no moments.
+    moments = _read_tensors(checkpoint / OPTIMIZER, shapes, may_lack=True)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+            optimizer.state[parameter] = {
+                key: moments[f"{name}.{key}"].to(parameter.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in moments
+            }
+    average.load(averages)
+    return state
+
+
+def _read_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], may_lack: bool = False
+) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, f"it is missing, truncated or not safetensors: {error}") from error
+    for name in sorted(shapes.keys() ^ tensors.keys()):
+        if name in shapes and may_lack:
+            continue
+        problem = "lacks the" if name in shapes else "has the unexpected"
+        raise _damaged(path, f"it {problem} tensor {name}, so it is not of this model")
+    for name, tensor in tensors.items():
+        given, wanted = tuple(tensor.shape), shapes[name]
+        if given != wanted:
+            raise _damaged(path, f"{name} has shape {given} where this model has {wanted}")
+    return tensors
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(
+        f"cannot resume from {path}: {why}; remove the directory {path.parent} to go on from the "
+        "checkpoint before it"
+    )
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": tensor
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        for key, tensor in optimizer.state[parameter].items()
+    }
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Removes what a killed process had not finished writing or removing."""
+    for folder in (out, out / "checkpoints"):
+        for path in folder.glob(".*.partial"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _all_checkpoints(out: Path) -> list[Path]:
+    found = (out / "checkpoints").glob("step-*")
+    return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def _sync(path: Path) -> None:
+    """Makes the contents of a file, or the names in a directory, survive a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a directory
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keeps `save_pretrained` from drawing over the display of the run."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,181 @@
+"""What a run shows while it trains: a live line on a terminal, plain lines elsewhere.
+
+Both are loggers (see `loggers.Logger`): the training loop does not know that they draw.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from blockdiffusion.train.loggers import Logger
+
+SMOOTHING = 0.95  # of the loss that is shown; the true one is in metrics.jsonl
+SPARK = "▁▂▃▄▅▆▇█"
+
+
+def make_display(steps: int, console: Console | None = None, every_seconds: float = 10) -> Logger:
+    """The live display when `console` (default: standard error) is a terminal, else the plain one.
+
+    Args:
+        steps: updates of the whole run.
+        every_seconds: time between two plain lines.
+    """
+    console = console or Console(stderr=True)
+    if console.is_terminal:
+        return LiveDisplay(steps, console)
+    return PlainDisplay(steps, console, every_seconds)
+
+
+class LossCurve:
+    """The smoothed loss, and its course in at most `2 * width` points, however long the run."""
+
+    def __init__(self, width: int = 24):
+        self.width = width
+        self._sum = self._weight = 0.0
+        self._points: list[float] = []
+        self._stride = 1
+        self._seen = 0
+
+    @property
+    def value(self) -> float:
+        """The exponential average of the losses so far."""
+        return self._sum / self._weight
+
+    def add(self, loss: float) -> None:
+        self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
+        self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        self._seen += 1
+        if self._seen % self._stride == 0:
+            self._points.append(self.value)
+            if len(self._points) == 2 * self.width:
+                self._points = self._points[1::2]
+                self._stride *= 2
+
+    def spark(self) -> str:
+        """The curve in `width` characters or fewer."""
+        points = self._points[-self.width :] if self._stride == 1 else self._points
+        if len(points) > self.width:
+            points = points[len(points) % 2 :: 2]
+        low, high = min(points, default=0.0), max(points, default=0.0)
+        scale = (len(SPARK) - 1) / (high - low) if high > low else 0.0
+        return "".join(SPARK[round((point - low) * scale)] for point in points)
+
+
+class LiveDisplay:
+    """A progress bar with the loss and its curve, the bound, the speed and the time left."""
+
+    def __init__(self, steps: int, console: Console):
+        self._steps, self._console = steps, console
+        self._curve = LossCurve()
+        self._bound = ""
+        self._drawn = 0.0
+        self._task = TaskID(0)
+
+    def start(self, config: Mapping[str, Any], first_step: int) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]step {task.completed}/{task.total}"),
+            BarColumn(bar_width=16),
+            TextColumn("[cyan]loss {task.fields[loss]}[/] [dim]{task.fields[spark]}[/]"),
+            TextColumn("[green]{task.fields[bound]}"),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(
+            "train",
+            total=self._steps,
+            completed=first_step - 1,
+            loss="-",
+            spark="",
+            bound="",
+            speed="",
+        )
+        self._progress.start()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if "loss" in values:
+            self._curve.add(values["loss"])
+            now = time.monotonic()
+            if now - self._drawn < 0.1 and step < self._steps:
+                return
+            self._drawn = now
+            self._progress.update(
+                self._task,
+                completed=step,
+                loss=f"{self._curve.value:.3f}",
+                spark=self._curve.spark(),
+                bound=self._bound,
+                speed=f"{values['tokens_per_second']:,.0f} tok/s lr {values['lr']:.1e}",
+            )
+        if "valid_bound" in values:
+            self._bound = f"bound {values['valid_bound']:.3f}"
+        for line in _sentences(step, values):
+            self._console.print(line)
+
+    def finish(self) -> None:
+        self._progress.stop()
+
+
+class PlainDisplay:
+    """One line every few seconds, for logs and pipes."""
+
+    def __init__(self, steps: int, console: Console, every_seconds: float):
+        self._steps, self._console, self._every_seconds = steps, console, every_seconds
+        self._curve = LossCurve()
+        self._began = self._printed = time.monotonic()
+        self._logged = 0
+
+    def start(self, config: Mapping[str, Any], first_step: int) -> None:
+        self._began = self._printed = time.monotonic()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if "loss" in values:
+            self._curve.add(values["loss"])
+            self._logged += 1
+            now = time.monotonic()
+            if now - self._printed >= self._every_seconds or step == self._steps:
+                self._printed = now
+                left = (self._steps - step) * (now - self._began) / self._logged
+                self._line(
+                    f"step {step}/{self._steps}  loss {self._curve.value:.4f}  "
+                    f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s  "
+                    f"{_clock(left)} left"
+                )
+        for line in _sentences(step, values):
+            self._line(line.plain)
+
+    def finish(self) -> None:
+        """Nothing is held open."""
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _sentences(step: int, values: Mapping[str, Any]) -> Sequence[Text]:
+    """What an evaluation, a set of samples or a note says, one line each."""
+    lines = []
+    if "valid_bound" in values:
+        line = f"step {step}: validation bound {values['valid_bound']:.4f} nats per token"
+        if values.get("valid_stderr_data") is not None:
+            line += f" ± {values['valid_stderr_data']:.4f}"
+        if "valid_perplexity_bound" in values:
+            line += f", perplexity <= {values['valid_perplexity_bound']:.2f}"
+        lines.append(Text(line, style="green"))
+    for sample in values.get("samples", [])[:1]:
+        words = " ".join(sample.split())
+        lines.append(Text(f"step {step}: {words[:200]}{'…' * (len(words) > 200)}", style="dim"))
+    if "note" in values:
+        lines.append(Text(values["note"], style="yellow"))
+    return lines
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

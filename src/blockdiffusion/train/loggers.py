@@ -1,0 +1,195 @@
+"""Where the numbers of a run go: metrics.jsonl always, other services through three methods."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+from blockdiffusion.data.files import written_aside
+from blockdiffusion.errors import UserError
+from blockdiffusion.train.checkpoint import disk_full_is_user_error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogOptions:
+    """Which services get the numbers, besides metrics.jsonl."""
+
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+
+class Logger(Protocol):
+    """Receives what a run reports. Steps never decrease; a step may be logged several times."""
+
+    def start(self, config: Mapping[str, Any], first_step: int) -> None:
+        """Called once, before any step; `first_step` is more than 1 when a run is resumed.
+
+        Steps from `first_step` on may have been logged before, by a process that was killed.
+        """
+        ...
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers after update `step`; also `samples` (list of str) and `note` (str)."""
+        ...
+
+    def finish(self) -> None:
+        """Called once, also when the run fails or is interrupted."""
+        ...
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object per line, each written in one piece."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def start(self, config: Mapping[str, Any], first_step: int) -> None:
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by finish)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        size = os.fstat(self._file.fileno()).st_size
+        line = _json_line({"step": step, **values})
+        try:
+            with disk_full_is_user_error(f"line of step {step} of {self.path}"):
+                if self._file.write(line) != len(line):  # the last bytes of the disk
+                    self._file.write(line)
+        except UserError:
+            self._file.truncate(size)
+            raise
+
+    def finish(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without a last line that a kill cut short."""
+    lines = []
+    if path.exists():
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+    return lines
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drops all lines after `step`, which a resumed run will write again; rewritten aside."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    with written_aside(path) as file:
+        file.writelines(_json_line(line) for line in kept)
+
+
+class TensorBoard:
+    """Event files in `out`/tensorboard."""
+
+    def __init__(self, out: Path):
+        self._module = _import("torch.utils.tensorboard", "tensorboard")
+        self._folder = out / "tensorboard"
+
+    def start(self, config: Mapping[str, Any], first_step: int) -> None:
+        self._writer = self._module.SummaryWriter(str(self._folder), purge_step=first_step)
+        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+            elif value is not None:
+                texts = [value] if isinstance(value, str) else value
+                self._writer.add_text(name, "\n\n---\n\n".join(texts), step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A Weights & Biases run named after the output directory; resumed with the run.
+
+    Samples stay in metrics.jsonl.
+    """
+
+    def __init__(self, out: Path):
+        self._wandb = _import("wandb", "wandb")
+        self._out = out
+
+    def start(self, config: Mapping[str, Any], first_step: int) -> None:
+        path = self._out / "wandb-id"
+        if not path.exists():
+            with written_aside(path) as file:
+                file.write(uuid.uuid4().hex.encode())
+        self._run = self._wandb.init(
+            project="blockdiffusion",
+            name=self._out.resolve().name,
+            id=path.read_text(encoding="utf-8"),
+            dir=str(self._out),
+            config=dict(config),
+            resume="allow",
+        )
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        numbers = _numbers(values)
+        if numbers:
+            self._run.log(numbers, step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A Trackio run named after the output directory. Samples stay in metrics.jsonl."""
+
+    def __init__(self, out: Path):
+        self._trackio = _import("trackio", "trackio")
+        self._out = out
+
+    def start(self, config: Mapping[str, Any], first_step: int) -> None:
+        self._run = self._trackio.init(
+            project="blockdiffusion",
+            name=self._out.resolve().name,
+            config=dict(config),
+            resume="allow",
+        )
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        numbers = _numbers(values)
+        if numbers:
+            self._run.log(numbers, step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+def make_loggers(options: LogOptions, out: Path) -> list[Logger]:
+    """The loggers that `options` names.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    makers = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+    return [makers[name](out) for name in options.loggers]
+
+
+def _json_line(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _import(module: str, package: str) -> ModuleType:
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"log.loggers names {package}, which is not installed; "
+            "run pip install 'blockdiffusion[loggers]', or take it out of log.loggers"
+        ) from error

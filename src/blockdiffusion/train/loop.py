@@ -1,0 +1,490 @@
+"""The training loop: one process, one device, resumable bit for bit.
+
+Everything random is a function of (seed, step): the order of the rows, the masks of the whole
+global batch, and (with the number of the micro-batch) dropout. So neither resuming nor the size of
+the micro-batches changes what the network is trained on.
+
+Steps count from 1: step n is the n-th update, and checkpoint n holds the weights after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from blockdiffusion.corruption import T_MIN, Corrupted, bernoulli
+from blockdiffusion.data.files import written_aside
+from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
+from blockdiffusion.data.manifest import Manifest
+from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.errors import UserError
+from blockdiffusion.schedules import Schedule, make_schedule
+from blockdiffusion.seeding import derive_seed, generator
+from blockdiffusion.train import checkpoint as checkpoints
+from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
+from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
+from blockdiffusion.train.optim import (
+    MovingAverage,
+    OptimOptions,
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+
+if TYPE_CHECKING:
+    from blockdiffusion.models.transformer import BlockDiffusionModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveOptions:
+    """The distribution of the masks that the network is trained on."""
+
+    schedule: str = "linear"
+    clip: tuple[float, float] | None = None
+    """Mask probabilities are kept in this interval; null: all of (0, 1]."""
+    t_min: float = T_MIN
+    """Times are cut here, where 1/t has no finite variance."""
+
+    def __post_init__(self) -> None:
+        self.make_schedule()
+        if not 0 <= self.t_min < 1:
+            raise UserError(f"objective.t_min is {self.t_min}; it must be in [0, 1)")
+
+    def make_schedule(self) -> Schedule:
+        """The noise schedule that the options name."""
+        return make_schedule(self.schedule, self.clip)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """How long, on what and in which precision to train."""
+
+    steps: int
+    """Updates of the weights."""
+    batch_size: int = 512
+    """Rows of the global batch, one update."""
+    micro_batch_size: int | None = None
+    """Rows of one forward and backward pass; null: the whole batch. It saves memory only."""
+    seed: int = 0
+    dtype: Literal["float32", "bf16"] = "float32"
+    """bf16 is autocast, in training: weights, average, optimizer and evaluation are float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int | None = None
+    """Threads of the CPU operators; null: what PyTorch chooses."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"train.{name} is {value}; it must be at least 1")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise UserError(
+                f"train.micro_batch_size is {self.micro_batch_size}; it must be at most "
+                f"train.batch_size, which is {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Periodic:
+    """Something to do with the averaged model every so many steps, and after the last one.
+
+    `run` returns values to log: `{"valid_bound": nats per token, ...}` of an evaluation,
+    `{"samples": [text, ...]}` of samples.
+    """
+
+    every: int
+    run: Callable[[BlockDiffusionModel], Mapping[str, Any]]
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether it is time after update `step` of `steps`."""
+        return step % self.every == 0 or step == steps
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its step was finished and saved.
+
+    Attributes:
+        exit_code: what a shell expects of a process that the signal ended (130, 143).
+    """
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.signal = signal.Signals(number)
+        self.exit_code = 128 + number
+
+
+def train(
+    model: BlockDiffusionModel,
+    rows: TokenRows,
+    *,
+    out: Path,
+    options: TrainOptions,
+    objective: ObjectiveOptions,
+    optim: OptimOptions,
+    checkpoint: CheckpointOptions,
+    periodic: Sequence[Periodic] = (),
+    loggers: Sequence[Logger] = (),
+    tokenizer: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    resume_command: str | None = None,
+) -> TrainState:
+    """Trains `model` in place on the rows of prepared data; writes the run into `out`.
+
+    Args:
+        model: with its initial weights, of the sizes of the data; moved to the device.
+        rows: the training split.
+        out: the run's directory, see `train.checkpoint` for what it holds.
+        periodic: evaluations and samples of the averaged model, in this order; what they return is
+            logged, and the best bound is taken from `valid_bound`.
+        loggers: displays and services that get every number, besides metrics.jsonl.
+        tokenizer: directory of tokenizer files to copy beside the released model.
+        config: the resolved configuration, saved with the run.
+        resume: go on from the newest checkpoint in `out` (from the start when there is none yet).
+        resume_command: the shell command that resumes this run, quoted when it is interrupted.
+
+    Returns:
+        The state of the last checkpoint. `model` holds the last weights, not their average; the
+        average is in `out`/model/.
+
+    Raises:
+        UserError: data and model do not fit, `out` holds a run (or none, to resume), a checkpoint
+            is damaged, the disk is full, or the loss is not finite.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
+    """
+    _check_fit(model, rows)
+    config = dict(config or {})
+    device = select_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model.to(device)  # type: ignore  # transformers wraps it without types
+    optimizer = make_optimizer(model, optim)
+    average = MovingAverage(model, optim.ema_decay)
+    schedule = objective.make_schedule()
+    order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16")
+
+    newest = _find_checkpoint(out, resume)
+    state = TrainState(
+        step=0,
+        seconds=0.0,
+        best_bound=None,
+        config=config,
+        data=data_fingerprint(rows.manifest),
+        threads=torch.get_num_threads(),
+        device=str(device),
+        versions=checkpoints.versions(),
+    )
+    note = None
+    if newest is not None:
+        state, note = _restore(newest, state, options.steps, model, average, optimizer)
+    began = time.perf_counter() - state.seconds
+    reporting = _reporting(out, loggers, config, state.step + 1)
+
+    with checkpoints.claimed(out), reporting as report, _StopSignals() as stop:
+        if note is not None:
+            report(state.step, {"note": note})
+            # A kill may have come between the checkpoint and its export.
+            checkpoints.export_model(out, model, average, tokenizer)
+        for step in range(state.step + 1, options.steps + 1):
+            step_began = time.perf_counter()
+            indices = order.indices(step - 1)
+            batch = rows.rows(indices)
+            free_BL = free_tokens(batch, rows.manifest.row_bos)
+            corrupted = bernoulli(
+                batch.ids_BL,
+                free_BL,
+                model.config.block_size,
+                model.config.mask_id,
+                schedule,
+                generator(options.seed, "corruption", step),
+                t_min=objective.t_min,
+            )
+
+            model.train()
+            losses = accumulate_gradients(
+                model, batch, corrupted, max(1, int(free_BL.sum())), step, options, autocast
+            )
+            norm = clip_gradients(model.parameters(), optim.clip_norm)
+            loss, grad_norm = torch.stack([losses.sum(), norm]).tolist()  # waits for the device
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                where = _not_finite_where(losses, indices, model, options)
+                raise UserError(_not_finite_message(step, where, checkpoints.latest(out)))
+
+            lr = learning_rate(optim, step, options.steps)
+            set_learning_rate(optimizer, lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average.update(step)
+
+            now = time.perf_counter()
+            values = {
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens_per_second": round(_num_tokens(batch) / (now - step_began), 1),
+                "seconds": round(now - began, 3),
+            }
+            report(step, values)
+
+            best = state.best_bound
+            if stop.signal is None:  # an interrupted run has no time for these
+                due = [what for what in periodic if what.due(step, options.steps)]
+                for values in _use_average(model, average, due):
+                    report(step, values)
+                    best = _lower(best, values.get("valid_bound"))
+
+            seconds = time.perf_counter() - began
+            state = replace(state, step=step, seconds=seconds, best_bound=best)
+            interrupt = stop.signal
+            if interrupt or step % checkpoint.every == 0 or step == options.steps:
+                checkpoints.save(out, state, model, average, optimizer, keep=checkpoint.keep)
+                checkpoints.export_model(out, model, average, tokenizer)
+            if interrupt:
+                raise Interrupted(interrupt, _farewell(interrupt, state, out, resume_command))
+    return state
+
+
+def accumulate_gradients(
+    model: BlockDiffusionModel,
+    batch: Batch,
+    corrupted: Corrupted,
+    num_free: int,
+    step: int,
+    options: TrainOptions,
+    autocast: torch.autocast,
+) -> torch.Tensor:
+    """Adds the gradient of a global batch's loss to the parameters, one micro-batch at a time.
+
+    The loss is the weighted sum of the negative log-likelihoods over the whole batch, divided by
+    its number of free tokens `num_free`: nats per token, whatever the size of the micro-batches.
+
+    Returns:
+        What each micro-batch contributes to the loss; the sum is the loss.
+    """
+    device = next(model.parameters()).device
+    num_rows, num_noisy, _ = corrupted.noisy_BNL.shape
+    size = options.micro_batch_size or num_rows
+    losses = []
+    for index, start in enumerate(range(0, num_rows, size)):
+        part = slice(start, start + size)
+        valid_BL = None if batch.valid_BL is None else batch.valid_BL[part].to(device)
+        masked = corrupted.rows(part.start, part.stop)
+        # Dropout draws from PyTorch's global stream, which evaluation and samples use too.
+        torch.manual_seed(derive_seed(options.seed, "dropout", step, index))
+        with autocast:
+            nll_BNL = masked_nll(
+                model, masked.noisy_BNL.to(device), batch.ids_BL[part].to(device), valid_BL
+            )
+        weight_BNL = masked.weight_BNL.to(device)
+        loss = (weight_BNL * nll_BNL).sum() / (num_free * num_noisy)
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def _use_average(
+    model: BlockDiffusionModel, average: MovingAverage, due: Sequence[Periodic]
+) -> Iterator[Mapping[str, Any]]:
+    """What each of `due` has to say about the averaged model."""
+    for what in due:
+        with average.swapped(), torch.no_grad():
+            values = what.run(model.eval())
+        yield values
+
+
+def free_tokens(batch: Batch, row_bos: bool) -> torch.Tensor:
+    """bool (B, L): the tokens that are masked and scored, so neither padding nor a given BOS."""
+    if batch.valid_BL is None:
+        free_BL = torch.ones_like(batch.ids_BL, dtype=torch.bool)
+    else:
+        free_BL = batch.valid_BL.clone()
+    if row_bos:
+        free_BL[:, 0] = False
+    return free_BL
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: this machine does not have it.
+    """
+    has = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, there in has.items() if there))
+    if not has[name]:
+        there = ", ".join(kind for kind, there in has.items() if there)
+        raise UserError(f"train.device is {name}, but PyTorch finds only {there} here")
+    return torch.device(name)
+
+
+def data_fingerprint(manifest: Manifest) -> str:
+    """A hash of what the training rows are: a run can only go on with the same."""
+    shards = [(shard.rows, shard.sha256) for shard in manifest.splits["train"].shards]
+    identity = [manifest.seq_len, manifest.vocab_size, manifest.tokenizer_sha256, shards]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+# --- Starting and resuming ------------------------------------------------------------------------
+
+
+def _check_fit(model: BlockDiffusionModel, rows: TokenRows) -> None:
+    for name in ("seq_len", "vocab_size", "mask_id"):
+        of_model, of_data = getattr(model.config, name), getattr(rows.manifest, name)
+        if of_model != of_data:
+            raise UserError(
+                f"the model's {name} is {of_model}, but the data's is {of_data}; "
+                "prepare the data for this model, or build the model for the data"
+            )
+
+
+def _find_checkpoint(out: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if any, once `out` is found to be fit for the run."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out is {out}, which is a file; choose a directory")
+    if resume and not checkpoints.holds_run(out):
+        raise UserError(f"{out} holds no run to resume; check out, or start without --resume")
+    if not resume and checkpoints.holds_run(out):
+        raise UserError(
+            f"{out} already holds a run; go on with it by --resume, or choose another out=..."
+        )
+    return checkpoints.latest(out)
+
+
+def _restore(
+    newest: Path,
+    fresh: TrainState,
+    steps: int,
+    model: nn.Module,
+    average: MovingAverage,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[TrainState, str]:
+    """Loads checkpoint `newest`; returns the state to go on from, and what to tell about it."""
+    saved = checkpoints.read_state(newest)
+    if saved.data != fresh.data:
+        raise UserError(
+            f"the prepared data are not those that the run in {newest.parent.parent} began with; "
+            "resume with the same data, or start a new run in another out=..."
+        )
+    if saved.step > steps:
+        raise UserError(
+            f"train.steps is {steps}, but the run has already made {saved.step} steps; "
+            "give a larger number"
+        )
+    checkpoints.load(newest, model, average, optimizer)
+    note = f"resumed from step {saved.step}"
+    if saved.step == steps:
+        note = f"the run is complete: it has made its {steps} steps"
+    for name in ("threads", "device", "versions"):
+        before, now = getattr(saved, name), getattr(fresh, name)
+        if before != now:
+            note += f"; {name} changed from {before} to {now}: not bit for bit the same"
+    state = replace(fresh, step=saved.step, seconds=saved.seconds, best_bound=saved.best_bound)
+    return state, note
+
+
+# --- Reporting and stopping -----------------------------------------------------------------------
+
+
+@contextmanager
+def _reporting(
+    out: Path, loggers: Sequence[Logger], config: Mapping[str, Any], first_step: int
+) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """A function that logs values to metrics.jsonl and to every logger; saves the configuration."""
+    with written_aside(out / "config.yaml") as file:
+        file.write(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+    cut_metrics(out / "metrics.jsonl", first_step - 1)
+    everyone = [JsonLines(out / "metrics.jsonl"), *loggers]
+
+    def report(step: int, values: Mapping[str, Any]) -> None:
+        for logger in everyone:
+            logger.log(step, values)
+
+    with ExitStack() as stack:
+        for logger in everyone:
+            logger.start(config, first_step)
+            stack.callback(logger.finish)
+        yield report
+
+
+class _StopSignals:
+    """Remembers the first SIGINT or SIGTERM; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: object) -> None:
+        self.signal = number
+        self.__exit__()
+        # Not print: a handler may run in the middle of another write to the same stream.
+        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+
+
+def _farewell(number: int, state: TrainState, out: Path, resume_command: str | None) -> str:
+    message = f"{signal.Signals(number).name}: saved step {state.step} in {out}"
+    return f"{message}; go on with: {resume_command}" if resume_command else message
+
+
+def _not_finite_where(
+    losses: torch.Tensor, indices: np.ndarray, model: nn.Module, options: TrainOptions
+) -> str:
+    """Which micro-batches, or else which parameter, a non-finite number is first seen in."""
+    size = options.micro_batch_size or len(indices)
+    for index, loss in enumerate(losses.tolist()):
+        if not math.isfinite(loss):
+            numbers = indices[index * size : (index + 1) * size].tolist()
+            rows = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+            return f"the loss is {loss} in micro-batch {index + 1} of {len(losses)} (rows {rows})"
+    loss = losses.sum().item()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            return f"the loss is {loss:.4g} but the gradient of {name} is not finite"
+    return f"the loss is {loss:.4g} but the norm of the gradient overflows"
+
+
+def _not_finite_message(step: int, where: str, newest: Path | None) -> str:
+    kept = f"{newest} is the last good checkpoint" if newest else "there is no checkpoint yet"
+    return (
+        f"step {step}: {where}; the weights were left as they were before this step and {kept}; "
+        "a new run with a lower optim.lr or train.dtype=float32 may hold"
+    )
+
+
+def _num_tokens(batch: Batch) -> int:
+    return batch.ids_BL.numel() if batch.valid_BL is None else int(batch.valid_BL.sum())
+
+
+def _lower(best: float | None, bound: float | None) -> float | None:
+    return min((value for value in (best, bound) if value is not None), default=None)

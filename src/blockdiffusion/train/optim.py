@@ -1,0 +1,150 @@
+"""AdamW, learning-rate schedules, gradient clipping and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from blockdiffusion.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimOptions:
+    """AdamW and what surrounds it; the defaults are the paper's recipe."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Decoupled, on matrices only: never on biases and norm gains."""
+    warmup_steps: int = 2500
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """What the learning rate does after the warm-up; cosine and linear end at zero."""
+    clip_norm: float | None = 1.0
+    """The gradient's global norm is cut to this; null: never."""
+    ema_decay: float = 0.9999
+    """Of the moving average that is evaluated and released; 0 makes it the weights themselves."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"optim.lr is {self.lr}; it must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas is {list(self.betas)}; both must be in [0, 1)")
+        if not 0 < self.eps < math.inf:
+            raise UserError(f"optim.eps is {self.eps}; it must be positive")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"optim.weight_decay is {self.weight_decay}; it must not be negative")
+        if self.warmup_steps < 0:
+            raise UserError(f"optim.warmup_steps is {self.warmup_steps}; it must not be negative")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise UserError(f"optim.clip_norm is {self.clip_norm}; it must be positive, or null")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"optim.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+
+
+def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
+    """The learning rate of update `step` (1 .. steps): linear warm-up, then the schedule.
+
+    The warm-up reaches `lr` at update `warmup_steps`. A decay starts there and would reach zero one
+    update after the last, so that no update is spent on a rate of zero.
+    """
+    warmup = options.warmup_steps
+    if step < warmup:
+        return options.lr * step / warmup
+    progress = max(0, step - 1 - warmup) / max(1, steps - warmup)
+    match options.schedule:
+        case "constant":
+            return options.lr
+        case "cosine":
+            return options.lr * 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return options.lr * (1 - progress)
+
+
+def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters, in two groups: matrices (decayed) and vectors (not).
+
+    The fused kernel is used everywhere: on CPUs too it is several times faster than the others.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.lr,
+        betas=options.betas,
+        eps=options.eps,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every parameter group the learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> torch.Tensor:
+    """Scales the gradients in place to a global 2-norm of at most `clip_norm`.
+
+    Returns:
+        The norm before clipping, a scalar tensor on the device of the parameters.
+    """
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    if clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
+    return norm
+
+
+class MovingAverage:
+    """Exponential moving average (EMA) of a model's trainable parameters.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with n the number of updates: without it
+    the average of a short run is its initialisation.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters: list[torch.Tensor] = list(named.values())
+        self.average: dict[str, torch.Tensor] = {n: p.detach().clone() for n, p in named.items()}
+
+    def decay_at(self, step: int) -> float:
+        """The decay that update `step` (from 1) uses."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the average towards the weights after update `step` (from 1)."""
+        torch._foreach_lerp_(list(self.average.values()), self._parameters, 1 - self.decay_at(step))
+
+    @torch.no_grad()
+    def load(self, average: Mapping[str, torch.Tensor]) -> None:
+        """Copies a saved average in; its names and shapes must be those of the model."""
+        for name, tensor in self.average.items():
+            tensor.copy_(average[name])
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Within the context the model holds the average; afterwards its weights, bit for bit."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        # Pointers are exchanged, not contents: no memory, no time, no rounding.
+        for name, parameter in zip(self.average, self._parameters, strict=True):
+            weights = parameter.data
+            parameter.data = self.average[name]
+            self.average[name] = weights

@@ -1,0 +1,151 @@
+"""Recipes: strict reading, overrides, what is refused and how it is said."""
+
+import dataclasses
+import math
+
+import pytest
+import yaml
+
+from blockdiffusion.config import Recipe, differences, load_recipe, to_dict
+from blockdiffusion.errors import UserError
+
+MINIMAL = {"out": "runs/x", "data": {"path": "prepared"}, "train": {"steps": 10}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(tree) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(tree if isinstance(tree, str) else yaml.safe_dump(tree))
+        return str(path)
+
+    return write
+
+
+def test_defaults_are_the_papers(write):
+    recipe = load_recipe(write(MINIMAL))
+    assert (recipe.optim.lr, recipe.optim.betas, recipe.optim.warmup_steps) == (
+        3e-4,
+        (0.9, 0.999),
+        2500,
+    )
+    assert (recipe.model.num_layers, recipe.model.width, recipe.model.dropout) == (12, 768, 0.1)
+    assert recipe.train.batch_size == 512
+
+
+def test_overrides_win_and_take_yaml_values(write):
+    recipe = load_recipe(
+        write(MINIMAL | {"optim": {"lr": 1}}),
+        [
+            "optim.lr=1e-4",
+            "optim.clip_norm=null",
+            "optim.betas=[0.8, 0.99]",
+            "objective.clip=[3e-1, 1]",
+            "train.steps=20",
+            "log.loggers=[tensorboard]",
+            "data.path=2024",
+            "out=a=b",
+        ],
+    )
+    assert recipe.optim.lr == 1e-4
+    assert recipe.optim.clip_norm is None
+    assert recipe.optim.betas == (0.8, 0.99)
+    assert recipe.objective.clip == (0.3, 1.0)
+    assert recipe.train.steps == 20
+    assert recipe.log.loggers == ("tensorboard",)
+    assert recipe.data.path == "2024"
+    assert recipe.out == "a=b"
+
+
+def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
+    recipe = load_recipe(write(MINIMAL | {"optim": {"lr": "1e-4", "weight_decay": 1}}))
+    assert recipe.optim.lr == 1e-4
+    assert recipe.optim.weight_decay == 1.0 and type(recipe.optim.weight_decay) is float
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate=1", r"unknown key optim\.learning_rate.*\(known here: lr, betas"),
+        ("optim.weight_decy=1", r"unknown key optim\.weight_decy; .* is optim\.weight_decay "),
+        ("train.lr=1", r"unknown key train\.lr; the nearest known one is optim\.lr "),
+        ("trian.steps=1", r"unknown key trian; the nearest known one is train"),
+        ("train.steps=1.5", r"train\.steps is 1\.5; it must be a whole number"),
+        ("train.steps=true", r"train\.steps is True; it must be a whole number"),
+        ("train.steps=ten", r"train\.steps is 'ten'; it must be a whole number"),
+        ("train.steps=null", r"train\.steps is null; it must be a whole number"),
+        ("optim.lr=fast", r"optim\.lr is 'fast'; it must be a number"),
+        ("optim.lr=true", r"optim\.lr is True; it must be a number"),
+        ("optim.clip_norm=x", r"optim\.clip_norm is 'x'; it must be a number or null"),
+        ("optim.betas=[0.9]", r"optim\.betas is \[0\.9\]; it must be a list of 2"),
+        ("train.dtype=fp16", r"train\.dtype is 'fp16'; it must be float32 or bf16"),
+        ("log.loggers=[csv]", r"log\.loggers is .*; it must be a list of: tensorboard or wandb"),
+        ("optim=3", r"optim is '3'; it is a section"),
+        ("optim.lr.x=3", r"lr is a value, not a section"),
+        ("optim.lr", r"'optim\.lr' is no override"),
+        ("train.batch_size=0", r"train\.batch_size is 0; it must be at least 1"),
+        ("train.micro_batch_size=600", r"train\.micro_batch_size is 600; it must be at most"),
+        ("optim.lr=-1", r"optim\.lr is -1\.0; it must be positive"),
+        ("optim.lr=.nan", r"optim\.lr is nan; it must be positive"),
+        ("model.width=100", r"model\.width is 100; it must be a multiple of 2 \* model\.num_heads"),
+        ("model.dropout=1", r"model\.dropout is 1\.0; it must be in"),
+        ("eval.every=0", r"eval\.every is 0"),
+        ("sample.num=0", r"sample\.num is 0"),
+        ("checkpoint.keep=0", r"checkpoint\.keep is 0"),
+        ("objective.schedule=log", r"unknown schedule 'log'"),
+        ("objective.t_min=2", r"objective\.t_min is 2\.0"),
+    ],
+)
+def test_mistakes_get_one_sentence_that_names_the_key(write, override, message):
+    source = write(MINIMAL | {"optim": {"lr": 1e-3}})
+    with pytest.raises(UserError, match=message) as raised:
+        load_recipe(source, [override])
+    assert "\n" not in str(raised.value)
+
+
+def test_bools_are_not_ints_in_a_file_either(write):
+    with pytest.raises(UserError, match=r"train\.steps is True; it must be a whole number"):
+        load_recipe(write(MINIMAL | {"train": {"steps": True}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no sections"),
+        ("- a", "holds no sections"),
+        ("a: [", "not valid YAML"),
+        ("out: x\ntrain: {steps: 1}", r"data\.path is missing"),
+        ("out: x\ndata: {path: y}", r"train\.steps is missing"),
+        ("train:\n  steps: 1\n  steps: 2", "line 3: steps is given twice"),
+    ],
+)
+def test_bad_files_are_refused(write, text, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(write(text))
+
+
+def test_missing_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot read the recipe"):
+        load_recipe(tmp_path / "nothing.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_the_resolved_recipe_is_a_recipe(write):
+    recipe = load_recipe(write(MINIMAL), ["optim.lr=1e-5", "objective.clip=[0.3,0.8]"])
+    assert load_recipe(write(yaml.safe_dump(to_dict(recipe)))) == recipe
+
+
+def test_every_option_has_a_section_that_shows_in_the_resolved_recipe(write):
+    tree = to_dict(load_recipe(write(MINIMAL)))
+    assert list(tree) == [item.name for item in dataclasses.fields(Recipe)]
+    assert tree["eval"]["every"] == 1000
+    assert not math.isnan(tree["optim"]["lr"])
+
+
+def test_differences_are_dotted_keys():
+    before = {"a": {"x": 1, "y": [1, 2]}, "b": 3, "gone": {"z": 0}}
+    after = {"a": {"x": 1, "y": [1, 3]}, "b": 4, "new": {"w": None}}
+    assert differences(before, after) == ["a.y", "b", "gone.z", "new.w"]
+    assert differences(before, before) == []

@@ -1,0 +1,77 @@
+"""What a run shows on a terminal and elsewhere."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from blockdiffusion.train.display import LiveDisplay, LossCurve, PlainDisplay, make_display
+
+
+def show(display, steps=5):
+    display.start({}, 1)
+    for step in range(1, steps + 1):
+        values = {
+            "loss": 5.0 - step / 10,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+            "tokens_per_second": 1234.0,
+        }
+        display.log(step, values)
+    display.log(
+        steps, {"valid_bound": 4.25, "valid_stderr_data": 0.5, "valid_perplexity_bound": 70.105}
+    )
+    display.log(steps, {"samples": ["one [bold]two\n three " + "x" * 300, "second"]})
+    display.log(steps, {"note": "resumed from step 3"})
+    display.finish()
+
+
+def test_pipes_get_plain_lines():
+    out = io.StringIO()
+    display = make_display(5, Console(file=out, width=100))
+    assert isinstance(display, PlainDisplay)
+    show(display)
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("step 5/5  loss 4.") and "1,234 tokens/s  0:00:00 left" in lines[0]
+    assert (
+        lines[1] == "step 5: validation bound 4.2500 nats per token ± 0.5000, perplexity <= 70.11"
+    )
+    assert lines[2].startswith("step 5: one [bold]two three xx") and lines[2].endswith("x…")
+    assert lines[3] == "resumed from step 3"
+    assert len(lines) == 4
+
+
+def test_plain_lines_come_every_few_seconds():
+    out = io.StringIO()
+    display = make_display(9, Console(file=out, width=100), every_seconds=0)
+    show(display, steps=3)
+    lines = out.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == ["step 1/9", "step 2/9", "step 3/9"]
+
+
+def test_terminals_get_a_live_line():
+    out = io.StringIO()
+    display = make_display(5, Console(file=out, width=140, force_terminal=True))
+    assert isinstance(display, LiveDisplay)
+    show(display)
+    shown = out.getvalue()
+    for text in ("step 5/5", "loss 4.", "1,234 tok/s", "validation bound 4.2500", "[bold]two"):
+        assert text in shown
+
+
+def test_the_smoothed_loss_starts_at_the_first_loss():
+    curve = LossCurve()
+    curve.add(7.0)
+    assert curve.value == pytest.approx(7.0)
+    curve.add(5.0)
+    assert 5.9 < curve.value < 6.0
+
+
+def test_the_curve_stays_short_and_falls_with_the_loss():
+    curve = LossCurve(width=8)
+    assert curve.spark() == ""
+    for step in range(1000):
+        curve.add(1000.0 - step)
+        assert len(curve.spark()) <= 8
+    assert curve.spark()[0] == "█" and curve.spark()[-1] == "▁"
+    assert list(curve.spark()) == sorted(curve.spark(), reverse=True)

@@ -1,0 +1,399 @@
+"""The loop: what a step computes, that nothing disturbs it, and how it stops."""
+
+import json
+import math
+import os
+import signal
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blockdiffusion.config import build_model, load_recipe, to_dict
+from blockdiffusion.corruption import bernoulli
+from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
+from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.errors import UserError
+from blockdiffusion.schedules import Linear
+from blockdiffusion.seeding import generator
+from blockdiffusion.train import checkpoint, loop
+from blockdiffusion.train.loggers import read_metrics
+from blockdiffusion.train.loop import Interrupted, Periodic, TrainOptions, accumulate_gradients
+
+
+@pytest.fixture
+def run(recipe_file, prepared):
+    """Builds the model of a recipe and trains it; returns the model and the run's directory."""
+
+    def run(*overrides, resume=False, **more):
+        recipe = load_recipe(recipe_file, overrides)
+        rows = TokenRows(prepared, "train")
+        model = build_model(recipe, rows.manifest)
+        out = recipe_file.parent / recipe.out
+        more.setdefault("tokenizer", prepared / "tokenizer")
+        loop.train(
+            model,
+            rows,
+            out=out,
+            options=recipe.train,
+            objective=recipe.objective,
+            optim=recipe.optim,
+            checkpoint=recipe.checkpoint,
+            config=to_dict(recipe),
+            resume=resume,
+            **more,
+        )
+        return model, out
+
+    return run
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_equal(one, two):
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --- what a step computes
+
+
+def test_the_first_step_is_adamw_on_the_papers_loss(run, recipe_file, prepared):
+    recipe = load_recipe(recipe_file, ["train.steps=1", "model.dropout=0", "optim.clip_norm=null"])
+    rows = TokenRows(prepared, "train")
+    expected = build_model(recipe, rows.manifest)
+    batch = rows.rows(BatchOrder(rows.num_rows, 6, 0).indices(0))
+    free = torch.ones_like(batch.ids_BL, dtype=torch.bool)
+    drawn = bernoulli(
+        batch.ids_BL, free, 4, rows.manifest.mask_id, Linear(), generator(0, "corruption", 1)
+    )
+    nll = masked_nll(expected, drawn.noisy_BNL, batch.ids_BL)
+    loss = (nll * drawn.weight_BNL).sum() / free.sum()
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in expected.parameters()))
+    torch.optim.AdamW(expected.parameters(), lr=1e-2 / 4, weight_decay=0).step()
+
+    model, out = run("train.steps=1", "model.dropout=0", "optim.clip_norm=null")
+    line = read_metrics(out / "metrics.jsonl")[0]
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert line["lr"] == 1e-2 / 4
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
+
+
+def test_training_learns(run):
+    _, out = run("train.steps=150")
+    losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
+    assert sum(losses[-30:]) / 30 < 0.8 * sum(losses[:10]) / 10
+
+
+@pytest.fixture
+def accumulated(recipe_file, prepared):
+    """Loss and gradients in float64 of one padded batch, cut into micro-batches."""
+    recipe = load_recipe(recipe_file, ["model.dropout=0"])
+    rows = TokenRows(prepared, "train")
+    torch.manual_seed(0)
+    model = build_model(recipe, rows.manifest).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids = rows.rows(BatchOrder(rows.num_rows, 6, 0).indices(0)).ids_BL
+    valid = torch.arange(16) < torch.tensor([16, 3, 16, 9, 1, 12])[:, None]
+    batch = Batch(ids, valid)
+    free = loop.free_tokens(batch, row_bos=True)
+    drawn = bernoulli(ids, free, 4, model.config.mask_id, Linear(), generator(0, "test"))
+
+    def accumulate(micro_batch_size):
+        model.zero_grad()
+        options = TrainOptions(steps=1, batch_size=6, micro_batch_size=micro_batch_size)
+        losses = accumulate_gradients(
+            model, batch, drawn, int(free.sum()), 1, options, nullcontext()
+        )
+        return losses, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    return accumulate
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 6])
+def test_accumulation_does_not_change_loss_or_gradient(accumulated, size):
+    whole, gradients = accumulated(None)
+    parts, accumulated_gradients = accumulated(size)
+    assert len(parts) == math.ceil(6 / size)
+    assert parts.sum().item() == pytest.approx(whole.sum().item(), rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(accumulated_gradients[name], gradient, rtol=1e-6, atol=1e-9)
+    assert max(g.abs().max().item() for g in gradients.values()) > 1e-3
+
+
+def test_masks_do_not_depend_on_the_micro_batches(run, monkeypatch):
+    def masks_with(size, out):
+        seen = []
+
+        def spy(model, noisy_BNL, clean_BL, valid_BL=None):
+            seen.append((noisy_BNL.clone(), clean_BL.clone()))
+            return masked_nll(model, noisy_BNL, clean_BL, valid_BL)
+
+        monkeypatch.setattr(loop, "masked_nll", spy)
+        run(f"train.micro_batch_size={size}", "train.steps=3", f"out={out}")
+        return [torch.cat(column).unflatten(0, (3, 6)) for column in zip(*seen, strict=True)]
+
+    noisy, clean = masks_with(6, "whole")
+    for size in (1, 4):
+        parts = masks_with(size, f"parts{size}")
+        assert torch.equal(parts[0], noisy) and torch.equal(parts[1], clean)
+    assert not torch.equal(noisy[0], noisy[1])
+
+
+def test_given_bos_and_padding_are_not_free():
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    assert loop.free_tokens(Batch(ids, None), row_bos=False).all()
+    valid = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    free = loop.free_tokens(Batch(ids, valid), row_bos=True)
+    assert free.tolist() == [[False, True, True, False], [False] * 4]
+    assert valid[0, 0]  # the batch is left as it was
+
+
+def test_dropout_is_a_function_of_seed_step_and_micro_batch(run):
+    first, _ = run("out=a")
+    torch.manual_seed(77)
+    second, _ = run("out=b")
+    other, _ = run("out=c", "model.dropout=0")
+    assert_equal(weights(first), weights(second))
+    assert not torch.equal(first.output.weight, other.output.weight)
+
+
+def test_bf16_autocast_keeps_float32_state_and_trains(run):
+    model, _ = run("train.dtype=bf16", "train.steps=20")
+    full, _ = run("train.steps=20", "out=full")
+    assert model.output.weight.dtype == torch.float32
+    assert not torch.equal(model.output.weight, full.output.weight)
+    torch.testing.assert_close(model.output.weight, full.output.weight, rtol=0, atol=0.05)
+
+
+# --- callbacks
+
+
+def test_evaluation_and_samples_see_the_average_and_disturb_nothing(run):
+    plain, plain_out = run("out=plain", "train.steps=6")
+    seen = []
+
+    def evaluate(model):
+        assert not model.training and not torch.is_grad_enabled()
+        seen.append(weights(model))
+        torch.manual_seed(0)
+        torch.rand(17)
+        return {"valid_bound": 4.0 - len(seen)}
+
+    def sample(model):
+        torch.rand(3)
+        return {"samples": ["some text"]}
+
+    model, out = run(
+        "train.steps=6",
+        periodic=[Periodic(every=4, run=evaluate), Periodic(every=3, run=sample)],
+    )
+    assert_equal(weights(model), weights(plain))
+    average = checkpoint.load_file(checkpoint.latest(out) / checkpoint.AVERAGE)
+    assert_equal(seen[-1], average)
+    assert not torch.equal(average["output.weight"], model.output.weight)
+    lines = read_metrics(out / "metrics.jsonl")
+    assert [(n["step"], n["valid_bound"]) for n in lines if "valid_bound" in n] == [(4, 3), (6, 2)]
+    assert [n["step"] for n in lines if "samples" in n] == [3, 6]
+    assert checkpoint.read_state(checkpoint.latest(out)).best_bound == 2.0
+    losses = [n["loss"] for n in lines if "loss" in n]
+    assert losses == [n["loss"] for n in read_metrics(plain_out / "metrics.jsonl")]
+
+
+def test_loggers_are_finished_when_the_run_fails(run):
+    calls = []
+
+    class Spy:
+        def start(self, config, first_step):
+            calls.append(("start", config["train"]["steps"], first_step))
+
+        def log(self, step, values):
+            if step == 2:
+                raise RuntimeError("a logger broke")
+
+        def finish(self):
+            calls.append("finish")
+
+    with pytest.raises(RuntimeError, match="a logger broke"):
+        run(loggers=[Spy()])
+    assert calls == [("start", 12, 1), "finish"]
+
+
+# --- refusals
+
+
+def test_an_out_that_holds_a_run_is_refused_with_both_ways_out(run):
+    _, out = run()
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"already holds a run; .*--resume.*another out"):
+        run()
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_nothing_to_resume_is_refused(run):
+    with pytest.raises(UserError, match="holds no run to resume"):
+        run(resume=True)
+
+
+def test_an_out_that_is_a_file_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="which is a file"):
+        run("out=file")
+
+
+def test_a_second_process_in_the_same_out_is_refused(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    with checkpoint.claimed(tmp_path / "run"):
+        (tmp_path / "run" / "config.yaml").write_text("{}")
+        with pytest.raises(UserError, match="another process is training"):
+            run(resume=True)
+
+
+def test_data_and_model_must_fit(run, recipe_file, prepared):
+    rows = TokenRows(prepared, "train")
+    rows.manifest = replace(rows.manifest, vocab_size=rows.manifest.vocab_size + 1)
+    recipe = load_recipe(recipe_file)
+    with pytest.raises(UserError, match="the model's vocab_size is"):
+        loop.train(
+            build_model(recipe, TokenRows(prepared, "train").manifest),
+            rows,
+            out=recipe_file.parent / "run",
+            options=recipe.train,
+            objective=recipe.objective,
+            optim=recipe.optim,
+            checkpoint=recipe.checkpoint,
+        )
+    assert not (recipe_file.parent / "run").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert loop.select_device("auto").type == "cpu"
+    with pytest.raises(UserError, match=r"train\.device is cuda, but PyTorch finds only cpu"):
+        loop.select_device("cuda")
+
+
+# --- stopping
+
+
+def poison(monkeypatch, step, micro_batch, value=math.nan):
+    """Makes the loss of one micro-batch of one step `value`."""
+    calls = []
+
+    def poisoned(model, noisy_BNL, clean_BL, valid_BL=None):
+        nll = masked_nll(model, noisy_BNL, clean_BL, valid_BL)
+        calls.append(None)
+        return nll * value if len(calls) == (step - 1) * 2 + micro_batch else nll
+
+    monkeypatch.setattr(loop, "masked_nll", poisoned)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_loss_stops_before_the_weights_are_touched(run, monkeypatch, value):
+    poison(monkeypatch, step=8, micro_batch=2, value=value)
+    with pytest.raises(UserError, match=r"step 8: the loss is \w+ in micro-batch 2 of 2 \(rows "):
+        run("train.micro_batch_size=3")
+    monkeypatch.undo()
+    resumed, out = run("train.micro_batch_size=3", resume=True)
+    whole, _ = run("train.micro_batch_size=3", "out=whole")
+    assert_equal(weights(resumed), weights(whole))
+    assert [n["step"] for n in read_metrics(out / "metrics.jsonl") if "loss" in n] == [
+        *range(1, 13)
+    ]
+
+
+def test_a_non_finite_gradient_names_its_parameter(run, monkeypatch):
+    real = loop.clip_gradients
+
+    def clip(parameters, clip_norm):
+        parameters = list(parameters)
+        parameters[-1].grad[0] = math.inf
+        return real(parameters, clip_norm)
+
+    monkeypatch.setattr(loop, "clip_gradients", clip)
+    message = (
+        r"step 1: the loss is .* but the gradient of output\.bias is not finite.*no checkpoint"
+    )
+    with pytest.raises(UserError, match=message):
+        run()
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signals_finish_the_step_save_and_say_how_to_go_on(run, name, code):
+    class Signal:
+        def start(self, config, first_step): ...
+
+        def log(self, step, values):
+            if step == 7:
+                os.kill(os.getpid(), getattr(signal, name))
+
+        def finish(self): ...
+
+    before = signal.getsignal(getattr(signal, name))
+    message = rf"{name}: saved step 7 in .*; go on with: blockdiff train x --resume"
+    with pytest.raises(Interrupted, match=message) as raised:
+        run(loggers=[Signal()], resume_command="blockdiff train x --resume")
+    assert raised.value.exit_code == code
+    assert signal.getsignal(getattr(signal, name)) is before
+    resumed, out = run(resume=True)
+    whole, whole_out = run("out=whole")
+    assert_equal(weights(resumed), weights(whole))
+    losses = [n["loss"] for n in read_metrics(out / "metrics.jsonl") if "loss" in n]
+    assert losses == [n["loss"] for n in read_metrics(whole_out / "metrics.jsonl")]
+    for folder in ("checkpoints/step-00000012", "model"):
+        for file in (whole_out / folder).glob("*.safetensors"):
+            assert (out / folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_metrics_are_cut_to_the_checkpoint_on_resume(run):
+    _, out = run("train.steps=5")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 6, "loss": 1.0}) + "\n" + '{"step": 7, "lo')
+    run("train.steps=8", resume=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 9)]
+    assert lines[5] == {"step": 5, "note": "resumed from step 5"}
+    assert lines[6]["loss"] != 1.0
+    seconds = [line["seconds"] for line in lines if "seconds" in line]
+    assert seconds == sorted(seconds)
+
+
+def test_resuming_a_complete_run_changes_nothing(run):
+    first, out = run()
+    before = (out / "model" / "model.safetensors").read_bytes()
+    (out / "model" / "model.safetensors").unlink()  # as if killed before the export
+    again, _ = run(resume=True)
+    assert_equal(weights(first), weights(again))
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match=r"already made 12 steps; give a larger number"):
+        run("train.steps=11", resume=True)
+
+
+def test_the_released_model_is_the_average_with_its_tokenizer(run, prepared):
+    _, out = run()
+    from blockdiffusion.models.transformer import BlockDiffusionModel
+
+    released = BlockDiffusionModel.from_pretrained(out / "model")
+    average = checkpoint.load_file(checkpoint.latest(out) / checkpoint.AVERAGE)
+    assert_equal(weights(released), average)
+    tokenizer = (prepared / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (out / "model" / "tokenizer.json").read_bytes() == tokenizer
+
+
+def test_a_failed_evaluation_can_be_resumed_from(run):
+    def evaluate(model):
+        raise UserError("broken evaluation")
+
+    with pytest.raises(UserError, match="broken evaluation"):
+        run(periodic=[Periodic(every=6, run=evaluate)])
+    resumed, _ = run(resume=True)
+    whole, _ = run("out=whole")
+    assert_equal(weights(resumed), weights(whole))
