@@ -107,24 +107,28 @@ def _chunked(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.
     length, copies = streams.seq_len, streams.num_noisy
     batch = q.shape[0]
     size = streams.block_size * max(1, CHUNK // streams.block_size)
-    noisy = slice(0, copies * length)
-    q_n, k_n, v_n = (x[:, :, noisy].unflatten(2, (copies, length)) for x in (q, k, v))
-    k_c, v_c = k[:, :, copies * length :], v[:, :, copies * length :]
-    q_c = q[:, :, copies * length :]
+    # Splits, not slices: their gradients are put together once, not padded and added.
+    (q_n, q_c), (k_n, k_c), (v_n, v_c) = (
+        x.split([copies * length, x.shape[2] - copies * length], dim=2) for x in (q, k, v)
+    )
+    chunks_n = [x.unflatten(2, (copies, length)).split(size, dim=3) for x in (q_n, k_n, v_n)]
+    chunks_c = q_c.split(size, dim=2)
 
     noisy_out, clean_out = [], []
-    for start in range(0, length, size):
+    for index, start in enumerate(range(0, length, size)):
         stop = min(start + size, length)
+        queries, own_keys, own_values = (x[index] for x in chunks_n)
         noisy_mask, clean_mask = _chunk_masks(streams, start, stop, q.device)
         # A noisy chunk of a single block sees nothing of its own block's clean tokens: drop them.
         prefix = (stop - streams.block_size) if streams.has_clean else 0
         noisy_mask = noisy_mask[:, : stop - start + prefix]
         valid = None if valid_BL is None else valid_BL[:, :stop]
-        keys = _with_prefix(k_n[:, :, :, start:stop], k_c[:, :, :prefix])
-        values = _with_prefix(v_n[:, :, :, start:stop], v_c[:, :, :prefix])
+        keys = _with_prefix(own_keys, k_c[:, :, :prefix])
+        values = _with_prefix(own_values, v_c[:, :, :prefix])
         mask = _noisy_key_mask(noisy_mask, valid, start, prefix, copies)
-        queries = q_n[:, :, :, start:stop].transpose(1, 2).flatten(0, 1)
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        out = F.scaled_dot_product_attention(
+            queries.transpose(1, 2).flatten(0, 1), keys, values, attn_mask=mask
+        )
         noisy_out.append(out.unflatten(0, (batch, copies)).transpose(1, 2))
         if q_c.shape[2]:
             mask = clean_mask
@@ -133,7 +137,7 @@ def _chunked(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.
                 mask = (clean_mask & (valid[:, None] | itself))[:, None]
             clean_out.append(
                 F.scaled_dot_product_attention(
-                    q_c[:, :, start:stop], k_c[:, :, :stop], v_c[:, :, :stop], attn_mask=mask
+                    chunks_c[index], k_c[:, :, :stop], v_c[:, :, :stop], attn_mask=mask
                 )
             )
     out = torch.cat(noisy_out, dim=3).flatten(2, 3)

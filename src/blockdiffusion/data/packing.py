@@ -320,7 +320,9 @@ def _pack(
 ) -> dict[str, Split]:
     """Write the shards of both splits from the parts."""
     for path in out.iterdir():  # of a run that was stopped while packing
-        if re.fullmatch(r"\.?(train|valid)-\d{5}\.(bin|len)(\.\d+\.partial)?", path.name):
+        if re.fullmatch(r"\.?(train|valid)-\d{5}\.(bin|len)(\.\d+\.partial)?", path.name) or (
+            path.name.startswith(f".{MANIFEST_FILE}.")
+        ):
             path.unlink()
     rows_per_shard = max(1, SHARD_TOKENS // rules.seq_len)
     make_packer = PACKERS[corpus.options.packing]

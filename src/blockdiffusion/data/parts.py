@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 PART_VERSION = 1
-UNIT_BYTES = 2 * 2**20
+UNIT_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,21 +122,21 @@ def _open_tokenizer(path: str) -> Tokenizer:
 
 
 def run_jobs(jobs: Iterator[Job], num_workers: int, on_done: Callable[[Job], None]) -> None:
-    """Write the parts of `jobs`, in `num_workers` processes if there is more than one job.
+    """Write the parts of `jobs`, in `num_workers` processes, but no more than there are jobs.
 
     Raises:
         UserError: a worker was killed; or what reading the jobs or writing a part raises. The
             parts that were under way are finished first.
     """
     _open_tokenizer.cache_clear()  # another preparation may have written another file there
-    first = list(islice(jobs, 2))
+    first = list(islice(jobs, num_workers))
     jobs = chain(first, jobs)
-    if num_workers == 1 or len(first) < 2:
+    if len(first) < 2:
         for job in jobs:
             write_part(job)
             on_done(job)
         return
-    workers = [Worker() for _ in range(num_workers)]
+    workers = [Worker() for _ in first]
     try:
         _run_in(workers, jobs, on_done)
     finally:

@@ -131,8 +131,30 @@ def rotary_tables(
 
 def rotate(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    x1, x2 = x_BHTE.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    return _Rotation.apply(x_BHTE, cos.to(x_BHTE.dtype), sin.to(x_BHTE.dtype))
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation back. Left to autograd, the halves' gradients would each be
+    padded with zeros and added, which costs more than the rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, -sin), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    (x1, x2), (out1, out2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
+    return out
 
 
 class Norm(nn.Module):
@@ -145,8 +167,9 @@ class Norm(nn.Module):
     def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         shape = self.weight.shape
         if scale.numel() == self.weight.numel():  # one modulation for all: part of the affine map
-            weight = self.weight * (1 + scale.reshape(shape))
-            return F.layer_norm(x, shape, weight, shift.reshape(shape), NORM_EPS)
+            dtype = self.weight.dtype  # under autocast the modulation comes in a shorter one
+            weight = self.weight * (1 + scale.reshape(shape).to(dtype))
+            return F.layer_norm(x, shape, weight, shift.reshape(shape).to(dtype), NORM_EPS)
         return F.layer_norm(x, shape, self.weight, None, NORM_EPS) * (1 + scale) + shift
 
 
