@@ -1,6 +1,6 @@
 """Sampling with the 110M network: V = 50258, first hitting, top-p 0.9, batch 1 by default.
 
-    python -m benchmarks.sampling_speed [--block-size 4] [--batch 1] [--tokens 256] [--dtype ...]
+python -m benchmarks.sampling_speed [--block-size 4] [--batch 1] [--tokens 256] [--dtype ...]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One training step (forward + backward) of the 110M network: V = 50258, L = 1024, batch 1.
 
-    python -m benchmarks.training_step [--block-size 16] [--dtype float32] [--repeats 5]
+python -m benchmarks.training_step [--block-size 16] [--dtype float32] [--repeats 5]
 """
 
 from __future__ import annotations

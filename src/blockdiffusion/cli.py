@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from blockdiffusion.errors import UserError
@@ -19,11 +18,13 @@ from blockdiffusion.errors import UserError
 app = typer.Typer(
     name="blockdiff",
     help="Train, measure and sample block diffusion language models.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# An unknown option or a missing argument; newer typer versions carry their own click.
+USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 
 MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
 DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
@@ -362,15 +363,12 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence and exit code 2."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
         _fail(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        typer.echo(error.format_message())
-        sys.exit(2)
-    except click.ClickException as error:
+    except USAGE_ERROR as error:
         _fail(error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         typer.echo("blockdiff: stopped", err=True)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `head` does

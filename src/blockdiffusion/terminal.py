@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +21,11 @@ from rich.progress import (
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from blockdiffusion.data.packing import Progress as Stages
     from blockdiffusion.evaluate.likelihood import Likelihood
     from blockdiffusion.sampling import Event
 
 HIDDEN = "░"
-FRAME_SECONDS = 1 / 30
 
 
 def error_console() -> Console:
@@ -32,7 +34,7 @@ def error_console() -> Console:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
+def progress_bar(title: str) -> Iterator[Stages]:
     """Gives a function (stage, done, total) that draws a bar with rate and time left.
 
     On what is no terminal nothing is drawn.
@@ -68,7 +70,7 @@ def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> E
     console = Console()
     view = _SampleView(tokenizer, prompt)
     if not console.is_terminal:
-        return _print_blocks(events, console, view)
+        return _print_blocks(events, view)
     with Live(
         view.text(), console=console, refresh_per_second=30, vertical_overflow="visible"
     ) as live:
@@ -85,7 +87,7 @@ def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> E
     raise AssertionError("the block loop always ends with a DoneEvent")
 
 
-def _print_blocks(events: Iterator[Event], console: Console, view: _SampleView) -> Event:
+def _print_blocks(events: Iterator[Event], view: _SampleView) -> Event:
     from blockdiffusion.sampling import BlockEvent, DoneEvent
 
     printed = 0
@@ -94,10 +96,11 @@ def _print_blocks(events: Iterator[Event], console: Console, view: _SampleView) 
             view.finish(event)
             view.cut(int(event.ends[0]))
             text = view.plain().rstrip("\ufffd")  # half a character waits for its other half
-            console.print(text[printed:], end="", markup=False, highlight=False, soft_wrap=True)
+            sys.stdout.write(text[printed:])  # as it is: a console would turn tabs into spaces
+            sys.stdout.flush()
             printed = len(text)
         elif isinstance(event, DoneEvent):
-            console.print()
+            sys.stdout.write("\n")
             return event
     raise AssertionError("the block loop always ends with a DoneEvent")
 
@@ -158,8 +161,6 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
     if result.interval is not None:
         low, high = result.interval
         lines.append(f"  {'95 % interval':<22}{low:.4f} .. {high:.4f}")
-        import math
-
         spread = f"  (95 %: {math.exp(low):.2f} .. {math.exp(high):.2f})"
     lines.append(f"  {'perplexity':<22}{sign}{result.perplexity:.2f}{spread}")
     if result.bits_per_byte is not None:

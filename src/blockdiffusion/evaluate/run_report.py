@@ -139,7 +139,7 @@ def _draw(
         done = events[-1]
         assert isinstance(done, DoneEvent)
         result = collect(model, done, prompts)
-        if trace is None:
+        if trace is None and model.tokenizer is not None:
             trace = trace_of_events(
                 events, model.tokenizer, block_size=model.config.block_size, prompt_ids=prompts[0]
             )

@@ -79,6 +79,7 @@ def _ranks(time_RS: torch.Tensor, masked_RS: torch.Tensor) -> torch.Tensor:
 
 def make_policy(name: str, steps: int | None = None) -> Policy:
     """The policy called `name`; `steps` belongs to "ancestral" and is needed there."""
+    name = name.replace("_", "-")
     if name == "first-hitting":
         if steps is not None:
             raise UserError(

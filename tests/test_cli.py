@@ -1,0 +1,172 @@
+"""The command line: what it prints, and how it tells a mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.command import blockdiff
+from tests.conftest import GOLDEN
+
+TEXT = "The quick brown fox jumps over the lazy dog; it was not the first time.\n\n" * 300
+RECIPE = {
+    "model": {"num_layers": 1, "width": 16, "num_heads": 2, "cond_dim": 8, "dropout": 0.0},
+    "train": {"steps": 6, "batch_size": 4, "threads": 1},
+    "optim": {"warmup_steps": 2},
+    "eval": {"every": 3, "rows": 4, "samples": 2},
+    "sample": {"every": 6, "max_new_tokens": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with prepared data and a trained run, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text(TEXT)
+    recipe = RECIPE | {"out": str(folder / "run"), "data": {"path": str(folder / "data")}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    made = blockdiff(
+        "prepare", folder / "text.txt", "--out", folder / "data", "--tokenizer", "byte",
+        "--seq-len", 32, "--document-bytes", 2000,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert "V = 258, L = 32" in made.stdout
+    trained = blockdiff("train", folder / "recipe.yaml")
+    assert trained.returncode == 0, trained.stderr
+    assert "validation bound" in trained.stderr and "6 steps" in trained.stdout
+    return folder
+
+
+def test_help_answers_within_a_second_and_names_every_command():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = subprocess.run(
+            [sys.executable, "-m", "blockdiffusion.cli", "--help"], capture_output=True, text=True
+        )
+        times.append(time.perf_counter() - start)
+    assert shown.returncode == 0 and min(times) < 1
+    for command in ("prepare", "train", "eval", "sample", "report"):
+        assert command in shown.stdout
+
+
+def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
+    run = blockdiff(
+        "eval", place / "run", "--data", place / "data", "--estimator", "exact", "--rows", 4,
+        "--json", tmp_path / "eval.json",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "perplexity            <= " in run.stdout and "exact perplexity" in run.stdout
+    values = json.loads((tmp_path / "eval.json").read_text())
+    assert values["num_tokens"] == 128 and values["split"] == "valid"
+    assert f"<= {values['perplexity']:.2f}" in run.stdout
+    # One token of the byte tokenizer is one byte (but for the EOS of documents).
+    assert values["bits_per_byte"] == pytest.approx(values["nats_per_token"] / 0.6931, rel=0.02)
+
+
+def test_sample_repeats_with_a_seed_and_gives_json(place):
+    options = ("sample", place / "run", "--max-new-tokens", 12, "--seed", 3)
+    first, again = blockdiff(*options), blockdiff(*options)
+    assert first.returncode == 0 and first.stdout == again.stdout
+    lines = blockdiff(*options, "--num-samples", 2, "--prompt", "fox", "--json").stdout.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 2 and all(row["text"].startswith("fox") for row in rows)
+    assert rows[0]["prompt_tokens"] == 3 and rows[0]["seed"] == 3 and rows[0]["nfe"] > 0
+
+
+def test_stream_prints_the_same_text(place):
+    options = ("sample", place / "run", "--max-new-tokens", 30, "--seed", 5, "--prompt", "the ")
+    whole, stream = blockdiff(*options), blockdiff(*options, "--stream")
+    assert stream.returncode == 0 and stream.stdout.strip() == whole.stdout.strip()
+
+
+def test_report_writes_the_page(place, tmp_path):
+    made = blockdiff("report", place / "run", "--out", tmp_path / "page.html",
+                     "--max-new-tokens", 16)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "validation" in page
+
+
+def test_an_existing_run_is_kept(place):
+    before = (place / "run" / "metrics.jsonl").read_bytes()
+    refused = blockdiff("train", place / "recipe.yaml")
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    assert (place / "run" / "metrics.jsonl").read_bytes() == before
+    finished = blockdiff("train", place / "recipe.yaml", "--resume")
+    assert finished.returncode == 0
+    changed = blockdiff("train", place / "recipe.yaml", "optim.lr=0.1", "--resume")
+    assert changed.returncode == 2 and "optim.lr" in changed.stderr
+
+
+MISTAKES = {
+    "unknown key": (["train", "{recipe}", "optim.warmup=3"], "optim.warmup_steps"),
+    "wrong type": (["train", "{recipe}", "train.steps=many"], "train.steps"),
+    "block size": (["train", "{recipe}", "model.block_size=5", "out={new}"], "divisor"),
+    "no recipe": (["train", "{folder}/none.yaml"], "none.yaml"),
+    "no data": (["eval", "{run}", "--data", "{folder}"], "manifest.json"),
+    "no split": (["eval", "{run}", "--data", "{data}", "--split", "test"], "train, valid"),
+    "other vocabulary": (["eval", "{golden}", "--data", "{data}"], "V = 258"),
+    "estimator": (["eval", "{run}", "--data", "{data}", "--estimator", "x"], "bernoulli, exact"),
+    "no model": (["sample", "{folder}/nothing/here"], "does not exist"),
+    "top p": (["sample", "{run}", "--top-p", "1.5"], "(0, 1]"),
+    "steps": (["sample", "{run}", "--steps", "4"], "ancestral"),
+    "policy": (["sample", "{run}", "--policy", "best"], "first-hitting"),
+    "window": (["sample", "{run}", "--window", "8", "--prompt", "ten letters"], "window"),
+    "two prompts": (["sample", "{run}", "--prompt", "a", "--prompt-file", "b"], "one of them"),
+    "stream many": (["sample", "{run}", "--stream", "--num-samples", "2"], "--stream"),
+    "dtype": (["sample", "{run}", "--dtype", "int3"], "float32"),
+    "device": (["sample", "{run}", "--device", "tpu"], "cpu, cuda, mps"),
+    "not a run": (["report", "{data}"], "config.yaml"),
+    "option": (["sample", "{run}", "--tempreature", "1"], "--temperature"),
+    "missing text": (["prepare", "{folder}/no.txt", "--out", "{new}"], "no.txt"),
+    "short corpus": (["prepare", "{folder}/recipe.yaml", "--out", "{new}", "--tokenizer", "byte",
+                      "--valid-fraction", "0", "--seq-len", "100000"], "100000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_two(place, name, tmp_path):
+    arguments, expected = MISTAKES[name]
+    names = {
+        "recipe": place / "recipe.yaml", "folder": place, "run": place / "run",
+        "data": place / "data", "golden": GOLDEN / "bd3lm-hf", "new": tmp_path / "new",
+    }  # fmt: skip
+    failed = blockdiff(*(a.format(**names) for a in arguments))
+    assert failed.returncode == 2, (failed.stdout, failed.stderr)
+    assert expected in failed.stderr and "Traceback" not in failed.stderr
+    lines = [line for line in failed.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("blockdiff: error: ")
+
+
+def test_a_reader_that_goes_away_is_no_error(place):
+    command = f"{sys.executable} -m blockdiffusion.cli sample {place / 'run'} --num-samples 40"
+    piped = subprocess.run(
+        f"{command} --max-new-tokens 8 | head -1", shell=True, capture_output=True, text=True
+    )
+    assert "Traceback" not in piped.stderr
+
+
+def test_signals_save_and_tell_how_to_go_on(place, tmp_path):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        out = tmp_path / number.name
+        process = subprocess.Popen(
+            [sys.executable, "-m", "blockdiffusion.cli", "train", place / "recipe.yaml",
+             f"out={out}", "train.steps=100000", "eval.every=null", "sample.every=null"],
+            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        deadline = time.monotonic() + 60
+        metrics = out / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, message = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "blockdiff train" in message and "--resume" in message
+        assert list((out / "checkpoints").glob("step-*"))

@@ -1,0 +1,291 @@
+"""The documentation: its Python runs, its command lines, links and tables are those of the program.
+
+Conventions of the pages: every ```python block runs, in order, in one namespace per page and in a
+folder where the models that the pages name stand (small ones). Lines of ```sh blocks that begin
+with `blockdiff` are parsed by the program, not run.
+"""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import typer.main
+import yaml
+from safetensors.torch import save_file
+
+import blockdiffusion
+from blockdiffusion.cli import app
+from blockdiffusion.config import Recipe, _convert, _describe, load_recipe, run_training
+from blockdiffusion.data.options import PrepareOptions
+from blockdiffusion.data.packing import prepare
+from blockdiffusion.data.tokenizers import byte_tokenizer
+from blockdiffusion.evaluate.likelihood import Estimator
+from blockdiffusion.models.formats import BD3LM_NAMES
+from blockdiffusion.sampling.logits import Filters
+from blockdiffusion.sampling.policies import make_policy
+from tests.test_layering import LAYERS, modules
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+HOW_TO = DOCS / "how-to"
+PAGES = sorted(DOCS.rglob("*.md"))
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+NO_DEFAULT = "*required*"
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.S | re.M)
+
+
+def prose(page):
+    """The page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.S | re.M)
+
+
+def table_rows(page):
+    """The cells of every row of a page's tables, heads and rules left out."""
+    for line in prose(page).splitlines():
+        if line.startswith("|"):
+            yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+# --- The Python blocks run ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with what the pages suppose: recipes, a run, a published model, a tokenizer."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    text = "Return the number of small blocks. If there is none, return the next one.\n\n" * 60
+    (folder / "text.txt").write_text(text)
+    options = PrepareOptions(seq_len=32, tokenizer="byte", document_bytes=500, num_workers=1)
+    smaller = [
+        "train.steps=2", "train.batch_size=2", "model.num_layers=1", "model.width=32",
+        "eval.rows=2", "sample.max_new_tokens=8",
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare(["text.txt"], "runs/demo-data", options)
+        run_training(load_recipe("recipes/demo.yaml", smaller))
+    published_model(folder / "kuleshov-group" / "bd3lm-owt-block_size4")
+    byte_tokenizer().save_pretrained(folder / "gpt2")
+    return folder
+
+
+def published_model(folder):
+    """A directory in the published format: GPT-2's ids, otherwise tiny."""
+    config = blockdiffusion.BlockDiffusionConfig(
+        vocab_size=50258, seq_len=1024, width=16, num_layers=1, num_heads=2, cond_dim=8
+    )
+    state = {}
+    for name, tensor in blockdiffusion.BlockDiffusionModel(config).state_dict().items():
+        theirs, ours = next(
+            (theirs.replace(".N.", ".0."), ours.replace(".N.", ".0."))
+            for theirs, ours in BD3LM_NAMES.items()
+            if f"{name}.".startswith(f"{ours.replace('.N.', '.0.')}.")
+        )
+        state[theirs + name.removeprefix(ours)] = tensor
+    raw = {
+        "model_type": "bd3lm", "vocab_size": 50258, "model_length": 1024, "block_size": 4,
+        "hidden_dim": 16, "n_blocks": 1, "n_heads": 2, "cond_dim": 8, "dropout": 0.1,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_the_python_runs(page, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    namespace = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, name_of(page), "exec"), namespace)
+    assert ("print(" in page.read_text()) == bool(capsys.readouterr().out)
+
+
+def test_every_block_has_a_known_language():
+    for page in [*PAGES, *TOP]:
+        for language in re.findall(r"^```(.+)$", page.read_text(), re.M):
+            assert language in {"python", "sh", "math", "yaml"}, (page, language)
+
+
+# --- Command lines --------------------------------------------------------------------------------
+
+
+def command_lines(text):
+    """The blockdiff commands of a shell script, each as its words."""
+    for line in text.replace("\\\n", " ").splitlines():
+        for part in line.split("&&"):
+            if part.strip().startswith("blockdiff "):
+                yield shlex.split(re.split(r"\s[>|]\s", part)[0], comments=True)[1:]
+
+
+def shown_commands():
+    for page in [*PAGES, *TOP]:
+        for block in blocks(page, "sh"):
+            yield from ((name_of(page), words) for words in command_lines(block))
+    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+        comments = re.findall(r"^# ?(.*)$", recipe.read_text(), re.M)
+        yield from ((name_of(recipe), words) for words in command_lines("\n".join(comments)))
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), [pytest.param(p, w, id=f"{p}: {' '.join(w)}") for p, w in shown_commands()]
+)
+def test_a_command_line_is_understood(page, words):
+    name, *arguments = words
+    values = COMMANDS[name].make_context(name, arguments).params  # fails on an unknown option
+    if name == "prepare":
+        known = {field.name for field in dataclasses.fields(PrepareOptions)}
+        values["valid"] = values["valid"] or ()
+        PrepareOptions(**{key: value for key, value in values.items() if key in known})
+    elif name == "train":
+        recipe = Path(values["recipe"])
+        if recipe.name == "config.yaml":  # a run's own
+            recipe = Path("recipes/demo.yaml")
+        load_recipe(ROOT / recipe, values["overrides"] or [])
+    elif name == "eval":
+        assert values["estimator"] in get_args(Estimator)
+    elif name == "sample":
+        make_policy(values["policy"], values["steps"])
+        Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)})
+
+
+def options_of(command):
+    return {text for p in COMMANDS[command].params for text in (*p.opts, *p.secondary_opts)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TOP], ids=name_of)
+def test_options_in_the_prose_exist(page):
+    """`--option` alone belongs to some command, behind a command's name to that one."""
+    everywhere = {"--help", "--version"}.union(*map(options_of, COMMANDS))
+    for code in re.findall(r"`([^`]+)`", prose(page)):
+        words = code.removeprefix("blockdiff ").split()
+        known = everywhere
+        if words[0] in COMMANDS:
+            known = options_of(words[0]) | {"--help"}
+        elif code.startswith("blockdiff "):
+            assert words[0] in everywhere, code
+        unknown = [w for w in words if w.startswith("--") and w not in known]
+        assert not unknown, f"{code}: {unknown}"
+
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+
+def leaves(kind=Recipe, prefix=""):
+    """(key, type, field) of every key of a recipe."""
+    types = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from leaves(types[field.name], f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", types[field.name], field
+
+
+def test_the_table_of_recipe_keys_is_the_program():
+    shown = {}
+    for key, kind, default, meaning in table_rows(HOW_TO / "recipe-keys.md"):
+        if key.startswith("`"):
+            assert meaning and key not in shown
+            shown[key.strip("`")] = (kind, default.strip("`"))
+    assert list(shown) == [key for key, _, _ in leaves()]
+    for key, kind, field in leaves():
+        assert shown[key][0] == _describe(kind), key
+        if field.default is dataclasses.MISSING:
+            assert shown[key][1] == NO_DEFAULT, key
+        else:
+            assert _convert(kind, yaml.safe_load(shown[key][1])) == field.default, key
+
+
+def test_recipe_keys_in_the_pages_exist():
+    known = {key for key, _, _ in leaves()}
+    sections = {key.split(".")[0] for key in known if "." in key}
+    for page in (HOW_TO / "train.md", HOW_TO / "prepare.md", HOW_TO / "recipe-keys.md"):
+        for code in re.findall(r"`([a-z]+\.[a-z_*]+)(?:=[^`]*)?`", prose(page)):
+            section, name = code.split(".")
+            if section in sections and name not in {"*", "md"}:
+                assert code in known, f"{page.name}: {code}"
+
+
+def test_our_side_of_the_authors_keys_exists():
+    known = {key for key, _, _ in leaves()}
+    rows = [row for row in table_rows(HOW_TO / "authors-keys.md") if row[0].startswith("`")]
+    assert len(rows) > 60
+    for theirs, ours, note in rows:
+        assert ours != "-" or note, theirs
+        for code in re.findall(r"`([^`]+)`", ours):
+            command, *option = code.split()
+            if option and option[0].startswith("--"):
+                assert option[0] in options_of(command), code
+            elif option:  # an argument, such as `eval MODEL`
+                names = {parameter.name for parameter in COMMANDS[command].params}
+                assert names & {option[0].lower(), f"{option[0].lower()}s"}, code
+            else:
+                assert code in known, code
+
+
+def test_the_table_of_prepare_options_is_the_program():
+    rows = [r for r in table_rows(HOW_TO / "prepare.md") if len(r) == 4 and r[0].startswith("`--")]
+    of_command = {
+        text: p for p in COMMANDS["prepare"].params for text in p.opts if text.startswith("--")
+    }
+    fields = {field.name: field for field in dataclasses.fields(PrepareOptions)}
+    assert {row[0].strip("`") for row in rows} == of_command.keys() - {"--help"}
+    assert {row[1].strip("`") for row in rows} == fields.keys() | {"out"}
+    for option, name, default, meaning in ([cell.strip("`") for cell in row] for row in rows):
+        assert meaning
+        if name != "out":
+            value = yaml.safe_load(default)
+            assert value == (list(v) if isinstance(v := fields[name].default, tuple) else v), name
+            assert (of_command[option].default or value) == value, option
+
+
+def test_the_table_of_layers_is_the_program():
+    rank = {name: number for number, names in enumerate(LAYERS, 1) for name in names}
+    shown = []
+    for row in table_rows(DOCS / "design.md"):
+        if row[0].isdigit():
+            module = row[1].split("`")[1]
+            assert int(row[0]) == rank[module.split("/")[0].removesuffix(".py")], module
+            shown.append(module)
+    assert shown == sorted(shown, key=lambda module: rank[module.split("/")[0].removesuffix(".py")])
+    assert set(shown) == {str(path) for path, tree in modules() if tree.body}
+
+
+# --- Links and the rest ---------------------------------------------------------------------------
+
+
+def anchors(page):
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TOP], ids=name_of)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not target.startswith(("http:", "https:")):
+            path, _, anchor = target.partition("#")
+            linked = page.parent / path if path else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_citation_and_the_changelog_are_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == blockdiffusion.__version__
+    assert [a["family-names"] for a in citation["references"][0]["authors"]][::7] == [
+        "Arriola",
+        "Kuleshov",
+    ]
+    assert f"## [{blockdiffusion.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
