@@ -23,7 +23,7 @@ from blockdiffusion.config import Recipe, _convert, _describe, load_recipe, run_
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
-from blockdiffusion.evaluate.likelihood import Estimator
+from blockdiffusion.evaluate.likelihood import Estimator, Likelihood
 from blockdiffusion.models.formats import BD3LM_NAMES
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import make_policy
@@ -261,6 +261,17 @@ def test_the_table_of_layers_is_the_program():
             shown.append(module)
     assert shown == sorted(shown, key=lambda module: rank[module.split("/")[0].removesuffix(".py")])
     assert set(shown) == {str(path) for path, tree in modules() if tree.body}
+
+
+def test_everything_that_is_written_is_explained(place):
+    explained = set(re.findall(r"`(\w+)`", (HOW_TO / "train.md").read_text()))
+    for line in (place / "runs" / "demo" / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line).keys() - {"step"} <= explained
+    explained = set(re.findall(r"`(\w+)`", (HOW_TO / "evaluate.md").read_text()))
+    fields = {f.name for f in dataclasses.fields(Likelihood) if not f.name.endswith("per_row")}
+    assert fields | {"perplexity", "exact_perplexity", "interval"} <= explained
+    names = set(re.findall(r"`(\w+)`", (HOW_TO / "python.md").read_text()))
+    assert set(blockdiffusion.__all__) - {"__version__"} <= names
 
 
 # --- Links and the rest ---------------------------------------------------------------------------

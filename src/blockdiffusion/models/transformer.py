@@ -32,6 +32,7 @@ from blockdiffusion.masks import Streams, decode_predicate
 NORM_EPS = 1e-5
 ROTARY_BASE = 10_000.0
 FREQUENCIES = 256  # features of the time embedding
+FEW_ROWS, SPLIT = 32, 8  # see Linear; measured best on two cores
 
 
 class BlockDiffusionConfig(PretrainedConfig):
@@ -157,6 +158,24 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return out
 
 
+class Linear(nn.Linear):
+    """A linear layer that, on a CPU and for few rows (sampling), splits its weight among threads.
+
+    Such products are bound by reading the weight, and the library's own kernel keeps one thread
+    waiting: at 4 to 16 rows the split is about twice as fast on two cores.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        out_features, in_features = self.weight.shape
+        parts = math.gcd(out_features, SPLIT)
+        if input.device.type != "cpu" or input.numel() > FEW_ROWS * in_features or parts == 1:
+            return super().forward(input)
+        rows = input.reshape(1, -1, in_features).expand(parts, -1, -1)
+        split = torch.bmm(rows, self.weight.view(parts, -1, in_features).transpose(1, 2))
+        out = split.transpose(0, 1).reshape(*input.shape[:-1], out_features)
+        return out if self.bias is None else out + self.bias
+
+
 class Norm(nn.Module):
     """Layer norm with a weight and no bias, then modulated: LN(x) * (1 + scale) + shift."""
 
@@ -189,7 +208,7 @@ class TimeEmbedding(nn.Module):
         return F.silu(self.linear_out(F.silu(self.linear_in(features))))
 
 
-class Modulation(nn.Linear):
+class Modulation(Linear):
     """Conditioning (..., C) -> `count` vectors of the width (DiT's adaLN); starts at zero."""
 
     def __init__(self, cond_dim: int, width: int, count: int):
@@ -209,11 +228,11 @@ class Layer(nn.Module):
         self.num_heads = config.num_heads
         self.dropout = config.dropout
         self.attn_norm = Norm(width)
-        self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attn_out = nn.Linear(width, width, bias=False)
+        self.attn_qkv = Linear(width, 3 * width, bias=False)
+        self.attn_out = Linear(width, width, bias=False)
         self.mlp_norm = Norm(width)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = nn.Linear(4 * width, width)
+        self.mlp_in = Linear(width, 4 * width)
+        self.mlp_out = Linear(4 * width, width)
         self.modulation = Modulation(config.cond_dim, width, 6) if config.adaln else None
 
     def modulate(self, cond: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -270,7 +289,7 @@ class BlockDiffusionModel(PreTrainedModel):
         self.final_modulation = (
             Modulation(config.cond_dim, config.width, 2) if config.adaln else None
         )
-        self.output = nn.Linear(config.width, config.vocab_size)
+        self.output = Linear(config.width, config.vocab_size)
         self.post_init()
 
     @classmethod
