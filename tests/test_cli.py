@@ -121,7 +121,7 @@ MISTAKES = {
     "two prompts": (["sample", "{run}", "--prompt", "a", "--prompt-file", "b"], "one of them"),
     "stream many": (["sample", "{run}", "--stream", "--num-samples", "2"], "--stream"),
     "dtype": (["sample", "{run}", "--dtype", "int3"], "float32"),
-    "device": (["sample", "{run}", "--device", "tpu"], "cpu, cuda, mps"),
+    "device": (["sample", "{run}", "--device", "tpu"], "--device is tpu"),
     "not a run": (["report", "{data}"], "config.yaml"),
     "option": (["sample", "{run}", "--tempreature", "1"], "--temperature"),
     "missing text": (["prepare", "{folder}/no.txt", "--out", "{new}"], "no.txt"),

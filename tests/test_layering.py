@@ -8,7 +8,7 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
     ["errors", "seeding"],
-    ["schedules", "masks", "objectives"],
+    ["devices", "schedules", "masks", "objectives"],
     ["corruption", "attention", "cache"],
     ["denoiser"],
     ["exact"],

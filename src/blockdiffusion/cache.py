@@ -27,7 +27,7 @@ class BlockCache:
 
     Attributes:
         lengths_B: committed tokens of every row, int64 on the CPU.
-        capacity: tokens a row can hold; a multiple of the block size.
+        capacity: tokens a row can hold at a time.
     """
 
     def __init__(

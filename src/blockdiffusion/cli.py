@@ -28,7 +28,7 @@ USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 
 MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
 DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-DTYPE = Annotated[str, typer.Option(help="Weights: auto (as saved), float32, float64 or bfloat16.")]
+DTYPE = Annotated[str, typer.Option(help="Weights: auto (as saved), float32, float64 or bf16.")]
 BOS = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
@@ -169,14 +169,14 @@ def evaluate(
     from blockdiffusion.terminal import likelihood_lines, progress_bar
 
     network = _load(model, device, dtype)
-    text = read_rows(data, split, network, rows)
+    text = read_rows(data, split, network, rows, bos)
     with progress_bar("eval") as report:
         result = likelihood(
             network,
             text.batch.ids_BL,
             estimator=estimator,  # type: ignore[arg-type]  # checked there
             samples=samples,
-            bos=bos,
+            bos=text.bos,
             valid=text.batch.valid_BL,
             num_bytes=text.num_bytes,
             generator=generator(seed, "likelihood"),
@@ -288,25 +288,18 @@ def report(
 def _load(model: str, device: str, dtype: str) -> Any:
     import torch
 
+    from blockdiffusion.devices import select_device
     from blockdiffusion.models.formats import load
 
-    dtypes = {n: getattr(torch, n) for n in ("float32", "float64", "bfloat16")} | {"auto": None}
+    dtypes = {
+        "auto": None,
+        "float32": torch.float32,
+        "float64": torch.float64,
+        "bf16": torch.bfloat16,
+    }
     if dtype not in dtypes:
         raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(dtypes)}")
-    return load(model, device=_device(device), dtype=dtypes[dtype])
-
-
-def _device(name: str) -> str:
-    import torch
-
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-    if name == "auto":
-        return "cuda" if present["cuda"] else "mps" if present["mps"] else "cpu"
-    if name not in present:
-        raise UserError(f"--device is {name!r}; choose auto, {', '.join(present)}")
-    if not present[name]:
-        raise UserError(f"--device is {name}, which this machine does not have; use cpu or auto")
-    return name
+    return load(model, device=select_device(device, "--device"), dtype=dtypes[dtype])
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str | None:

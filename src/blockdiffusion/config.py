@@ -114,8 +114,9 @@ class Recipe:
     log: LogOptions = field(default_factory=LogOptions)
 
 
-# What a resumed run may change: nothing here touches the weights.
-CHANGEABLE = ("out", "eval.", "sample.", "checkpoint.", "log.")
+# What a resumed run may change: nothing here touches the weights. (Data that were moved are
+# recognised by their fingerprint.)
+CHANGEABLE = ("out", "data.path", "eval.", "sample.", "checkpoint.", "log.")
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -366,8 +367,8 @@ def run_training(
 
     Args:
         resume: go on with the run in `recipe.out`; the recipe may differ from the run's in
-            `out`, `eval`, `sample`, `checkpoint` and `log`, and in `train.steps` where the
-            learning rate does not depend on it.
+            `out`, `data.path`, `eval`, `sample`, `checkpoint` and `log`, and in `train.steps` where
+            the learning rate does not depend on it.
         resume_command: what an interrupted run tells its user to type; by default a command that
             resumes from the run's own config.yaml.
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from blockdiffusion.cache import BlockCache
+from blockdiffusion.errors import UserError
 from blockdiffusion.objectives import subs_nll
 
 
@@ -54,6 +55,20 @@ class Denoiser(Protocol):
         caller), then comes a block being denoised.
         """
         ...
+
+
+def bos_id(model: Denoiser) -> int:
+    """Id of the BOS token, as the configuration or else the tokenizer names it.
+
+    Raises:
+        UserError: neither does.
+    """
+    found = model.config.bos_id
+    if found is None and model.tokenizer is not None:
+        found = model.tokenizer.bos_token_id
+    if found is None:
+        raise UserError("bos=True needs a BOS token, and this model names none; use bos=False")
+    return found
 
 
 def masked_nll(

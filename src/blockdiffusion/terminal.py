@@ -174,7 +174,7 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
             lines.append(f"  {'exact bits/byte':<22}{result.exact_bits_per_byte:.4f}")
     given = "BOS given, not counted" if result.bos else "no BOS given"
     how = (
-        f"{2**result.block_size - 1} mask sets per block enumerated"
+        "all mask sets of every block enumerated"
         if result.estimator == "exact"
         else f"{result.samples} draws of the masks, t cut at {result.t_min:g}"
     )

@@ -45,6 +45,7 @@ def test_ancestral_tends_to_the_law(tiny_law, tiny_law_expected):
 def test_a_prompt_inside_a_block_conditions_the_law(tiny_law, tiny_law_expected):
     """Given the first token, the rest follows the conditional law (the tail of a prompt is never
     padded to a block border)."""
+    tiny_law.double()
     ids = tiny_law_expected["sequences"]
     draws = 8000
     result = blockdiffusion.generate(

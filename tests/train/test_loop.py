@@ -273,14 +273,6 @@ def test_data_and_model_must_fit(run, recipe_file, prepared):
     assert not (recipe_file.parent / "run").exists()
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert loop.select_device("auto").type == "cpu"
-    with pytest.raises(UserError, match=r"train\.device is cuda, but PyTorch finds only cpu"):
-        loop.select_device("cuda")
-
-
 # --- stopping
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeGuard, cast, get_args
 import torch
 
 from blockdiffusion.corruption import T_MIN, bernoulli
-from blockdiffusion.denoiser import Denoiser, masked_nll
+from blockdiffusion.denoiser import Denoiser, bos_id, masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks, num_subsets
 from blockdiffusion.schedules import Linear, Schedule
@@ -49,7 +49,8 @@ class Likelihood:
         stderr_data: standard error over rows (documents), None from a single row. The spread over
             rows contains the rows' own noise.
         exact_stderr_data: the same of exact_nats_per_token, or None.
-        interval: 95 % interval of nats_per_token, from stderr_data (or the noise, for one row).
+        interval: 95 % interval of nats_per_token, from the larger of the two errors (that of the
+            data, but for a handful of rows).
         bos: whether position 0 was given (BOS) and not counted.
         is_bound: False where nats_per_token is itself exact (S = 1, enumerated).
         t_min: where `bernoulli` cuts t; None for `exact`.
@@ -85,9 +86,10 @@ class Likelihood:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        error = self.stderr_data if self.stderr_data is not None else self.stderr_noise
-        if error is None:
+        known = [e for e in (self.stderr_data, self.stderr_noise) if e is not None]
+        if not known:
             return None
+        error = max(known)
         return self.nats_per_token - Z95 * error, self.nats_per_token + Z95 * error
 
     def to_dict(self, rows: bool = False) -> dict[str, Any]:
@@ -307,9 +309,8 @@ def _tokenize(model: Denoiser, texts: Sequence[str], bos: bool) -> list[list[int
     rows = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     if not bos:
         return rows
-    if model.config.bos_id is None:
-        raise UserError("bos=True needs a BOS token, and this model names none; use bos=False")
-    return [[model.config.bos_id, *row] for row in rows]
+    first = bos_id(model)
+    return [[first, *row] for row in rows]
 
 
 def _rectangle(

@@ -14,19 +14,27 @@ from blockdiffusion.errors import UserError
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Rows to score, and the UTF-8 bytes that they cover.
+    """Rows to score, the UTF-8 bytes that they cover, and whether position 0 is a given BOS.
 
     When only a part of the split is taken, the bytes are the split's times the share of tokens.
     """
 
     batch: Batch
     num_bytes: float
+    bos: bool
 
 
 def read_rows(
-    directory: str | Path, split: str, model: Denoiser, rows: int | None = None
+    directory: str | Path,
+    split: str,
+    model: Denoiser,
+    rows: int | None = None,
+    bos: bool | None = None,
 ) -> HeldOutText:
     """The first `rows` rows (None = all) of a split.
+
+    `bos` overrides what model and data say; without it they must agree, and where the model says
+    nothing the data decide.
 
     Raises:
         UserError: no such data or split, no rows, or data made for another vocabulary.
@@ -41,8 +49,16 @@ def read_rows(
             f"V = {config.vocab_size} and mask {config.mask_id}; prepare the text with the "
             "model's tokenizer"
         )
+    if bos is None:
+        bos = manifest.row_bos
+        if config.bos is not None and bool(config.bos) != bos:
+            with_bos = "the data have" if bos else "the model has"
+            raise UserError(
+                f"only {with_bos} a given BOS at the start of a row; prepare {directory} "
+                "the other way, or choose with --bos (given, not counted) or --no-bos"
+            )
     count = min(source.num_rows, rows or source.num_rows)
     batch = source.rows(np.arange(count))
     tokens = batch.ids_BL.numel() if batch.valid_BL is None else int(batch.valid_BL.sum())
     info = manifest.splits[split]
-    return HeldOutText(batch, info.bytes * tokens / info.tokens)
+    return HeldOutText(batch, info.bytes * tokens / info.tokens, bos)

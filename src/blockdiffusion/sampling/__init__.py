@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.denoiser import Denoiser, bos_id
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import (
@@ -171,12 +171,8 @@ def prepare_prompts(
         raise UserError(f"num_samples is {num_samples}; it must be at least 1")
     rows = [_to_ids(model, prompt) for prompt in _as_list(prompts)]
     if model.config.bos if bos is None else bos:
-        bos_id = model.config.bos_id
-        if bos_id is None and model.tokenizer is not None:
-            bos_id = model.tokenizer.bos_token_id
-        if bos_id is None:
-            raise UserError("bos=True needs a BOS token, and this model names none; use bos=False")
-        rows = [row if row[:1] == [bos_id] else [bos_id, *row] for row in rows]
+        first = bos_id(model)
+        rows = [row if row[:1] == [first] else [first, *row] for row in rows]
     return [row for row in rows for _ in range(num_samples)]
 
 

@@ -206,6 +206,8 @@ def _check(model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingO
         raise UserError("there is no prompt; give at least one, which may be empty")
     if options.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
+    if config.time_conditioning:
+        raise UserError("this network is conditioned on time, which these samplers do not give")
     window = options.window
     if window is not None and window < config.block_size:
         raise UserError(

@@ -32,6 +32,7 @@ from blockdiffusion.data.files import written_aside
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.devices import select_device
 from blockdiffusion.errors import UserError
 from blockdiffusion.schedules import Schedule, make_schedule
 from blockdiffusion.seeding import derive_seed, generator
@@ -170,7 +171,7 @@ def train(
     """
     _check_fit(model, rows)
     config = dict(config or {})
-    device = select_device(options.device)
+    device = select_device(options.device, "train.device")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model.to(device)  # type: ignore  # transformers wraps it without types
@@ -318,25 +319,6 @@ def free_tokens(batch: Batch, row_bos: bool) -> torch.Tensor:
     if row_bos:
         free_BL[:, 0] = False
     return free_BL
-
-
-def select_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        UserError: this machine does not have it.
-    """
-    has = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        return torch.device(next(kind for kind, there in has.items() if there))
-    if not has[name]:
-        there = ", ".join(kind for kind, there in has.items() if there)
-        raise UserError(f"train.device is {name}, but PyTorch finds only {there} here")
-    return torch.device(name)
 
 
 def data_fingerprint(manifest: Manifest) -> str:
