@@ -39,7 +39,7 @@ test-all: $(STAMP)
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --summary none
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
