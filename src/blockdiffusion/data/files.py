@@ -37,6 +37,26 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+@contextmanager
+def locked(path: Path, taken: str) -> Iterator[None]:
+    """Holds the lock file `path` until the block ends; the system frees it if the process dies.
+
+    Raises:
+        UserError: another process holds it; `taken` is the sentence.
+    """
+    with open(path, "wb") as file:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            pass
+        else:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(taken) from None
+        yield
+
+
 def storage_error(error: OSError, directory: Path) -> UserError:
     """The sentence for a write into `directory` that failed."""
     reason = error.strerror or str(error)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from blockdiffusion.data.corpus import Corpus
-from blockdiffusion.data.files import storage_error, written_aside
+from blockdiffusion.data.files import locked, storage_error, written_aside
 from blockdiffusion.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -124,19 +124,8 @@ def _claimed(out: Path) -> Iterator[None]:
                 "directory"
             )
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "wb") as file:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            pass
-        else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process is preparing {out} right now: wait for it, or name another "
-                    "directory"
-                ) from None
+    taken = f"another process is preparing {out} right now: wait for it, or name another directory"
+    with locked(lock, taken):
         yield
 
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import blockdiffusion
-from blockdiffusion.data.files import FULL_DISK
+from blockdiffusion.data.files import FULL_DISK, locked
 from blockdiffusion.errors import UserError
 from blockdiffusion.train.optim import MovingAverage
 
@@ -103,19 +103,10 @@ def claimed(out: Path) -> Iterator[None]:
         UserError: another process is at work in it.
     """
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "wb") as file:
-        try:
-            import fcntl
-        except ImportError:  # no such locks on this system
-            pass
-        else:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another process is training in {out} right now; wait for it, or choose "
-                    "another out=..."
-                ) from None
+    taken = (
+        f"another process is training in {out} right now; wait for it, or choose another out=..."
+    )
+    with locked(out / ".lock", taken):
         _remove_leftovers(out)
         yield
 
