@@ -115,6 +115,7 @@ class LiveDisplay:
             )
         if "valid_bound" in values:
             self._bound = f"bound {values['valid_bound']:.3f}"
+            self._progress.update(self._task, bound=self._bound)
         for line in _sentences(step, values):
             self._console.print(line)
 
