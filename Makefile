@@ -48,7 +48,6 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.machine
 	$(BIN)/python -m benchmarks.training_step
-	$(BIN)/python -m benchmarks.training_step --dtype bfloat16 --repeats 2
 	$(BIN)/python -m benchmarks.sampling_speed --block-size 4
 	$(BIN)/python -m benchmarks.sampling_speed --block-size 16
 
