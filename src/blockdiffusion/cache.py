@@ -57,8 +57,12 @@ class BlockCache:
         slots_BT = (self.lengths_B[:, None] + torch.arange(num_tokens)) % self.capacity
         first, last = int(slots_BT[0, 0]), int(slots_BT[0, -1])
         straight = self.uniform and last - first + 1 == num_tokens
-        used = min(self.capacity, int(self.lengths_B.max()) + num_tokens)
-        return Placement(slots_BT, slice(first, last + 1) if straight else None, used)
+        straight_slice = slice(first, last + 1) if straight else None
+        return Placement(slots_BT, straight_slice, self._used(num_tokens))
+
+    def _used(self, num_tokens: int) -> int:
+        """Slots in use by any row once `num_tokens` more are written."""
+        return min(self.capacity, int(self.lengths_B.max()) + num_tokens)
 
     def write(
         self, layer: int, k_BHTE: torch.Tensor, v_BHTE: torch.Tensor, place: Placement
@@ -79,7 +83,7 @@ class BlockCache:
 
         Positions are those after the next `num_tokens` tokens were written.
         """
-        slot = torch.arange(self.place(num_tokens).used)
+        slot = torch.arange(self._used(num_tokens))
         end_B1 = (self.lengths_B + num_tokens)[:, None]
         latest = end_B1 - 1 - (end_B1 - 1 - slot) % self.capacity
         return latest.clamp(min=-1)

@@ -253,7 +253,7 @@ def sample(
         show_stream(events, network.tokenizer, prompts[0])
         return
     done = next(event for event in events if isinstance(event, DoneEvent))
-    _print_samples(collect(network, done, prompts), used_seed, json_lines)
+    _print_samples(collect(network, done), used_seed, json_lines)
 
 
 @app.command()

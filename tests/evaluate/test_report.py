@@ -313,7 +313,9 @@ def test_trace_of_events_takes_one_row_and_leaves_out_what_was_cut() -> None:
         step_event(1, [(0, 0, 2, 0.5)]),
         step_event(0, [(1, 3, 3, 1.0), (1, 2, 1, 0.75)]),
         step_event(1, [(1, 4, 2, 0.125)]),
-        DoneEvent(torch.zeros(2, 5), torch.tensor([2, 4]), torch.tensor([2, 3])),
+        DoneEvent(
+            torch.zeros(2, 5), torch.tensor([2, 4]), torch.tensor([1, 1]), torch.tensor([2, 3])
+        ),
     ]
     got = trace_of_events(events, Words(), block_size=2, prompt_ids=[0], row=1)
     assert got.prompt_texts == [" the"]

@@ -138,7 +138,7 @@ def _draw(
         )
         done = events[-1]
         assert isinstance(done, DoneEvent)
-        result = collect(model, done, prompts)
+        result = collect(model, done)
         if trace is None and model.tokenizer is not None:
             trace = trace_of_events(
                 events, model.tokenizer, block_size=model.config.block_size, prompt_ids=prompts[0]

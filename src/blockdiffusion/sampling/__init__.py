@@ -72,9 +72,7 @@ def generate(
     """
     for event in stream(model, prompts, num_samples, max_new_tokens, **options):
         if isinstance(event, DoneEvent):
-            return collect(
-                model, event, prepare_prompts(model, prompts, num_samples, options.get("bos"))
-            )
+            return collect(model, event)
     raise AssertionError("the block loop always ends with a DoneEvent")
 
 
@@ -140,13 +138,12 @@ def stream(
     )
 
 
-def collect(model: Denoiser, done: DoneEvent, prompts: Sequence[Sequence[int]]) -> Generation:
-    """The result of a finished stream whose prepared prompts (BOS included) were `prompts`."""
+def collect(model: Denoiser, done: DoneEvent) -> Generation:
+    """The result of a finished stream."""
     longest = int(done.lengths.max())
     pad_id = model.config.eos_id if model.config.eos_id is not None else 0
     outside = torch.arange(longest) >= done.lengths[:, None]
     sequences = done.ids[:, :longest].masked_fill(outside, pad_id)
-    prompt_lengths = torch.tensor([len(p) for p in prompts])
     texts = None
     if model.tokenizer is not None:
         texts = [
@@ -156,10 +153,10 @@ def collect(model: Denoiser, done: DoneEvent, prompts: Sequence[Sequence[int]]) 
     return Generation(
         sequences=sequences,
         lengths=done.lengths,
-        prompt_lengths=prompt_lengths,
+        prompt_lengths=done.prompt_lengths,
         texts=texts,
         nfe=done.nfe,
-        tokens_per_forward=(done.lengths - prompt_lengths).double() / done.nfe,
+        tokens_per_forward=(done.lengths - done.prompt_lengths).double() / done.nfe,
     )
 
 

@@ -74,11 +74,13 @@ class DoneEvent:
 
     Attributes:
         ids: (B, T), valid up to `lengths` (B,), prompts included.
+        prompt_lengths: (B,) tokens that were given, BOS included.
         nfe: (B,) network passes each row took part in, commits included, a fused pass once.
     """
 
     ids: torch.Tensor
     lengths: torch.Tensor
+    prompt_lengths: torch.Tensor
     nfe: torch.Tensor
 
 
@@ -98,7 +100,7 @@ def sample_events(
     while state.active.numel():
         yield from _denoise_block(model, state, options, generator)
         yield state.finish_block(options.eos_id)
-    yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.nfe_B)
+    yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
 
 
 def _denoise_block(
