@@ -1,6 +1,7 @@
 """One training step (forward + backward) of the 110M network: V = 50258, L = 1024, batch 1.
 
 python -m benchmarks.training_step [--block-size 16] [--dtype float32] [--repeats 5]
+python -m benchmarks.training_step --num-noisy 1 2   (N copies on one clean stream, in turn)
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import time
 import torch
 
 from benchmarks.machine import describe, matrix_flops
-from blockdiffusion.corruption import bernoulli
+from blockdiffusion.corruption import Count
 from blockdiffusion.denoiser import masked_nll
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
-from blockdiffusion.schedules import Linear
 
 VOCAB, LENGTH = 50258, 1024
 
@@ -33,12 +33,12 @@ def paper_model(block_size: int) -> BlockDiffusionModel:
     return model
 
 
-def step_flops(masked: int) -> float:
+def step_flops(masked: int, num_noisy: int = 1) -> float:
     """Multiply-adds of forward and backward, times two; attention and head included."""
-    width, layers, streams = 768, 12, 2
+    width, layers, streams = 768, 12, num_noisy + 1
     per_token = 2 * 12 * width**2  # qkv, out, mlp
     blocks = per_token * streams * LENGTH * layers - 2 * 9 * width**2 * LENGTH  # last clean layer
-    attention = layers * 2 * 2 * width * LENGTH * LENGTH  # two triangles of L x L
+    attention = layers * streams * 2 * width * LENGTH * LENGTH  # a triangle of L x L each
     return 3 * (blocks + attention + 2 * masked * width * VOCAB)
 
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--num-noisy", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -53,27 +54,35 @@ def main() -> None:
     clean = torch.randint(0, VOCAB - 1, (1, LENGTH), generator=torch.Generator().manual_seed(1))
     free = torch.ones_like(clean, dtype=torch.bool)
     # Half of the tokens on average; the same draw every time.
-    drawn = bernoulli(
-        clean, free, args.block_size, VOCAB - 1, Linear(), torch.Generator().manual_seed(2)
-    )
-    times = []
+    drawn = {
+        copies: Count(num_noisy=copies)(
+            clean, free, args.block_size, VOCAB - 1, torch.Generator().manual_seed(2)
+        )
+        for copies in args.num_noisy
+    }
+    times: dict[int, list[float]] = {copies: [] for copies in drawn}
     for _ in range(args.repeats + 1):
-        model.zero_grad()
-        start = time.perf_counter()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            nll = masked_nll(model, drawn.noisy_BNL, clean)
-        ((nll * drawn.weight_BNL).sum() / free.sum()).backward()
-        times.append(time.perf_counter() - start)
-    masked = int((drawn.noisy_BNL == VOCAB - 1).sum())
-    best, flops = min(times[1:]), step_flops(masked)
+        for copies, corrupted in drawn.items():
+            model.zero_grad()
+            start = time.perf_counter()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                nll = masked_nll(model, corrupted.noisy_BNL, clean)
+            ((nll * corrupted.weight_BNL).sum() / (copies * free.sum())).backward()
+            times[copies].append(time.perf_counter() - start)
     peak = matrix_flops(dtype)
     print(describe())
-    print(
-        f"S={args.block_size} {args.dtype}: {best:.2f} s a step (median "
-        f"{sorted(times[1:])[args.repeats // 2]:.2f}), {LENGTH / best:.0f} tokens/s, "
-        f"{flops / 1e12:.2f} TFLOP, {flops / best / 1e9:.0f} GFLOP/s = "
-        f"{flops / best / peak:.0%} of the measured {peak / 1e9:.0f}; {masked} tokens masked"
-    )
+    first = args.num_noisy[0]
+    for copies, corrupted in drawn.items():
+        masked = int((corrupted.noisy_BNL == VOCAB - 1).sum())
+        best, flops = min(times[copies][1:]), step_flops(masked, copies)
+        ratio = best / min(times[first][1:])
+        print(
+            f"S={args.block_size} N={copies} {args.dtype}: {best:.2f} s a step (median "
+            f"{sorted(times[copies][1:])[args.repeats // 2]:.2f}), {LENGTH / best:.0f} tokens/s, "
+            f"{flops / 1e12:.2f} TFLOP, {flops / best / 1e9:.0f} GFLOP/s = "
+            f"{flops / best / peak:.0%} of the measured {peak / 1e9:.0f}; {masked} tokens masked; "
+            f"{ratio:.2f} times N={first}"
+        )
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ MISTAKES = {
     "no data": (["eval", "{run}", "--data", "{folder}"], "manifest.json"),
     "no split": (["eval", "{run}", "--data", "{data}", "--split", "test"], "train, valid"),
     "other vocabulary": (["eval", "{golden}", "--data", "{data}"], "V = 258"),
-    "estimator": (["eval", "{run}", "--data", "{data}", "--estimator", "x"], "bernoulli, exact"),
+    "estimator": (["eval", "{run}", "--data", "{data}", "--estimator", "x"], "exact or orders"),
     "no model": (["sample", "{folder}/nothing/here"], "does not exist"),
     "top p": (["sample", "{run}", "--top-p", "1.5"], "(0, 1]"),
     "steps": (["sample", "{run}", "--steps", "4"], "ancestral"),

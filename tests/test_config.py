@@ -92,7 +92,7 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("eval.every=0", r"eval\.every is 0"),
         ("sample.num=0", r"sample\.num is 0"),
         ("checkpoint.keep=0", r"checkpoint\.keep is 0"),
-        ("objective.schedule=log", r"unknown schedule 'log'"),
+        ("objective.schedule=lag", r"unknown schedule 'lag'"),
         ("objective.t_min=2", r"objective\.t_min is 2\.0"),
     ],
 )

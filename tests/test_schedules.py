@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.schedules import SCHEDULES, Clipped, Linear, make_schedule
+from blockdiffusion.schedules import SCHEDULES, Clipped, Linear, make_schedule, prob_range
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -21,18 +21,44 @@ def test_every_schedule_is_a_schedule(name):
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_both_ends_are_exact(name):
+    schedule = make_schedule(name)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert torch.equal(schedule.mask_prob(ends), ends)
+    assert torch.equal(schedule.inverse(ends), ends)
+    assert schedule.loss_weight(ends)[0] == math.inf and schedule.loss_weight(ends)[1] > 0
+    tiny = torch.tensor([1e-12], dtype=torch.float64)  # no cancellation near the end
+    assert schedule.inverse(schedule.mask_prob(tiny)).item() == pytest.approx(1e-12, rel=1e-9)
+    assert prob_range(schedule) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16])
 def test_weights_integrate_to_the_exact_ones(name, size):
-    """Integral of w p^k (1-p)^(S-k) dt = 1 / (k C(S, k)), by Gauss-Legendre quadrature."""
+    """Integral of w p^k (1-p)^(S-k) dt = 1 / (k C(S, k)): one NELBO for all schedules.
+
+    Gauss-Legendre quadrature in u = sqrt(t), where every integrand is smooth.
+    """
     from numpy.polynomial.legendre import leggauss
 
     schedule = make_schedule(name)
     x, weight = (torch.from_numpy(a) for a in leggauss(64))
-    t = (x + 1) / 2
-    p, w = schedule.mask_prob(t), schedule.loss_weight(t)
+    u = (x + 1) / 2
+    p, w = schedule.mask_prob(u**2), schedule.loss_weight(u**2)
     for k in range(1, size + 1):
-        integral = (weight / 2 * w * p**k * (1 - p) ** (size - k)).sum()
+        integral = (weight * u * w * p**k * (1 - p) ** (size - k)).sum()
         assert abs(integral * k * math.comb(size, k) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_a_clip_is_in_mask_probabilities_for_every_schedule(name):
+    clipped = make_schedule(name, (0.3, 0.8))
+    assert prob_range(clipped) == pytest.approx((0.3, 0.8), abs=1e-12)
+    base = make_schedule(name)
+    t = torch.tensor([clipped.t_range[0]], dtype=torch.float64)
+    assert torch.equal(clipped.loss_weight(t), base.loss_weight(t))
+    everything = make_schedule(name, (1.0, 1.0))
+    assert everything.t_range == (1.0, 1.0) and prob_range(everything) == (1.0, 1.0)
 
 
 def test_clipped_draws_from_the_clip_and_is_no_bound():

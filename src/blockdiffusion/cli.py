@@ -152,9 +152,17 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Directory that `blockdiff prepare` made.")],
     split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
     estimator: Annotated[
-        str, typer.Option(help="bernoulli (draws masks) or exact (enumerates; S <= 8).")
-    ] = "bernoulli",
-    samples: Annotated[int, typer.Option(help="Draws of the masks, for bernoulli.")] = 8,
+        str,
+        typer.Option(
+            help="auto (the least noise), exact (enumerates; S <= 8), orders (a tighter bound), or "
+            "a law of masks: complement, count, bernoulli, bernoulli:cosine, ..."
+        ),
+    ] = "auto",
+    samples: Annotated[int, typer.Option(help="Independent draws of the masks.")] = 8,
+    orders: Annotated[int, typer.Option(help="K of the K-order bound, for orders.")] = 8,
+    target_stderr: Annotated[
+        float | None, typer.Option(help="Draw on until the noise error is at most this.")
+    ] = None,
     rows: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     bos: BOS = None,
     seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
@@ -174,8 +182,10 @@ def evaluate(
         result = likelihood(
             network,
             text.batch.ids_BL,
-            estimator=estimator,  # type: ignore[arg-type]  # checked there
+            estimator=estimator,
             samples=samples,
+            orders=orders,
+            target_stderr=target_stderr,
             bos=text.bos,
             valid=text.batch.valid_BL,
             num_bytes=text.num_bytes,

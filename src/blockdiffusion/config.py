@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 
+from blockdiffusion.corruption import make_estimator
 from blockdiffusion.errors import UserError
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
 from blockdiffusion.train.loggers import LogOptions
@@ -71,6 +72,8 @@ class EvalOptions:
     """Steps between two evaluations; null: never. The last step is always evaluated otherwise."""
     rows: int | None = 256
     """Validation rows that are scored, the first ones; null: all."""
+    estimator: str = "auto"
+    """As in `blockdiff eval`: auto, count, complement, bernoulli, exact, ..."""
     samples: int = 4
     """Independent draws of the masks."""
 
@@ -79,6 +82,8 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"eval.{name} is {value}; it must be at least 1")
+        if self.estimator not in ("auto", "exact", "orders"):
+            make_estimator(self.estimator)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -443,16 +448,18 @@ def _evaluation(recipe: Recipe, data: Path, manifest: Manifest) -> list[Periodic
         result = likelihood(
             model,
             batch.ids_BL,
-            estimator="bernoulli",
+            estimator=recipe.eval.estimator,
             samples=recipe.eval.samples,
             valid=batch.valid_BL,
             generator=generator(recipe.train.seed, "evaluate"),
         )
+        exact = result.exact_nats_per_token
         return {
             "valid_bound": result.nats_per_token,
             "valid_stderr_noise": result.stderr_noise,
             "valid_stderr_data": result.stderr_data,
             "valid_perplexity_bound": result.perplexity,
+            **({} if exact is None else {"valid_exact": exact}),
         }
 
     return [Periodic(every=recipe.eval.every, run=evaluate)]

@@ -1,19 +1,39 @@
-"""Which tokens to mask, and with what weight: the forward process of masked diffusion.
+"""Which tokens to mask, and with what weight: the estimators of the training loss and of the NELBO.
+
+An `Estimator` draws N noisy copies of every row, with a weight for each masked token, such that
+sum(weight * nll) over a row, divided by N, is an estimate of the row's NELBO in nats:
+
+* `Bernoulli`, the paper's: a time t per block, each token masked with probability p(t), weight
+  w(t); optionally with the authors' resampling of the share of masked tokens,
+* `Count`: the number k of masked tokens instead of t. It is Bernoulli with t integrated out (a
+  Rao-Blackwell step, exact for networks without time input): no 1/t tail, no empty blocks,
+* `Complement`: pairs of copies, the second masking what the first kept.
 
 Corruption is drawn for a whole global batch at once from one generator, on the CPU, and sliced
 afterwards: the masks are then functions of the generator's seed and of a row's index in the global
-batch, whatever the micro-batches, the number of processes or the device.
+batch, whatever the micro-batches, the number of processes or the device. The draws are stratified
+over that whole batch: spread evenly, every single one with the right marginal law.
+
+Shape suffixes: B rows, N noisy copies, L tokens, K blocks, S tokens of a block.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, Protocol, get_args
 
 import torch
 
-from blockdiffusion.schedules import Schedule
+from blockdiffusion.errors import UserError
+from blockdiffusion.schedules import Linear, Schedule, make_schedule, prob_range
 
+LINEAR = Linear()
 T_MIN = 1e-3  # where the authors cut t (their sampling_eps_min)
+EstimatorName = Literal["bernoulli", "resampled", "count", "complement"]
+Stratify = Literal["none", "batch", "row"]
 
 
 @dataclass(frozen=True)
@@ -31,59 +51,463 @@ class Corrupted:
         return Corrupted(self.noisy_BNL[start:stop], self.weight_BNL[start:stop])
 
 
-def stratified_uniform(
-    shape: tuple[int, ...], generator: torch.Generator, stratified: bool = True
-) -> torch.Tensor:
-    """float64 uniforms on (0, 1]; stratified: one in each of n equal strata, in random order.
+class Estimator(Protocol):
+    """A law of masks and weights."""
 
-    The order is a uniformly random permutation, so that every single entry is itself uniform. (The
-    authors' strata are not permuted: at batch 1 their first block always sees little noise.)
-    """
-    count = int(torch.tensor(shape).prod())
-    within = 1 - torch.rand(count, generator=generator, dtype=torch.float64)
-    if stratified:
-        within = (torch.randperm(count, generator=generator) + within) / count
-    return within.view(shape)
+    @property
+    def name(self) -> str:
+        """As `make_estimator` reads it."""
+        ...
+
+    @property
+    def num_noisy(self) -> int:
+        """N, noisy copies of every row that share one clean stream."""
+        ...
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether its expectation bounds the negative log-likelihood (not when clipped)."""
+        ...
+
+    def __call__(
+        self,
+        clean_BL: torch.Tensor,
+        free_BL: torch.Tensor,
+        block_size: int,
+        mask_id: int,
+        generator: torch.Generator,
+    ) -> Corrupted:
+        """Masks free tokens of `clean_BL`.
+
+        Args:
+            clean_BL: token ids (B, L); L is a multiple of `block_size`.
+            free_BL: bool (B, L), the tokens that may be masked and are scored. Given tokens (BOS,
+                a prompt) and padding are not free.
+
+        Returns:
+            `Corrupted`, on the device of `clean_BL`; weights are float32.
+        """
+        ...
 
 
-def bernoulli(
-    clean_BL: torch.Tensor,
-    free_BL: torch.Tensor,
-    block_size: int,
-    mask_id: int,
-    schedule: Schedule,
-    generator: torch.Generator,
-    *,
-    num_noisy: int = 1,
-    t_min: float = T_MIN,
-    stratified: bool = True,
-) -> Corrupted:
+# --- the estimators --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bernoulli:
     """The paper's corruption: one t per block, every free token masked with probability p(t).
 
-    Args:
-        clean_BL: token ids (B, L); L is a multiple of `block_size`.
-        free_BL: bool (B, L), the tokens that may be masked and are scored. Given tokens (BOS, a
-            prompt) and padding are not free.
+    Attributes:
         t_min: t is uniform on [max(low, t_min), high] of the schedule's `t_range`. With the linear
             schedule an uncut 1/t has infinite variance; the authors cut at 1e-3.
-        stratified: spread the times of all blocks of the batch evenly (lower variance of the batch
-            mean, the same marginal for every block).
-
-    Returns:
-        `Corrupted`, on the device of `clean_BL`; weights are float32.
+        resample: redraw the masks of a block at its t until the share of masked tokens lies in the
+            clip, as the authors' option does; it needs a clipped schedule. It changes the law.
+        stratify: see `stratified_uniform`.
     """
-    batch, length = clean_BL.shape
-    blocks = length // block_size
-    uniform = stratified_uniform((batch, num_noisy, blocks), generator, stratified)
-    low, high = schedule.t_range
-    low = min(max(low, t_min), high)
-    t_BNK = low + (high - low) * uniform
-    prob_BNL = schedule.mask_prob(t_BNK).repeat_interleave(block_size, dim=-1)
-    weight_BNL = schedule.loss_weight(t_BNK).repeat_interleave(block_size, dim=-1)
-    coin_BNL = torch.rand(prob_BNL.shape, generator=generator, dtype=torch.float64)
 
+    schedule: Schedule = LINEAR
+    t_min: float = T_MIN
+    num_noisy: int = 1
+    resample: bool = False
+    stratify: Stratify = "row"
+
+    def __post_init__(self) -> None:
+        _check_copies(self.num_noisy)
+        if self.resample and self.schedule.is_bound:
+            raise UserError(
+                "estimator resampled keeps the share of masked tokens inside a clip, but none is "
+                "given; give one, or take bernoulli"
+            )
+
+    @property
+    def name(self) -> str:
+        return _full_name(
+            "resampled" if self.resample else "bernoulli", self.schedule, self.num_noisy, 1
+        )
+
+    @property
+    def is_bound(self) -> bool:
+        return self.schedule.is_bound
+
+    def __call__(
+        self,
+        clean_BL: torch.Tensor,
+        free_BL: torch.Tensor,
+        block_size: int,
+        mask_id: int,
+        generator: torch.Generator,
+    ) -> Corrupted:
+        batch, length = clean_BL.shape
+        shape = (batch, self.num_noisy, length // block_size)
+        uniform_BNK = stratified_uniform(shape, generator, self.stratify)
+        low, high = self.schedule.t_range
+        low = min(max(low, self.t_min), high)
+        t_BNK = low + (high - low) * uniform_BNK
+        prob_BNK = self.schedule.mask_prob(t_BNK)
+        if self.resample:
+            count_BNK = self._resampled_count(prob_BNK, free_BL, block_size, generator)
+            masked_BNL = _random_subsets(count_BNK, free_BL.cpu(), generator)
+        else:
+            prob_BNL = prob_BNK.repeat_interleave(block_size, dim=-1)
+            coin_BNL = torch.rand(prob_BNL.shape, generator=generator, dtype=torch.float64)
+            masked_BNL = (coin_BNL < prob_BNL) & free_BL.cpu()[:, None]
+        return _corrupted(clean_BL, masked_BNL, self.schedule.loss_weight(t_BNK), mask_id)
+
+    def _resampled_count(
+        self,
+        prob_BNK: torch.Tensor,
+        free_BL: torch.Tensor,
+        block_size: int,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """Masked tokens per block: binomial, given that the share lies in the clip.
+
+        The authors draw again until it does; this draws from the same law at once. A block with
+        given tokens where no share fits takes the nearest.
+        """
+        beta, omega = prob_range(self.schedule)
+        free_BK = free_BL.cpu().unflatten(1, (-1, block_size)).sum(-1)
+        allowed_BKC = _allowed_counts(block_size, beta, omega)[free_BK].double()  # C: counts 0..S
+        mass_BNKC = _binomial_probs(free_BK, prob_BNK, block_size) * allowed_BKC[:, None]
+        impossible = mass_BNKC.sum(-1, keepdim=True) == 0
+        mass_BNKC = torch.where(impossible, allowed_BKC[:, None], mass_BNKC)
+        drawn = torch.multinomial(mass_BNKC.flatten(0, -2), 1, generator=generator)
+        return drawn.view(prob_BNK.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """The number of masked tokens is drawn, t is integrated out: unbiased, with less variance.
+
+    Of the n free tokens of a block k are masked, a uniform subset. Without a clip k is uniform on
+    1..n with weight n/k, whatever the schedule: all have the same NELBO. A clip [beta, omega] gives
+    the clipped objective of `Bernoulli` the same way: k has probability c_k / c and weight c / k,
+    where c_k is in proportion to P(Bin(n, omega) >= k) - P(Bin(n, beta) >= k), and c their sum.
+    """
+
+    schedule: Schedule = LINEAR
+    num_noisy: int = 1
+    stratify: Stratify = "row"
+
+    def __post_init__(self) -> None:
+        _check_copies(self.num_noisy)
+
+    @property
+    def name(self) -> str:
+        return _full_name("count", self.schedule, self.num_noisy, 1)
+
+    @property
+    def is_bound(self) -> bool:
+        return self.schedule.is_bound
+
+    def __call__(
+        self,
+        clean_BL: torch.Tensor,
+        free_BL: torch.Tensor,
+        block_size: int,
+        mask_id: int,
+        generator: torch.Generator,
+    ) -> Corrupted:
+        free_BL_cpu = free_BL.cpu()
+        count_BNK, weight_BNK = self._counts(free_BL_cpu, block_size, self.num_noisy, generator)
+        masked_BNL = _random_subsets(count_BNK, free_BL_cpu, generator)
+        return _corrupted(clean_BL, masked_BNL, weight_BNK, mask_id)
+
+    def _counts(
+        self, free_BL: torch.Tensor, block_size: int, copies: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masked tokens per block and their weight."""
+        free_BK = free_BL.unflatten(1, (-1, block_size)).sum(-1)
+        shape = (len(free_BK), copies, free_BK.shape[1])
+        uniform_BNK = stratified_uniform(shape, generator, self.stratify)
+        weights = count_weights(self.schedule, block_size)[free_BK][:, None]  # (B, 1, K, S)
+        total_BNK = weights.sum(-1)
+        below = weights.cumsum(-1) / total_BNK[..., None].clamp_min(1e-300)
+        # k is 1 + the number of cumulative probabilities that lie below u in (0, 1].
+        count_BNK = 1 + (uniform_BNK[..., None] > below[..., :-1]).sum(-1)
+        count_BNK = torch.minimum(count_BNK, free_BK[:, None])  # 0 where nothing is free
+        return count_BNK, total_BNK / count_BNK.clamp_min(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Complement:
+    """`Count` in pairs of copies: the second masks what the first kept (all, if it masked all).
+
+    The second copy has exactly the first one's law, so the mean of both is unbiased, and every
+    token is supervised at least once per pass. A block of one token has no second side: see
+    `for_block_size`.
+    """
+
+    num_noisy: int = 2
+    stratify: Stratify = "row"
+    is_bound: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_noisy < 2 or self.num_noisy % 2:
+            raise UserError(
+                f"complement pairs with {self.num_noisy} noisy copies do not work out; "
+                "num_noisy must be even and at least 2"
+            )
+
+    @property
+    def name(self) -> str:
+        return _full_name("complement", LINEAR, self.num_noisy, 2)
+
+    def __call__(
+        self,
+        clean_BL: torch.Tensor,
+        free_BL: torch.Tensor,
+        block_size: int,
+        mask_id: int,
+        generator: torch.Generator,
+    ) -> Corrupted:
+        free_BL_cpu = free_BL.cpu()
+        free_BK = free_BL_cpu.unflatten(1, (-1, block_size)).sum(-1)
+        first = Count(stratify=self.stratify)
+        count_BPK, weight_BPK = first._counts(
+            free_BL_cpu, block_size, self.num_noisy // 2, generator
+        )
+        masked_BPL = _random_subsets(count_BPK, free_BL_cpu, generator)
+        rest_BPK = free_BK[:, None] - count_BPK
+        whole_BPK = rest_BPK == 0  # also where nothing is free
+        rest_BPK = torch.where(whole_BPK, count_BPK, rest_BPK)
+        weight_rest_BPK = free_BK[:, None] / rest_BPK.clamp_min(1)
+        all_BPL = whole_BPK.repeat_interleave(block_size, dim=-1)
+        complement_BPL = free_BL_cpu[:, None] & (all_BPL | ~masked_BPL)
+        masked_BNL = torch.stack([masked_BPL, complement_BPL], dim=2).flatten(1, 2)
+        weight_BNK = torch.stack([weight_BPK, weight_rest_BPK], dim=2).flatten(1, 2)
+        return _corrupted(clean_BL, masked_BNL, weight_BNK, mask_id)
+
+
+def for_block_size(estimator: Estimator, block_size: int) -> tuple[Estimator, str | None]:
+    """The estimator to use at this block size, and a note where it is another one.
+
+    Raises:
+        UserError: no share of masked tokens of such a block lies in the clip of `resampled`.
+    """
+    if isinstance(estimator, Complement) and block_size == 1:
+        single = Count(num_noisy=estimator.num_noisy // 2, stratify=estimator.stratify)
+        return (
+            single,
+            "blocks of one token: both copies of a complement pair are equal, one is used",
+        )
+    if isinstance(estimator, Bernoulli) and estimator.resample:
+        beta, omega = prob_range(estimator.schedule)
+        if not any(beta <= k / block_size <= omega for k in range(1, block_size + 1)):
+            raise UserError(
+                f"{estimator.name}: no number of masked tokens out of {block_size} has its share "
+                "in the clip; widen the clip, or take bernoulli"
+            )
+    return estimator, None
+
+
+def relative_cost(num_noisy: int, has_clean: bool = True) -> float:
+    """Cost of a pass with N noisy copies in passes of one: (N + 1) / 2 with a clean stream."""
+    return (num_noisy + 1) / 2 if has_clean else float(num_noisy)
+
+
+def make_estimator(
+    spec: str, *, t_min: float = T_MIN, stratify: Stratify = "row"
+) -> Bernoulli | Count | Complement:
+    """An estimator from its name: `KIND[:SCHEDULE][[BETA,OMEGA]][xN]`.
+
+    Examples: `bernoulli`, `bernoulli:cosine`, `bernoulli[0.45,0.95]`, `resampled[0.3,0.8]`,
+    `count`, `count[0.45,0.95]`, `countx4`, `complement`.
+
+    Raises:
+        UserError: the name is no such thing, or the parts do not go together.
+    """
+    parts = _SPEC.fullmatch(spec.replace(" ", ""))
+    if parts is None or parts["kind"] not in get_args(EstimatorName):
+        raise UserError(
+            f"{spec!r} is no estimator; write {'|'.join(get_args(EstimatorName))}, then optionally "
+            ":SCHEDULE, [BETA,OMEGA] and xN, as in bernoulli:linear[0.45,0.95]x2"
+        )
+    clip = None
+    if parts["clip"]:
+        try:
+            beta, omega = (float(end) for end in parts["clip"].split(","))
+        except ValueError:
+            raise UserError(f"{spec!r}: a clip is two numbers, as in [0.45,0.95]") from None
+        clip = (beta, omega)
+    return build_estimator(
+        parts["kind"],  # type: ignore[arg-type]  # just checked
+        schedule=parts["schedule"] or "linear",
+        clip=clip,
+        num_noisy=int(parts["copies"]) if parts["copies"] else None,
+        t_min=t_min,
+        stratify=stratify,
+    )
+
+
+_SPEC = re.compile(
+    r"(?P<kind>[a-z]+)(:(?P<schedule>\w+))?(\[(?P<clip>[^\]]*)\])?(x(?P<copies>\d+))?"
+)
+
+
+def build_estimator(
+    kind: EstimatorName,
+    *,
+    schedule: str = "linear",
+    clip: tuple[float, float] | None = None,
+    num_noisy: int | None = None,
+    t_min: float = T_MIN,
+    stratify: Stratify = "row",
+) -> Bernoulli | Count | Complement:
+    """An estimator from its parts; `num_noisy` None is one copy (a pair for `complement`).
+
+    Raises:
+        UserError: the parts do not go together.
+    """
+    if kind == "complement":
+        if clip is not None:
+            raise UserError(
+                "complement pairs have no clip: the second copy of a pair would have another law; "
+                "take bernoulli or count with the clip, or leave the clip out"
+            )
+        return Complement(num_noisy=2 if num_noisy is None else num_noisy, stratify=stratify)
+    noise = make_schedule(schedule, clip)
+    copies = 1 if num_noisy is None else num_noisy
+    if kind == "count":
+        return Count(schedule=noise, num_noisy=copies, stratify=stratify)
+    return Bernoulli(
+        schedule=noise,
+        t_min=t_min,
+        num_noisy=copies,
+        resample=kind == "resampled",
+        stratify=stratify,
+    )
+
+
+def _check_copies(num_noisy: int) -> None:
+    if num_noisy < 1:
+        raise UserError(f"num_noisy is {num_noisy}; at least 1 noisy copy is needed")
+
+
+def _full_name(kind: str, schedule: Schedule, num_noisy: int, usual: int) -> str:
+    base = f":{schedule.name}".removeprefix(":linear")
+    return f"{kind}{base}" + ("" if num_noisy == usual else f"x{num_noisy}")
+
+
+# --- drawing ---------------------------------------------------------------------------------
+
+
+def stratified_uniform(
+    shape_BNK: tuple[int, int, int], generator: torch.Generator, stratify: Stratify = "row"
+) -> torch.Tensor:
+    """float64 uniforms on (0, 1] (B, N, K), every single one uniform, spread evenly by `stratify`.
+
+    * "none": independent.
+    * "batch": one in each of B*N*K equal strata, in random order. (The authors' strata are not
+      permuted: at batch 1 their first block always sees little noise.)
+    * "row": the same, and also the copies of a block lie in N equal strata, and the blocks of a row
+      (of the copies in one such stratum) in K: the score of each row has less noise, too.
+    """
+    batch, copies, blocks = shape_BNK
+    within = 1 - torch.rand(shape_BNK, generator=generator, dtype=torch.float64)
+    if stratify == "none":
+        return within
+    count = batch * copies * blocks
+    if stratify == "batch":
+        order = torch.randperm(count, generator=generator).view(shape_BNK)
+        return (order + within) / count
+    copy_BNK = _permutations((batch, blocks, copies), generator).transpose(1, 2)
+    block_BNK = _permutations((batch, copies, blocks), generator).gather(1, copy_BNK)
+    row_BNK = _permutations((copies, blocks, batch), generator)[
+        copy_BNK, block_BNK, torch.arange(batch)[:, None, None]
+    ]
+    return ((copy_BNK * blocks + block_BNK) * batch + row_BNK + within) / count
+
+
+def _permutations(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Independent random permutations of the last axis."""
+    return torch.rand(shape, generator=generator, dtype=torch.float64).argsort(-1)
+
+
+@lru_cache(maxsize=64)
+def count_weights(schedule: Schedule, block_size: int) -> torch.Tensor:
+    """c (S + 1, S) with c[n, k-1]: what the k masked of n free tokens weigh under `schedule`.
+
+    The expected loss of a block with n free tokens is sum over k of c[n, k-1] times the mean, over
+    masked sets of k tokens, of the mean negative log-likelihood of the masked ones. All c are 1
+    without a clip, because k C(n, k) times the integral of w p^k (1-p)^(n-k) dt is 1. With
+    w dt = dp/p a clip leaves of it the probability that the k-th smallest of n uniform numbers lies
+    in [beta, omega], over the width of the interval of t.
+    """
+    low, high = schedule.t_range
+    beta, omega = prob_range(schedule)
+    every_n = torch.arange(block_size + 1)[:, None]
+    probs = [
+        _binomial_probs(
+            every_n, torch.full((block_size + 1, 1, 1), p, dtype=torch.float64), block_size
+        )[:, 0, 0]
+        for p in (beta, omega)
+    ]
+    if high > low:
+        # P(Bin(n, p) >= k) at both ends, by summing the probabilities from the top.
+        tails = [p.flip(-1).cumsum(-1).flip(-1) for p in probs]
+        weights = (tails[1] - tails[0]) / (high - low)
+    else:  # a single point: k Bin(k; n, p) is p times the density of the k-th smallest
+        weight = schedule.loss_weight(torch.tensor(high, dtype=torch.float64))
+        weights = torch.arange(block_size + 1) * probs[1] * weight
+    return weights[:, 1:].clamp_min(0)
+
+
+@lru_cache(maxsize=64)
+def _log_choose(size: int) -> torch.Tensor:
+    """log C(n, k) for 0 <= n, k <= size; -inf where k > n."""
+    n = torch.arange(size + 1, dtype=torch.float64)
+    log = (n[:, None] + 1).lgamma() - (n + 1).lgamma() - (n[:, None] - n + 1).clamp_min(1).lgamma()
+    return log.masked_fill(n > n[:, None], -math.inf)
+
+
+def _binomial_probs(num_BK: torch.Tensor, prob_BNK: torch.Tensor, size: int) -> torch.Tensor:
+    """Bin(k; n, p) for k = 0..size, float64 (B, N, K, size + 1)."""
+    count_C = torch.arange(size + 1, dtype=torch.float64)
+    kept_BNKC = (num_BK[..., None] - count_C).clamp_min(0)[:, None]
+    prob = prob_BNK.double()[..., None]
+    log_BNKC = torch.xlogy(count_C, prob) + torch.special.xlog1py(kept_BNKC, -prob)
+    return (log_BNKC + _log_choose(size)[num_BK][:, None]).exp()
+
+
+@lru_cache(maxsize=64)
+def _allowed_counts(block_size: int, beta: float, omega: float) -> torch.Tensor:
+    """bool (S + 1, S + 1): whether k of n free tokens is a share in [beta, omega], or the nearest.
+
+    As the authors do, no lower end is asked for where the clip begins at t_min or below.
+    """
+    allowed = torch.zeros(block_size + 1, block_size + 1, dtype=torch.bool)
+    low = beta if beta > T_MIN else 0.0
+    for n in range(block_size + 1):
+        shares = [k / max(n, 1) for k in range(n + 1)]
+        fits = [low <= share <= omega for share in shares]
+        if not any(fits):
+            away = [max(low - share, share - omega) for share in shares]
+            fits = [distance == min(away) for distance in away]
+        allowed[n, : n + 1] = torch.tensor(fits)
+    return allowed
+
+
+def _random_subsets(
+    count_BNK: torch.Tensor, free_BL: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """bool (B, N, L): `count` of the free tokens of every block, a uniform subset."""
+    batch, copies, blocks = count_BNK.shape
+    score = torch.rand(
+        (batch, copies, blocks, free_BL.shape[1] // blocks),
+        generator=generator,
+        dtype=torch.float64,
+    )
+    score.masked_fill_(~free_BL.view(batch, 1, blocks, -1), math.inf)
+    rank = score.argsort(-1).argsort(-1)
+    return (rank < count_BNK[..., None]).flatten(2)
+
+
+def _corrupted(
+    clean_BL: torch.Tensor, masked_BNL: torch.Tensor, weight_BNK: torch.Tensor, mask_id: int
+) -> Corrupted:
     device = clean_BL.device
-    masked_BNL = (coin_BNL < prob_BNL).to(device) & free_BL[:, None]
-    noisy_BNL = clean_BL[:, None].masked_fill(masked_BNL, mask_id)
-    weight_BNL = torch.where(masked_BNL, weight_BNL.float().to(device), 0.0)
-    return Corrupted(noisy_BNL, weight_BNL)
+    size = masked_BNL.shape[-1] // weight_BNK.shape[-1]
+    weight_BNL = weight_BNK.repeat_interleave(size, dim=-1)
+    weight_BNL = torch.where(masked_BNL, weight_BNL, 0.0).float().to(device)
+    return Corrupted(clean_BL[:, None].masked_fill(masked_BNL.to(device), mask_id), weight_BNL)

@@ -77,14 +77,15 @@ def masked_nll(
     clean_BL: torch.Tensor,
     valid_BL: torch.Tensor | None = None,
     sigma_BNK: torch.Tensor | None = None,
+    scored_BNL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """-log p(x_l | noisy block, clean past) in nats at masked positions, 0 elsewhere; (B, N, L).
 
-    Logits are computed at the masked positions only.
+    Logits are computed at the masked positions only, or at those of them in `scored_BNL`.
     """
     mask_id = model.config.mask_id
     hidden_BNLD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL)
-    masked_BNL = noisy_BNL == mask_id
+    masked_BNL = noisy_BNL == mask_id if scored_BNL is None else scored_BNL
     target_BNL = clean_BL[:, None].expand_as(noisy_BNL)
     logits_MV = model.head(hidden_BNLD[masked_BNL])
     nll_M = subs_nll(logits_MV, target_BNL[masked_BNL], mask_id)

@@ -3,12 +3,14 @@
 A schedule is described by the probability p(t) = 1 - alpha_t that a token is masked at time t in
 (0, 1], with p(0) = 0 and p(1) = 1, and by the weight w(t) = -alpha'_t / (1 - alpha_t) = p'(t)/p(t)
 that the negative evidence lower bound (NELBO) gives to a masked token (paper, equation 8). All
-schedules with the same end points have the same NELBO in continuous time; they differ in variance.
+schedules with the same end points have the same NELBO in continuous time; they differ in variance
+(paper, section 5 and table 8): the integral of p'^2/p decides, which is infinite for the linear,
+square root and logarithmic schedules unless t is cut, and finite for the square and the cosine.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Protocol
 
 import torch
@@ -47,13 +49,17 @@ class Schedule(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Linear:
+class Unclipped:
+    """What all schedules over the whole of (0, 1] share: they bound the likelihood."""
+
+    is_bound = True
+    t_range = (0.0, 1.0)
+
+
+class Linear(Unclipped):
     """p(t) = t, w(t) = 1/t: the paper's schedule (log-linear in alpha)."""
 
-    name: str = "linear"
-    is_bound: bool = True
-    t_range: tuple[float, float] = (0.0, 1.0)
+    name = "linear"
 
     def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
         return t
@@ -63,6 +69,67 @@ class Linear:
 
     def inverse(self, p: torch.Tensor) -> torch.Tensor:
         return p
+
+
+class Cosine(Unclipped):
+    """p(t) = 1 - cos(pi t / 2), written without the cancellation at small t."""
+
+    name = "cosine"
+
+    def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
+        angle = t * (math.pi / 2)
+        return angle.sin().square() / (1 + angle.cos())
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return (math.pi / 2) / (t * (math.pi / 4)).tan()
+
+    def inverse(self, p: torch.Tensor) -> torch.Tensor:
+        return torch.atan2((p * (2 - p)).sqrt(), 1 - p) * (2 / math.pi)
+
+
+class Square(Unclipped):
+    """p(t) = t^2, w(t) = 2/t."""
+
+    name = "square"
+
+    def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
+        return t.square()
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return 2 / t
+
+    def inverse(self, p: torch.Tensor) -> torch.Tensor:
+        return p.sqrt()
+
+
+class Sqrt(Unclipped):
+    """p(t) = sqrt(t), w(t) = 1/(2t)."""
+
+    name = "sqrt"
+
+    def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
+        return t.sqrt()
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 / (2 * t)
+
+    def inverse(self, p: torch.Tensor) -> torch.Tensor:
+        return p.square()
+
+
+class Log(Unclipped):
+    """p(t) = log(1 + t) / log 2."""
+
+    name = "log"
+
+    def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
+        return t.log1p() / math.log(2)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 / ((1 + t) * t.log1p())
+
+    def inverse(self, p: torch.Tensor) -> torch.Tensor:
+        return (p * math.log(2)).expm1()
 
 
 class Clipped:
@@ -95,12 +162,25 @@ class Clipped:
         return self.base.inverse(p)
 
 
-SCHEDULES: dict[str, type[Linear]] = {"linear": Linear}
+SCHEDULES: dict[str, type[Schedule]] = {
+    kind.name: kind for kind in (Linear, Cosine, Square, Sqrt, Log)
+}
 
 
 def make_schedule(name: str, clip: tuple[float, float] | None = None) -> Schedule:
-    """The schedule called `name`, clipped to mask probabilities `clip` = (beta, omega) if given."""
+    """The schedule called `name`, clipped to mask probabilities `clip` = (beta, omega) if given.
+
+    Raises:
+        UserError: an unknown name, or a clip that is empty or leaves (0, 1].
+    """
     if name not in SCHEDULES:
-        raise UserError(f"unknown schedule {name!r}; known: {', '.join(sorted(SCHEDULES))}")
+        raise UserError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
     base = SCHEDULES[name]()
     return base if clip is None else Clipped(base, *clip)
+
+
+def prob_range(schedule: Schedule) -> tuple[float, float]:
+    """The mask probabilities (beta, omega) at the ends of the schedule's `t_range`."""
+    ends = torch.tensor(schedule.t_range, dtype=torch.float64)
+    beta, omega = schedule.mask_prob(ends).tolist()
+    return beta, omega

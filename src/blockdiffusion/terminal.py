@@ -172,14 +172,22 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
         lines.append(f"  {'exact perplexity':<22}{result.exact_perplexity:.2f}")
         if result.exact_bits_per_byte is not None:
             lines.append(f"  {'exact bits/byte':<22}{result.exact_bits_per_byte:.4f}")
+    if result.orders_nats_per_token is not None:
+        error = result.orders_stderr_noise
+        noise = "" if error is None else f" ± {error:.4f} (noise)"
+        orders = max(result.order_bounds or {})
+        lines.append(f"  {f'{orders}-order bound':<22}{result.orders_nats_per_token:.4f}{noise}")
+        lines.append(f"  {'its perplexity':<22}<= {result.orders_perplexity:.2f}")
     given = "BOS given, not counted" if result.bos else "no BOS given"
-    how = (
-        "all mask sets of every block enumerated"
-        if result.estimator == "exact"
-        else f"{result.samples} draws of the masks, t cut at {result.t_min:g}"
-    )
     lines.append(
-        f"  {result.num_tokens:,} tokens in {result.num_rows:,} rows counted; {given}; {how}; "
-        f"{result.seconds:.1f} s"
+        f"  {result.num_tokens:,} tokens in {result.num_rows:,} rows counted; {given}; "
+        f"{_how(result)}; {result.seconds:.1f} s"
     )
     return lines
+
+
+def _how(result: Likelihood) -> str:
+    if result.estimator == "exact":
+        return "all mask sets of every block enumerated"
+    cut = "" if result.t_min is None else f", t cut at {result.t_min:g}"
+    return f"{result.estimator}: {result.samples} draws, {result.copies} noisy copies a row{cut}"

@@ -6,7 +6,6 @@ import torch
 import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks
-from blockdiffusion.schedules import Clipped, Linear
 
 T_MIN = 1e-3
 
@@ -50,7 +49,12 @@ def test_bernoulli_agrees_with_the_exact_value(tiny_law, tiny_law_expected):
     """Within 4 standard errors of its noise (false alarm 6e-5), at a noise below 0.5 %."""
     model, clean = tiny_law.double(), tiny_law_expected["sequences"]
     result = blockdiffusion.likelihood(
-        model, clean, samples=600, bos=False, generator=torch.Generator().manual_seed(0)
+        model,
+        clean,
+        "bernoulli",
+        samples=600,
+        bos=False,
+        generator=torch.Generator().manual_seed(0),
     )
     expected = float(cut_values(model, clean).sum()) / clean.numel()
     exact = float(tiny_law_expected["exact_nelbo"].sum()) / clean.numel()
@@ -60,13 +64,137 @@ def test_bernoulli_agrees_with_the_exact_value(tiny_law, tiny_law_expected):
     assert result.t_min == T_MIN and result.exact_nats_per_token is None
 
 
+@pytest.mark.parametrize(
+    ("estimator", "noise"),
+    [("count", 0.004), ("complement", 0.004), ("countx4", 0.004), ("bernoulli:cosine", 0.02)],
+)
+def test_every_unbiased_estimator_agrees_with_the_exact_value(
+    tiny_law, tiny_law_expected, estimator, noise
+):
+    """Within 4 standard errors of its noise (false alarm 6e-5), which is small."""
+    model, clean = tiny_law.double(), tiny_law_expected["sequences"]
+    result = blockdiffusion.likelihood(
+        model, clean, estimator, samples=40, bos=False, generator=torch.Generator().manual_seed(0)
+    )
+    exact = float(tiny_law_expected["exact_nelbo"].sum()) / clean.numel()
+    assert result.stderr_noise / result.nats_per_token < noise
+    # The cosine's cut at 1e-3 leaves out 1e-6 of the masks.
+    assert abs(result.nats_per_token - exact) < 4 * result.stderr_noise + 1e-5
+
+
+@pytest.mark.parametrize(("orders", "samples"), [(1, 80), (2, 40), (8, 10)])
+def test_the_order_bound_lies_where_enumeration_puts_it(
+    tiny_law, tiny_law_expected, orders, samples
+):
+    """Blocks of 2 have 2 orders, so the K-order bound is a sum over binomial counts; 4 standard
+    errors (false alarm 6e-5)."""
+    model, clean = tiny_law.double(), tiny_law_expected["sequences"]
+    result = blockdiffusion.likelihood(
+        model,
+        clean,
+        "orders",
+        samples=samples,
+        orders=orders,
+        bos=False,
+        generator=torch.Generator().manual_seed(0),
+    )
+    first, second = (order_probs(model, clean, order) for order in ((0, 1), (1, 0)))
+    expected = torch.zeros(len(clean), 2, dtype=torch.float64)
+    for k in range(orders + 1):
+        mean = (k * first + (orders - k) * second) / orders
+        expected -= math.comb(orders, k) / 2**orders * mean.log()
+    expected = float(expected.sum()) / clean.numel()
+    assert abs(result.orders_nats_per_token - expected) < 4 * result.orders_stderr_noise
+    nelbo = float(tiny_law_expected["exact_nelbo"].sum()) / clean.numel()
+    assert abs(result.nats_per_token - nelbo) < 4 * result.stderr_noise
+    assert list(result.order_bounds) == [k for k in (1, 2, 4, 8) if k <= orders]
+    assert result.order_bounds[orders] == result.orders_nats_per_token
+    assert result.order_bounds[1] == pytest.approx(result.nats_per_token, rel=1e-12)
+
+
+def order_probs(model, clean, order):
+    """Probability of both blocks (B, 2) when their tokens are revealed in this order."""
+    total = torch.zeros(len(clean), 2, dtype=torch.float64)
+    hidden = torch.ones(2, dtype=torch.bool)
+    for token in order:
+        noisy = clean.masked_fill(hidden.repeat(2), model.config.mask_id)
+        with torch.no_grad():
+            logits = model.denoise_logits(noisy, clean)
+        logits[..., model.config.mask_id] = -math.inf
+        log_probs = logits.log_softmax(-1).gather(-1, clean[..., None])[..., 0]
+        total += log_probs[:, token::2]
+        hidden[token] = False
+    return total.exp()
+
+
+def test_more_orders_tighten_the_bound_towards_the_exact_value(make_model, random_ids):
+    model, clean = make_model().double(), random_ids(4, 16)
+    exact = blockdiffusion.likelihood(model, clean, "exact")
+    result = blockdiffusion.likelihood(model, clean, "orders", samples=12, orders=32)
+    bounds = list(result.order_bounds.values())
+    assert list(result.order_bounds) == [1, 2, 4, 8, 16, 32]
+    assert bounds == sorted(bounds, reverse=True)
+    assert exact.exact_nats_per_token < bounds[-1] + 3 * result.orders_stderr_noise
+    gap = exact.nats_per_token - exact.exact_nats_per_token
+    assert bounds[-1] - exact.exact_nats_per_token < 0.1 * gap + 3 * result.orders_stderr_noise
+    assert result.copies == 12 * 32 * 4
+
+
+def test_given_tokens_and_padding_are_left_out_of_the_orders(make_model, random_ids):
+    model = make_model().double()
+    rows = [random_ids(1, n)[0].tolist() for n in (5, 16, 11)]
+    exact = blockdiffusion.likelihood(model, rows, "exact", bos=True)
+    result = blockdiffusion.likelihood(model, rows, "orders", samples=300, orders=1, bos=True)
+    assert result.num_tokens == exact.num_tokens == 29
+    assert abs(result.nats_per_token - exact.nats_per_token) < 4 * result.stderr_noise
+
+
+def test_auto_is_the_estimator_of_least_noise(make_model, random_ids):
+    clean = random_ids(4, 16)
+    assert blockdiffusion.likelihood(make_model(), clean).estimator == "complement"
+    single = blockdiffusion.likelihood(make_model(block_size=1), clean)
+    assert (single.estimator, single.stderr_noise, single.is_bound) == ("exact", 0.0, False)
+    model, source = make_model(), torch.Generator().manual_seed(0)
+    errors = {
+        name: blockdiffusion.likelihood(
+            model, random_ids(32, 16), name, samples, generator=source
+        ).stderr_noise
+        for name, samples in (("auto", 8), ("bernoulli", 16))
+    }
+    assert errors["auto"] < errors["bernoulli"] / 2
+
+
+def test_a_target_of_the_noise_error_is_reached_and_stops(make_model, random_ids):
+    model, clean = make_model(), random_ids(8, 16)
+    loose = blockdiffusion.likelihood(model, clean, "count", samples=64)
+    target = loose.stderr_noise
+    result = blockdiffusion.likelihood(model, clean, "count", samples=4, target_stderr=target)
+    assert result.stderr_noise <= target
+    assert 32 <= result.samples <= 128 and result.samples % 4 == 0
+    assert result.copies == result.samples
+
+
+def test_a_target_out_of_reach_is_given_up(make_model, random_ids, monkeypatch):
+    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 8)
+    with pytest.raises(UserError, match="out of reach"):
+        blockdiffusion.likelihood(
+            make_model(), random_ids(2, 16), "count", samples=4, target_stderr=1e-9
+        )
+
+
+def test_a_network_that_reads_t_allows_only_bernoulli(make_model, random_ids):
+    model = make_model(time_conditioning=True)
+    with pytest.raises(UserError, match="this network reads t"):
+        blockdiffusion.likelihood(model, random_ids(2, 16), "complement")
+
+
 def test_the_noise_error_is_that_of_repeated_evaluations(make_model, random_ids):
     """40 evaluations of 8 replicates: their spread equals the stated error within a factor 1.6
     (chi-square with 39 and about 280 degrees of freedom; false alarm below 1e-4)."""
     model, clean = make_model(), random_ids(8, 16)
     source = torch.Generator().manual_seed(0)
     results = [
-        blockdiffusion.likelihood(model, clean, samples=8, generator=source, t_min=0.1)
+        blockdiffusion.likelihood(model, clean, "bernoulli", samples=8, generator=source, t_min=0.1)
         for _ in range(40)
     ]
     spread = torch.tensor([r.nats_per_token for r in results]).std()
@@ -158,7 +286,7 @@ def test_the_same_seed_gives_the_same_estimate(make_model, random_ids):
 
 def test_progress_reaches_the_total(make_model, random_ids, monkeypatch):
     monkeypatch.setattr("blockdiffusion.evaluate.likelihood.PASS_TOKENS", 64)
-    for estimator in ("exact", "bernoulli"):
+    for estimator in ("exact", "bernoulli", "complement", "orders"):
         calls = []
         blockdiffusion.likelihood(
             make_model(),
@@ -178,9 +306,11 @@ def test_the_result_is_plain_json(make_model, random_ids):
 
 
 @pytest.mark.parametrize(("ids", "options", "message"), [
-    ([[1, 2]], dict(schedule=Clipped(Linear(), 0.3, 0.8)), "gives no perplexity"),
-    ([[1, 2]], dict(estimator="elbo"), "bernoulli, exact"),
+    ([[1, 2]], dict(estimator="count[0.3,0.8]"), "gives no perplexity"),
+    ([[1, 2]], dict(estimator="elbo"), "no estimator.*exact or orders"),
     ([[1, 2]], dict(samples=0), "samples"),
+    ([[1, 2]], dict(orders=0), "orders"),
+    ([[1, 2]], dict(target_stderr=0), "target_stderr"),
     ([[1, 12]], {}, "mask token"),
     ([[1, 13]], {}, "vocabulary"),
     ([[]], {}, "empty row"),

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from blockdiffusion.config import build_model, load_recipe, to_dict
-from blockdiffusion.corruption import bernoulli
+from blockdiffusion.corruption import Bernoulli
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
-from blockdiffusion.schedules import Linear
 from blockdiffusion.seeding import generator
 from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
@@ -67,9 +66,7 @@ def test_the_first_step_is_adamw_on_the_papers_loss(run, recipe_file, prepared):
     expected = build_model(recipe, rows.manifest)
     batch = rows.rows(BatchOrder(rows.num_rows, 6, 0).indices(0))
     free = torch.ones_like(batch.ids_BL, dtype=torch.bool)
-    drawn = bernoulli(
-        batch.ids_BL, free, 4, rows.manifest.mask_id, Linear(), generator(0, "corruption", 1)
-    )
+    drawn = Bernoulli()(batch.ids_BL, free, 4, rows.manifest.mask_id, generator(0, "corruption", 1))
     nll = masked_nll(expected, drawn.noisy_BNL, batch.ids_BL)
     loss = (nll * drawn.weight_BNL).sum() / free.sum()
     loss.backward()
@@ -104,7 +101,7 @@ def accumulated(recipe_file, prepared):
     valid = torch.arange(16) < torch.tensor([16, 3, 16, 9, 1, 12])[:, None]
     batch = Batch(ids, valid)
     free = loop.free_tokens(batch, row_bos=True)
-    drawn = bernoulli(ids, free, 4, model.config.mask_id, Linear(), generator(0, "test"))
+    drawn = Bernoulli()(ids, free, 4, model.config.mask_id, generator(0, "test"))
 
     def accumulate(micro_batch_size):
         model.zero_grad()

@@ -1,9 +1,10 @@
 """Likelihood of text under a model, with its two standard errors.
 
-A masked diffusion likelihood is a bound (NELBO) that is either estimated by drawing masks
-(`bernoulli`, the paper's way) or enumerated (`exact`, blocks of up to 8 tokens), which also gives
-the exact log-likelihood. The *noise* error says how far the estimate may lie from the value on
-these data, the *data* error how far that may lie from the value on all text of the kind.
+A masked diffusion likelihood is a bound (NELBO). It is estimated by drawing masks with any unbiased
+estimator of `corruption`, or enumerated (`exact`, blocks of up to 8 tokens), which also gives the
+exact log-likelihood; `orders` gives a tighter bound for blocks of any length. The *noise* error
+says how far the estimate may lie from the value on these data, the *data* error how far that may
+lie from the value on all text of the kind.
 """
 
 from __future__ import annotations
@@ -11,21 +12,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeGuard, cast, get_args
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeGuard, cast
 
 import torch
 
-from blockdiffusion.corruption import T_MIN, bernoulli
+from blockdiffusion.corruption import T_MIN, Bernoulli, Estimator, for_block_size, make_estimator
 from blockdiffusion.denoiser import Denoiser, bos_id, masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks, num_subsets
-from blockdiffusion.schedules import Linear, Schedule
+from blockdiffusion.orders import order_bound, order_nll
 from blockdiffusion.seeding import generator as seeded_generator
 
-Estimator = Literal["bernoulli", "exact"]
 PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
 COPIES = 8  # noisy copies that share one clean stream
+MAX_SAMPLES = 4096  # replicates after which a target of the noise error is given up
+TRUSTED = 30  # degrees of freedom from which a noise error may end the drawing
 Z95 = 1.959963984540054
 Progress = Callable[[int, int], None]
 
@@ -44,16 +46,23 @@ class Likelihood:
         nats_per_row: float64 (B,), the bound of each row (a sum over its counted tokens).
         exact_nats_per_row: float64 (B,), or None.
         num_tokens: counted tokens (given tokens and padding are not counted).
+        orders_nats_per_token: the tighter bound that `orders` gives, or None.
+        orders_perplexity: exp(orders_nats_per_token), or None.
+        order_bounds: number of orders K -> bound in nats per token, for K = 1, 2, 4, ... up to
+            `orders`, from the same draws; None for other estimators.
         stderr_noise: standard error of nats_per_token with the data fixed and the masks redrawn,
             from independent replicates; 0 for `exact`; None from a single sample.
+        orders_stderr_noise: the same of orders_nats_per_token, or None.
         stderr_data: standard error over rows (documents), None from a single row. The spread over
             rows contains the rows' own noise.
         exact_stderr_data: the same of exact_nats_per_token, or None.
         interval: 95 % interval of nats_per_token, from the larger of the two errors (that of the
             data, but for a handful of rows).
+        estimator: the estimator used, `samples` its independent replicates, and `copies` how many
+            noisy copies of every row were evaluated for them in all.
         bos: whether position 0 was given (BOS) and not counted.
         is_bound: False where nats_per_token is itself exact (S = 1, enumerated).
-        t_min: where `bernoulli` cuts t; None for `exact`.
+        t_min: where `bernoulli` cuts t; None for the others, which need no cut.
         seconds: time spent.
     """
 
@@ -63,13 +72,17 @@ class Likelihood:
     exact_bits_per_byte: float | None
     nats_per_row: torch.Tensor
     exact_nats_per_row: torch.Tensor | None
+    orders_nats_per_token: float | None
+    order_bounds: dict[int, float] | None
     num_tokens: int
     num_rows: int
     stderr_noise: float | None
     stderr_data: float | None
     exact_stderr_data: float | None
+    orders_stderr_noise: float | None
     estimator: str
     samples: int
+    copies: int
     bos: bool
     is_bound: bool
     block_size: int
@@ -83,6 +96,10 @@ class Likelihood:
     @property
     def exact_perplexity(self) -> float | None:
         return None if self.exact_nats_per_token is None else math.exp(self.exact_nats_per_token)
+
+    @property
+    def orders_perplexity(self) -> float | None:
+        return None if self.orders_nats_per_token is None else math.exp(self.orders_nats_per_token)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -99,20 +116,21 @@ class Likelihood:
             tensor = values.pop(name)
             if rows and tensor is not None:
                 values[name] = tensor.tolist()
-        derived = ("perplexity", "exact_perplexity", "interval")
+        derived = ("perplexity", "exact_perplexity", "orders_perplexity", "interval")
         return values | {name: getattr(self, name) for name in derived}
 
 
 def likelihood(
     model: Denoiser,
     ids: torch.Tensor | Sequence[str] | Sequence[Sequence[int]],
-    estimator: Estimator = "bernoulli",
+    estimator: str = "auto",
     samples: int = 8,
     *,
+    orders: int = 8,
+    target_stderr: float | None = None,
     bos: bool | None = None,
     valid: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
-    schedule: Schedule | None = None,
     t_min: float = T_MIN,
     num_bytes: float | None = None,
     progress: Progress | None = None,
@@ -123,33 +141,36 @@ def likelihood(
         model: from `blockdiffusion.load`, or any `Denoiser`; evaluated in its own precision.
         ids: token ids (B, L), or a list of id lists, or a list of texts (needs a tokenizer). Rows
             that do not fill their last block are padded; padding is not seen and not counted.
-        estimator: "bernoulli" (draws masks; any block size) or "exact" (enumerates; S <= 8).
-        samples: independent replicates of the masks for `bernoulli`; the noise error needs two.
+        estimator: "exact" (enumerates; S <= 8), "orders" (the K-order bound), or a law of masks as
+            `corruption.make_estimator` reads it, not clipped: "count", "complement", "bernoulli",
+            "bernoulli:cosine", ... "auto" is the unbiased one with the least noise: complement
+            pairs; at S = 1, where one pass is exact, "exact"; for a network with time input, whose
+            t cannot be integrated out, "bernoulli".
+        samples: independent replicates of the masks; the noise error needs two.
+        orders: K of the bound of "orders"; every replicate draws so many orders of each block.
+        target_stderr: go on until the noise error (of the tighter bound, for "orders") is at most
+            this and well known, `samples` replicates at a time.
         bos: whether position 0 of each row is given and not counted; None = what the model's
             configuration says, and no BOS where it says nothing. Texts get the BOS put before them.
         valid: bool (B, L), False at padding; None = all valid.
         generator: source of the masks; a fixed seed by default.
-        schedule: noise schedule of `bernoulli` (linear by default).
-        t_min: where `bernoulli` cuts t, as the authors do (relative bias below 0.1 %).
+        t_min: where "bernoulli" cuts t, as the authors do (relative bias below 0.1 %).
         num_bytes: UTF-8 bytes of the counted text, for bits per byte; known for texts.
         progress: called with (done, total) units of work.
 
     Raises:
         UserError: for ids outside the vocabulary, a clipped schedule, blocks too long to
-            enumerate, or nothing to score.
+            enumerate, an estimator that the network does not allow, or nothing to score.
     """
     start = time.perf_counter()
     config = model.config
-    if estimator not in get_args(Estimator):
-        raise UserError(f"unknown estimator {estimator!r}; known: {', '.join(get_args(Estimator))}")
-    schedule = Linear() if schedule is None else schedule
-    if not schedule.is_bound:
-        raise UserError(
-            f"the schedule {schedule.name} does not bound the likelihood and gives no perplexity; "
-            "evaluate with an unclipped one"
-        )
-    if samples < 1:
-        raise UserError(f"samples is {samples}; at least 1 replicate of the masks is needed")
+    estimator = _choose(estimator, config)
+    law = _law_of_masks(estimator, config, t_min)
+    for name, value in (("samples", samples), ("orders", orders)):
+        if value < 1:
+            raise UserError(f"{name} is {value}; at least 1 is needed")
+    if target_stderr is not None and not target_stderr > 0:
+        raise UserError(f"target_stderr is {target_stderr}; it must be above 0")
     given_bos = bool(config.bos) if bos is None else bos
     if _are_texts(ids):
         if num_bytes is None:
@@ -167,41 +188,118 @@ def likelihood(
         raise UserError("there is nothing to score: every token is given or padding")
 
     if estimator == "exact":
-        nelbo_BR, nll_B = _enumerate(model, clean_BL, free_BL, valid_BL, progress)
-        samples, t_cut = 1, None
+        found = _enumerate(model, clean_BL, free_BL, valid_BL, progress)
     else:
-        source = generator if generator is not None else seeded_generator(0, "likelihood")
-        nelbo_BR, nll_B = (
-            _draw(model, clean_BL, free_BL, valid_BL, samples, schedule, t_min, source, progress),
-            None,
+        draw = _Replicates(
+            model=model,
+            law=law,
+            orders=orders,
+            clean_BL=clean_BL,
+            free_BL=free_BL,
+            valid_BL=valid_BL,
+            generator=generator if generator is not None else seeded_generator(0, "likelihood"),
         )
-        t_cut = t_min
-    row_B = nelbo_BR.mean(1)
+        found = _draw_until(draw, samples, num_tokens, target_stderr, progress)
+    row_B = found.nelbo_BR.mean(1)
     nats = float(row_B.sum()) / num_tokens
-    exact = None if nll_B is None else float(nll_B.sum()) / num_tokens
+    exact = None if found.exact_B is None else float(found.exact_B.sum()) / num_tokens
+    bounds = {k: float(bound_BR.sum(0).mean()) / num_tokens for k, bound_BR in found.orders.items()}
     return Likelihood(
         nats_per_token=nats,
         exact_nats_per_token=exact,
         bits_per_byte=_bits_per_byte(nats, num_tokens, num_bytes),
         exact_bits_per_byte=None if exact is None else _bits_per_byte(exact, num_tokens, num_bytes),
         nats_per_row=row_B,
-        exact_nats_per_row=nll_B,
+        exact_nats_per_row=found.exact_B,
+        orders_nats_per_token=bounds.get(orders),
+        order_bounds=bounds or None,
         num_tokens=num_tokens,
         num_rows=len(row_B),
-        stderr_noise=0.0 if estimator == "exact" else _noise_error(nelbo_BR, num_tokens),
+        stderr_noise=0.0 if estimator == "exact" else found.noise_error(num_tokens),
         stderr_data=_data_error(row_B, free_BL.sum(1)),
-        exact_stderr_data=None if nll_B is None else _data_error(nll_B, free_BL.sum(1)),
+        exact_stderr_data=(
+            None if found.exact_B is None else _data_error(found.exact_B, free_BL.sum(1))
+        ),
+        orders_stderr_noise=found.noise_error(num_tokens, orders) if bounds else None,
         estimator=estimator,
-        samples=samples,
+        samples=found.nelbo_BR.shape[1],
+        copies=found.copies,
         bos=given_bos,
         is_bound=not (estimator == "exact" and config.block_size == 1),
         block_size=config.block_size,
-        t_min=t_cut,
+        t_min=t_min if isinstance(law, Bernoulli) else None,
         seconds=time.perf_counter() - start,
     )
 
 
-# --- the two estimators ----------------------------------------------------------------------
+def _choose(estimator: str, config: Any) -> str:
+    if estimator != "auto":
+        return estimator
+    if config.time_conditioning:
+        return "bernoulli"
+    return "exact" if config.block_size == 1 else "complement"
+
+
+def _law_of_masks(estimator: str, config: Any, t_min: float) -> Estimator | None:
+    """The law of masks that `estimator` names; None for those that are not one."""
+    law = None
+    if estimator not in ("exact", "orders"):
+        try:
+            law, _ = for_block_size(make_estimator(estimator, t_min=t_min), config.block_size)
+        except UserError as error:
+            raise UserError(f"{error}; a likelihood can also be exact or orders") from None
+        if not law.is_bound:
+            raise UserError(
+                f"{law.name} is clipped: it does not bound the likelihood and gives no "
+                "perplexity; evaluate with an unclipped estimator"
+            )
+    if config.time_conditioning and not isinstance(law, Bernoulli):
+        raise UserError(
+            f"estimator {estimator} integrates t out, but this network reads t; use bernoulli"
+        )
+    return law
+
+
+# --- enumeration and replicates --------------------------------------------------------------
+
+
+@dataclass
+class _Found:
+    """Estimates per row and replicate (B, R), in nats; `orders` has one such for every K.
+
+    Rows of one group share their draws, groups are independent: the noise of the whole is the sum
+    of the groups'.
+    """
+
+    nelbo_BR: torch.Tensor
+    groups: list[slice]
+    copies: int
+    exact_B: torch.Tensor | None = None
+    orders: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def noise_error(self, num_tokens: int, orders: int | None = None) -> float | None:
+        """Standard error per token of the mean over replicates; None from a single one."""
+        value_BR = self.nelbo_BR if orders is None else self.orders[orders]
+        replicates = value_BR.shape[1]
+        if replicates < 2:
+            return None
+        variance = sum(float(value_BR[rows].sum(0).var()) for rows in self.groups)
+        return math.sqrt(variance / replicates) / num_tokens
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """Of the noise error: how far it can be trusted."""
+        return len(self.groups) * (self.nelbo_BR.shape[1] - 1)
+
+    def extended(self, more: _Found) -> _Found:
+        """With further replicates of the same rows."""
+        orders = {k: torch.cat([v, more.orders[k]], dim=1) for k, v in self.orders.items()}
+        return _Found(
+            torch.cat([self.nelbo_BR, more.nelbo_BR], dim=1),
+            self.groups,
+            self.copies + more.copies,
+            orders=orders,
+        )
 
 
 def _row_groups(num_rows: int, tokens_per_row: int) -> list[slice]:
@@ -209,8 +307,8 @@ def _row_groups(num_rows: int, tokens_per_row: int) -> list[slice]:
     return [slice(first, min(first + rows, num_rows)) for first in range(0, num_rows, rows)]
 
 
-def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None):
-    """The bound (B, 1) and the exact negative log-likelihood (B,) of every row."""
+def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None) -> _Found:
+    """The bound (one replicate without noise) and the exact negative log-likelihood."""
     sets = num_subsets(model.config.block_size)
     copies = min(sets, COPIES)
     groups = _row_groups(len(clean_BL), clean_BL.shape[1] * (copies + 1))
@@ -232,37 +330,132 @@ def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None):
         )
         nelbo.append(blocks.nelbo_BK.sum(1).cpu())
         nll.append(blocks.nll_BK.sum(1).cpu())
-    return torch.cat(nelbo)[:, None], torch.cat(nll)
+    return _Found(torch.cat(nelbo)[:, None], groups, sets, exact_B=torch.cat(nll))
 
 
-@torch.no_grad()
-def _draw(
-    model, clean_BL, free_BL, valid_BL, samples, schedule, t_min, generator, progress
-) -> torch.Tensor:
-    """NELBO estimates (B, samples): every replicate has its own masks, stratified over rows."""
-    config = model.config
-    copies = min(samples, COPIES)
-    groups = _row_groups(len(clean_BL), clean_BL.shape[1] * (copies + 1))
-    estimate_BR = torch.zeros(len(clean_BL), samples, dtype=torch.float64)
-    done = 0
-    for rows in groups:
-        clean, free, valid = (x[rows].to(model.device) for x in (clean_BL, free_BL, valid_BL))
-        for first in range(0, samples, copies):
+@dataclass(frozen=True, kw_only=True)
+class _Replicates:
+    """What `_draw` needs to draw any number of independent replicates."""
+
+    model: Denoiser
+    law: Estimator | None
+    """None: the K-order bound."""
+    orders: int
+    clean_BL: torch.Tensor
+    free_BL: torch.Tensor
+    valid_BL: torch.Tensor
+    generator: torch.Generator
+
+    @property
+    def copies(self) -> int:
+        """Noisy copies of a row that one replicate evaluates."""
+        per_order = self.model.config.block_size
+        return self.orders * per_order if self.law is None else self.law.num_noisy
+
+    def draw(self, samples: int, advance: Callable[[int], None]) -> _Found:
+        """`samples` replicates; `advance` is told how many noisy copies of rows are done."""
+        num_rows, length = self.clean_BL.shape
+        shared = min(samples * self.copies, COPIES)
+        groups = _row_groups(num_rows, length * (shared + 1))
+        nelbo, tighter = [], {k: [] for k in _powers(self.orders if self.law is None else 0)}
+        for rows in groups:
+            device = self.model.device
+            clean = self.clean_BL[rows].to(device)
+            free, valid = self.free_BL[rows].to(device), self.valid_BL[rows].to(device)
+            done_rows = len(clean)
+
+            def passed(copies: int, done_rows: int = done_rows) -> None:
+                advance(copies * done_rows)
+
+            if self.law is None:
+                nll_BRK = order_nll(
+                    self.model,
+                    clean,
+                    free,
+                    samples * self.orders,
+                    self.generator,
+                    _maybe(valid),
+                    copies=COPIES,
+                    progress=passed,
+                ).cpu()
+                nelbo.append(self._tighter(nll_BRK, 1))
+                for k, values in tighter.items():
+                    values.append(self._tighter(nll_BRK, k))
+            else:
+                nelbo.append(self._masked(clean, free, valid, samples, passed))
+        return _Found(
+            torch.cat(nelbo),
+            groups,
+            samples * self.copies,
+            orders={k: torch.cat(values) for k, values in tighter.items()},
+        )
+
+    def _tighter(self, nll_BRK: torch.Tensor, k: int) -> torch.Tensor:
+        """The k-order bound (B, samples): the mean over the whole groups of k of a replicate."""
+        usable = self.orders // k * k
+        nll_BXK = nll_BRK.unflatten(1, (-1, self.orders))[:, :, :usable].flatten(1, 2)
+        return order_bound(nll_BXK, k).unflatten(1, (-1, usable // k)).mean(-1)
+
+    def _masked(self, clean_BL, free_BL, valid_BL, samples: int, passed) -> torch.Tensor:
+        """NELBO estimates (B, samples) of a group of rows."""
+        assert self.law is not None
+        config = self.model.config
+        together = max(1, COPIES // self.law.num_noisy)
+        estimates = []
+        for first in range(0, samples, together):
             drawn = [
-                bernoulli(
-                    clean, free, config.block_size, config.mask_id, schedule, generator, t_min=t_min
-                )
-                for _ in range(first, min(first + copies, samples))
+                self.law(clean_BL, free_BL, config.block_size, config.mask_id, self.generator)
+                for _ in range(first, min(first + together, samples))
             ]
             noisy_BNL = torch.cat([c.noisy_BNL for c in drawn], dim=1)
             weight_BNL = torch.cat([c.weight_BNL for c in drawn], dim=1)
-            nll_BNL = masked_nll(model, noisy_BNL, clean, _maybe(valid))
-            total_BN = (nll_BNL.double() * weight_BNL.double()).sum(-1)
-            estimate_BR[rows, first : first + len(drawn)] = total_BN.cpu()
-            done += len(clean) * len(drawn)
-            if progress is not None:
-                progress(done, len(clean_BL) * samples)
-    return estimate_BR
+            nll_BNL = masked_nll(self.model, noisy_BNL, clean_BL, _maybe(valid_BL))
+            total_BN = (nll_BNL.double() * weight_BNL.double()).sum(-1).cpu()
+            estimates.append(total_BN.unflatten(1, (len(drawn), -1)).mean(-1))
+            passed(noisy_BNL.shape[1])
+        return torch.cat(estimates, dim=1)
+
+
+@torch.no_grad()
+def _draw_until(
+    replicates: _Replicates,
+    samples: int,
+    num_tokens: int,
+    target_stderr: float | None,
+    progress: Progress | None,
+) -> _Found:
+    """`samples` replicates, or as many times that as the target of the noise error asks for."""
+    samples = max(samples, 2) if target_stderr is not None else samples
+    total = done = samples * replicates.copies * len(replicates.clean_BL)
+    done = 0
+
+    def advance(finished: int) -> None:
+        nonlocal done
+        done += finished
+        if progress is not None:
+            progress(done, max(done, total))
+
+    orders = replicates.orders if replicates.law is None else None
+    found = replicates.draw(samples, advance)
+    while target_stderr is not None:
+        error = found.noise_error(num_tokens, orders)
+        assert error is not None  # two replicates at least
+        if error <= target_stderr and found.degrees_of_freedom >= TRUSTED:
+            break
+        if found.nelbo_BR.shape[1] >= MAX_SAMPLES:
+            raise UserError(
+                f"the noise error is {error:.2g} after {found.nelbo_BR.shape[1]} replicates; a "
+                f"target_stderr of {target_stderr:g} is out of reach, give a larger one"
+            )
+        total = int(done * max(2, (error / target_stderr) ** 2))
+        found = found.extended(replicates.draw(samples, advance))
+    return found
+
+
+def _powers(orders: int) -> list[int]:
+    """1, 2, 4, ... and `orders` itself."""
+    powers = [2**i for i in range(orders.bit_length()) if 2**i <= orders]
+    return sorted({*powers, orders} - {0})
 
 
 def _maybe(valid_BL: torch.Tensor) -> torch.Tensor | None:
@@ -270,13 +463,6 @@ def _maybe(valid_BL: torch.Tensor) -> torch.Tensor | None:
 
 
 # --- errors and units ------------------------------------------------------------------------
-
-
-def _noise_error(nelbo_BR: torch.Tensor, num_tokens: int) -> float | None:
-    replicate_R = nelbo_BR.sum(0) / num_tokens
-    if len(replicate_R) < 2:
-        return None
-    return float(replicate_R.std() / math.sqrt(len(replicate_R)))
 
 
 def _data_error(row_B: torch.Tensor, tokens_B: torch.Tensor) -> float | None:

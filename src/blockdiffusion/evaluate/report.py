@@ -59,6 +59,8 @@ class LikelihoodNumbers:
     stderr_noise: float | None = None
     stderr_data: float | None = None
     exact_stderr_data: float | None = None
+    orders_nats_per_token: float | None = None
+    orders_stderr_noise: float | None = None
     interval: tuple[float, float] | None = None
     estimator: str = ""
     t_min: float | None = None
@@ -206,6 +208,14 @@ def _likelihood_cards(likelihood: LikelihoodNumbers | None) -> str:
         scaled = () if data is None else (0.0, exact * data)
         gap = f"the bound lies {nats - exact_nats:.3f} nats per token above it"
         cards.append(_card("Perplexity, exact", "", exact, scaled, 2, css="main", note=gap))
+    if likelihood.orders_nats_per_token is not None:
+        tighter, noise = (
+            perplexity_of(likelihood.orders_nats_per_token),
+            likelihood.orders_stderr_noise,
+        )
+        gap = f"{nats - likelihood.orders_nats_per_token:.3f} nats per token below the NELBO"
+        scaled = () if noise is None else (tighter * noise, None)
+        cards.append(_card("Perplexity, tighter bound", "≤ ", tighter, scaled, 2, note=gap))
     sign = "≤ " if likelihood.is_bound else ""
     beside = "" if not likelihood.is_bound or exact_nats is None else f"exact: {exact_nats:.4f}"
     cards.append(_card("Nats per token", sign, nats, errors, 4, note=beside))

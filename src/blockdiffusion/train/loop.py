@@ -27,14 +27,21 @@ import torch
 import yaml
 from torch import nn
 
-from blockdiffusion.corruption import T_MIN, Corrupted, bernoulli
+from blockdiffusion.corruption import (
+    T_MIN,
+    Corrupted,
+    Estimator,
+    EstimatorName,
+    Stratify,
+    build_estimator,
+    for_block_size,
+)
 from blockdiffusion.data.files import written_aside
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.denoiser import masked_nll
 from blockdiffusion.devices import select_device
 from blockdiffusion.errors import UserError
-from blockdiffusion.schedules import Schedule, make_schedule
 from blockdiffusion.seeding import derive_seed, generator
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
@@ -56,20 +63,34 @@ if TYPE_CHECKING:
 class ObjectiveOptions:
     """The distribution of the masks that the network is trained on."""
 
+    estimator: EstimatorName = "bernoulli"
+    """How masks are drawn, and what they weigh; see docs/concepts.md."""
     schedule: str = "linear"
+    """linear, cosine, square, sqrt or log; it matters to bernoulli, and where there is a clip."""
     clip: tuple[float, float] | None = None
     """Mask probabilities are kept in this interval; null: all of (0, 1]."""
+    num_noisy: int | None = None
+    """Noisy copies that share one clean stream; null: 1, and a pair for complement."""
     t_min: float = T_MIN
-    """Times are cut here, where 1/t has no finite variance."""
+    """Times of bernoulli are cut here, where 1/t has no finite variance."""
+    stratify: Stratify = "row"
+    """Draws are spread evenly over the batch and each row, over the batch only, or not at all."""
 
     def __post_init__(self) -> None:
-        self.make_schedule()
         if not 0 <= self.t_min < 1:
             raise UserError(f"objective.t_min is {self.t_min}; it must be in [0, 1)")
+        self.make_estimator()
 
-    def make_schedule(self) -> Schedule:
-        """The noise schedule that the options name."""
-        return make_schedule(self.schedule, self.clip)
+    def make_estimator(self) -> Estimator:
+        """The law of the masks that the options name."""
+        return build_estimator(
+            self.estimator,
+            schedule=self.schedule,
+            clip=self.clip,
+            num_noisy=self.num_noisy,
+            t_min=self.t_min,
+            stratify=self.stratify,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +198,7 @@ def train(
     model.to(device)  # type: ignore  # transformers wraps it without types
     optimizer = make_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay)
-    schedule = objective.make_schedule()
+    estimator, estimator_note = for_block_size(objective.make_estimator(), model.config.block_size)
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16")
 
@@ -199,6 +220,8 @@ def train(
     reporting = _reporting(out, loggers, config, state.step + 1)
 
     with checkpoints.claimed(out), reporting as report, _StopSignals() as stop:
+        if estimator_note is not None:
+            report(state.step, {"note": estimator_note})
         if note is not None:
             report(state.step, {"note": note})
             # A kill may have come between the checkpoint and its export.
@@ -208,14 +231,12 @@ def train(
             indices = order.indices(step - 1)
             batch = rows.rows(indices)
             free_BL = free_tokens(batch, rows.manifest.row_bos)
-            corrupted = bernoulli(
+            corrupted = estimator(
                 batch.ids_BL,
                 free_BL,
                 model.config.block_size,
                 model.config.mask_id,
-                schedule,
                 generator(options.seed, "corruption", step),
-                t_min=objective.t_min,
             )
 
             model.train()
