@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ def make_model() -> Callable[..., BlockDiffusionModel]:
         return model.double().eval()
 
     return make
+
+
+@pytest.fixture
+def make_ar(make_model) -> Callable[..., BlockDiffusionModel]:
+    """The same for the autoregressive baseline."""
+    return partial(make_model, objective="autoregressive", adaln=False, block_size=1)
 
 
 @pytest.fixture

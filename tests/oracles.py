@@ -48,12 +48,18 @@ def network(model, ids, positions, mask, cond=None, remember=None, past=None):
         x1, x2 = x[..., :half], x[..., half:]
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
-    if cond is None:
+    def modulated(module, count):
+        """Shifts, scales and gates; without adaLN they change nothing."""
+        if module is None:
+            zero, one = torch.zeros(model.config.width), torch.ones(model.config.width)
+            return [zero, zero, one, zero, zero, one][:count]
+        return (cond @ module.weight.T + module.bias).chunk(count, dim=-1)
+
+    if cond is None and model.config.adaln:
         cond = condition(model, torch.zeros(len(ids), dtype=torch.float64))
     x = model.embedding.weight[ids]
     for index, layer in enumerate(model.layers):
-        m = cond @ layer.modulation.weight.T + layer.modulation.bias
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = m.chunk(6, dim=-1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulated(layer.modulation, 6)
         h = norm(x, layer.attn_norm.weight) * (1 + scale) + shift
         q, k, v = (h @ layer.attn_qkv.weight.T).view(len(ids), 3, heads, -1).permute(1, 2, 0, 3)
         q, k = rotate(q), rotate(k)
@@ -67,9 +73,7 @@ def network(model, ids, positions, mask, cond=None, remember=None, past=None):
         h = norm(x, layer.mlp_norm.weight) * (1 + mlp_scale) + mlp_shift
         h = F.gelu(h @ layer.mlp_in.weight.T + layer.mlp_in.bias, approximate="tanh")
         x = x + mlp_gate * (h @ layer.mlp_out.weight.T + layer.mlp_out.bias)
-    shift, scale = (cond @ model.final_modulation.weight.T + model.final_modulation.bias).chunk(
-        2, dim=-1
-    )
+    shift, scale = modulated(model.final_modulation, 2)
     h = norm(x, model.final_norm.weight) * (1 + scale) + shift
     return h @ model.output.weight.T + model.output.bias
 

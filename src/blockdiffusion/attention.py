@@ -72,6 +72,24 @@ def attend_cached(
     return F.scaled_dot_product_attention(q_BHTE, k_BHKE, v_BHKE, attn_mask=mask)
 
 
+def attend_causal(
+    q_BHTE: torch.Tensor,
+    k_BHTE: torch.Tensor,
+    v_BHTE: torch.Tensor,
+    valid_BT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of one autoregressive stream; `valid_BT` (bool) marks the keys that exist.
+
+    Padding still sees itself, so that no row of the softmax is empty.
+    """
+    if valid_BT is None:
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
+    tokens = valid_BT.shape[1]
+    itself_TT = torch.eye(tokens, dtype=torch.bool, device=valid_BT.device)
+    mask_BTT = (valid_BT[:, None] | itself_TT).tril()
+    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=mask_BTT[:, None])
+
+
 # --- dense: the oracle -----------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,7 +19,7 @@ import yaml
 
 from blockdiffusion.corruption import make_estimator
 from blockdiffusion.errors import UserError
-from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
+from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState, latest
 from blockdiffusion.train.loggers import LogOptions
 from blockdiffusion.train.loop import ObjectiveOptions, TrainOptions
 from blockdiffusion.train.optim import OptimOptions
@@ -47,9 +47,11 @@ class ModelOptions:
     num_heads: int = 12
     cond_dim: int = 128
     block_size: int = 4
-    """S, tokens of a diffusion block; it divides the data's L."""
+    """S, tokens of a diffusion block; it divides the data's L. `ar` has none and stores 1."""
     dropout: float = 0.1
     clean_attention: Literal["block", "causal"] = "block"
+    init_from: str | None = None
+    """Run or model whose weights to start from; null: random ones."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "num_heads", "cond_dim", "block_size"):
@@ -117,6 +119,26 @@ class Recipe:
     sample: SampleOptions = field(default_factory=SampleOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
+
+    def __post_init__(self) -> None:
+        if self.objective.name == "ar":
+            self._refuse_blocks()
+            object.__setattr__(self, "model", replace(self.model, block_size=1))
+
+    def _refuse_blocks(self) -> None:
+        usual = ModelOptions()
+        for name in ("block_size", "cond_dim", "clean_attention"):
+            value, default = getattr(self.model, name), getattr(usual, name)
+            if value != default and (name, value) != ("block_size", 1):
+                raise UserError(
+                    f"model.{name} is {value}, but objective.name is ar, whose network has no "
+                    f"blocks and no conditioning; leave it out, or at {default}"
+                )
+        if self.eval.estimator not in ("auto", "exact"):
+            raise UserError(
+                f"eval.estimator is {self.eval.estimator}, but objective.name is ar, whose "
+                "likelihood is exact; leave the estimator out"
+            )
 
 
 # What a resumed run may change: nothing here touches the weights. (Data that were moved are
@@ -336,7 +358,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     """A network of the recipe's sizes for the data's L and vocabulary.
 
-    The initial weights are a function of `train.seed`.
+    Its weights are random, a function of `train.seed`.
 
     Raises:
         UserError: the block size does not divide L.
@@ -351,8 +373,12 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
             f"model.block_size is {recipe.model.block_size}, which does not divide the "
             f"{manifest.seq_len} tokens of a row of {recipe.data.path}; choose a divisor"
         )
+    sizes: dict[str, Any] = asdict(recipe.model)
+    del sizes["init_from"]
     config = BlockDiffusionConfig(
-        **asdict(recipe.model),
+        **sizes,
+        objective=recipe.objective.of_network,
+        adaln=recipe.objective.name != "ar",  # the baseline has no conditioning
         vocab_size=manifest.vocab_size,
         seq_len=manifest.seq_len,
         mask_id=manifest.mask_id,
@@ -394,6 +420,11 @@ def run_training(
     model = build_model(recipe, rows.manifest)
     tokenizer = data / TOKENIZER_FOLDER
     model.tokenizer = load_tokenizer(tokenizer)  # for samples
+    notes = []
+    if recipe.model.init_from is not None and latest(out) is None:  # else from the checkpoint
+        notes.append(_start_weights(recipe.model.init_from, out, model))
+    if recipe.objective.name == "ar" and recipe.sample.every is not None:
+        notes.append("no samples: an autoregressive model has no sampler yet")
     saved = shlex.quote(str(out / "config.yaml"))
     return train(
         model,
@@ -407,9 +438,22 @@ def run_training(
         loggers=[make_display(recipe.train.steps), *make_loggers(recipe.log, out)],
         tokenizer=tokenizer,
         config=to_dict(recipe),
+        notes=notes,
         resume=resume,
         resume_command=resume_command or f"blockdiff train {saved} --resume",
     )
+
+
+def _start_weights(init_from: str, out: Path, model: BlockDiffusionModel) -> str:
+    """Copies the weights in; returns what to tell about it."""
+    from blockdiffusion.models.formats import copy_weights
+
+    if Path(init_from).resolve() in (out.resolve(), (out / "model").resolve()):
+        raise UserError(
+            f"model.init_from and out are both {out}; choose another out=... for the new run"
+        )
+    copy_weights(init_from, model)
+    return f"started from the weights in {init_from}"
 
 
 def _refuse_changes(recipe: Recipe, saved: Path) -> None:
@@ -458,7 +502,7 @@ def _evaluation(recipe: Recipe, data: Path, manifest: Manifest) -> list[Periodic
             "valid_bound": result.nats_per_token,
             "valid_stderr_noise": result.stderr_noise,
             "valid_stderr_data": result.stderr_data,
-            "valid_perplexity_bound": result.perplexity,
+            "valid_perplexity_bound" if result.is_bound else "valid_perplexity": result.perplexity,
             **({} if exact is None else {"valid_exact": exact}),
         }
 
@@ -466,7 +510,7 @@ def _evaluation(recipe: Recipe, data: Path, manifest: Manifest) -> list[Periodic
 
 
 def _sampling(recipe: Recipe) -> list[Periodic]:
-    if recipe.sample.every is None:
+    if recipe.sample.every is None or recipe.objective.name == "ar":  # which has no sampler yet
         return []
     from blockdiffusion.sampling import generate
     from blockdiffusion.seeding import generator

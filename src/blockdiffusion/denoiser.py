@@ -1,10 +1,11 @@
-"""What training, likelihood and samplers ask of a network: the Protocol, and one use of it."""
+"""What training, likelihood and samplers ask of a network: Protocols, and the loss of each."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
+import torch.nn.functional as F
 
 from blockdiffusion.cache import BlockCache
 from blockdiffusion.errors import UserError
@@ -14,8 +15,8 @@ from blockdiffusion.objectives import subs_nll
 class Denoiser(Protocol):
     """A network that predicts the tokens behind the masks of a block, given the clean past.
 
-    `config` has `block_size`, `mask_id` and `vocab_size`. `tokenizer` is a Hugging Face tokenizer
-    or None.
+    `config` has `block_size`, `mask_id`, `vocab_size` and `objective`. `tokenizer` is a Hugging
+    Face tokenizer or None.
     """
 
     config: Any
@@ -57,6 +58,33 @@ class Denoiser(Protocol):
         ...
 
 
+class NextTokenModel(Protocol):
+    """A network that predicts each token from those before it: the autoregressive baseline.
+
+    `config` is that of a `Denoiser`, with the objective "autoregressive".
+    """
+
+    config: Any
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode_causal(
+        self, ids_BT: torch.Tensor, valid_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D); each token sees those up to itself."""
+        ...
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., D), the mask token included."""
+        ...
+
+
+def is_autoregressive(model: Any) -> TypeGuard[NextTokenModel]:
+    """Whether a model predicts the next token and not the tokens behind masks."""
+    return model.config.objective == "autoregressive"
+
+
 def bos_id(model: Denoiser) -> int:
     """Id of the BOS token, as the configuration or else the tokenizer names it.
 
@@ -90,3 +118,33 @@ def masked_nll(
     logits_MV = model.head(hidden_BNLD[masked_BNL])
     nll_M = subs_nll(logits_MV, target_BNL[masked_BNL], mask_id)
     return torch.zeros_like(noisy_BNL, dtype=nll_M.dtype).masked_scatter(masked_BNL, nll_M)
+
+
+def causal_nll(
+    model: NextTokenModel,
+    clean_BL: torch.Tensor,
+    free_BL: torch.Tensor,
+    valid_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """-log p(x_l | x^{<l}) in nats at free tokens, 0 elsewhere; (B, L).
+
+    The network reads x_0 .. x_{L-2} and predicts x_1 .. x_{L-1}. Where token 0 has to be predicted
+    too, because it is no given BOS, the mask token stands before it as a start symbol: a block
+    diffusion model and this one then score exactly the same tokens. A model that was trained with
+    the start symbol (`bos` is false in its configuration) always gets it. The mask token has
+    probability zero. Logits are computed at free tokens only.
+
+    Args:
+        free_BL: bool, the tokens that are scored.
+        valid_BL: bool, False at padding; None = no padding.
+    """
+    mask_id = model.config.mask_id
+    first = 0 if model.config.bos is False or bool(free_BL[:, 0].any()) else 1
+    start = (1 - first, 0)  # columns to put before
+    past_BT = F.pad(clean_BL[:, :-1], start, value=mask_id)
+    valid_BT = None if valid_BL is None else F.pad(valid_BL[:, :-1], start, value=True)
+    scored_BT, target_BT = free_BL[:, first:], clean_BL[:, first:]
+    hidden_BTD = model.encode_causal(past_BT, valid_BT)
+    nll_M = subs_nll(model.head(hidden_BTD[scored_BT]), target_BT[scored_BT], mask_id)
+    nll_BT = torch.zeros_like(target_BT, dtype=nll_M.dtype).masked_scatter(scored_BT, nll_M)
+    return F.pad(nll_BT, (first, 0))

@@ -188,6 +188,8 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
 
 def _how(result: Likelihood) -> str:
     if result.estimator == "exact":
+        if result.block_size == 1:
+            return "exact in one pass"
         return "all mask sets of every block enumerated"
     cut = "" if result.t_min is None else f", t cut at {result.t_min:g}"
     return f"{result.estimator}: {result.samples} draws, {result.copies} noisy copies a row{cut}"

@@ -7,7 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import blockdiffusion
+from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
+from blockdiffusion.models.formats import copy_weights
+from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from tests.conftest import GOLDEN
 
 
@@ -123,3 +126,72 @@ def test_a_hub_id_loads_from_the_snapshot(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert blockdiffusion.load("someone/some-model").config.block_size == 4
     assert asked == ["someone/some-model"]
+
+
+@torch.no_grad()
+def test_an_autoregressive_model_round_trips(make_ar, random_ids, tmp_path):
+    model, ids = make_ar(), random_ids(2, 16)
+    model.save_pretrained(tmp_path)
+    again = blockdiffusion.load(tmp_path)
+    assert (again.config.objective, again.config.adaln, again.config.block_size) == (
+        "autoregressive",
+        False,
+        1,
+    )
+    assert torch.equal(again.encode_causal(ids), model.encode_causal(ids))
+
+
+# --- weights of another model ------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_weights_go_to_another_block_size_length_and_dropout(make_model, tmp_path):
+    source = make_model()
+    source.save_pretrained(tmp_path)
+    config = BlockDiffusionConfig(
+        vocab_size=13, seq_len=32, block_size=16, width=16, num_layers=2, num_heads=2, cond_dim=8
+    )
+    model = BlockDiffusionModel(config)
+    copy_weights(tmp_path, model)
+    for name, parameter in source.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter.float())
+    assert (model.config.block_size, model.config.dropout, model.dtype) == (16, 0.1, torch.float32)
+
+
+def test_weights_come_from_the_published_format_too(bd3lm):
+    model = BlockDiffusionModel(BlockDiffusionConfig(**bd3lm.config.to_dict() | {"block_size": 8}))
+    copy_weights(GOLDEN / "bd3lm-hf", model)
+    assert torch.equal(model.output.weight, bd3lm.output.weight)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(width=32), "width is 16 there and 32 here"),
+        (dict(num_layers=3, num_heads=4), "num_layers is 2 there and 3 here"),
+        (dict(num_heads=4), "num_heads is 2 there and 4 here"),
+        (dict(cond_dim=4), "cond_dim is 8 there and 4 here"),
+        (dict(vocab_size=14), "vocab_size is 13 there and 14 here"),
+        (dict(mask_id=3), "mask_id is 12 there and 3 here"),
+        (dict(clean_attention="causal"), "clean_attention is block there and causal here"),
+        (dict(objective="autoregressive", block_size=1), "objective is block_diffusion there"),
+    ],
+)
+def test_weights_of_another_network_are_refused(make_model, tmp_path, overrides, message):
+    make_model().save_pretrained(tmp_path)
+    other = make_model(**overrides)
+    before = other.output.weight.clone()
+    with pytest.raises(UserError, match=message):
+        copy_weights(tmp_path, other)
+    assert torch.equal(other.output.weight, before)
+
+
+def test_weights_of_another_tokenizer_are_refused(make_model, tmp_path):
+    model = make_model(vocab_size=258)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model.tokenizer = byte_tokenizer()
+    copy_weights(tmp_path, model)
+    model.tokenizer.add_tokens(["new"])
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        copy_weights(tmp_path, model)

@@ -1,9 +1,12 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.denoiser import causal_nll, masked_nll
 from blockdiffusion.errors import UserError
+from blockdiffusion.models.formats import _our_name
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from tests.conftest import GOLDEN
 from tests.oracles import condition, mask_by_loops, network, subs_log_prob
 
 GOLDEN_TOLERANCE = 1e-4
@@ -180,6 +183,75 @@ def test_padding_changes_nothing(make_model, random_ids):
     assert not torch.isnan(before).any()
 
 
+# --- the autoregressive baseline ----------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_golden_autoregressive_logits_and_loss():
+    """The averaged weights of the authors' baseline, under their names."""
+    published = load_file(GOLDEN / "ar" / "average.safetensors")
+    expected = load_file(GOLDEN / "ar" / "expected.safetensors")
+    config = BlockDiffusionConfig(
+        vocab_size=101, seq_len=32, block_size=1, mask_id=100, width=64, num_layers=2, num_heads=4,
+        objective="autoregressive", adaln=False,
+    )  # fmt: skip
+    model = BlockDiffusionModel(config).eval()
+    model.load_state_dict({_our_name(name): tensor for name, tensor in published.items()})
+    clean = expected["x0"]
+    logits = model.head(model.encode_causal(clean[:, :-1]))
+    assert (logits - expected["logits"]).abs().max() < GOLDEN_TOLERANCE
+    free = torch.ones_like(clean, dtype=torch.bool)
+    free[:, 0] = False
+    loss = causal_nll(model, clean, free)
+    assert (loss[:, 1:] - expected["loss_per_token"]).abs().max() < GOLDEN_TOLERANCE
+    assert (loss[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("adaln", [False, True])
+@torch.no_grad()
+def test_encode_causal_equals_the_oracle(make_ar, random_ids, adaln):
+    model, ids = make_ar(adaln=adaln), random_ids(2, 16)
+    logits = model.head(model.encode_causal(ids))
+    for row in range(2):
+        expected = network(model, ids[row], torch.arange(16), torch.ones(16, 16).tril() > 0)
+        assert (logits[row] - expected).abs().max() < 1e-9
+
+
+@torch.no_grad()
+def test_a_token_changes_exactly_what_follows_it(make_ar, random_ids):
+    model, ids = make_ar(), random_ids(1, 10)
+    before = model.encode_causal(ids)[0]
+    for token in range(10):
+        other = ids.clone()
+        other[0, token] = (ids[0, token] + 1) % 12
+        changed = (before - model.encode_causal(other)[0]).abs().amax(-1) > 1e-12
+        assert torch.equal(changed, torch.arange(10) >= token)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_for_the_causal_network_either(make_ar, random_ids):
+    """Wherever it lies: behind, in the middle, or in front."""
+    model, ids = make_ar(), random_ids(3, 8)
+    valid = torch.ones(3, 8, dtype=torch.bool)
+    valid[0, 5:], valid[1, 2:4], valid[2, 0] = False, False, False
+    before = model.encode_causal(ids, valid)
+    after = model.encode_causal(torch.where(valid, ids, 11), valid)
+    assert torch.allclose(before[valid], after[valid], atol=1e-12)
+    assert not torch.isnan(before).any()
+    whole = model.encode_causal(ids[:1, :5])
+    assert torch.allclose(before[:1, :5], whole, atol=1e-12)
+
+
+def test_a_network_is_used_for_its_own_objective_only(make_model, make_ar, random_ids):
+    clean = random_ids(1, 16)
+    with pytest.raises(UserError, match="made to predict the next token, not to denoise blocks"):
+        make_ar().denoise_logits(clean, clean)
+    with pytest.raises(UserError, match="made to predict the next token"):
+        make_ar().decode(clean, 0, make_ar().make_cache(1, 16))
+    with pytest.raises(UserError, match="made to denoise blocks, not to predict the next token"):
+        make_model().encode_causal(clean)
+
+
 # --- the PreTrainedModel -----------------------------------------------------------------------
 
 
@@ -227,6 +299,8 @@ def test_rotary_angles_stay_exact_far_out():
     (dict(clean_attention="full"), "block or causal"),
     (dict(num_layers=0), "num_layers"),
     (dict(adaln=False, time_conditioning=True), "adaln"),
+    (dict(objective="ar"), "block_diffusion or autoregressive"),
+    (dict(objective="autoregressive", block_size=4), "block_size 1"),
 ])  # fmt: skip
 def test_impossible_configurations_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):

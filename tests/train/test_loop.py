@@ -16,9 +16,12 @@ from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import generator
-from blockdiffusion.train import checkpoint, loop
+from blockdiffusion.train import checkpoint, loop, loss
 from blockdiffusion.train.loggers import read_metrics
 from blockdiffusion.train.loop import Interrupted, Periodic, TrainOptions, accumulate_gradients
+from blockdiffusion.train.loss import MaskedLoss, NextTokenLoss
+
+AR = ["objective.name=ar", "model.cond_dim=128"]  # the recipe's cond_dim is another
 
 
 @pytest.fixture
@@ -88,10 +91,11 @@ def test_training_learns(run):
     assert sum(losses[-30:]) / 30 < 0.8 * sum(losses[:10]) / 10
 
 
-@pytest.fixture
-def accumulated(recipe_file, prepared):
+@pytest.fixture(params=["bd3lm", "ar"])
+def accumulated(request, recipe_file, prepared):
     """Loss and gradients in float64 of one padded batch, cut into micro-batches."""
-    recipe = load_recipe(recipe_file, ["model.dropout=0"])
+    overrides = [] if request.param == "bd3lm" else AR
+    recipe = load_recipe(recipe_file, ["model.dropout=0", *overrides])
     rows = TokenRows(prepared, "train")
     torch.manual_seed(0)
     model = build_model(recipe, rows.manifest).double()
@@ -101,14 +105,15 @@ def accumulated(recipe_file, prepared):
     valid = torch.arange(16) < torch.tensor([16, 3, 16, 9, 1, 12])[:, None]
     batch = Batch(ids, valid)
     free = loop.free_tokens(batch, row_bos=True)
-    drawn = Bernoulli()(ids, free, 4, model.config.mask_id, generator(0, "test"))
+    batch_loss = NextTokenLoss(batch, free)
+    if request.param == "bd3lm":
+        drawn = Bernoulli()(ids, free, 4, model.config.mask_id, generator(0, "test"))
+        batch_loss = MaskedLoss(batch, drawn)
 
     def accumulate(micro_batch_size):
         model.zero_grad()
         options = TrainOptions(steps=1, batch_size=6, micro_batch_size=micro_batch_size)
-        losses = accumulate_gradients(
-            model, batch, drawn, int(free.sum()), 1, options, nullcontext()
-        )
+        losses = accumulate_gradients(model, batch_loss, int(free.sum()), 1, options, nullcontext())
         return losses, {n: p.grad.clone() for n, p in model.named_parameters()}
 
     return accumulate
@@ -133,7 +138,7 @@ def test_masks_do_not_depend_on_the_micro_batches(run, monkeypatch):
             seen.append((noisy_BNL.clone(), clean_BL.clone()))
             return masked_nll(model, noisy_BNL, clean_BL, valid_BL)
 
-        monkeypatch.setattr(loop, "masked_nll", spy)
+        monkeypatch.setattr(loss, "masked_nll", spy)
         run(f"train.micro_batch_size={size}", "train.steps=3", f"out={out}")
         return [torch.cat(column).unflatten(0, (3, 6)) for column in zip(*seen, strict=True)]
 
@@ -282,7 +287,7 @@ def poison(monkeypatch, step, micro_batch, value=math.nan):
         calls.append(None)
         return nll * value if len(calls) == (step - 1) * 2 + micro_batch else nll
 
-    monkeypatch.setattr(loop, "masked_nll", poisoned)
+    monkeypatch.setattr(loss, "masked_nll", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

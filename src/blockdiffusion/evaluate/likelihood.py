@@ -18,7 +18,14 @@ from typing import Any, TypeGuard, cast
 import torch
 
 from blockdiffusion.corruption import T_MIN, Bernoulli, Estimator, for_block_size, make_estimator
-from blockdiffusion.denoiser import Denoiser, bos_id, masked_nll
+from blockdiffusion.denoiser import (
+    Denoiser,
+    NextTokenModel,
+    bos_id,
+    causal_nll,
+    is_autoregressive,
+    masked_nll,
+)
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks, num_subsets
 from blockdiffusion.orders import order_bound, order_nll
@@ -61,7 +68,8 @@ class Likelihood:
         estimator: the estimator used, `samples` its independent replicates, and `copies` how many
             noisy copies of every row were evaluated for them in all.
         bos: whether position 0 was given (BOS) and not counted.
-        is_bound: False where nats_per_token is itself exact (S = 1, enumerated).
+        is_bound: False where nats_per_token is itself exact (an autoregressive model, or S = 1
+            enumerated).
         t_min: where `bernoulli` cuts t; None for the others, which need no cut.
         seconds: time spent.
     """
@@ -145,7 +153,8 @@ def likelihood(
             `corruption.make_estimator` reads it, not clipped: "count", "complement", "bernoulli",
             "bernoulli:cosine", ... "auto" is the unbiased one with the least noise: complement
             pairs; at S = 1, where one pass is exact, "exact"; for a network with time input, whose
-            t cannot be integrated out, "bernoulli".
+            t cannot be integrated out, "bernoulli". The likelihood of an autoregressive model is
+            exact, in one pass; it allows "exact" and "auto" only.
         samples: independent replicates of the masks; the noise error needs two.
         orders: K of the bound of "orders"; every replicate draws so many orders of each block.
         target_stderr: go on until the noise error (of the tighter bound, for "orders") is at most
@@ -187,7 +196,9 @@ def likelihood(
     if num_tokens == 0:
         raise UserError("there is nothing to score: every token is given or padding")
 
-    if estimator == "exact":
+    if is_autoregressive(model):
+        found = _next_token(model, clean_BL, free_BL, valid_BL, progress)
+    elif estimator == "exact":
         found = _enumerate(model, clean_BL, free_BL, valid_BL, progress)
     else:
         draw = _Replicates(
@@ -243,6 +254,11 @@ def _choose(estimator: str, config: Any) -> str:
 def _law_of_masks(estimator: str, config: Any, t_min: float) -> Estimator | None:
     """The law of masks that `estimator` names; None for those that are not one."""
     law = None
+    if config.objective == "autoregressive" and estimator != "exact":
+        raise UserError(
+            f"estimator is {estimator}, but the likelihood of an autoregressive model is exact in "
+            "one pass; use exact or auto"
+        )
     if estimator not in ("exact", "orders"):
         try:
             law, _ = for_block_size(make_estimator(estimator, t_min=t_min), config.block_size)
@@ -305,6 +321,22 @@ class _Found:
 def _row_groups(num_rows: int, tokens_per_row: int) -> list[slice]:
     rows = max(1, PASS_TOKENS // tokens_per_row)
     return [slice(first, min(first + rows, num_rows)) for first in range(0, num_rows, rows)]
+
+
+@torch.no_grad()
+def _next_token(
+    model: NextTokenModel, clean_BL, free_BL, valid_BL, progress: Progress | None
+) -> _Found:
+    """The exact negative log-likelihood of an autoregressive model."""
+    groups = _row_groups(len(clean_BL), clean_BL.shape[1])
+    nll = []
+    for index, rows in enumerate(groups):
+        clean, free, valid = (x[rows].to(model.device) for x in (clean_BL, free_BL, valid_BL))
+        nll.append(causal_nll(model, clean, free, _maybe(valid)).double().sum(1).cpu())
+        if progress is not None:
+            progress(index + 1, len(groups))
+    nll_B = torch.cat(nll)
+    return _Found(nll_B[:, None], groups, copies=1, exact_B=nll_B)
 
 
 def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None) -> _Found:

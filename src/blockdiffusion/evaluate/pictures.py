@@ -296,6 +296,25 @@ def mask_picture(
     return "".join([*parts, "</svg>"])
 
 
+def causal_picture(num_tokens: int) -> str:
+    """The attention mask of an autoregressive network: a token sees those up to itself."""
+    rows: list[str] = [("c" * seen).ljust(num_tokens, ".") for seen in range(1, num_tokens + 1)]
+    left, top, side = 40, 30, 300
+    parts = [
+        f'<svg viewBox="0 0 {left + side + 8} {top + side + 8}" role="img" '
+        'aria-label="Attention mask: which key each query sees">',
+        f'<rect class="unseen" x="{left}" y="{top}" width="{side}" height="{side}"/>',
+        *_mask_cells(rows, left, top, side / num_tokens),
+    ]
+    middle = side / 2
+    for words, place in (
+        ("key: what is looked at", f'x="{left + middle}" y="18"'),
+        ("query: what looks", f'transform="translate(22 {top + middle}) rotate(-90)"'),
+    ):
+        parts.append(f'<text class="axis-name middle" {place}>{words}</text>')
+    return "".join([*parts, "</svg>"])
+
+
 def _mask_cells(rows: list[str], left: int, top: int, cell: float) -> list[str]:
     """Rectangles of equal letters: runs along a row, joined with the same run in the rows below."""
     parts = []

@@ -83,6 +83,7 @@ class RunFacts:
     vocab_size: int | None = None
     parameters: int | None = None
     clean_attention: CleanAttention = "block"
+    autoregressive: bool = False
     steps: int | None = None
     batch_size: int | None = None
     training_seconds: float | None = None
@@ -186,6 +187,8 @@ def _asset(name: str) -> str:
 
 def _summary(facts: RunFacts) -> str:
     where = f" trained on {escape(facts.data)}" if facts.data else ""
+    if facts.autoregressive:
+        return f"An autoregressive language model{where}: each token from all those before it."
     return (
         f"A block diffusion language model{where}: autoregressive over blocks of "
         f"{facts.block_size} token{'s' * (facts.block_size > 1)}, masked diffusion inside a block."
@@ -279,7 +282,7 @@ def _key_facts(facts: RunFacts) -> str:
     return _fact_list(
         [
             ("Parameters", facts.parameters and count(facts.parameters)),
-            ("Block size S", f"{facts.block_size:,}"),
+            ("Block size S", not facts.autoregressive and f"{facts.block_size:,}"),
             ("Length L", f"{facts.seq_len:,}"),
             ("Vocabulary V", facts.vocab_size and f"{facts.vocab_size:,}"),
             ("Steps", facts.steps is not None and f"{facts.steps:,}"),
@@ -341,6 +344,14 @@ def _sample(number: int, sample: Sample) -> str:
 
 
 def _mask_section(facts: RunFacts) -> str:
+    if facts.autoregressive:
+        length = min(facts.seq_len, 16)
+        return (
+            '<p class="lead">A pass reads every sequence once; a token sees itself and the tokens '
+            "before it, and the network predicts the next one.</p>"
+            f'<div class="mask-figure">{pictures.causal_picture(length)}<p class="note">Drawn for '
+            f"{length} tokens; the run's L is {facts.seq_len:,}.</p></div>"
+        )
     size, num_blocks = pictures.drawn_blocks(facts.block_size, facts.seq_len)
     length = size * num_blocks
     scale = (
@@ -373,7 +384,8 @@ def _run_section(facts: RunFacts) -> str:
             ("Parameters", facts.parameters and f"{facts.parameters:,}"),
             (
                 "Clean tokens attend",
-                {"block": "block by block", "causal": "token by token"}[facts.clean_attention],
+                not facts.autoregressive
+                and {"block": "block by block", "causal": "token by token"}[facts.clean_attention],
             ),
             ("Finished", facts.finished_at),
             ("Machine", facts.machine),

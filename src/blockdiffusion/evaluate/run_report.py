@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.report import (
     Command,
@@ -47,6 +48,7 @@ def report_run(
         evaluation: JSON of `blockdiff eval --json`; `eval.json` of the run where it exists.
         out: the page; `report.html` of the run by default.
         num_samples, max_new_tokens, seed: fresh samples for the page; the first one is the trace.
+            An autoregressive model has none, and the page says so.
 
     Raises:
         UserError: `run` holds no run, or the evaluation cannot be read.
@@ -54,7 +56,9 @@ def report_run(
     run = Path(run)
     config = _read_config(run)
     model = load(run)
-    trace, samples = _draw(model, num_samples, max_new_tokens, seed)
+    trace, samples = None, []
+    if not is_autoregressive(model):  # which has no sampler yet
+        trace, samples = _draw(model, num_samples, max_new_tokens, seed)
     page = Path(out) if out is not None else run / "report.html"
     curves = read_metrics(run)
     speeds = [speed for _, speed in curves.tokens_per_second]
@@ -68,7 +72,7 @@ def report_run(
             trace=trace,
             samples=samples,
             config=config,
-            commands=_commands(run, config),
+            commands=_commands(run, config, can_sample=not is_autoregressive(model)),
         ),
     )
     return page
@@ -97,6 +101,7 @@ def _facts(
         vocab_size=model.config.vocab_size,
         parameters=sum(p.numel() for p in model.parameters()),
         clean_attention=model.config.clean_attention,
+        autoregressive=is_autoregressive(model),
         steps=None if state is None else state.step,
         batch_size=config["train"]["batch_size"],
         training_seconds=None if state is None else state.seconds,
@@ -157,11 +162,13 @@ def _draw(
     return trace, samples
 
 
-def _commands(run: Path, config: Mapping[str, Any]) -> list[Command]:
+def _commands(run: Path, config: Mapping[str, Any], can_sample: bool) -> list[Command]:
     place, data = shlex.quote(str(run)), shlex.quote(str(config["data"]["path"]))
-    return [
+    commands = [
         Command(purpose="Train it again", command=f"blockdiff train {place}/config.yaml out=again"),
         Command(purpose="Go on training", command=f"blockdiff train {place}/config.yaml --resume"),
         Command(purpose="Measure it", command=f"blockdiff eval {place} --data {data}"),
-        Command(purpose="Read it", command=f"blockdiff sample {place} --stream"),
     ]
+    if can_sample:
+        commands.append(Command(purpose="Read it", command=f"blockdiff sample {place} --stream"))
+    return commands

@@ -41,6 +41,20 @@ BD3LM_NAMES = {
 # frequencies, which follow from the sizes.
 BD3LM_IGNORED = {"sampling_eps_min", "sampling_eps_max", "backbone.rotary_emb.inv_freq"}
 
+# What the weights of two networks must agree on, to mean the same.
+SAME = (
+    "objective",
+    "vocab_size",
+    "mask_id",
+    "width",
+    "num_layers",
+    "num_heads",
+    "adaln",
+    "cond_dim",
+    "time_conditioning",
+    "clean_attention",
+)
+
 
 def load(
     path_or_hub_id: str | Path,
@@ -84,6 +98,33 @@ def load(
     model.to(device=device, dtype=dtype)  # type: ignore
     model.tokenizer = _read_tokenizer(folder)
     return model.eval()
+
+
+def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None:
+    """Gives `model` the weights of another one, which may have another block size and length.
+
+    Args:
+        path_or_hub_id: as in `load`.
+        model: of the same sizes and conventions (`SAME`), with its tokenizer, where it has one.
+
+    Raises:
+        UserError: see `load`; or the two differ in what the weights depend on, or in their tokens.
+    """
+    source = load(path_or_hub_id, dtype=model.dtype)
+    for name in SAME:
+        theirs, ours = getattr(source.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise UserError(
+                f"the weights in {path_or_hub_id} cannot be taken over: {name} is {theirs} there "
+                f"and {ours} here; make both equal, or start from another model"
+            )
+    tokenizers = [m.tokenizer for m in (source, model) if m.tokenizer is not None]
+    if len(tokenizers) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise UserError(
+            f"the weights in {path_or_hub_id} cannot be taken over: they were trained with another "
+            "tokenizer; prepare the data with that model's, or start from another model"
+        )
+    model.load_state_dict(source.state_dict())
 
 
 def _find(path_or_hub_id: str | Path) -> Path:

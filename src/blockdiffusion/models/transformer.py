@@ -1,8 +1,9 @@
 """The paper's transformer (a DiT with rotary positions and adaptive layer norm), in one file.
 
-Read from top to bottom: configuration, small parts, a layer, the model with its three uses:
+Read from top to bottom: configuration, small parts, a layer, the model with its uses:
 
 * `encode`: one training pass over [noisy_1; ...; noisy_N; clean] (paper, section 3.2),
+* `encode_causal`: one pass of the autoregressive baseline, each token seeing those before it,
 * `decode`: new tokens against a cache of clean blocks (section 3.3),
 * `denoise_logits`: logits of a whole noisy sequence, for evaluation and tests.
 
@@ -17,14 +18,15 @@ D width, H heads, E head width, V vocabulary, C width of the conditioning.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from blockdiffusion.attention import attend, attend_cached, resolve_backend
+from blockdiffusion.attention import attend, attend_cached, attend_causal, resolve_backend
 from blockdiffusion.cache import BlockCache
 from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, decode_predicate
@@ -33,6 +35,7 @@ NORM_EPS = 1e-5
 ROTARY_BASE = 10_000.0
 FREQUENCIES = 256  # features of the time embedding
 FEW_ROWS, SPLIT = 32, 8  # see Linear; measured best on two cores
+Objective = Literal["block_diffusion", "autoregressive"]
 
 
 class BlockDiffusionConfig(PretrainedConfig):
@@ -47,6 +50,8 @@ class BlockDiffusionConfig(PretrainedConfig):
         adaln: whether layers are modulated by the conditioning (no for the AR baseline).
         time_conditioning: whether the network reads sigma; a BD3-LM does not.
         clean_attention: "block" (paper) or "causal", how clean tokens see each other.
+        objective: "block_diffusion", or "autoregressive" for the baseline that predicts the next
+            token and has no blocks (its `block_size` is 1).
         bos: whether position 0 is a given BOS in this model's training data; None = not known.
         bos_id, eos_id: ids of those tokens, where there are any.
     """
@@ -67,6 +72,7 @@ class BlockDiffusionConfig(PretrainedConfig):
         adaln: bool = True,
         time_conditioning: bool = False,
         clean_attention: str = "block",
+        objective: str = "block_diffusion",
         bos: bool | None = None,
         bos_id: int | None = None,
         eos_id: int | None = None,
@@ -84,6 +90,7 @@ class BlockDiffusionConfig(PretrainedConfig):
         self.adaln = adaln
         self.time_conditioning = time_conditioning
         self.clean_attention = clean_attention
+        self.objective = objective
         self.bos = bos
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -112,6 +119,15 @@ class BlockDiffusionConfig(PretrainedConfig):
             raise UserError(f"clean_attention is {self.clean_attention!r}; choose block or causal")
         if self.time_conditioning and not self.adaln:
             raise UserError("time_conditioning needs adaln: true, which carries the time")
+        if self.objective not in get_args(Objective):
+            raise UserError(
+                f"objective is {self.objective!r}; choose {' or '.join(get_args(Objective))}"
+            )
+        if self.objective == "autoregressive" and (self.block_size > 1 or self.time_conditioning):
+            raise UserError(
+                "an autoregressive network has no blocks and reads no time; give it block_size 1 "
+                "and time_conditioning false"
+            )
 
 
 # --- small parts -----------------------------------------------------------------------------
@@ -360,6 +376,7 @@ class BlockDiffusionModel(PreTrainedModel):
             sigma_BNK: time per block, for time-conditioned networks only (others ignore it).
             valid_BL: bool, False at padding, which no token attends to; None = all valid.
         """
+        self._require("block_diffusion")
         batch, copies, length = noisy_BNL.shape
         config = self.config
         one_block = length == config.block_size
@@ -384,21 +401,69 @@ class BlockDiffusionModel(PreTrainedModel):
         positions = torch.arange(length, device=ids_BT.device).repeat(copies + has_clean)
         rotary = rotary_tables(positions, config.width // config.num_heads, x_BTD.dtype)
         backend = resolve_backend(self.attention_backend, ids_BT.device)
-        noisy = copies * length
 
-        for layer in self.layers:
+        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attend(q, k, v, streams, backend, valid_BL)
+
+        # Nothing reads the clean stream's output.
+        hidden_BTD = self._run_layers(x_BTD, cond, rotary, read, kept=copies * length)
+        return hidden_BTD.unflatten(1, (copies, length))
+
+    def encode_causal(
+        self, ids_BT: torch.Tensor, valid_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D) of an autoregressive network; each token sees those up to itself.
+
+        Args:
+            ids_BT: ids at positions 0..T-1.
+            valid_BT: bool, False at padding, which no other token attends to; None = all valid.
+        """
+        self._require("autoregressive")
+        config = self.config
+        x_BTD = self.embedding(ids_BT)
+        positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        rotary = rotary_tables(positions, config.width // config.num_heads, x_BTD.dtype)
+
+        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attend_causal(q, k, v, valid_BT)
+
+        cond = None if self.time is None else self.time(torch.zeros(1, 1, device=self.device))
+        return self._run_layers(x_BTD, cond, rotary, read, kept=ids_BT.shape[1])
+
+    def _run_layers(
+        self,
+        x_BTD: torch.Tensor,
+        cond: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        read: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        kept: int,
+    ) -> torch.Tensor:
+        """Hidden states (B, kept, D) of the first `kept` tokens after all layers and the norm.
+
+        `read(layer's number, queries, keys, values)` is attention. The last layer computes keys and
+        values for the tokens that are not kept, and nothing else.
+        """
+        for index, layer in enumerate(self.layers):
             modulation = layer.modulate(cond)
             h_BTD = layer.attn_norm(x_BTD, modulation[0], modulation[1])
             q, k, v = layer.queries_keys_values(h_BTD, rotary)
-            if layer is self.layers[-1]:  # nothing reads the clean stream's output any more
-                q, x_BTD = q[:, :, :noisy], x_BTD[:, :noisy]
+            if layer is self.layers[-1]:
+                q, x_BTD = q[:, :, :kept], x_BTD[:, :kept]
                 modulation = tuple(
-                    m[:, :noisy] if m.shape[:-1].numel() > 1 else m for m in modulation
+                    m[:, :kept] if m.shape[:-1].numel() > 1 else m for m in modulation
                 )
-            x_BTD = layer.finish(x_BTD, attend(q, k, v, streams, backend, valid_BL), modulation)
+            x_BTD = layer.finish(x_BTD, read(index, q, k, v), modulation)
         if cond is not None and cond.shape[1] > 1:
-            cond = cond[:, :noisy]
-        return self._finish(x_BTD, cond).unflatten(1, (copies, length))
+            cond = cond[:, :kept]
+        return self._finish(x_BTD, cond)
+
+    def _require(self, objective: Objective) -> None:
+        if self.config.objective != objective:
+            uses = {"block_diffusion": "denoise blocks", "autoregressive": "predict the next token"}
+            raise UserError(
+                f"this network was made to {uses[self.config.objective]}, not to "
+                f"{uses[objective]}; use a model whose objective is {objective}"
+            )
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of hidden states (..., D), before SUBS."""
@@ -461,6 +526,7 @@ class BlockDiffusionModel(PreTrainedModel):
             window: a query sees the last `window` tokens, its own block included; None = all.
             sigma_B: time of the noisy block, for time-conditioned networks.
         """
+        self._require("block_diffusion")
         config = self.config
         batch, tokens = ids_BT.shape
         place = cache.place(tokens)
@@ -475,13 +541,12 @@ class BlockDiffusionModel(PreTrainedModel):
         )
         rotary = (cos[:, None], sin[:, None])
         cond = self._decode_condition(sigma_B, clean_BT.expand(batch, tokens))
-        for index, layer in enumerate(self.layers):
-            modulation = layer.modulate(cond)
-            h_BTD = layer.attn_norm(x_BTD, modulation[0], modulation[1])
-            q, k, v = layer.queries_keys_values(h_BTD, rotary)
+
+        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             keys, values = cache.write(index, k, v, place)
-            x_BTD = layer.finish(x_BTD, attend_cached(q, keys, values, mask), modulation)
-        return self._finish(x_BTD, cond)
+            return attend_cached(q, keys, values, mask)
+
+        return self._run_layers(x_BTD, cond, rotary, read, kept=tokens)
 
     def _decode_condition(
         self, sigma_B: torch.Tensor | None, clean_BT: torch.Tensor

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser, bos_id
+from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import (
@@ -115,8 +115,14 @@ def stream(
         `StepEvent` for each pass, `BlockEvent` for each block, then one `DoneEvent`.
 
     Raises:
-        UserError: for options out of range, foreign ids, or a prompt longer than the window.
+        UserError: for an autoregressive model, options out of range, foreign ids, or a prompt
+            longer than the window.
     """
+    if is_autoregressive(model):
+        raise UserError(
+            "this model is autoregressive, and there is no sampler for such models yet; sample "
+            "from a block diffusion model (block_size 1 goes token by token)"
+        )
     if not isinstance(policy, str):
         if steps is not None:
             raise UserError("steps goes with a policy's name; this policy object has its own")

@@ -114,7 +114,8 @@ class LiveDisplay:
                 speed=f"{values['tokens_per_second']:,.0f} tok/s lr {values['lr']:.1e}",
             )
         if "valid_bound" in values:
-            self._bound = f"bound {values['valid_bound']:.3f}"
+            kind = "valid" if "valid_perplexity" in values else "bound"
+            self._bound = f"{kind} {values['valid_bound']:.3f}"
             self._progress.update(self._task, bound=self._bound)
         for line in _sentences(step, values):
             self._console.print(line)
@@ -162,10 +163,14 @@ def _sentences(step: int, values: Mapping[str, Any]) -> Sequence[Text]:
     """What an evaluation, a set of samples or a note says, one line each."""
     lines = []
     if "valid_bound" in values:
-        line = f"step {step}: validation bound {values['valid_bound']:.4f} nats per token"
+        exact = "valid_perplexity" in values
+        bound = "" if exact else " bound"
+        line = f"step {step}: validation{bound} {values['valid_bound']:.4f} nats per token"
         if values.get("valid_stderr_data") is not None:
             line += f" ± {values['valid_stderr_data']:.4f}"
-        if "valid_perplexity_bound" in values:
+        if exact:
+            line += f", perplexity {values['valid_perplexity']:.2f}"
+        elif "valid_perplexity_bound" in values:
             line += f", perplexity <= {values['valid_perplexity_bound']:.2f}"
         lines.append(Text(line, style="green"))
     for sample in values.get("samples", [])[:1]:

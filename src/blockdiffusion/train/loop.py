@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,7 +29,6 @@ from torch import nn
 
 from blockdiffusion.corruption import (
     T_MIN,
-    Corrupted,
     Estimator,
     EstimatorName,
     Stratify,
@@ -39,13 +38,13 @@ from blockdiffusion.corruption import (
 from blockdiffusion.data.files import written_aside
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.data.manifest import Manifest
-from blockdiffusion.denoiser import masked_nll
 from blockdiffusion.devices import select_device
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import derive_seed, generator
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
 from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
+from blockdiffusion.train.loss import BatchLoss, MaskedLoss, NextTokenLoss
 from blockdiffusion.train.optim import (
     MovingAverage,
     OptimOptions,
@@ -56,13 +55,15 @@ from blockdiffusion.train.optim import (
 )
 
 if TYPE_CHECKING:
-    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.models.transformer import BlockDiffusionModel, Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveOptions:
-    """The distribution of the masks that the network is trained on."""
+    """What the network is trained on: the distribution of the masks, or the next token."""
 
+    name: Literal["bd3lm", "ar"] = "bd3lm"
+    """bd3lm: block diffusion; ar: the autoregressive baseline, for which nothing below is used."""
     estimator: EstimatorName = "bernoulli"
     """How masks are drawn, and what they weigh; see docs/concepts.md."""
     schedule: str = "linear"
@@ -77,9 +78,26 @@ class ObjectiveOptions:
     """Draws are spread evenly over the batch and each row, over the batch only, or not at all."""
 
     def __post_init__(self) -> None:
+        if self.name == "ar":
+            self._refuse_masks()
         if not 0 <= self.t_min < 1:
             raise UserError(f"objective.t_min is {self.t_min}; it must be in [0, 1)")
         self.make_estimator()
+
+    @property
+    def of_network(self) -> Objective:
+        """What the configuration of such a network calls it."""
+        return "autoregressive" if self.name == "ar" else "block_diffusion"
+
+    def _refuse_masks(self) -> None:
+        usual = ObjectiveOptions()
+        for item in fields(self):
+            value, default = getattr(self, item.name), getattr(usual, item.name)
+            if item.name != "name" and value != default:
+                raise UserError(
+                    f"objective.{item.name} is {value}, but objective.name is ar, which draws no "
+                    f"masks; leave it out, or at {'null' if default is None else default}"
+                )
 
     def make_estimator(self) -> Estimator:
         """The law of the masks that the options name."""
@@ -164,6 +182,7 @@ def train(
     loggers: Sequence[Logger] = (),
     tokenizer: Path | None = None,
     config: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     resume: bool = False,
     resume_command: str | None = None,
 ) -> TrainState:
@@ -178,6 +197,7 @@ def train(
         loggers: displays and services that get every number, besides metrics.jsonl.
         tokenizer: directory of tokenizer files to copy beside the released model.
         config: the resolved configuration, saved with the run.
+        notes: sentences to log at the start.
         resume: go on from the newest checkpoint in `out` (from the start when there is none yet).
         resume_command: the shell command that resumes this run, quoted when it is interrupted.
 
@@ -190,7 +210,7 @@ def train(
             is damaged, the disk is full, or the loss is not finite.
         Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
     """
-    _check_fit(model, rows)
+    _check_fit(model, rows, objective)
     config = dict(config or {})
     device = select_device(options.device, "train.device")
     if options.threads is not None:
@@ -198,7 +218,11 @@ def train(
     model.to(device)  # type: ignore  # transformers wraps it without types
     optimizer = make_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay)
-    estimator, estimator_note = for_block_size(objective.make_estimator(), model.config.block_size)
+    estimator, estimator_note = None, None
+    if objective.name == "bd3lm":
+        estimator, estimator_note = for_block_size(
+            objective.make_estimator(), model.config.block_size
+        )
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16")
 
@@ -220,8 +244,8 @@ def train(
     reporting = _reporting(out, loggers, config, state.step + 1)
 
     with checkpoints.claimed(out), reporting as report, _StopSignals() as stop:
-        if estimator_note is not None:
-            report(state.step, {"note": estimator_note})
+        for start_note in [*notes, *([estimator_note] if estimator_note else [])]:
+            report(state.step, {"note": start_note})
         if note is not None:
             report(state.step, {"note": note})
             # A kill may have come between the checkpoint and its export.
@@ -231,17 +255,21 @@ def train(
             indices = order.indices(step - 1)
             batch = rows.rows(indices)
             free_BL = free_tokens(batch, rows.manifest.row_bos)
-            corrupted = estimator(
-                batch.ids_BL,
-                free_BL,
-                model.config.block_size,
-                model.config.mask_id,
-                generator(options.seed, "corruption", step),
-            )
+            if estimator is None:
+                batch_loss = NextTokenLoss(batch, free_BL)
+            else:
+                corrupted = estimator(
+                    batch.ids_BL,
+                    free_BL,
+                    model.config.block_size,
+                    model.config.mask_id,
+                    generator(options.seed, "corruption", step),
+                )
+                batch_loss = MaskedLoss(batch, corrupted)
 
             model.train()
             losses = accumulate_gradients(
-                model, batch, corrupted, max(1, int(free_BL.sum())), step, options, autocast
+                model, batch_loss, max(1, int(free_BL.sum())), step, options, autocast
             )
             norm = clip_gradients(model.parameters(), optim.clip_norm)
             loss, grad_norm = torch.stack([losses.sum(), norm]).tolist()  # waits for the device
@@ -285,8 +313,7 @@ def train(
 
 def accumulate_gradients(
     model: BlockDiffusionModel,
-    batch: Batch,
-    corrupted: Corrupted,
+    batch_loss: BatchLoss,
     num_free: int,
     step: int,
     options: TrainOptions,
@@ -294,28 +321,20 @@ def accumulate_gradients(
 ) -> torch.Tensor:
     """Adds the gradient of a global batch's loss to the parameters, one micro-batch at a time.
 
-    The loss is the weighted sum of the negative log-likelihoods over the whole batch, divided by
-    its number of free tokens `num_free`: nats per token, whatever the size of the micro-batches.
+    The loss is that of the whole batch divided by its number of free tokens `num_free`: nats per
+    token, whatever the size of the micro-batches.
 
     Returns:
         What each micro-batch contributes to the loss; the sum is the loss.
     """
-    device = next(model.parameters()).device
-    num_rows, num_noisy, _ = corrupted.noisy_BNL.shape
+    num_rows = len(batch_loss.batch.ids_BL)
     size = options.micro_batch_size or num_rows
     losses = []
     for index, start in enumerate(range(0, num_rows, size)):
-        part = slice(start, start + size)
-        valid_BL = None if batch.valid_BL is None else batch.valid_BL[part].to(device)
-        masked = corrupted.rows(part.start, part.stop)
         # Dropout draws from PyTorch's global stream, which evaluation and samples use too.
         torch.manual_seed(derive_seed(options.seed, "dropout", step, index))
         with autocast:
-            nll_BNL = masked_nll(
-                model, masked.noisy_BNL.to(device), batch.ids_BL[part].to(device), valid_BL
-            )
-        weight_BNL = masked.weight_BNL.to(device)
-        loss = (weight_BNL * nll_BNL).sum() / (num_free * num_noisy)
+            loss = batch_loss.nats(model, slice(start, start + size)) / num_free
         loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses)
@@ -352,7 +371,12 @@ def data_fingerprint(manifest: Manifest) -> str:
 # --- Starting and resuming ------------------------------------------------------------------------
 
 
-def _check_fit(model: BlockDiffusionModel, rows: TokenRows) -> None:
+def _check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: ObjectiveOptions) -> None:
+    if model.config.objective != objective.of_network:
+        raise UserError(
+            f"objective.name is {objective.name}, but the network's objective is "
+            f"{model.config.objective}; build the model for the objective"
+        )
     for name in ("seq_len", "vocab_size", "mask_id"):
         of_model, of_data = getattr(model.config, name), getattr(rows.manifest, name)
         if of_model != of_data:

@@ -1,0 +1,70 @@
+"""The loss of one update as a sum over the rows of its global batch: one class per objective.
+
+Shape suffixes: B rows, N noisy copies, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from blockdiffusion.corruption import Corrupted
+from blockdiffusion.data.loader import Batch
+from blockdiffusion.denoiser import causal_nll, masked_nll
+
+if TYPE_CHECKING:
+    from blockdiffusion.models.transformer import BlockDiffusionModel
+
+
+class BatchLoss(Protocol):
+    """What a global batch is trained on; everything random in it has been drawn already."""
+
+    @property
+    def batch(self) -> Batch:
+        """The rows."""
+        ...
+
+    def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
+        """The loss of some of the rows, a sum in nats: a scalar on the model's device.
+
+        Divided by the free tokens of the whole batch and added up over all rows it is the loss.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MaskedLoss:
+    """The paper's loss: weighted terms of the masked tokens, averaged over the noisy copies."""
+
+    batch: Batch
+    corrupted: Corrupted
+
+    def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
+        """See `BatchLoss`."""
+        masked = self.corrupted.rows(rows.start, rows.stop)
+        clean_BL, valid_BL = _on_device(self.batch, rows, model.device)
+        nll_BNL = masked_nll(model, masked.noisy_BNL.to(model.device), clean_BL, valid_BL)
+        return (masked.weight_BNL.to(model.device) * nll_BNL).sum() / masked.noisy_BNL.shape[1]
+
+
+@dataclass(frozen=True)
+class NextTokenLoss:
+    """The autoregressive loss: every free token, given those before it."""
+
+    batch: Batch
+    free_BL: torch.Tensor
+
+    def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
+        """See `BatchLoss`."""
+        clean_BL, valid_BL = _on_device(self.batch, rows, model.device)
+        return causal_nll(model, clean_BL, self.free_BL[rows].to(model.device), valid_BL).sum()
+
+
+def _on_device(
+    batch: Batch, rows: slice, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids and validity of some rows."""
+    valid_BL = None if batch.valid_BL is None else batch.valid_BL[rows].to(device)
+    return batch.ids_BL[rows].to(device), valid_BL
