@@ -93,6 +93,27 @@ def test_report_writes_the_page(place, tmp_path):
     assert page.startswith("<!DOCTYPE html>") and "validation" in page
 
 
+def test_an_autoregressive_run_is_trained_evaluated_and_reported(place, tmp_path):
+    out = tmp_path / "ar"
+    trained = blockdiff("train", place / "recipe.yaml", f"out={out}", "objective.name=ar",
+                        "model.cond_dim=128")  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "no sampler yet" in trained.stderr and "step 6: validation 5." in trained.stderr
+    assert "bound" not in trained.stderr and "<=" not in trained.stderr
+    run = blockdiff("eval", out, "--data", place / "data", "--json", out / "eval.json")
+    assert run.returncode == 0, run.stderr
+    assert "exact in one pass" in run.stdout and "<=" not in run.stdout
+    made = blockdiff("report", out)
+    assert made.returncode == 0, made.stderr
+    page = (out / "report.html").read_text()
+    assert "Perplexity, exact" in page and "Perplexity, bound" not in page
+    for name, expected in (("sample", "no sampler"), ("eval", "exact in one pass")):
+        wrong = ["--data", place / "data", "--estimator", "count"] if name == "eval" else []
+        refused = blockdiff(name, out, *wrong)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert expected in refused.stderr
+
+
 def test_an_existing_run_is_kept(place):
     before = (place / "run" / "metrics.jsonl").read_bytes()
     refused = blockdiff("train", place / "recipe.yaml")
@@ -108,6 +129,12 @@ MISTAKES = {
     "unknown key": (["train", "{recipe}", "optim.warmup=3"], "optim.warmup_steps"),
     "wrong type": (["train", "{recipe}", "train.steps=many"], "train.steps"),
     "block size": (["train", "{recipe}", "model.block_size=5", "out={new}"], "divisor"),
+    "masks for ar": (["train", "{recipe}", "out={new}", "objective.name=ar", "model.cond_dim=128",
+                      "objective.estimator=count"], "objective.estimator is count"),
+    "other weights": (["train", "{recipe}", "out={new}", "model.init_from={golden}"],
+                      "vocab_size is 101 there and 258 here"),
+    "no weights": (["train", "{recipe}", "out={new}", "model.init_from={folder}"], "config.json"),
+    "own weights": (["train", "{recipe}", "model.init_from={run}"], "choose another out"),
     "no recipe": (["train", "{folder}/none.yaml"], "none.yaml"),
     "no data": (["eval", "{run}", "--data", "{folder}"], "manifest.json"),
     "no split": (["eval", "{run}", "--data", "{data}", "--split", "test"], "train, valid"),

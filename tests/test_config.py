@@ -93,6 +93,7 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("sample.num=0", r"sample\.num is 0"),
         ("checkpoint.keep=0", r"checkpoint\.keep is 0"),
         ("objective.schedule=lag", r"unknown schedule 'lag'"),
+        ("objective.name=mdlm", r"objective\.name is 'mdlm'; it must be bd3lm or ar"),
         ("objective.t_min=2", r"objective\.t_min is 2\.0"),
     ],
 )
@@ -101,6 +102,37 @@ def test_mistakes_get_one_sentence_that_names_the_key(write, override, message):
     with pytest.raises(UserError, match=message) as raised:
         load_recipe(source, [override])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("objective.estimator=count", r"objective\.estimator is count, but .* is ar, which draws"),
+        (
+            "objective.clip=[0.3,0.8]",
+            r"objective\.clip is \(0\.3, 0\.8\), .* out, or at null",
+        ),
+        ("objective.schedule=cosine", r"objective\.schedule is cosine, .*, or at linear"),
+        ("objective.num_noisy=2", r"objective\.num_noisy is 2"),
+        ("objective.t_min=0", r"objective\.t_min is 0\.0"),
+        ("objective.stratify=none", r"objective\.stratify is none"),
+        ("model.block_size=8", r"model\.block_size is 8, but .* whose network has no blocks"),
+        ("model.cond_dim=64", r"model\.cond_dim is 64, .*leave it out, or at 128"),
+        ("model.clean_attention=causal", r"model\.clean_attention is causal"),
+        ("eval.estimator=count", r"eval\.estimator is count, .* whose likelihood is exact"),
+    ],
+)
+def test_what_ar_does_not_read_is_refused(write, override, message):
+    source = write(MINIMAL | {"objective": {"name": "ar"}})
+    with pytest.raises(UserError, match=message):
+        load_recipe(source, [override])
+
+
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_ar_has_no_blocks(write, block_size):
+    recipe = load_recipe(write(MINIMAL), ["objective.name=ar", f"model.block_size={block_size}"])
+    assert recipe.model.block_size == 1
+    assert load_recipe(write(yaml.safe_dump(to_dict(recipe)))) == recipe
 
 
 def test_bools_are_not_ints_in_a_file_either(write):

@@ -421,7 +421,7 @@ def run_training(
     tokenizer = data / TOKENIZER_FOLDER
     model.tokenizer = load_tokenizer(tokenizer)  # for samples
     notes = []
-    if recipe.model.init_from is not None and latest(out) is None:  # else from the checkpoint
+    if recipe.model.init_from is not None and not (resume and latest(out)):
         notes.append(_start_weights(recipe.model.init_from, out, model))
     if recipe.objective.name == "ar" and recipe.sample.every is not None:
         notes.append("no samples: an autoregressive model has no sampler yet")

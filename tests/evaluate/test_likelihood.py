@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import blockdiffusion
+from blockdiffusion.denoiser import causal_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks
 
@@ -326,3 +327,49 @@ def test_mistakes_are_told_in_one_sentence(make_model, ids, options, message):
 def test_long_blocks_cannot_be_enumerated(make_model, random_ids):
     with pytest.raises(UserError, match="S = 16"):
         blockdiffusion.likelihood(make_model(block_size=16), random_ids(1, 16), "exact")
+
+
+# --- autoregressive models -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["auto", "exact"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_an_autoregressive_likelihood_is_exact(make_ar, random_ids, bos, estimator):
+    model, ids = make_ar(bos=bos), random_ids(5, 7)
+    done = []
+    result = blockdiffusion.likelihood(
+        model, ids, estimator, progress=lambda *units: done.append(units)
+    )
+    free = torch.ones_like(ids, dtype=torch.bool)
+    free[:, : int(bos)] = False
+    with torch.no_grad():
+        row = causal_nll(model, ids, free).sum(1)
+    assert torch.allclose(result.nats_per_row, row)
+    assert result.num_tokens == 35 - 5 * bos
+    assert result.nats_per_token == pytest.approx(float(row.sum()) / result.num_tokens)
+    assert result.exact_nats_per_token == result.nats_per_token and not result.is_bound
+    assert result.stderr_noise == 0 and result.stderr_data == result.exact_stderr_data > 0
+    assert (result.estimator, result.samples, result.copies) == ("exact", 1, 1)
+    assert done[-1][0] == done[-1][1]
+
+
+def test_rows_of_an_autoregressive_model_do_not_see_each_other(make_ar, random_ids, monkeypatch):
+    model, ids = make_ar(bos=False), random_ids(5, 7).tolist()
+    ids[1], ids[3] = ids[1][:2], ids[3][:5]
+    whole = blockdiffusion.likelihood(model, ids)
+    alone = [blockdiffusion.likelihood(model, [row]).nats_per_token * len(row) for row in ids]
+    assert torch.allclose(whole.nats_per_row, torch.tensor(alone, dtype=torch.float64))
+    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.PASS_TOKENS", 14)  # two rows a pass
+    again = blockdiffusion.likelihood(model, ids)
+    assert torch.allclose(whole.nats_per_row, again.nats_per_row) and whole.num_tokens == 28
+
+
+@pytest.mark.parametrize("estimator", ["count", "bernoulli", "orders", "nonsense"])
+def test_masks_are_refused_for_an_autoregressive_model(make_ar, random_ids, estimator):
+    with pytest.raises(UserError, match=f"estimator is {estimator}, but .* exact in one pass"):
+        blockdiffusion.likelihood(make_ar(), random_ids(1, 8), estimator)
+
+
+def test_an_autoregressive_model_has_no_sampler_yet(make_ar):
+    with pytest.raises(UserError, match="autoregressive, and there is no sampler"):
+        blockdiffusion.generate(make_ar())

@@ -41,6 +41,17 @@ def test_pipes_get_plain_lines():
     assert len(lines) == 4
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_exact_value_is_not_called_a_bound(terminal):
+    out = io.StringIO()
+    display = make_display(5, Console(file=out, width=100, force_terminal=terminal))
+    display.start({}, 1)
+    display.log(5, {"valid_bound": 4.25, "valid_perplexity": 70.105})
+    display.finish()
+    assert "step 5: validation 4.2500 nats per token, perplexity 70.11" in out.getvalue()
+    assert "bound" not in out.getvalue() and "<=" not in out.getvalue()
+
+
 def test_plain_lines_come_every_few_seconds():
     out = io.StringIO()
     display = make_display(9, Console(file=out, width=100), every_seconds=0)

@@ -28,9 +28,9 @@ AR = ["objective.name=ar", "model.cond_dim=128"]  # the recipe's cond_dim is ano
 def run(recipe_file, prepared):
     """Builds the model of a recipe and trains it; returns the model and the run's directory."""
 
-    def run(*overrides, resume=False, **more):
+    def run(*overrides, resume=False, rows=None, **more):
         recipe = load_recipe(recipe_file, overrides)
-        rows = TokenRows(prepared, "train")
+        rows = rows or TokenRows(prepared, "train")
         model = build_model(recipe, rows.manifest)
         out = recipe_file.parent / recipe.out
         more.setdefault("tokenizer", prepared / "tokenizer")
@@ -49,6 +49,18 @@ def run(recipe_file, prepared):
         return model, out
 
     return run
+
+
+@pytest.fixture
+def rows(prepared):
+    """The training rows, with another manifest."""
+
+    def make(**changes):
+        rows = TokenRows(prepared, "train")
+        rows.manifest = replace(rows.manifest, **changes)
+        return rows
+
+    return make
 
 
 def weights(model):
@@ -85,8 +97,31 @@ def test_the_first_step_is_adamw_on_the_papers_loss(run, recipe_file, prepared):
         torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
 
 
-def test_training_learns(run):
-    _, out = run("train.steps=150")
+@pytest.mark.parametrize("row_bos", [False, True])
+def test_the_first_step_of_ar_is_adamw_on_the_plain_cross_entropy(run, recipe_file, rows, row_bos):
+    overrides = [*AR, "train.steps=1", "model.dropout=0", "optim.clip_norm=null"]
+    rows = rows(row_bos=row_bos)
+    expected = build_model(load_recipe(recipe_file, overrides), rows.manifest)
+    ids = rows.rows(BatchOrder(rows.num_rows, 6, 0).indices(0)).ids_BL
+    start = torch.full((6, 1), rows.manifest.mask_id)
+    past, target = (ids[:, :-1], ids[:, 1:]) if row_bos else (torch.cat([start, ids], 1), ids)
+    logits = expected.head(expected.encode_causal(past[:, : target.shape[1]]))
+    logits[..., rows.manifest.mask_id] = -math.inf
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+    loss.backward()
+    torch.optim.AdamW(expected.parameters(), lr=1e-2 / 4, weight_decay=0).step()
+
+    model, out = run(*overrides, rows=rows)
+    line = read_metrics(out / "metrics.jsonl")[0]
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert line["lr"] == 1e-2 / 4
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
+
+
+@pytest.mark.parametrize("overrides", [[], AR], ids=["bd3lm", "ar"])
+def test_training_learns(run, overrides):
+    _, out = run("train.steps=150", *overrides)
     losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
     assert sum(losses[-30:]) / 30 < 0.8 * sum(losses[:10]) / 10
 
@@ -258,14 +293,19 @@ def test_a_second_process_in_the_same_out_is_refused(run, tmp_path):
             run(resume=True)
 
 
-def test_data_and_model_must_fit(run, recipe_file, prepared):
-    rows = TokenRows(prepared, "train")
-    rows.manifest = replace(rows.manifest, vocab_size=rows.manifest.vocab_size + 1)
+@pytest.mark.parametrize(
+    ("vocab_size", "overrides", "message"),
+    [
+        (300, [], r"the model's vocab_size is 258, but the data's is 300"),
+        (258, AR, r"objective\.name is bd3lm, but the network's objective is autoregressive"),
+    ],
+)
+def test_data_objective_and_model_must_fit(rows, recipe_file, vocab_size, overrides, message):
     recipe = load_recipe(recipe_file)
-    with pytest.raises(UserError, match="the model's vocab_size is"):
+    with pytest.raises(UserError, match=message):
         loop.train(
-            build_model(recipe, TokenRows(prepared, "train").manifest),
-            rows,
+            build_model(load_recipe(recipe_file, overrides), rows().manifest),
+            rows(vocab_size=vocab_size),
             out=recipe_file.parent / "run",
             options=recipe.train,
             objective=recipe.objective,
@@ -320,8 +360,12 @@ def test_a_non_finite_gradient_names_its_parameter(run, monkeypatch):
         run()
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_signals_finish_the_step_save_and_say_how_to_go_on(run, name, code):
+@pytest.mark.parametrize(
+    ("name", "code", "overrides"),
+    [("SIGINT", 130, []), ("SIGTERM", 143, []), ("SIGTERM", 143, AR)],
+    ids=["INT", "TERM", "TERM-ar"],
+)
+def test_signals_finish_the_step_save_and_say_how_to_go_on(run, name, code, overrides):
     class Signal:
         def start(self, config, first_step): ...
 
@@ -334,11 +378,11 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(run, name, code):
     before = signal.getsignal(getattr(signal, name))
     message = rf"{name}: saved step 7 in .*; go on with: blockdiff train x --resume"
     with pytest.raises(Interrupted, match=message) as raised:
-        run(loggers=[Signal()], resume_command="blockdiff train x --resume")
+        run(*overrides, loggers=[Signal()], resume_command="blockdiff train x --resume")
     assert raised.value.exit_code == code
     assert signal.getsignal(getattr(signal, name)) is before
-    resumed, out = run(resume=True)
-    whole, whole_out = run("out=whole")
+    resumed, out = run(*overrides, resume=True)
+    whole, whole_out = run(*overrides, "out=whole")
     assert_equal(weights(resumed), weights(whole))
     losses = [n["loss"] for n in read_metrics(out / "metrics.jsonl") if "loss" in n]
     assert losses == [n["loss"] for n in read_metrics(whole_out / "metrics.jsonl")]

@@ -1,16 +1,23 @@
 """`run_training`: data, network, evaluation, samples and loop together."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import blockdiffusion
 from blockdiffusion.config import build_model, load_recipe, run_training, to_dict
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import likelihood
+from blockdiffusion.evaluate.run_report import report_run
 from blockdiffusion.seeding import generator
+from blockdiffusion.train import checkpoint
 from blockdiffusion.train.loggers import read_metrics
+
+AR = ["objective.name=ar", "model.cond_dim=128"]  # the recipe's cond_dim is another
 
 
 def test_a_run_from_recipe_to_a_model_that_loads(recipe_file, prepared, tmp_path):
@@ -97,3 +104,102 @@ def test_data_without_a_split_for_validation(recipe_file, prepared, tmp_path, mo
         run_training(load_recipe(recipe_file, ["eval.every=5"]))
     assert not (tmp_path / "run").exists()
     assert run_training(load_recipe(recipe_file)).step == 12
+
+
+# --- the autoregressive baseline ------------------------------------------------------------------
+
+
+def test_an_autoregressive_run(recipe_file, prepared, tmp_path):
+    overrides = [*AR, "eval.every=8", "eval.rows=4", "sample.every=12"]
+    recipe = load_recipe(recipe_file, overrides)
+    run_training(recipe)
+    out = tmp_path / "run"
+    lines = read_metrics(out / "metrics.jsonl")
+    notes = [n["note"] for n in lines if "note" in n]
+    assert notes == ["no samples: an autoregressive model has no sampler yet"]
+    assert not any("samples" in n for n in lines)
+    assert yaml.safe_load((out / "config.yaml").read_text())["model"]["block_size"] == 1
+    assert load_recipe(out / "config.yaml") == recipe
+    run_training(load_recipe(out / "config.yaml"), resume=True)
+
+    model = blockdiffusion.load(out)
+    assert (model.config.objective, model.config.block_size) == ("autoregressive", 1)
+    result = likelihood(model, TokenRows(prepared, "valid").rows(range(4)).ids_BL)
+    values = [n for n in lines if "valid_bound" in n][-1]
+    assert values["valid_bound"] == values["valid_exact"] == pytest.approx(result.nats_per_token)
+    assert values["valid_perplexity"] == pytest.approx(result.perplexity)
+    assert "valid_perplexity_bound" not in values and values["valid_stderr_noise"] == 0
+
+    page = report_run(out).read_text()
+    for words in ("An autoregressive language model", "No sample was drawn", "no denoising trace"):
+        assert words in page
+    assert "validation loss, exact" in page and "validation bound" not in page
+    assert "blockdiff sample" not in page and "masked diffusion" not in page
+
+
+# --- starting from other weights ------------------------------------------------------------------
+
+
+def released(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def started(out):
+    """Weights and average after no update at all (the learning rate was next to nothing)."""
+    newest = checkpoint.latest(out)
+    return load_file(newest / checkpoint.WEIGHTS), load_file(newest / checkpoint.AVERAGE)
+
+
+def test_a_smaller_block_size_goes_on_from_the_weights_of_a_larger(recipe_file, tmp_path):
+    whole, small = tmp_path / "whole", tmp_path / "small"
+    run_training(load_recipe(recipe_file, [f"out={whole}", "model.block_size=16"]))
+    start = [f"model.init_from={whole}", "model.dropout=0.2", "model.block_size=4"]
+    run_training(load_recipe(recipe_file, [*start, f"out={small}", "train.steps=30"]))
+    lines = read_metrics(small / "metrics.jsonl")
+    assert lines[0]["note"] == f"started from the weights in {whole}"
+    assert blockdiffusion.load(small).config.block_size == 4
+    losses = [n["loss"] for n in lines if "loss" in n]
+    fresh = [n["loss"] for n in read_metrics(whole / "metrics.jsonl") if "loss" in n]
+    assert losses[0] < fresh[0] - 0.3 and len(losses) == 30
+    # The first step starts at the source's weights, and so does the average.
+    frozen = [f"out={tmp_path / 'frozen'}", "train.steps=1", "optim.lr=1e-30"]
+    run_training(load_recipe(recipe_file, [*start, *frozen]))
+    for tensors in started(tmp_path / "frozen"):
+        assert tensors.keys() == released(whole).keys()
+        assert all(torch.equal(tensors[name], t) for name, t in released(whole).items())
+
+
+def test_a_resume_needs_the_first_weights_no_more(recipe_file, tmp_path):
+    source = tmp_path / "source"
+    run_training(load_recipe(recipe_file, [f"out={source}"]))
+    start = [f"model.init_from={source}", "optim.schedule=constant"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_training(load_recipe(recipe_file, [*start, f"out={whole}"]))
+    run_training(load_recipe(recipe_file, [*start, f"out={cut}", "train.steps=7"]))
+    shutil.rmtree(source)
+    run_training(load_recipe(recipe_file, [*start, f"out={cut}"]), resume=True)
+    assert load_recipe(cut / "config.yaml").model.init_from == str(source)
+    assert all(torch.equal(released(cut)[name], t) for name, t in released(whole).items())
+    with pytest.raises(UserError, match=r"another model\.init_from;"):
+        run_training(load_recipe(recipe_file, [f"out={cut}"]), resume=True)
+    with pytest.raises(UserError, match="does not exist; give a model directory"):
+        run_training(load_recipe(recipe_file, [*start, f"out={tmp_path / 'new'}"]))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_resume_before_the_first_checkpoint_starts_from_the_same_weights(recipe_file, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "run"
+    run_training(load_recipe(recipe_file, [f"out={source}"]))
+    recipe = load_recipe(recipe_file, [f"model.init_from={source}"])
+    run_training(recipe)
+    expected = released(out)
+    shutil.rmtree(out / "checkpoints")  # as if killed before the first one
+    run_training(recipe, resume=True)
+    assert all(torch.equal(released(out)[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("inside", ["", "model"])
+def test_a_run_cannot_start_from_itself(recipe_file, tmp_path, inside):
+    run_training(load_recipe(recipe_file))
+    with pytest.raises(UserError, match=r"model\.init_from and out are both"):
+        run_training(load_recipe(recipe_file, [f"model.init_from={tmp_path / 'run' / inside}"]))

@@ -19,10 +19,14 @@ SMALL = {"width": 420, "height": 170, "left": 50, "right": 8, "bottom": 26}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationPoint:
-    """One evaluation during training: the bound in nats per token and its standard errors."""
+    """One evaluation during training: the bound in nats per token and its standard errors.
+
+    `is_bound` is False where the value is itself exact (autoregressive models).
+    """
 
     step: int
     bound: float
+    is_bound: bool = True
     stderr_noise: float | None = None
     stderr_data: float | None = None
 
@@ -57,6 +61,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
         values = sorted(records.get(key, {}).items())
         return [(step, float(value)) for step, value in values if _is_finite(value)]
 
+    exact = dict(curve("valid_perplexity"))
     noise, data = dict(curve("valid_stderr_noise")), dict(curve("valid_stderr_data"))
     return Curves(
         loss=curve("loss"),
@@ -65,7 +70,11 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
         tokens_per_second=curve("tokens_per_second"),
         validation=[
             ValidationPoint(
-                step=step, bound=bound, stderr_noise=noise.get(step), stderr_data=data.get(step)
+                step=step,
+                bound=bound,
+                is_bound=step not in exact,
+                stderr_noise=noise.get(step),
+                stderr_data=data.get(step),
             )
             for step, bound in curve("valid_bound")
         ],
@@ -95,7 +104,8 @@ def curves_section(curves: Curves) -> str:
         )
     if curves.validation:
         legend.append(
-            '<li><i class="key bound"></i>validation bound; thick bar ± noise, thin bar ± data</li>'
+            f'<li><i class="key bound"></i>{_validation_name(curves.validation)}; '
+            "thick bar ± noise, thin bar ± data</li>"
         )
     y_range = pictures.value_range(curves.loss, _bars(curves.validation), smooth)
     pictured = _responsive(
@@ -146,9 +156,17 @@ def _loss_picture(
         bars=_bars(curves.validation),
         x_label="step",
         y_label="nats per token",
-        title="Training loss and validation bound, in nats per token, against steps",
+        title=f"Training loss and {_validation_name(curves.validation)}, in nats per token, "
+        "against steps",
         chart="loss",
     )
+
+
+def _validation_name(validation: Sequence[ValidationPoint]) -> str:
+    """What the values are; a bound where any of them is one."""
+    if validation and not any(point.is_bound for point in validation):
+        return "validation loss, exact"
+    return "validation bound"
 
 
 def _bars(validation: Sequence[ValidationPoint]) -> list[pictures.ErrorBar]:
@@ -158,8 +176,9 @@ def _bars(validation: Sequence[ValidationPoint]) -> list[pictures.ErrorBar]:
             value=point.bound,
             stderr_noise=point.stderr_noise,
             stderr_data=point.stderr_data,
-            label=f"step {point.step:,}: bound {point.bound:.4f} nats per token, "
-            f"perplexity ≤ {perplexity_of(point.bound):.2f}",
+            label=f"step {point.step:,}: {'bound ' if point.is_bound else ''}{point.bound:.4f} "
+            "nats per token, "
+            f"perplexity {'≤ ' if point.is_bound else ''}{perplexity_of(point.bound):.2f}",
         )
         for point in validation
     ]
@@ -203,7 +222,7 @@ def _close_up(validation: Sequence[ValidationPoint]) -> str:
         **SMALL, x_range=(first - pad, last + pad), y_range=pictures.value_range((), shown)
     )
     line = pictures.Line(points=[(bar.step, bar.value) for bar in shown], css="bound")
-    title = "Validation bound close up, nats per token"
+    title = f"{_validation_name(validation).capitalize()}, close up, nats per token"
     picture = pictures.curve_picture(
         frame, lines=[line], bars=shown, title=title, chart="close-up", num_ticks=(4, 4)
     )
