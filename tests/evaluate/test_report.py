@@ -216,7 +216,7 @@ def test_an_exact_value_has_no_bound_sign() -> None:
     text = "".join(Page(render_report(contents)).text)
     assert "≤" not in text
     assert "Perplexity, exact20.09" in text and text.count("Perplexity, exact") == 1
-    assert "± 0 noise, enumerated± unknown data" in text
+    assert "± 0 noise, no draws± unknown data" in text
     assert "nothing is given (no BOS)" in text
 
 

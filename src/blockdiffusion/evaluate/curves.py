@@ -119,6 +119,7 @@ def curves_section(curves: Curves) -> str:
     rows = [(*point, mean and mean[1]) for point, mean in zip(curves.loss, means, strict=True)]
     data = {
         "rows": rows[:: max(len(rows) // MOST_POINTS, 1)],
+        "exact": not any(point.is_bound for point in curves.validation),
         "bars": [(p.step, p.bound, p.stderr_noise, p.stderr_data) for p in curves.validation],
     }
     return (

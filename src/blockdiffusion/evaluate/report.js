@@ -55,7 +55,8 @@
         lines.push("training loss " + row[1].toFixed(3) + mean);
       }
       if (near) {
-        lines.push("bound " + bar[1].toFixed(4) + ", perplexity ≤ " + Math.exp(bar[1]).toFixed(2));
+        lines.push((data.exact ? "validation " : "bound ") + bar[1].toFixed(4) +
+          ", perplexity " + (data.exact ? "" : "≤ ") + Math.exp(bar[1]).toFixed(2));
         if (bar[2] !== null) lines.push("± " + bar[2].toPrecision(2) + " noise");
         if (bar[3] !== null) lines.push("± " + bar[3].toPrecision(2) + " data");
       }

@@ -266,7 +266,7 @@ def _card(
         if error is None:
             lines.append(f"<li><span>± unknown {kind}</span></li>")
         elif error == 0.0:
-            lines.append(f"<li>± 0 <span>{kind}, enumerated</span></li>")
+            lines.append(f"<li>± 0 <span>{kind}, no draws</span></li>")
         else:
             lines.append(f"<li>± {two_digits(error)} <span>{kind}</span></li>")
     if note:
