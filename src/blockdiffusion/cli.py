@@ -210,6 +210,9 @@ def sample(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after the prompt.")] = 256,
     policy: Annotated[str, typer.Option(help="first-hitting or ancestral.")] = "first-hitting",
     steps: Annotated[int | None, typer.Option(help="Steps per block, for ancestral.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
+    ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")] = 1.0,
     top_p_rule: Annotated[
         str, typer.Option(help="transformers (keeps the token that crosses) or authors (drops it).")
@@ -251,6 +254,7 @@ def sample(
         eos=eos,
         policy=policy,
         steps=steps,
+        schedule=schedule,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
