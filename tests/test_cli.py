@@ -51,7 +51,7 @@ def test_help_answers_within_a_second_and_names_every_command():
         )
         times.append(time.perf_counter() - start)
     assert shown.returncode == 0 and min(times) < 1
-    for command in ("prepare", "train", "eval", "sample", "report"):
+    for command in ("prepare", "train", "eval", "variance", "sample", "report"):
         assert command in shown.stdout
 
 
@@ -67,6 +67,35 @@ def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
     assert f"<= {values['perplexity']:.2f}" in run.stdout
     # One token of the byte tokenizer is one byte (but for the EOS of documents).
     assert values["bits_per_byte"] == pytest.approx(values["nats_per_token"] / 0.6931, rel=0.02)
+
+
+def test_variance_prints_the_table_and_writes_json_and_plot(place, tmp_path):
+    options = (
+        "variance", place / "run", "--data", place / "data", "--block-sizes", "1,4,32",
+        "--estimators", "count", "--estimators", "complement", "--estimators", "bernoulli[0.3,0.8]",
+        "--estimators", "resampled[0.3,0.8]", "--batch-size", 2, "--batches", 2, "--replicates", 3,
+    )  # fmt: skip
+    files = ("--json", tmp_path / "new" / "variance.json", "--plot", tmp_path / "variance.svg")
+    run = blockdiff(*options, *files)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert max(map(len, lines[1:])) <= 100 and "S = 4 (the model's)" in lines
+    assert sum(line.startswith("  bernoulli (paper)") for line in lines) == 6  # loss and gradient
+    assert any("both copies of a complement pair" in line for line in lines)
+    assert any("left out: resampled[0.3,0.8]" in line for line in lines)
+    values = json.loads((tmp_path / "new" / "variance.json").read_text())
+    assert values["model"] == str(place / "run") and values["replicates"] == 3
+    assert values["t_min"] == 1e-3 and {"torch", "blockdiffusion", "python"} <= set(
+        values["versions"]
+    )
+    assert [row["block_size"] for row in values["rows"]] == [1] * 4 + [4] * 5 + [32] * 5
+    assert all(f"{row['loss']['value']:.4f}" in run.stdout for row in values["rows"])
+    assert (tmp_path / "variance.svg").read_text().startswith("<svg")
+    fast = blockdiff(*options, "--no-gradients", "--block-sizes", 4)
+    assert fast.returncode == 0 and "gradient  " not in fast.stdout
+    # The same seed, the same masks: the same losses with and without gradients.
+    start = lines.index("S = 4 (the model's)")
+    assert lines[start : start + 7] == fast.stdout.splitlines()[3:10]
 
 
 def test_sample_repeats_with_a_seed_and_gives_json(place):
@@ -140,6 +169,18 @@ MISTAKES = {
     "no split": (["eval", "{run}", "--data", "{data}", "--split", "test"], "train, valid"),
     "other vocabulary": (["eval", "{golden}", "--data", "{data}"], "V = 258"),
     "estimator": (["eval", "{run}", "--data", "{data}", "--estimator", "x"], "exact or orders"),
+    "replicates": (["variance", "{run}", "--data", "{data}", "--replicates", "1"], "at least 2"),
+    "batches": (["variance", "{run}", "--data", "{data}", "--batches", "0"], "batches is 0"),
+    "divisor": (["variance", "{run}", "--data", "{data}", "--block-sizes", "5", "--batch-size", "1",
+                 "--batches", "1"], "does not divide the 32 tokens"),
+    "sizes": (["variance", "{run}", "--data", "{data}", "--block-sizes", "4;8"], "commas"),
+    "size 0": (["variance", "{run}", "--data", "{data}", "--block-sizes", "0"], "at least 1"),
+    "law": (["variance", "{run}", "--data", "{data}", "--estimators", "x"], "no estimator"),
+    "odd pairs": (["variance", "{run}", "--data", "{data}", "--estimators", "complementx3"],
+                  "even"),
+    "many rows": (["variance", "{run}", "--data", "{data}", "--batches", "5000"], "fewer batches"),
+    "plot": (["variance", "{run}", "--data", "{data}", "--plot", "{recipe}/a.svg"], "recipe.yaml"),
+    "plot folder": (["variance", "{run}", "--data", "{data}", "--plot", "{folder}"], "directory"),
     "no model": (["sample", "{folder}/nothing/here"], "does not exist"),
     "top p": (["sample", "{run}", "--top-p", "1.5"], "(0, 1]"),
     "steps": (["sample", "{run}", "--steps", "4"], "ancestral"),
@@ -149,6 +190,10 @@ MISTAKES = {
     "stream many": (["sample", "{run}", "--stream", "--num-samples", "2"], "--stream"),
     "dtype": (["sample", "{run}", "--dtype", "int3"], "float32"),
     "device": (["sample", "{run}", "--device", "tpu"], "--device is tpu"),
+    "schedule": (["sample", "{run}", "--schedule", "cosine"], "ancestral"),
+    "clipped": (["eval", "{run}", "--data", "{data}", "--estimator", "count[0.3,0.8]"], "clipped"),
+    "pairs": (["eval", "{run}", "--data", "{data}", "--estimator", "complementx3"], "even"),
+    "target": (["eval", "{run}", "--data", "{data}", "--target-stderr", "0"], "target_stderr"),
     "not a run": (["report", "{data}"], "config.yaml"),
     "option": (["sample", "{run}", "--tempreature", "1"], "--temperature"),
     "missing text": (["prepare", "{folder}/no.txt", "--out", "{new}"], "no.txt"),

@@ -116,7 +116,10 @@ def test_mistakes_get_one_sentence_that_names_the_key(write, override, message):
         ("objective.num_noisy=2", r"objective\.num_noisy is 2"),
         ("objective.t_min=0", r"objective\.t_min is 0\.0"),
         ("objective.stratify=none", r"objective\.stratify is none"),
-        ("model.block_size=8", r"model\.block_size is 8, but .* whose network has no blocks"),
+        (
+            "model.block_size=8",
+            r"model\.block_size is 8, but .* has no blocks .*leave it out, or at 1",
+        ),
         ("model.cond_dim=64", r"model\.cond_dim is 64, .*leave it out, or at 128"),
         ("model.clean_attention=causal", r"model\.clean_attention is causal"),
         ("eval.estimator=count", r"eval\.estimator is count, .* whose likelihood is exact"),

@@ -31,6 +31,7 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.evaluate.likelihood import Likelihood
+from blockdiffusion.evaluate.variance_table import VarianceOptions
 from blockdiffusion.models.formats import BD3LM_NAMES
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import make_policy
@@ -163,6 +164,8 @@ def test_a_command_line_is_understood(page, words):
         load_recipe(ROOT / recipe, values["overrides"] or [])
     elif name == "eval":
         EvalOptions(estimator=values["estimator"])  # refuses an unknown one
+    elif name == "variance":
+        VarianceOptions(estimators=tuple(values["estimators"] or ("count",)))
     elif name == "sample":
         make_policy(values["policy"], values["steps"])
         Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)})

@@ -200,6 +200,63 @@ def evaluate(
 
 
 @app.command()
+def variance(
+    model: MODEL,
+    data: Annotated[Path, typer.Option(help="Directory that `blockdiff prepare` made.")],
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
+    estimators: Annotated[
+        list[str] | None,
+        typer.Option(help="A law of masks, such as count or bernoulli[0.3,0.8]; may be repeated."),
+    ] = None,
+    block_sizes: Annotated[str, typer.Option(help="Every S to measure at.")] = "1,4,8,16",
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
+    batches: Annotated[int, typer.Option(help="Batches of different rows.")] = 4,
+    replicates: Annotated[int, typer.Option(help="Draws of the masks of every batch.")] = 16,
+    gradients: Annotated[bool, typer.Option(help="Measure the gradient, too.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    bos: BOS = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the table here, as SVG.")] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Variance of the bound and of its gradient, for many estimators and block sizes."""
+    from blockdiffusion.evaluate.prepared import read_rows
+    from blockdiffusion.evaluate.variance_picture import variance_picture
+    from blockdiffusion.evaluate.variance_table import (
+        DEFAULT_ESTIMATORS,
+        VarianceOptions,
+        measure_variance,
+    )
+    from blockdiffusion.terminal import progress_bar, variance_lines
+
+    options = VarianceOptions(
+        estimators=tuple(estimators or DEFAULT_ESTIMATORS),
+        block_sizes=_sizes(block_sizes),
+        batch_size=batch_size,
+        batches=batches,
+        replicates=replicates,
+        gradients=gradients,
+        seed=seed,
+    )
+    for path in (json_file, plot):
+        if path is not None:
+            _check_place(path)
+    network = _load(model, device, dtype)
+    text = read_rows(data, split, network, options.rows, bos)
+    with progress_bar("variance") as report:
+        table = measure_variance(network, text, options, report)
+    what = f"{model} on {data} ({split})"
+    if json_file is not None:
+        _write_json(
+            json_file, table.to_dict() | {"model": model, "data": str(data), "split": split}
+        )
+    if plot is not None:
+        _write(plot, variance_picture(table, what).encode())
+    typer.echo("\n".join(variance_lines(table, what)))
+
+
+@app.command()
 def sample(
     model: MODEL,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
@@ -210,6 +267,9 @@ def sample(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after the prompt.")] = 256,
     policy: Annotated[str, typer.Option(help="first-hitting or ancestral.")] = "first-hitting",
     steps: Annotated[int | None, typer.Option(help="Steps per block, for ancestral.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
+    ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")] = 1.0,
     top_p_rule: Annotated[
         str, typer.Option(help="transformers (keeps the token that crosses) or authors (drops it).")
@@ -251,6 +311,7 @@ def sample(
         eos=eos,
         policy=policy,
         steps=steps,
+        schedule=schedule,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -350,15 +411,44 @@ def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
             typer.echo(" ".join(map(str, ids)) if text is None else text)
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--block-sizes is {text!r}; give whole numbers with commas between, as in 1,4,16"
+        ) from None
+
+
+def _check_place(path: Path) -> None:
+    """Fails now, not after the measurement, where `path` cannot be written."""
+    import tempfile
+
+    from blockdiffusion.data.files import storage_error
+
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     import json
 
+    _write(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
     from blockdiffusion.data.files import storage_error, written_aside
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as file:
-            file.write((json.dumps(values, indent=2) + "\n").encode())
+            file.write(content)
     except OSError as error:
         raise storage_error(error, path) from error
 

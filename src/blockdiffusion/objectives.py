@@ -22,8 +22,3 @@ def subs_nll(logits_MV: torch.Tensor, target_M: torch.Tensor, mask_id: int) -> t
     The mask token's column of `logits_MV` is overwritten, which saves a copy of M x V numbers.
     """
     return F.cross_entropy(exclude_mask_token_(logits_MV, mask_id), target_M, reduction="none")
-
-
-def subs_log_probs(logits: torch.Tensor, mask_id: int) -> torch.Tensor:
-    """log p(x0 | .) in nats over the vocabulary (last axis); the mask token has -inf."""
-    return exclude_mask_token_(logits.clone(), mask_id).log_softmax(-1)

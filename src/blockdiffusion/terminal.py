@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from blockdiffusion.data.packing import Progress as Stages
     from blockdiffusion.evaluate.likelihood import Likelihood
+    from blockdiffusion.evaluate.variance_table import Measured, VarianceRow, VarianceTable
     from blockdiffusion.sampling import Event
 
 HIDDEN = "░"
@@ -193,3 +195,123 @@ def _how(result: Likelihood) -> str:
         return "all mask sets of every block enumerated"
     cut = "" if result.t_min is None else f", t cut at {result.t_min:g}"
     return f"{result.estimator}: {result.samples} draws, {result.copies} noisy copies a row{cut}"
+
+
+def variance_lines(table: VarianceTable, what: str) -> list[str]:
+    """The variances of all estimators, a block of lines for every block size; 100 columns."""
+    options = table.options
+    given = "BOS given, not counted" if table.bos else "no BOS given"
+    lines = [
+        what,
+        f"  {options.batches} batches of {options.batch_size} rows of {table.seq_len} tokens, "
+        f"{options.replicates} replicates, seed {options.seed}; {given}; {table.seconds:.1f} s",
+    ]
+    for size in dict.fromkeys(row.block_size for row in table.rows):
+        rows = table.at(size)
+        own = " (the model's)" if size == table.model_block_size else ""
+        lines += ["", f"S = {size}{own}", *_loss_table(rows)]
+        if options.gradients:
+            lines += ["", *_gradient_table(rows)]
+        notes = [f"{row.label}: {row.note}" for row in rows if row.note]
+        notes += [f"left out: {why}" for s, _, why in table.left_out if s == size]
+        if any(row.bias is not None for row in rows):
+            notes.append(f"bias: difference from {table.references[size]}, with equal seeds")
+        for note in notes:
+            lines += textwrap.wrap(note, 98, initial_indent="  ", subsequent_indent="    ")
+    cuts = sorted({row.t_min for row in table.rows if row.t_min is not None})
+    lines += ["", *VARIANCE_LEGEND]
+    return lines + [f"  t_min       {cut:g}: bernoulli and resampled cut t there" for cut in cuts]
+
+
+VARIANCE_LEGEND = (
+    "  variance    of a batch's loss (nats/token) or gradient (trace) when masks are drawn again",
+    "  = compute   the same times the passes that N noisy copies cost",
+    "  gain        how many times less than the paper's that is",
+    "  blocks      variance of a block's mean loss over all blocks, noise and data: the paper's",
+    "  ±           standard error: of the masks (nats/token, bias), or over batches",
+)
+GROUP_WORDS = {
+    "embedding": "embed",
+    "attention": "attn",
+    "norms and modulation": "norms",
+    "output": "out",
+}
+
+
+def _label_width(rows: list[VarianceRow]) -> int:
+    return max(20, *(len(row.label) for row in rows))
+
+
+def _loss_table(rows: list[VarianceRow]) -> list[str]:
+    width = _label_width(rows)
+    lines = [
+        f"  {'loss':<{width}}{'nats/token':>16}{'bias':>18}{'blocks':>8}{'variance':>14}"
+        f"{'= compute':>10}{'gain':>12}"
+    ]
+    for row in rows:
+        bias = "bound" if row.is_bound else "unknown"
+        if row.bias is not None:
+            bias = f"{row.bias.value:+.4f} ±{row.bias.stderr:.4f}"
+        blocks = "" if row.block_variance is None else _four_digits(row.block_variance.value)
+        loss = f"{row.loss.value:.4f} ±{row.loss.stderr:.4f}"
+        lines.append(
+            f"  {row.label:<{width}}{loss:>16}{bias:>18}{blocks:>8}{_variance_columns(row, 'loss')}"
+        )
+    return lines
+
+
+def _gradient_table(rows: list[VarianceRow]) -> list[str]:
+    """Variance of the gradient; the share of every parameter group in per cent."""
+    width, groups = _label_width(rows), list(rows[0].groups)
+    heads = "".join(f"{f'{GROUP_WORDS.get(group, group)}%':>7}" for group in groups)
+    lines = [
+        f"  {'gradient':<{width}}{'sig/noise':>9}{heads}{'variance':>{47 - 7 * len(groups)}}"
+        f"{'= compute':>10}{'gain':>12}"
+    ]
+    for row in rows:
+        total = math.fsum(found.value for found in row.groups.values())
+        shares = [f"{100 * row.groups[g].value / total:.1f}" if total else "" for g in groups]
+        signal = "" if row.signal_to_noise is None else f"{row.signal_to_noise.value:.3g}"
+        lines.append(
+            f"  {row.label:<{width}}{signal:>9}{''.join(f'{share:>7}' for share in shares)}"
+            f"{_variance_columns(row, 'gradient', 47 - 7 * len(groups))}"
+        )
+    return lines
+
+
+def _variance_columns(row: VarianceRow, of: str, width: int = 14) -> str:
+    variance = getattr(row, f"{of}_variance")
+    equal, gain = row.at_equal_compute(f"{of}_variance"), row.at_equal_compute(f"{of}_gain")
+    assert equal is not None
+    return f"{_scientific(variance):>{width}}{short_exponent(equal.value):>10}{_gain(gain):>12}"
+
+
+def _gain(gain: Measured | None) -> str:
+    if gain is None:
+        return "∞"
+    if gain.value >= 10_000:
+        error = "" if gain.stderr is None else f" ±{100 * gain.stderr / gain.value:.0f}%"
+        return short_exponent(gain.value, 1) + error
+    digits = max(0, 2 - int(math.log10(gain.value))) if gain.value >= 1 else 2
+    value = f"{gain.value:.{digits}f}"
+    return value if gain.stderr is None else f"{value} ±{gain.stderr:.{digits}f}"
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4g}" if 0.01 <= abs(value) < 10_000 else short_exponent(value, 1)
+
+
+def _scientific(found: Measured) -> str:
+    """1.92e-3 ±5%"""
+    value = short_exponent(found.value)
+    if found.stderr is None or found.value == 0:
+        return value
+    return f"{value} ±{100 * found.stderr / found.value:.0f}%"
+
+
+def short_exponent(value: float, digits: int = 2) -> str:
+    """0.00192 -> 1.92e-3; 0 stays 0."""
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"

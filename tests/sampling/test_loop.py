@@ -42,6 +42,12 @@ def test_ancestral_tends_to_the_law(tiny_law, tiny_law_expected):
     assert few < 1e-10 and many > FALSE_ALARM
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "sqrt"])
+def test_ancestral_tends_to_the_law_with_every_schedule(tiny_law, tiny_law_expected, schedule):
+    many = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=1024, schedule=schedule)
+    assert many > FALSE_ALARM
+
+
 def test_a_prompt_inside_a_block_conditions_the_law(tiny_law, tiny_law_expected):
     """Given the first token, the rest follows the conditional law (the tail of a prompt is never
     padded to a block border)."""

@@ -5,6 +5,7 @@ import torch
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.policies import Ancestral, FirstHitting, make_policy
+from blockdiffusion.schedules import SCHEDULES, make_schedule
 
 
 def masked(rows, pattern=(True, True, False, True)):
@@ -37,6 +38,19 @@ def test_ancestral_shares_a_pass_as_often_as_it_should():
     assert abs(together - 1 / steps) < 4.9 * math.sqrt(1 / steps * (1 - 1 / steps) / rows)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ancestral_spreads_tokens_as_its_schedule_says(name):
+    """Two masked tokens fall into step i of T with probability (p(t_i) - p(t_{i-1}))^2; 4.9 sigma
+    (false alarm 1e-6) for their sum over the steps."""
+    steps, rows = 4, 20_000
+    policy = make_policy("ancestral", steps, name)
+    plan = policy.plan(masked(rows, (True, True)), torch.Generator().manual_seed(2))
+    grid = torch.arange(steps + 1, dtype=torch.float64) / steps
+    chance = make_schedule(name).mask_prob(grid).diff().square().sum()
+    together = (plan[:, 0] == plan[:, 1]).double().mean()
+    assert abs(together - chance) < 4.9 * math.sqrt(chance * (1 - chance) / rows)
+
+
 def test_one_step_reveals_everything_at_once():
     plan = Ancestral(1).plan(masked(5), torch.Generator())
     assert plan.amax() == 0
@@ -49,5 +63,9 @@ def test_mistakes_are_told():
         make_policy("ancestral")
     with pytest.raises(UserError, match="no meaning for first-hitting"):
         make_policy("first-hitting", 5)
+    with pytest.raises(UserError, match="schedule has no meaning"):
+        make_policy("first-hitting", schedule="cosine")
+    with pytest.raises(UserError, match="unknown schedule"):
+        make_policy("ancestral", 5, "cosin")
     with pytest.raises(UserError, match="ancestral, first-hitting"):
         make_policy("greedy")

@@ -86,6 +86,7 @@ def stream(
     eos: bool = True,
     policy: str | Policy = "first-hitting",
     steps: int | None = None,
+    schedule: str | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -105,7 +106,8 @@ def stream(
             the model's configuration says, and none where it says nothing. False: position 0 is
             sampled like any other.
         eos: whether a sampled EOS ends a row (where the model has an EOS).
-        policy: "first-hitting" or "ancestral" (with `steps`), or a `Policy`.
+        policy: "first-hitting" or "ancestral" (with `steps` and, if not the linear one, a noise
+            `schedule`), or a `Policy`.
         temperature, top_k, top_p, top_p_rule: see `Filters`.
         use_cache: keep keys and values of finished blocks; the same law and logits without.
         window: a token sees the last `window` tokens, its own block included; None = all.
@@ -124,10 +126,12 @@ def stream(
             "from a block diffusion model (block_size 1 goes token by token)"
         )
     if not isinstance(policy, str):
-        if steps is not None:
-            raise UserError("steps goes with a policy's name; this policy object has its own")
+        if steps is not None or schedule is not None:
+            raise UserError(
+                "steps and schedule go with a policy's name; this policy object has its own"
+            )
     else:
-        policy = make_policy(policy, steps)
+        policy = make_policy(policy, steps, schedule)
     sampling = SamplingOptions(
         max_new_tokens=max_new_tokens,
         policy=policy,

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.schedules import Linear, Schedule
+from blockdiffusion.schedules import Linear, Schedule, make_schedule
 
 
 class Policy(Protocol):
@@ -47,7 +47,8 @@ class FirstHitting:
 @dataclass(frozen=True)
 class Ancestral:
     """The reverse process on a grid of `steps` times: tokens that fall in one step are revealed
-    together, each from its own marginal. Tends to `FirstHitting` as the steps grow."""
+    together, each from its own marginal. Tends to `FirstHitting` as the steps grow, with every
+    schedule; the schedule decides how the tokens spread over few steps."""
 
     steps: int
     schedule: Schedule = field(default_factory=Linear)
@@ -77,18 +78,23 @@ def _ranks(time_RS: torch.Tensor, masked_RS: torch.Tensor) -> torch.Tensor:
     return torch.where(masked_RS, ranks_RS, -1)
 
 
-def make_policy(name: str, steps: int | None = None) -> Policy:
-    """The policy called `name`; `steps` belongs to "ancestral" and is needed there."""
+def make_policy(name: str, steps: int | None = None, schedule: str | None = None) -> Policy:
+    """The policy called `name`; `steps` and `schedule` belong to "ancestral".
+
+    Raises:
+        UserError: an unknown name, ancestral without steps, or a setting of the other policy.
+    """
     name = name.replace("_", "-")
     if name == "first-hitting":
-        if steps is not None:
-            raise UserError(
-                "steps has no meaning for first-hitting, which reveals one token per pass; "
-                "leave it out or use the ancestral policy"
-            )
+        for what, given in (("steps", steps), ("schedule", schedule)):
+            if given is not None:
+                raise UserError(
+                    f"{what} has no meaning for first-hitting, which reveals one token per pass; "
+                    "leave it out or use the ancestral policy"
+                )
         return FirstHitting()
     if name == "ancestral":
         if steps is None:
             raise UserError("the ancestral policy needs a number of steps per block: give steps")
-        return Ancestral(steps)
+        return Ancestral(steps, make_schedule(schedule or "linear"))
     raise UserError(f"unknown policy {name!r}; known: ancestral, first-hitting")
