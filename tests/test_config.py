@@ -94,6 +94,10 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("checkpoint.keep=0", r"checkpoint\.keep is 0"),
         ("objective.schedule=lag", r"unknown schedule 'lag'"),
         ("objective.t_min=2", r"objective\.t_min is 2\.0"),
+        ("search.widths=[0.5,1.5]", r"search\.widths has 1\.5; every width must be in \(0, 1\]"),
+        ("search.widths=0.5", r"search\.widths is 0\.5; it must be a list of: a number"),
+        ("search.offset_step=0", r"search\.offset_step is 0\.0; it must be in"),
+        ("search.by=both", r"search\.by is 'both'; it must be loss or gradient"),
     ],
 )
 def test_mistakes_get_one_sentence_that_names_the_key(write, override, message):

@@ -23,11 +23,13 @@ from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
 from blockdiffusion.train.loggers import LogOptions
 from blockdiffusion.train.loop import ObjectiveOptions, TrainOptions
 from blockdiffusion.train.optim import OptimOptions
+from blockdiffusion.train.schedule_search import SearchOptions, check_estimator
 
 if TYPE_CHECKING:
     from blockdiffusion.data.manifest import Manifest
     from blockdiffusion.models.transformer import BlockDiffusionModel
     from blockdiffusion.train.loop import Periodic
+    from blockdiffusion.train.schedule_search import ScheduleSearch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,12 +115,17 @@ class Recipe:
     data: DataOptions
     model: ModelOptions = field(default_factory=ModelOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    search: SearchOptions = field(default_factory=SearchOptions)
     train: TrainOptions
     optim: OptimOptions = field(default_factory=OptimOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     sample: SampleOptions = field(default_factory=SampleOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
+
+    def __post_init__(self) -> None:
+        if self.search.every is not None:
+            check_estimator(self.objective)
 
 
 # What a resumed run may change: nothing here touches the weights. (Data that were moved are
@@ -405,6 +412,7 @@ def run_training(
         objective=recipe.objective,
         optim=recipe.optim,
         checkpoint=recipe.checkpoint,
+        search=_search(recipe, data, rows.manifest),
         periodic=[*_evaluation(recipe, data, rows.manifest), *_sampling(recipe)],
         loggers=[make_display(recipe.train.steps), *make_loggers(recipe.log, out)],
         tokenizer=tokenizer,
@@ -428,6 +436,23 @@ def _refuse_changes(recipe: Recipe, saved: Path) -> None:
             f"the run in {saved.parent} was started with another {keys}{why}; resume with its own "
             f"{saved}, or choose another out=... for a new run"
         )
+
+
+def _search(recipe: Recipe, data: Path, manifest: Manifest) -> ScheduleSearch | None:
+    if recipe.search.every is None:
+        return None
+    from blockdiffusion.data.loader import TokenRows
+    from blockdiffusion.train.schedule_search import ScheduleSearch
+
+    if "valid" not in manifest.splits:
+        raise UserError(f"{data} has no validation rows; set search.every=null to train without")
+    return ScheduleSearch(
+        recipe.search,
+        recipe.objective,
+        TokenRows(data, "valid"),
+        recipe.model.block_size,
+        recipe.train.seed,
+    )
 
 
 def _evaluation(recipe: Recipe, data: Path, manifest: Manifest) -> list[Periodic]:
