@@ -95,6 +95,10 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("objective.schedule=lag", r"unknown schedule 'lag'"),
         ("objective.name=mdlm", r"objective\.name is 'mdlm'; it must be bd3lm or ar"),
         ("objective.t_min=2", r"objective\.t_min is 2\.0"),
+        ("search.widths=[0.5,1.5]", r"search\.widths has 1\.5; every width must be in \(0, 1\]"),
+        ("search.widths=0.5", r"search\.widths is 0\.5; it must be a list of: a number"),
+        ("search.offset_step=0", r"search\.offset_step is 0\.0; it must be in"),
+        ("search.by=both", r"search\.by is 'both'; it must be loss or gradient"),
     ],
 )
 def test_mistakes_get_one_sentence_that_names_the_key(write, override, message):
@@ -123,6 +127,7 @@ def test_mistakes_get_one_sentence_that_names_the_key(write, override, message):
         ("model.cond_dim=64", r"model\.cond_dim is 64, .*leave it out, or at 128"),
         ("model.clean_attention=causal", r"model\.clean_attention is causal"),
         ("eval.estimator=count", r"eval\.estimator is count, .* whose likelihood is exact"),
+        ("search.every=5", r"search\.every is given, but objective\.name is ar"),
     ],
 )
 def test_what_ar_does_not_read_is_refused(write, override, message):

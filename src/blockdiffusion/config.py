@@ -23,11 +23,13 @@ from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState, lates
 from blockdiffusion.train.loggers import LogOptions
 from blockdiffusion.train.loop import ObjectiveOptions, TrainOptions
 from blockdiffusion.train.optim import OptimOptions
+from blockdiffusion.train.schedule_search import SearchOptions, check_estimator
 
 if TYPE_CHECKING:
     from blockdiffusion.data.manifest import Manifest
     from blockdiffusion.models.transformer import BlockDiffusionModel
     from blockdiffusion.train.loop import Periodic
+    from blockdiffusion.train.schedule_search import ScheduleSearch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +117,7 @@ class Recipe:
     data: DataOptions
     model: ModelOptions = field(default_factory=ModelOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    search: SearchOptions = field(default_factory=SearchOptions)
     train: TrainOptions
     optim: OptimOptions = field(default_factory=OptimOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
@@ -123,11 +126,13 @@ class Recipe:
     log: LogOptions = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
+        if self.search.every is not None:
+            check_estimator(self.objective)
         if self.objective.name == "ar":
-            self._refuse_blocks()
+            self._check_autoregressive()
             object.__setattr__(self, "model", replace(self.model, block_size=1))
 
-    def _refuse_blocks(self) -> None:
+    def _check_autoregressive(self) -> None:
         usual = ModelOptions()
         for name in ("block_size", "cond_dim", "clean_attention"):
             value, default = getattr(self.model, name), getattr(usual, name)
@@ -437,6 +442,7 @@ def run_training(
         objective=recipe.objective,
         optim=recipe.optim,
         checkpoint=recipe.checkpoint,
+        search=_search(recipe, data, rows.manifest),
         periodic=[*_evaluation(recipe, data, rows.manifest), *_sampling(recipe)],
         loggers=[make_display(recipe.train.steps), *make_loggers(recipe.log, out)],
         tokenizer=tokenizer,
@@ -473,6 +479,23 @@ def _refuse_changes(recipe: Recipe, saved: Path) -> None:
             f"the run in {saved.parent} was started with another {keys}{why}; resume with its own "
             f"{saved}, or choose another out=... for a new run"
         )
+
+
+def _search(recipe: Recipe, data: Path, manifest: Manifest) -> ScheduleSearch | None:
+    if recipe.search.every is None:
+        return None
+    from blockdiffusion.data.loader import TokenRows
+    from blockdiffusion.train.schedule_search import ScheduleSearch
+
+    if "valid" not in manifest.splits:
+        raise UserError(f"{data} has no validation rows; set search.every=null to train without")
+    return ScheduleSearch(
+        recipe.search,
+        recipe.objective,
+        TokenRows(data, "valid"),
+        recipe.model.block_size,
+        recipe.train.seed,
+    )
 
 
 def _evaluation(recipe: Recipe, data: Path, manifest: Manifest) -> list[Periodic]:

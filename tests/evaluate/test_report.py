@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.markup import count, duration, script_json, two_digits
 from blockdiffusion.evaluate.pictures import (
     drawn_blocks,
+    evenly_spread,
     mask_picture,
     mask_rows,
     nice_ticks,
@@ -25,6 +27,7 @@ from blockdiffusion.evaluate.pictures import (
     tick_label,
 )
 from blockdiffusion.evaluate.report import (
+    ClipSearch,
     Command,
     Curves,
     LikelihoodNumbers,
@@ -413,7 +416,81 @@ def test_read_metrics(tmp_path: Path) -> None:
     assert curves.validation == [ValidationPoint(step=2, bound=4.5, stderr_noise=0.1)]
     assert curves.samples == [(2, ["text"])]
     assert read_metrics(tmp_path / "nowhere") == Curves(loss=[], learning_rate=[], grad_norm=[],
-        tokens_per_second=[], validation=[], samples=[])  # fmt: skip
+        tokens_per_second=[], validation=[], samples=[], searches=[])  # fmt: skip
+
+
+# --- the search of the schedule
+
+
+def search(step: int, variances: dict[tuple[float, float], float]) -> ClipSearch:
+    clip = min(variances, key=variances.__getitem__)
+    return ClipSearch(step=step, clip=clip, variances=variances, seconds=1.5)
+
+
+FIRST = search(15, {(0.5, 1.0): 0.1, (0.0, 0.9): 0.4, (0.0, 0.5): 1.0})
+SECOND = search(30, {(0.5, 1.0): 0.4, (0.0, 0.9): 0.1, (0.0, 0.5): 0.8})
+
+
+def search_page(searches: list[ClipSearch], by: str = "loss") -> tuple[str, Page]:
+    contents = ReportContents(
+        name="searched",
+        facts=RunFacts(block_size=4, seq_len=8),
+        curves=Curves(searches=searches),
+        config={"search": {"by": by}},
+    )
+    html = render_report(contents)
+    return html, Page(html)
+
+
+def test_the_search_is_drawn_by_width_and_offset_with_its_choice_outlined() -> None:
+    html, page = search_page([FIRST, SECOND], by="gradient")
+    assert "search" in [attrs.get("id") for tag, attrs in page.elements if tag == "section"]
+    wide = re.findall(r'<svg class="heat".*?</svg>', html)[0]
+    labels = re.findall(r'<text class="(?:row end|group)"[^>]*>([^<]*)<', wide)
+    assert labels == ["0.00 – 0.50", "width 0.5", "0.50 – 1.00", "0.00 – 0.90", "width 0.9"]
+    cells = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)"[^>]* style="--v:([\d.]+)"/>', wide)
+    # log(ratio to the least) / log(8), at most 1; columns are searches, rows are clips
+    assert [level for *_, level in cells] == ["1.00", "0.00", "0.67", "1.00", "0.67", "0.00"]
+    chosen = re.findall(r'<rect class="chosen" x="([\d.]+)" y="([\d.]+)"[^>]*><title>([^<]*)', wide)
+    assert [(x, y) for x, y, _ in chosen] == [cells[1][:2], cells[5][:2]]
+    assert chosen[0][2] == "step 15: 0.50 – 1.00, variance 0.1"
+    text = "".join(page.text)
+    assert "under which the gradient of a batch's loss scatters least" in text
+    assert "The last one took 0.00 – 0.90." in text
+    assert "2 searches of 3 clips took 3 s; the choice changed once." in text
+
+
+def test_a_variance_of_zero_leaves_the_others_beyond_the_scale() -> None:
+    html, page = search_page([search(5, {(1.0, 1.0): 0.0, (0.0, 0.5): 1e-9, (0.0, 0.6): 3.0})])
+    levels = re.findall(r"--v:([\d.]+)", html)
+    assert levels == 2 * ["0.00", "1.00", "1.00"]
+    text = "".join(page.text)
+    assert "The last one took all masked." in text
+    assert "1 search of 3 clips took 1.5 s; the choice never changed." in text
+
+
+def test_many_searches_are_thinned_and_no_search_is_no_section(page: Page) -> None:
+    html, many = search_page([replace(FIRST, step=15 * n) for n in range(1, 1001)])
+    wide, narrow = re.findall(r'<svg class="heat".*?</svg>', html)
+    assert (wide.count('class="chosen"'), narrow.count('class="chosen"')) == (80, 24)
+    assert "step 15,000: " in wide and "step 15,000: " in narrow
+    assert "Drawn are 80 of them, evenly spread." in "".join(many.text)
+    assert evenly_spread(3, 5) == [0, 1, 2] and evenly_spread(10, 3) == [2, 5, 9]
+    assert "search" not in [attrs.get("id") for _, attrs in page.elements]
+
+
+def test_searches_are_read_from_the_metrics(tmp_path: Path) -> None:
+    grid = '"clip_grid": [[0.5, 1.0, 0.2], [0.0, 0.9, 0.1]], "search_seconds": 2.5'
+    lines = [
+        '{"step": 4, "clip": [0.5, 1.0]}',
+        '{"step": 10, "loss": 3.0}',
+        '{"step": 10, "clip": [0.0, 0.9], ' + grid + "}",
+        '{"step": 10, "clip": [0.0, 0.9]}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    variances = {(0.5, 1.0): 0.2, (0.0, 0.9): 0.1}
+    expected = ClipSearch(step=10, clip=(0.0, 0.9), variances=variances, seconds=2.5)
+    assert read_metrics(tmp_path).searches == [expected]
 
 
 def test_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,8 +63,9 @@ def final_files(out: Path) -> dict[str, bytes]:
     paths = [path for folder in [*steps, out / "model"] for path in sorted(folder.iterdir())]
     files = {str(p.relative_to(out)): p.read_bytes() for p in paths if p.name != "state.json"}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    timed = {"seconds", "tokens_per_second"}
-    kept = [[(k, v) for k, v in n.items() if k not in timed] for n in lines if "note" not in n]
+    lines = [n for n in lines if "note" not in n and n.keys() != {"step", "clip"}]  # of a resume
+    timed = {"seconds", "tokens_per_second", "search_seconds"}
+    kept = [[(k, v) for k, v in n.items() if k not in timed] for n in lines]
     return files | {"metrics": json.dumps(kept).encode()}
 
 

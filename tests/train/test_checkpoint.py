@@ -126,6 +126,18 @@ def test_a_state_with_a_missing_field_is_refused(saved):
         read_state(folder)
 
 
+@pytest.mark.parametrize("clip", [0.5, "wide", [0.5], [0.1, None]])
+def test_a_clip_that_is_none_is_refused(saved, clip):
+    folder, _ = saved
+    state = json.loads((folder / "state.json").read_text())
+    assert read_state(folder).clip is None
+    (folder / "state.json").write_text(json.dumps(state | {"clip": [0.45, 1]}))
+    assert read_state(folder).clip == (0.45, 1.0)
+    (folder / "state.json").write_text(json.dumps(state | {"clip": clip}))
+    with pytest.raises(UserError, match=r"cannot resume from .*state\.json"):
+        read_state(folder)
+
+
 def test_a_checkpoint_of_another_shape_names_the_tensor(saved):
     folder, _ = saved
     with pytest.raises(

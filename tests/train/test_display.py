@@ -1,6 +1,7 @@
 """What a run shows on a terminal and elsewhere."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -23,6 +24,8 @@ def show(display, steps=5):
     )
     display.log(steps, {"samples": ["one [bold]two\n three " + "x" * 300, "second"]})
     display.log(steps, {"note": "resumed from step 3"})
+    grid = [[0.0, 0.5, 2.0], [0.45, 0.95, 1.0]]
+    display.log(steps, {"clip": [0.45, 0.95], "clip_grid": grid, "search_seconds": 3.21})
     display.finish()
 
 
@@ -38,7 +41,8 @@ def test_pipes_get_plain_lines():
     )
     assert lines[2].startswith("step 5: one [bold]two three xx") and lines[2].endswith("x…")
     assert lines[3] == "resumed from step 3"
-    assert len(lines) == 4
+    assert lines[4] == "step 5: of 2 clips 0.45-0.95 has the least variance (3.2 s)"
+    assert len(lines) == 5
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -65,9 +69,20 @@ def test_terminals_get_a_live_line():
     display = make_display(5, Console(file=out, width=140, force_terminal=True))
     assert isinstance(display, LiveDisplay)
     show(display)
-    shown = out.getvalue()
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())  # without colours
     for text in ("step 5/5", "loss 4.", "1,234 tok/s", "validation bound 4.2500", "[bold]two"):
         assert text in shown
+    assert "bound 4.250 clip 0.45-0.95 1,234 tok/s" in shown
+
+
+def test_a_clip_that_was_found_earlier_is_shown_from_the_start():
+    out = io.StringIO()
+    display = make_display(9, Console(file=out, width=140, force_terminal=True))
+    display.start({}, 6)
+    assert "clip" not in out.getvalue()
+    display.log(5, {"clip": [0.3, 1.0]})
+    display.finish()
+    assert "clip 0.3-1" in out.getvalue() and "least variance" not in out.getvalue()
 
 
 def test_the_smoothed_loss_starts_at_the_first_loss():

@@ -18,6 +18,7 @@ from blockdiffusion.train.loggers import (
 )
 
 VALUES = {"loss": 2.5, "valid_stderr_noise": None, "samples": ["größe"], "note": "n"}
+SEARCH = {"clip": [0.25, 0.75], "clip_grid": [[0.25, 0.75, 0.5]], "search_seconds": 1.5}
 
 
 def use(logger):
@@ -25,6 +26,7 @@ def use(logger):
     logger.log(1, {"loss": 3.0})
     logger.log(2, VALUES)
     logger.log(2, {"samples": ["only text"]})
+    logger.log(2, SEARCH)
     logger.finish()
 
 
@@ -34,7 +36,8 @@ def test_json_lines_append_and_read_back(tmp_path):
     use(JsonLines(path))
     lines = read_metrics(path)
     assert lines[:2] == [{"step": 1, "loss": 3.0}, {"step": 2, **VALUES}]
-    assert len(lines) == 6
+    assert lines[3] == {"step": 2, **SEARCH}
+    assert len(lines) == 8
     assert "größe" in path.read_text(encoding="utf-8")
 
 
@@ -101,7 +104,8 @@ def test_services_get_numbers_and_resume_the_same_run(tmp_path, monkeypatch, nam
     assert first == second
     assert first["name"] == "my-run" and first["config"] == {"train": {"steps": 3}}
     assert first["resume"] == "allow"
-    assert service.logged == 2 * [(1, {"loss": 3.0}), (2, {"loss": 2.5})]
+    found = {"search_seconds": 1.5, "clip_low": 0.25, "clip_high": 0.75}
+    assert service.logged == 2 * [(1, {"loss": 3.0}), (2, {"loss": 2.5}), (2, found)]
     assert service.finished == 2
 
 
@@ -122,4 +126,5 @@ def test_tensorboard_writes_event_files(tmp_path):
     read = events.EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
     assert [(n.step, n.value) for n in read.Scalars("loss")] == [(1, 3.0), (2, 2.5)]
-    assert "samples/text_summary" in read.Tags()["tensors"]
+    assert [(n.step, n.value) for n in read.Scalars("clip_high")] == [(2, 0.75)]
+    assert {"samples/text_summary", "note/text_summary"} <= set(read.Tags()["tensors"])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from blockdiffusion.evaluate import pictures
-from blockdiffusion.evaluate.markup import missing, perplexity_of, script_json
+from blockdiffusion.evaluate.markup import duration, missing, perplexity_of, script_json
 from blockdiffusion.train.loggers import read_metrics as read_lines
 
 MOST_POINTS = 900  # of a curve in the page: more would only make the file larger
@@ -32,6 +33,19 @@ class ValidationPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClipSearch:
+    """One search of the clipped schedule: the variance of every clip (beta, omega), and the best.
+
+    `step` is the first update that was made with `clip`.
+    """
+
+    step: int
+    clip: tuple[float, float]
+    variances: Mapping[tuple[float, float], float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
     """What `metrics.jsonl` recorded, each a list of (step, finite value) by rising step.
 
@@ -44,6 +58,7 @@ class Curves:
     tokens_per_second: Sequence[tuple[int, float]] = ()
     validation: Sequence[ValidationPoint] = ()
     samples: Sequence[tuple[int, Sequence[str]]] = ()
+    searches: Sequence[ClipSearch] = ()
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
@@ -82,6 +97,15 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
             (step, [str(text) for text in texts])
             for step, texts in sorted(records.get("samples", {}).items())
             if isinstance(texts, list)
+        ],
+        searches=[
+            ClipSearch(
+                step=step,
+                clip=tuple(records["clip"][step]),
+                variances={(beta, omega): variance for beta, omega, variance in grid},
+                seconds=records["search_seconds"][step],
+            )
+            for step, grid in sorted(records.get("clip_grid", {}).items())
         ],
     )
 
@@ -228,3 +252,83 @@ def _close_up(validation: Sequence[ValidationPoint]) -> str:
         frame, lines=[line], bars=shown, title=title, chart="close-up", num_ticks=(4, 4)
     )
     return f"<figure><figcaption>{title}</figcaption>{picture}</figure>"
+
+
+# --- the search of the clipped schedule
+
+MOST_COLUMNS = {"wide": 80, "narrow": 24}
+SATURATED = 8.0  # times the least variance: what is worse than that is not told apart
+
+
+def search_section(searches: Sequence[ClipSearch], by: str) -> str:
+    """The variance of every clip in every search; `by` is what it is the variance of."""
+    clips = sorted(searches[-1].variances, key=_by_width)
+    what = {"loss": "the loss of a batch", "gradient": "the gradient of a batch's loss"}[by]
+    last = searches[-1].clip
+    changes = sum(a.clip != b.clip for a, b in pairwise(searches))
+    seconds = sum(search.seconds for search in searches)
+    changed = {0: "never changed", 1: "changed once"}.get(changes, f"changed {changes:,} times")
+    notes = [
+        f"{len(searches):,} search{'es' * (len(searches) > 1)} of {len(clips)} clips took "
+        f"{duration(seconds)}; the choice {changed}."
+    ]
+    if len(searches) > MOST_COLUMNS["wide"]:
+        notes.append(f"Drawn are {MOST_COLUMNS['wide']} of them, evenly spread.")
+    ramp = (
+        '<li>1×<i class="heat-ramp"></i>'
+        f"{SATURATED:g}× the least variance of the search, or more</li>"
+    )
+    pictures_html = "".join(
+        f'<div class="{css}">{_search_picture(searches, clips, width, MOST_COLUMNS[css])}</div>'
+        for css, width in (("wide", 880), ("narrow", 400))
+    )
+    return (
+        '<p class="lead">A clip keeps the share of masked tokens in an interval. Each search tries '
+        f"a grid of them on held-out text, draws the masks again and again, and takes the one "
+        f"under which {what} scatters least. The last one took {_clip_name(last)}.</p>"
+        f'<ul class="legend">{ramp}<li><i class="heat-chosen"></i>taken</li></ul>'
+        f'{pictures_html}<p class="note">{" ".join(notes)}</p>'
+    )
+
+
+def _by_width(clip: tuple[float, float]) -> tuple[float, float]:
+    return round(clip[1] - clip[0], 9), clip[0]
+
+
+def _clip_name(clip: tuple[float, float]) -> str:
+    return "all masked" if clip == (1, 1) else f"{clip[0]:.2f} – {clip[1]:.2f}"
+
+
+def _search_picture(
+    searches: Sequence[ClipSearch],
+    clips: Sequence[tuple[float, float]],
+    width: int,
+    most_columns: int,
+) -> str:
+    columns = []
+    for index in pictures.evenly_spread(len(searches), most_columns):
+        search = searches[index]
+        # With a least variance of zero (everything masked) all others are beyond the scale.
+        least = search.variances[search.clip]
+        levels = [
+            min(math.log(search.variances[clip] / least) / math.log(SATURATED), 1.0)
+            if least > 0
+            else float(search.variances[clip] > 0)
+            for clip in clips
+        ]
+        columns.append(
+            pictures.HeatColumn(
+                label=pictures.tick_label(search.step),
+                levels=levels,
+                marked=clips.index(search.clip),
+                title=f"step {search.step:,}: {_clip_name(search.clip)}, variance {least:.3g}",
+            )
+        )
+    rows = [(f"width {_by_width(clip)[0]:g}", _clip_name(clip)) for clip in clips]
+    return pictures.heat_picture(
+        width,
+        rows=rows,
+        columns=columns,
+        x_label="step",
+        title="Variance of every clip in every search, relative to the least of the search",
+    )

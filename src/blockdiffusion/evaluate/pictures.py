@@ -1,4 +1,4 @@
-"""The report's pictures as inline SVG: curves over steps, and the attention mask.
+"""The report's pictures as inline SVG: curves and heat maps over steps, the attention mask.
 
 Every picture is a string that stands alone in a page: no script is needed to read it. Colours are
 CSS variables with a fallback, so that a page's light or dark scheme (`report.css`) reaches into
@@ -36,6 +36,7 @@ MASK_PARTS = (
 )
 TOKEN_CAUSAL = ("block causal, token by token", "a clean token sees the clean tokens up to itself")
 LARGEST_DRAWN_BLOCK = 16
+WIDEST_CELL = 184  # of a heat map
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +232,90 @@ def _error_bar(frame: Frame, bar: ErrorBar) -> str:
                 )
     parts.append(f'<circle cx="{x}" cy="{frame.y(bar.value):.1f}" r="3"/></g>')
     return "".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeatColumn:
+    """A column of a heat map: `levels` from 0 (best) to 1, by row; `marked` is a row's number."""
+
+    label: str
+    levels: Sequence[float]
+    marked: int
+    title: str
+
+
+def evenly_spread(number: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 .. number - 1, evenly spread, the last one among them."""
+    kept = min(number, most)
+    return [(index + 1) * number // kept - 1 for index in range(kept)]
+
+
+def heat_picture(
+    width: int,
+    *,
+    rows: Sequence[tuple[str, str]],
+    columns: Sequence[HeatColumn],
+    x_label: str,
+    title: str,
+) -> str:
+    """A heat map as one `<svg>`; `rows` are (group, label), equal groups lie together.
+
+    The marked cell of every column is outlined and has the column's title.
+    """
+    groups = [group for group, _ in rows]
+    left, right, top, row_height, gap = 136, 8, 8, 13, 9
+    tops = []
+    y = float(top)
+    for index, group in enumerate(groups):
+        y += gap if index and group != groups[index - 1] else 0
+        tops.append(y)
+        y += row_height
+    cell = min((width - left - right) / len(columns), WIDEST_CELL)
+    space = 1.5 if cell > 8 else 0.0  # between columns, where it would not eat them
+    bottom = y
+    parts = [
+        f'<svg class="heat" viewBox="0 0 {width} {bottom + 44:.0f}" role="img" '
+        f'aria-label="{escape(title)}">'
+    ]
+    parts += _heat_names(rows, tops, left, row_height)
+    for number, column in enumerate(columns):
+        x = left + number * cell
+        parts += [
+            f'<rect x="{x:.2f}" y="{place:g}" width="{cell - space:.2f}" height="{row_height - 1}" '
+            f'style="--v:{level:.2f}"/>'
+            for place, level in zip(tops, column.levels, strict=True)
+        ]
+    every = math.ceil(52 / cell)
+    for number, column in enumerate(columns):
+        x, place = left + number * cell, tops[column.marked]
+        parts.append(
+            f'<rect class="chosen" x="{x:.2f}" y="{place:g}" width="{cell - space:.2f}" '
+            f'height="{row_height - 1}" rx="1.5">'
+            f"<title>{escape(column.title)}</title></rect>"
+        )
+        if number % every == 0:
+            parts.append(
+                f'<text class="tick middle" x="{x + cell / 2:.1f}" y="{bottom + 17:.0f}">'
+                f"{column.label}</text>"
+            )
+    parts.append(
+        f'<text class="label middle" x="{left + len(columns) * cell / 2:.0f}" '
+        f'y="{bottom + 38:.0f}">{escape(x_label)}</text></svg>'
+    )
+    return "".join(parts)
+
+
+def _heat_names(
+    rows: Sequence[tuple[str, str]], tops: Sequence[float], left: int, row_height: int
+) -> list[str]:
+    """A label for every row; for every group its name, at its first row."""
+    parts = []
+    for index, ((group, label), y) in enumerate(zip(rows, tops, strict=True)):
+        base = y + row_height - 3
+        parts.append(f'<text class="row end" x="{left - 8}" y="{base:g}">{escape(label)}</text>')
+        if index == 0 or group != rows[index - 1][0]:
+            parts.append(f'<text class="group" x="0" y="{base:g}">{escape(group)}</text>')
+    return parts
 
 
 def drawn_blocks(block_size: int, seq_len: int) -> tuple[int, int]:

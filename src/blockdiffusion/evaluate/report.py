@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from blockdiffusion.data.files import storage_error, written_aside
 from blockdiffusion.evaluate import pictures
-from blockdiffusion.evaluate.curves import Curves, ValidationPoint, curves_section, read_metrics
+from blockdiffusion.evaluate.curves import (
+    ClipSearch,
+    Curves,
+    ValidationPoint,
+    curves_section,
+    read_metrics,
+    search_section,
+)
 from blockdiffusion.evaluate.markup import count, duration, missing, perplexity_of, two_digits
 from blockdiffusion.evaluate.trace import Trace, TraceStep, trace_section
 
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
     from blockdiffusion.masks import CleanAttention
 
 __all__ = [
+    "ClipSearch",
     "Command",
     "Curves",
     "LikelihoodNumbers",
@@ -150,6 +158,7 @@ def render_report(contents: ReportContents) -> str:
     """The page as a string."""
     sections = [
         ("curves", "Learning", curves_section(contents.curves)),
+        *_search(contents),
         ("trace", "Denoising", trace_section(contents.trace, contents.facts.block_size)),
         ("samples", "Samples", _samples_section(contents.samples, contents.curves.samples)),
         ("mask", "Attention mask", _mask_section(contents.facts)),
@@ -176,6 +185,14 @@ def render_report(contents: ReportContents) -> str:
         f'<div id="tip" role="status" hidden></div><script>{_asset("report.js")}</script>'
         "</body></html>\n"
     )
+
+
+def _search(contents: ReportContents) -> list[tuple[str, str, str]]:
+    """The section about the search of the schedule, in a run that made one."""
+    if not contents.curves.searches:
+        return []
+    by = contents.config.get("search", {}).get("by", "loss")
+    return [("search", "Schedule search", search_section(contents.curves.searches, by))]
 
 
 def _asset(name: str) -> str:

@@ -73,6 +73,8 @@ class TrainState:
     """Threads of the CPU operators; results are equal bit for bit only at an equal number."""
     device: str
     versions: dict[str, str]
+    clip: tuple[float, float] | None = None
+    """What the schedule search found last; None: nothing yet, the recipe's clip is in force."""
 
 
 def versions() -> dict[str, str]:
@@ -219,6 +221,10 @@ def read_state(checkpoint: Path) -> TrainState:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         if loaded.pop("format") != FORMAT:
             raise ValueError("another format")
+        loaded.setdefault("clip", None)  # older checkpoints knew no search
+        if loaded["clip"] is not None:
+            beta, omega = loaded["clip"]
+            loaded["clip"] = (float(beta), float(omega))
         return TrainState(**{field.name: loaded[field.name] for field in fields(TrainState)})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise _damaged(path, f"it cannot be read as a {FORMAT} state: {error!r}") from error

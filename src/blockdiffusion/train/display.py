@@ -83,6 +83,7 @@ class LiveDisplay:
             BarColumn(bar_width=16),
             TextColumn("[cyan]loss {task.fields[loss]}[/] [dim]{task.fields[spark]}[/]"),
             TextColumn("[green]{task.fields[bound]}"),
+            TextColumn("[magenta]{task.fields[clip]}"),
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
             console=self._console,
@@ -94,6 +95,7 @@ class LiveDisplay:
             loss="-",
             spark="",
             bound="",
+            clip="",
             speed="",
         )
         self._progress.start()
@@ -117,6 +119,8 @@ class LiveDisplay:
             kind = "valid" if "valid_perplexity" in values else "bound"
             self._bound = f"{kind} {values['valid_bound']:.3f}"
             self._progress.update(self._task, bound=self._bound)
+        if "clip" in values:
+            self._progress.update(self._task, clip=f"clip {_clip(values['clip'])}")
         for line in _sentences(step, values):
             self._console.print(line)
 
@@ -173,12 +177,20 @@ def _sentences(step: int, values: Mapping[str, Any]) -> Sequence[Text]:
         elif "valid_perplexity_bound" in values:
             line += f", perplexity <= {values['valid_perplexity_bound']:.2f}"
         lines.append(Text(line, style="green"))
+    if "clip_grid" in values:
+        line = f"step {step}: of {len(values['clip_grid'])} clips {_clip(values['clip'])} has the "
+        line += f"least variance ({values['search_seconds']:.1f} s)"
+        lines.append(Text(line, style="magenta"))
     for sample in values.get("samples", [])[:1]:
         words = " ".join(sample.split())
         lines.append(Text(f"step {step}: {words[:200]}{'…' * (len(words) > 200)}", style="dim"))
     if "note" in values:
         lines.append(Text(values["note"], style="yellow"))
     return lines
+
+
+def _clip(ends: Sequence[float]) -> str:
+    return f"{ends[0]:g}-{ends[1]:g}"
 
 
 def _clock(seconds: float) -> str:

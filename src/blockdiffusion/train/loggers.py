@@ -34,7 +34,9 @@ class Logger(Protocol):
         ...
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Numbers after update `step`; also `samples` (list of str) and `note` (str)."""
+        """Numbers after update `step`; also `samples` (list of str), `note` (str), and what a
+        schedule search found before it: `clip` (two numbers) and `clip_grid` (a list of three).
+        """
         ...
 
     def finish(self) -> None:
@@ -97,11 +99,11 @@ class TensorBoard:
         self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
-            elif value is not None:
-                texts = [value] if isinstance(value, str) else value
+        for name, value in _numbers(values).items():
+            self._writer.add_scalar(name, value, step)
+        for name in ("samples", "note"):
+            if name in values:
+                texts = [values[name]] if isinstance(values[name], str) else values[name]
                 self._writer.add_text(name, "\n\n---\n\n".join(texts), step)
 
     def finish(self) -> None:
@@ -111,7 +113,7 @@ class TensorBoard:
 class WandB:
     """A Weights & Biases run named after the output directory; resumed with the run.
 
-    Samples stay in metrics.jsonl.
+    Samples and the grid of a schedule search stay in metrics.jsonl.
     """
 
     def __init__(self, out: Path):
@@ -142,7 +144,7 @@ class WandB:
 
 
 class Trackio:
-    """A Trackio run named after the output directory. Samples stay in metrics.jsonl."""
+    """A Trackio run named after the output directory; it gets what `WandB` gets."""
 
     def __init__(self, out: Path):
         self._trackio = _import("trackio", "trackio")
@@ -180,7 +182,11 @@ def _json_line(values: Mapping[str, Any]) -> bytes:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+    """What is one number, and the two ends of a clip."""
+    numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+    if "clip" in values:
+        numbers["clip_low"], numbers["clip_high"] = values["clip"]
+    return numbers
 
 
 def _import(module: str, package: str) -> ModuleType:

@@ -56,6 +56,7 @@ from blockdiffusion.train.optim import (
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionModel, Objective
+    from blockdiffusion.train.schedule_search import ScheduleSearch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +179,7 @@ def train(
     objective: ObjectiveOptions,
     optim: OptimOptions,
     checkpoint: CheckpointOptions,
+    search: ScheduleSearch | None = None,
     periodic: Sequence[Periodic] = (),
     loggers: Sequence[Logger] = (),
     tokenizer: Path | None = None,
@@ -192,6 +194,8 @@ def train(
         model: with its initial weights, of the sizes of the data; moved to the device.
         rows: the training split.
         out: the run's directory, see `train.checkpoint` for what it holds.
+        search: for the clip of `objective`, with the averaged model; what it found is logged, and
+            trained with from the step on that began with it.
         periodic: evaluations and samples of the averaged model, in this order; what they return is
             logged, and the best bound is taken from `valid_bound`.
         loggers: displays and services that get every number, besides metrics.jsonl.
@@ -218,11 +222,6 @@ def train(
     model.to(device)  # type: ignore  # transformers wraps it without types
     optimizer = make_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay)
-    estimator, estimator_note = None, None
-    if objective.name == "bd3lm":
-        estimator, estimator_note = for_block_size(
-            objective.make_estimator(), model.config.block_size
-        )
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16")
 
@@ -240,6 +239,11 @@ def train(
     note = None
     if newest is not None:
         state, note = _restore(newest, state, options.steps, model, average, optimizer)
+    clip = objective.clip if state.clip is None else state.clip
+    estimator, estimator_note = None, None  # the next-token loss has none
+    if objective.name == "bd3lm":
+        clipped = replace(objective, clip=clip).make_estimator()
+        estimator, estimator_note = for_block_size(clipped, model.config.block_size)
     began = time.perf_counter() - state.seconds
     reporting = _reporting(out, loggers, config, state.step + 1)
 
@@ -250,7 +254,16 @@ def train(
             report(state.step, {"note": note})
             # A kill may have come between the checkpoint and its export.
             checkpoints.export_model(out, model, average, tokenizer)
+        if search is not None and clip is not None:
+            report(state.step, {"clip": list(clip)})
         for step in range(state.step + 1, options.steps + 1):
+            if search is not None and search.due(step):
+                with average.swapped():
+                    found = search.run(model, step)
+                report(step, found.to_log())
+                state = replace(state, clip=found.clip)
+                estimator = search.estimators[found.clip]
+
             step_began = time.perf_counter()
             indices = order.indices(step - 1)
             batch = rows.rows(indices)
@@ -427,7 +440,13 @@ def _restore(
         before, now = getattr(saved, name), getattr(fresh, name)
         if before != now:
             note += f"; {name} changed from {before} to {now}: not bit for bit the same"
-    state = replace(fresh, step=saved.step, seconds=saved.seconds, best_bound=saved.best_bound)
+    state = replace(
+        fresh,
+        step=saved.step,
+        seconds=saved.seconds,
+        best_bound=saved.best_bound,
+        clip=saved.clip,
+    )
     return state, note
 
 

@@ -1,0 +1,234 @@
+"""The data-driven search of the clipped schedule (paper, section 5.3, and its recipe).
+
+Which clip [beta, omega] of the mask probabilities has the least variance depends on the data, the
+block size and how far the training has come. So every so often a grid of clips is tried with the
+averaged weights on validation text, each with the same random numbers, and training goes on with
+the clip whose loss (or gradient) scatters least when the masks of a batch are drawn again.
+
+The variance falls with the noise of the masks, not with what is learnt from them: masking
+everything, the clip [1, 1], has none at any block size. For blocks of one token that is the right
+answer, as all clips have the same expectation there (the autoregressive likelihood), and the grid
+contains it. For longer blocks it is another objective, tokens predicted without each other, and
+the grid must not contain it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from blockdiffusion.corruption import Estimator, for_block_size
+from blockdiffusion.data.loader import TokenRows
+from blockdiffusion.errors import UserError
+from blockdiffusion.seeding import generator
+from blockdiffusion.train.loop import ObjectiveOptions, free_tokens
+from blockdiffusion.variance import Moments, batch_moments
+
+if TYPE_CHECKING:
+    from blockdiffusion.models.transformer import BlockDiffusionModel
+
+Clip = tuple[float, float]
+Criterion = Literal["loss", "gradient"]
+EVERYTHING_MASKED: Clip = (1.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchOptions:
+    """When, on what and over which clips to search; widths and offsets are the paper's."""
+
+    every: int | None = None
+    """Steps between two searches; null: never."""
+    widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    """Widths of the clips that are tried, in (0, 1]."""
+    offset_step: float = 0.05
+    """Each width is tried at 0 and at every multiple of this that fits below 1."""
+    rows: int = 64
+    """Validation rows that are used, the first ones."""
+    batch_size: int = 8
+    """Rows of a batch whose variance is taken."""
+    replicates: int = 8
+    """Draws of the masks, per clip and batch."""
+    by: Criterion = "loss"
+    """What is to scatter least: the batch's loss (paper), or its gradient."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("rows", 1), ("batch_size", 1), ("replicates", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"search.{name} is {value}; it must be at least {least}")
+        if not self.widths:
+            raise UserError("search.widths is empty; give at least one width in (0, 1]")
+        for width in self.widths:
+            if not 0 < width <= 1:
+                raise UserError(f"search.widths has {width}; every width must be in (0, 1]")
+        if not 0 < self.offset_step <= 1:
+            raise UserError(f"search.offset_step is {self.offset_step}; it must be in (0, 1]")
+
+
+def clip_grid(options: SearchOptions, block_size: int) -> list[Clip]:
+    """The clips (beta, omega) to try, by rising width, then by rising beta; at S = 1 also [1, 1].
+
+    Ends are rounded to nine digits: 0.15 + 0.8 is 0.95.
+    """
+    grid = [EVERYTHING_MASKED] if block_size == 1 else []
+    for width in sorted(set(options.widths)):
+        num_offsets = math.floor((1 - width) / options.offset_step + 1e-9) + 1
+        for index in range(num_offsets):
+            beta = round(index * options.offset_step, 9)
+            grid.append((beta, min(1.0, round(beta + width, 9))))
+    return grid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchResult:
+    """What a search found: the variance of every clip, in the order of the grid, and the best."""
+
+    clip: Clip
+    variances: dict[Clip, float]
+    seconds: float
+
+    def to_log(self) -> dict[str, Any]:
+        """As metrics.jsonl has it: `clip_grid` holds [beta, omega, variance] of every clip."""
+        return {
+            "clip": list(self.clip),
+            "clip_grid": [[*clip, variance] for clip, variance in self.variances.items()],
+            "search_seconds": round(self.seconds, 3),
+        }
+
+
+class ScheduleSearch:
+    """Tries the clips of a grid, with the estimator that `objective` trains with.
+
+    A step that is due begins with a search. There is none before the first step: an untrained
+    network predicts the same everywhere, so that only the weights of the estimator would be
+    measured, which for `count` tells no clip from another. Until the first search, training uses
+    the clip of the recipe, or none.
+
+    Attributes:
+        estimators: the estimator of every clip of the grid.
+
+    Args:
+        objective: of the recipe; its clip is replaced.
+        rows: the validation split.
+        block_size: of the network.
+        seed: of the run; the masks are a function of it, the step and the number of the batch.
+
+    Raises:
+        UserError: the estimator has no clip, or cannot use one of the grid at this block size.
+    """
+
+    def __init__(
+        self,
+        options: SearchOptions,
+        objective: ObjectiveOptions,
+        rows: TokenRows,
+        block_size: int,
+        seed: int,
+    ):
+        check_estimator(objective)
+        self._options, self._rows, self._seed = options, rows, seed
+        self.estimators: dict[Clip, Estimator] = {
+            clip: for_block_size(replace(objective, clip=clip).make_estimator(), block_size)[0]
+            for clip in clip_grid(options, block_size)
+        }
+
+    def due(self, step: int) -> bool:
+        """Whether update `step` begins with a search."""
+        return self._options.every is not None and step % self._options.every == 0
+
+    def run(self, model: BlockDiffusionModel, step: int) -> SearchResult:
+        """Searches with the weights that `model` holds; dropout is off, gradients are cleared.
+
+        All clips see the same rows and the same random numbers, so that they are compared, not
+        their luck.
+
+        Raises:
+            UserError: a variance is not finite.
+        """
+        began = time.perf_counter()
+        count = min(self._options.rows, self._rows.num_rows)
+        starts = range(0, count, self._options.batch_size)
+        sums_C = torch.zeros(len(self.estimators), dtype=torch.float64)
+        for number, start in enumerate(starts):
+            stop = min(start + self._options.batch_size, count)
+            sums_C += self._batch_variances(model, step, number, np.arange(start, stop))
+        variances = dict(zip(self.estimators, (sums_C / len(starts)).tolist(), strict=True))
+        return SearchResult(
+            clip=least_variance(variances, step),
+            variances=variances,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _batch_variances(
+        self, model: BlockDiffusionModel, step: int, number: int, indices: np.ndarray
+    ) -> torch.Tensor:
+        """float64 (C,): the variance of one batch under each of the C clips.
+
+        A search sums these over the batches. So processes that share the batches need to add up
+        their sums, and nothing else.
+        """
+        batch = self._rows.rows(indices)
+        free_BL = free_tokens(batch, self._rows.manifest.row_bos)
+        valid_BL = None if batch.valid_BL is None else batch.valid_BL.to(model.device)
+        variances = []
+        for estimator in self.estimators.values():
+            moments = batch_moments(
+                model,
+                batch.ids_BL.to(model.device),
+                free_BL.to(model.device),
+                valid_BL,
+                estimator,
+                self._options.replicates,
+                generator(self._seed, "search", step, number),  # of one seed: common numbers
+                gradients=self._options.by == "gradient",
+            )
+            variances.append(variance_of(moments, self._options.by))
+        return torch.tensor(variances, dtype=torch.float64)
+
+
+def check_estimator(objective: ObjectiveOptions) -> None:
+    """Refuses what has no clip: there is nothing to search.
+
+    Raises:
+        UserError: the estimator is `complement`, or the objective draws no masks.
+    """
+    if objective.name == "ar":
+        raise UserError(
+            "search.every is given, but objective.name is ar, which draws no masks; set "
+            "search.every=null"
+        )
+    if objective.estimator == "complement":
+        raise UserError(
+            "search.every is given, but objective.estimator is complement, which has no clip to "
+            "search for; take bernoulli, resampled or count, or set search.every=null"
+        )
+
+
+def variance_of(moments: Moments, by: Criterion) -> float:
+    """The variance that is compared: of a batch's loss, or the trace of that of its gradient."""
+    if by == "loss":
+        return moments.loss_variance
+    return math.fsum(moments.gradient_variance.values())
+
+
+def least_variance(variances: dict[Clip, float], step: int) -> Clip:
+    """The clip of least variance; of equal ones the widest, which changes the objective least.
+
+    Of equally wide ones that with the smallest beta wins.
+
+    Raises:
+        UserError: a variance is not finite; `step` says when.
+    """
+    for clip, variance in variances.items():
+        if not math.isfinite(variance):
+            raise UserError(
+                f"step {step}: the search found a variance of {variance} for the clip "
+                f"{list(clip)}: the averaged weights have diverged; a new run with a lower "
+                "optim.lr may hold"
+            )
+    return min(variances, key=lambda clip: (variances[clip], round(clip[0] - clip[1], 9), clip[0]))
