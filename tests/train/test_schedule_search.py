@@ -133,6 +133,7 @@ def test_the_criterion_is_a_function_of_the_moments():
         block_variance=9.0,
         gradient_variance={"a": 1.0, "b": 0.5},
         gradient_square={"a": 7.0, "b": 7.0},
+        losses=(2.5, 3.5),
     )
     assert variance_of(moments, "loss") == 0.25
     assert variance_of(moments, "gradient") == 1.5
@@ -151,7 +152,8 @@ def brute_force(model, rows, clip, base, options, step, seed):
         free = torch.ones_like(ids, dtype=torch.bool)
         losses, gradients = [], []
         for _ in range(options.replicates):
-            drawn = law(ids, free, model.config.block_size, model.config.mask_id, draws)
+            own = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=draws)))
+            drawn = law(ids, free, model.config.block_size, model.config.mask_id, own)
             model.eval().zero_grad()
             nll = masked_nll(model, drawn.noisy_BNL, ids)
             loss = (nll * drawn.weight_BNL).sum() / ids.numel()
