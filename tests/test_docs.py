@@ -22,8 +22,8 @@ from blockdiffusion.cli import app
 from blockdiffusion.config import (
     EvalOptions,
     Recipe,
-    _convert,
-    _describe,
+    convert,
+    describe,
     load_recipe,
     run_training,
 )
@@ -211,11 +211,11 @@ def test_the_table_of_recipe_keys_is_the_program():
             shown[key.strip("`")] = (kind, default.strip("`"))
     assert list(shown) == [key for key, _, _ in leaves()]
     for key, kind, field in leaves():
-        assert shown[key][0] == _describe(kind), key
+        assert shown[key][0] == describe(kind), key
         if field.default is dataclasses.MISSING:
             assert shown[key][1] == NO_DEFAULT, key
         else:
-            assert _convert(kind, yaml.safe_load(shown[key][1])) == field.default, key
+            assert convert(kind, yaml.safe_load(shown[key][1])) == field.default, key
 
 
 def test_recipe_keys_in_the_pages_exist():

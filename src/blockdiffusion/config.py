@@ -247,14 +247,14 @@ def _build(kind: type, tree: Mapping[str, Any], prefix: str, source: str) -> Any
         elif name in tree:
             value = _interpret(types[name], tree[name])
             try:
-                values[name] = _convert(types[name], value)
+                values[name] = convert(types[name], value)
             except _NotAllowed:
                 shown = "null" if value is None else repr(value)
                 raise UserError(
-                    f"{source}: {path} is {shown}; it must be {_describe(types[name])}"
+                    f"{source}: {path} is {shown}; it must be {describe(types[name])}"
                 ) from None
         elif item.default is MISSING and item.default_factory is MISSING:
-            raise UserError(f"{source}: {path} is missing; give it {_describe(types[name])}")
+            raise UserError(f"{source}: {path} is missing; give it {describe(types[name])}")
     return kind(**values)
 
 
@@ -298,13 +298,13 @@ def _interpret(kind: Any, value: Any) -> Any:
         return str(value)
 
 
-def _convert(kind: Any, value: Any) -> Any:
+def convert(kind: Any, value: Any) -> Any:
     """`value` as `kind`; YAML reads 1e-4 as a string, which becomes a float where one is meant."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         for option in arguments:
             try:
-                return _convert(option, value)
+                return convert(option, value)
             except _NotAllowed:
                 continue
     elif origin is Literal:
@@ -315,7 +315,7 @@ def _convert(kind: Any, value: Any) -> Any:
             several = len(arguments) == 2 and arguments[1] is Ellipsis
             kinds = [arguments[0]] * len(value) if several else list(arguments)
             if len(kinds) == len(value):
-                return tuple(_convert(k, v) for k, v in zip(kinds, value, strict=True))
+                return tuple(convert(k, v) for k, v in zip(kinds, value, strict=True))
     elif kind is NoneType:
         if value is None:
             return None
@@ -330,17 +330,17 @@ def _convert(kind: Any, value: Any) -> Any:
     raise _NotAllowed
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
     """A type in words."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return " or ".join(_describe(option) for option in arguments)
+        return " or ".join(describe(option) for option in arguments)
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if origin is tuple:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return f"a list of: {_describe(arguments[0])}"
-        return f"a list of {len(arguments)}: " + ", ".join(map(_describe, arguments))
+            return f"a list of: {describe(arguments[0])}"
+        return f"a list of {len(arguments)}: " + ", ".join(map(describe, arguments))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return "null" if kind is NoneType else words[kind]
 

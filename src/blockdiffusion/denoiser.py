@@ -148,3 +148,9 @@ def causal_nll(
     nll_M = subs_nll(model.head(hidden_BTD[scored_BT]), target_BT[scored_BT], mask_id)
     nll_BT = torch.zeros_like(target_BT, dtype=nll_M.dtype).masked_scatter(scored_BT, nll_M)
     return F.pad(nll_BT, (first, 0))
+
+
+def row_groups(num_rows: int, tokens_per_row: int, pass_tokens: int) -> list[slice]:
+    """The rows in groups of at most `pass_tokens` tokens (but at least one row), one pass each."""
+    rows = max(1, pass_tokens // tokens_per_row)
+    return [slice(first, min(first + rows, num_rows)) for first in range(0, num_rows, rows)]

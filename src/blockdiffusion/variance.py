@@ -11,14 +11,13 @@ Shape suffixes: B rows, N noisy copies, L tokens, K blocks, S tokens of a block.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from blockdiffusion.corruption import Corrupted, Estimator
-from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.denoiser import masked_nll, row_groups
 from blockdiffusion.errors import UserError
 
 PASS_TOKENS = 8192  # tokens of one pass over all streams, with its gradient: bounds memory
@@ -145,7 +144,7 @@ def _loss_terms(
     scale = 1 / (int(free_BL.sum()) * copies)
     terms: list[torch.Tensor] = []
     gradient: dict[str, torch.Tensor] = {}
-    for rows in _row_groups(batch, (copies + 1) * length):
+    for rows in row_groups(batch, (copies + 1) * length, PASS_TOKENS):
         part = drawn.rows(rows.start, rows.stop)
         valid = None if valid_BL is None else valid_BL[rows]
         with torch.set_grad_enabled(bool(parameters)):
@@ -161,11 +160,6 @@ def _loss_terms(
                     gradient[name] = gradient[name] + values if name in gradient else values
     zeros = {n: torch.zeros_like(p) for n, p in parameters.items() if n not in gradient}
     return torch.cat(terms), gradient | zeros
-
-
-def _row_groups(num_rows: int, tokens_per_row: int) -> Iterator[slice]:
-    rows = max(1, PASS_TOKENS // tokens_per_row)
-    return (slice(first, min(first + rows, num_rows)) for first in range(0, num_rows, rows))
 
 
 def _block_variance(term_BL: torch.Tensor, free_BL: torch.Tensor, size: int) -> float | None:

@@ -25,6 +25,7 @@ from blockdiffusion.denoiser import (
     causal_nll,
     is_autoregressive,
     masked_nll,
+    row_groups,
 )
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks, num_subsets
@@ -318,17 +319,12 @@ class _Found:
         )
 
 
-def _row_groups(num_rows: int, tokens_per_row: int) -> list[slice]:
-    rows = max(1, PASS_TOKENS // tokens_per_row)
-    return [slice(first, min(first + rows, num_rows)) for first in range(0, num_rows, rows)]
-
-
 @torch.no_grad()
 def _next_token(
     model: NextTokenModel, clean_BL, free_BL, valid_BL, progress: Progress | None
 ) -> _Found:
     """The exact negative log-likelihood of an autoregressive model."""
-    groups = _row_groups(len(clean_BL), clean_BL.shape[1])
+    groups = row_groups(len(clean_BL), clean_BL.shape[1], PASS_TOKENS)
     nll = []
     for index, rows in enumerate(groups):
         clean, free, valid = (x[rows].to(model.device) for x in (clean_BL, free_BL, valid_BL))
@@ -343,7 +339,7 @@ def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None) ->
     """The bound (one replicate without noise) and the exact negative log-likelihood."""
     sets = num_subsets(model.config.block_size)
     copies = min(sets, COPIES)
-    groups = _row_groups(len(clean_BL), clean_BL.shape[1] * (copies + 1))
+    groups = row_groups(len(clean_BL), clean_BL.shape[1] * (copies + 1), PASS_TOKENS)
     done, nelbo, nll = 0, [], []
 
     def advance(finished: int) -> None:
@@ -388,7 +384,7 @@ class _Replicates:
         """`samples` replicates; `advance` is told how many noisy copies of rows are done."""
         num_rows, length = self.clean_BL.shape
         shared = min(samples * self.copies, COPIES)
-        groups = _row_groups(num_rows, length * (shared + 1))
+        groups = row_groups(num_rows, length * (shared + 1), PASS_TOKENS)
         nelbo, tighter = [], {k: [] for k in _powers(self.orders if self.law is None else 0)}
         for rows in groups:
             device = self.model.device
