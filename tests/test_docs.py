@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 import blockdiffusion
 from blockdiffusion.cli import app
 from blockdiffusion.config import (
-    EvalOptions,
     Recipe,
     convert,
     describe,
@@ -30,9 +29,10 @@ from blockdiffusion.config import (
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
-from blockdiffusion.evaluate.likelihood import Likelihood
+from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
 from blockdiffusion.evaluate.variance_table import VarianceOptions
 from blockdiffusion.models.formats import BD3LM_NAMES
+from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import make_policy
 from tests.test_layering import LAYERS, modules
@@ -163,7 +163,7 @@ def test_a_command_line_is_understood(page, words):
             recipe = Path("recipes/demo.yaml")
         load_recipe(ROOT / recipe, values["overrides"] or [])
     elif name == "eval":
-        EvalOptions(estimator=values["estimator"])  # refuses an unknown one
+        choose_estimator(values["estimator"], BlockDiffusionConfig())  # refuses an unknown one
     elif name == "variance":
         VarianceOptions(estimators=tuple(values["estimators"] or ("count",)))
     elif name == "sample":

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 
-from blockdiffusion.corruption import make_estimator
 from blockdiffusion.errors import UserError
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState, latest
 from blockdiffusion.train.loggers import LogOptions
@@ -88,8 +87,6 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"eval.{name} is {value}; it must be at least 1")
-        if self.estimator not in ("auto", "exact", "orders"):
-            make_estimator(self.estimator)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -443,7 +440,7 @@ def run_training(
         optim=recipe.optim,
         checkpoint=recipe.checkpoint,
         search=_search(recipe, data, rows.manifest),
-        periodic=[*_evaluation(recipe, data, rows.manifest), *_sampling(recipe)],
+        periodic=[*_evaluation(recipe, data, rows.manifest, model.config), *_sampling(recipe)],
         loggers=[make_display(recipe.train.steps), *make_loggers(recipe.log, out)],
         tokenizer=tokenizer,
         config=to_dict(recipe),
@@ -498,19 +495,20 @@ def _search(recipe: Recipe, data: Path, manifest: Manifest) -> ScheduleSearch | 
     )
 
 
-def _evaluation(recipe: Recipe, data: Path, manifest: Manifest) -> list[Periodic]:
+def _evaluation(recipe: Recipe, data: Path, manifest: Manifest, network: Any) -> list[Periodic]:
     """The validation bound, with the same masks at every evaluation: less noise in the curve."""
     if recipe.eval.every is None:
         return []
     import numpy as np
 
     from blockdiffusion.data.loader import TokenRows
-    from blockdiffusion.evaluate.likelihood import likelihood
+    from blockdiffusion.evaluate.likelihood import choose_estimator, likelihood
     from blockdiffusion.seeding import generator
     from blockdiffusion.train.loop import Periodic
 
     if "valid" not in manifest.splits:
         raise UserError(f"{data} has no validation rows; set eval.every=null to train without")
+    choose_estimator(recipe.eval.estimator, network)  # now, not at the first evaluation
     rows = TokenRows(data, "valid")
     batch = rows.rows(np.arange(min(rows.num_rows, recipe.eval.rows or rows.num_rows)))
 

@@ -44,7 +44,7 @@ def num_subsets(block_size: int) -> int:
     if block_size > MAX_BLOCK_SIZE:
         raise UserError(
             f"the exact likelihood enumerates 2^S mask sets and goes up to S = {MAX_BLOCK_SIZE}, "
-            f"but this model has S = {block_size}; use estimator='bernoulli'"
+            f"but this model has S = {block_size}; use the estimator auto or orders"
         )
     return 2**block_size - 1
 

@@ -203,3 +203,19 @@ def test_a_run_cannot_start_from_itself(recipe_file, tmp_path, inside):
     run_training(load_recipe(recipe_file))
     with pytest.raises(UserError, match=r"model\.init_from and out are both"):
         run_training(load_recipe(recipe_file, [f"model.init_from={tmp_path / 'run' / inside}"]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["eval.estimator=exact", "model.block_size=16"], "S = 16; use the estimator auto"),
+        (["eval.estimator=cuont"], "no estimator.*auto, exact or orders"),
+        (["eval.estimator=count[0.3,0.8]"], "clipped"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_the_first_step(
+    recipe_file, tmp_path, overrides, message
+):
+    with pytest.raises(UserError, match=message):
+        run_training(load_recipe(recipe_file, ["eval.every=8", *overrides]))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -174,8 +174,7 @@ def likelihood(
     """
     start = time.perf_counter()
     config = model.config
-    estimator = _choose(estimator, config)
-    law = _law_of_masks(estimator, config, t_min)
+    estimator, law = choose_estimator(estimator, config, t_min)
     for name, value in (("samples", samples), ("orders", orders)):
         if value < 1:
             raise UserError(f"{name} is {value}; at least 1 is needed")
@@ -244,27 +243,33 @@ def likelihood(
     )
 
 
-def _choose(estimator: str, config: Any) -> str:
-    if estimator != "auto":
-        return estimator
-    if config.time_conditioning:
-        return "bernoulli"
-    return "exact" if config.block_size == 1 else "complement"
+def choose_estimator(name: str, config: Any, t_min: float = T_MIN) -> tuple[str, Estimator | None]:
+    """What "auto" stands for, and the law of masks (None where there is none to draw from).
 
+    Args:
+        config: of the network.
 
-def _law_of_masks(estimator: str, config: Any, t_min: float) -> Estimator | None:
-    """The law of masks that `estimator` names; None for those that are not one."""
+    Raises:
+        UserError: the estimator is unknown, clipped, or not one that the network allows.
+    """
+    if config.objective == "autoregressive":
+        if name not in ("auto", "exact"):
+            raise UserError(
+                f"estimator is {name}, but the likelihood of an autoregressive model is exact in "
+                "one pass; use exact or auto"
+            )
+        return "exact", None
+    if name == "auto":
+        name = "exact" if config.block_size == 1 else "complement"
+        name = "bernoulli" if config.time_conditioning else name
     law = None
-    if config.objective == "autoregressive" and estimator != "exact":
-        raise UserError(
-            f"estimator is {estimator}, but the likelihood of an autoregressive model is exact in "
-            "one pass; use exact or auto"
-        )
-    if estimator not in ("exact", "orders"):
+    if name == "exact":
+        num_subsets(config.block_size)  # refuses long blocks
+    elif name != "orders":
         try:
-            law, _ = for_block_size(make_estimator(estimator, t_min=t_min), config.block_size)
+            law, _ = for_block_size(make_estimator(name, t_min=t_min), config.block_size)
         except UserError as error:
-            raise UserError(f"{error}; a likelihood can also be exact or orders") from None
+            raise UserError(f"{error}; a likelihood can also be auto, exact or orders") from None
         if not law.is_bound:
             raise UserError(
                 f"{law.name} is clipped: it does not bound the likelihood and gives no "
@@ -272,9 +277,9 @@ def _law_of_masks(estimator: str, config: Any, t_min: float) -> Estimator | None
             )
     if config.time_conditioning and not isinstance(law, Bernoulli):
         raise UserError(
-            f"estimator {estimator} integrates t out, but this network reads t; use bernoulli"
+            f"estimator {name} integrates t out, but this network reads t; use bernoulli"
         )
-    return law
+    return name, law
 
 
 # --- enumeration and replicates --------------------------------------------------------------
