@@ -66,12 +66,12 @@ ESTIMATORS = (
     Arm("clip [0.45, 0.95]", (CLIP,)),
     Arm("count", (COUNT,)),
     Arm("complement", (COMPLEMENT,), 1.5),
+    Arm("count, clip [0.45, 0.95]", (COUNT, CLIP)),
     Arm("searched clip", ("search.every=60", "search.rows=32", "search.replicates=4"), tier=1),
     Arm("cosine", ("objective.schedule=cosine",), tier=1),
     Arm("square root", ("objective.schedule=sqrt",), tier=1),
     Arm("logarithmic", ("objective.schedule=log",), tier=1),
     Arm("complement, N = 4", (COMPLEMENT, "objective.num_noisy=4"), 2.5, tier=1),
-    Arm("count, clip [0.45, 0.95]", (COUNT, CLIP), tier=1),
 )
 # Without blocks and conditioning, whose sizes are then the defaults.
 AUTOREGRESSIVE = ("objective.name=ar", "model.block_size=1", "model.cond_dim=128")
