@@ -28,7 +28,7 @@ from blockdiffusion.seeding import generator
 
 MASK = 99
 ALL = ["bernoulli", "bernoulli:cosine", "resampled[0.3,0.8]", "count", "count[0.3,0.8]x2"]
-ALL += ["complement", "complementx4", "bernoulli[0.45,0.95]x3"]
+ALL += ["complement", "complementx4", "complement[0.3,0.8]", "bernoulli[0.45,0.95]x3"]
 
 
 def draw(estimator, rows=3, length=8, size=2, seed=0, free=None):
@@ -121,6 +121,7 @@ def test_the_oracle_gives_one_nelbo_for_all_schedules(name):
 EXPECTATIONS = [f"bernoulli:{name}" for name in SCHEDULES]
 EXPECTATIONS += ["bernoulli[0.3,0.8]", "bernoulli:cosine[0.45,0.95]", "bernoulli[1,1]"]
 EXPECTATIONS += ["count", "count:cosine", "countx3", "complement", "complementx4"]
+EXPECTATIONS += ["complement[0.3,0.8]", "complement:cosine[0.45,0.95]x4", "complement[1,1]"]
 EXPECTATIONS += ["count[0.3,0.8]", "count:sqrt[0.45,0.95]", "count[1,1]", "count:log[0.6,0.6]"]
 
 
@@ -320,7 +321,6 @@ def test_only_unclipped_estimators_are_bounds():
         ("bernoulli:lineal", "unknown schedule"),
         ("countx0", "at least 1 noisy copy"),
         ("complementx3", "must be even"),
-        ("complement[0.3,0.8]", "no clip"),
         ("resampled", "none is given"),
     ],
 )

@@ -22,7 +22,7 @@ from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState, lates
 from blockdiffusion.train.loggers import LogOptions
 from blockdiffusion.train.loop import ObjectiveOptions, TrainOptions
 from blockdiffusion.train.optim import OptimOptions
-from blockdiffusion.train.schedule_search import SearchOptions, check_estimator
+from blockdiffusion.train.schedule_search import SearchOptions, check_objective
 
 if TYPE_CHECKING:
     from blockdiffusion.data.manifest import Manifest
@@ -124,7 +124,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.search.every is not None:
-            check_estimator(self.objective)
+            check_objective(self.objective)
         if self.objective.name == "ar":
             self._check_autoregressive()
             object.__setattr__(self, "model", replace(self.model, block_size=1))

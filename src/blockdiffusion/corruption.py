@@ -209,16 +209,16 @@ class Count:
         generator: torch.Generator,
     ) -> Corrupted:
         free_BL_cpu = free_BL.cpu()
-        count_BNK, weight_BNK = self._counts(free_BL_cpu, block_size, self.num_noisy, generator)
+        count_BNK, weight_BNK = self.draw_counts(free_BL_cpu, block_size, generator)
         masked_BNL = _random_subsets(count_BNK, free_BL_cpu, generator)
         return _corrupted(clean_BL, masked_BNL, weight_BNK, mask_id)
 
-    def _counts(
-        self, free_BL: torch.Tensor, block_size: int, copies: int, generator: torch.Generator
+    def draw_counts(
+        self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masked tokens per block and their weight."""
+        """Masked tokens per block (B, N, K), 0 where nothing is free, and their weight."""
         free_BK = free_BL.unflatten(1, (-1, block_size)).sum(-1)
-        shape = (len(free_BK), copies, free_BK.shape[1])
+        shape = (len(free_BK), self.num_noisy, free_BK.shape[1])
         uniform_BNK = stratified_uniform(shape, generator, self.stratify)
         weights = count_weights(self.schedule, block_size)[free_BK][:, None]  # (B, 1, K, S)
         total_BNK = weights.sum(-1)
@@ -233,14 +233,15 @@ class Count:
 class Complement:
     """`Count` in pairs of copies: the second masks what the first kept (all, if it masked all).
 
-    The second copy has exactly the first one's law, so the mean of both is unbiased, and every
-    token is supervised at least once per pass. A block of one token has no second side: see
-    `for_block_size`.
+    k is uniform on 1..n, with the weight n/k and, under a clip, c_k n/k (see `count_weights`). The
+    second copy has exactly the first one's law, so the mean of both has the expectation of `Count`
+    with the same schedule, and every token is supervised at least once per pass. A block of one
+    token has no second side: see `for_block_size`.
     """
 
+    schedule: Schedule = LINEAR
     num_noisy: int = 2
     stratify: Stratify = "row"
-    is_bound: bool = True
 
     def __post_init__(self) -> None:
         if self.num_noisy < 2 or self.num_noisy % 2:
@@ -251,7 +252,11 @@ class Complement:
 
     @property
     def name(self) -> str:
-        return _full_name("complement", LINEAR, self.num_noisy, 2)
+        return _full_name("complement", self.schedule, self.num_noisy, 2)
+
+    @property
+    def is_bound(self) -> bool:
+        return self.schedule.is_bound
 
     def __call__(
         self,
@@ -262,21 +267,19 @@ class Complement:
         generator: torch.Generator,
     ) -> Corrupted:
         free_BL_cpu = free_BL.cpu()
-        free_BK = free_BL_cpu.unflatten(1, (-1, block_size)).sum(-1)
-        first = Count(stratify=self.stratify)
-        count_BPK, weight_BPK = first._counts(
-            free_BL_cpu, block_size, self.num_noisy // 2, generator
-        )
+        free_B1K = free_BL_cpu.unflatten(1, (-1, block_size)).sum(-1)[:, None]
+        pairs = Count(num_noisy=self.num_noisy // 2, stratify=self.stratify)
+        count_BPK, _ = pairs.draw_counts(free_BL_cpu, block_size, generator)
         masked_BPL = _random_subsets(count_BPK, free_BL_cpu, generator)
-        rest_BPK = free_BK[:, None] - count_BPK
-        whole_BPK = rest_BPK == 0  # also where nothing is free
-        rest_BPK = torch.where(whole_BPK, count_BPK, rest_BPK)
-        weight_rest_BPK = free_BK[:, None] / rest_BPK.clamp_min(1)
+        whole_BPK = count_BPK == free_B1K  # also where nothing is free
         all_BPL = whole_BPK.repeat_interleave(block_size, dim=-1)
-        complement_BPL = free_BL_cpu[:, None] & (all_BPL | ~masked_BPL)
-        masked_BNL = torch.stack([masked_BPL, complement_BPL], dim=2).flatten(1, 2)
-        weight_BNK = torch.stack([weight_BPK, weight_rest_BPK], dim=2).flatten(1, 2)
-        return _corrupted(clean_BL, masked_BNL, weight_BNK, mask_id)
+        rest_BPL = free_BL_cpu[:, None] & (all_BPL | ~masked_BPL)
+        rest_BPK = torch.where(whole_BPK, count_BPK, free_B1K - count_BPK)
+        masked_BNL = torch.stack([masked_BPL, rest_BPL], dim=2).flatten(1, 2)
+        count_BNK = torch.stack([count_BPK, rest_BPK], dim=2).flatten(1, 2)
+        count_BNK = count_BNK.clamp_min(1)  # where nothing is free, nothing is masked either
+        share_BNK = count_weights(self.schedule, block_size)[free_B1K, count_BNK - 1]
+        return _corrupted(clean_BL, masked_BNL, share_BNK * free_B1K / count_BNK, mask_id)
 
 
 def for_block_size(estimator: Estimator, block_size: int) -> tuple[Estimator, str | None]:
@@ -286,7 +289,11 @@ def for_block_size(estimator: Estimator, block_size: int) -> tuple[Estimator, st
         UserError: no share of masked tokens of such a block lies in the clip of `resampled`.
     """
     if isinstance(estimator, Complement) and block_size == 1:
-        single = Count(num_noisy=estimator.num_noisy // 2, stratify=estimator.stratify)
+        single = Count(
+            schedule=estimator.schedule,
+            num_noisy=estimator.num_noisy // 2,
+            stratify=estimator.stratify,
+        )
         return (
             single,
             "blocks of one token: both copies of a complement pair are equal, one is used",
@@ -359,14 +366,10 @@ def build_estimator(
     Raises:
         UserError: the parts do not go together.
     """
-    if kind == "complement":
-        if clip is not None:
-            raise UserError(
-                "complement pairs have no clip: the second copy of a pair would have another law; "
-                "take bernoulli or count with the clip, or leave the clip out"
-            )
-        return Complement(num_noisy=2 if num_noisy is None else num_noisy, stratify=stratify)
     noise = make_schedule(schedule, clip)
+    if kind == "complement":
+        copies = 2 if num_noisy is None else num_noisy
+        return Complement(schedule=noise, num_noisy=copies, stratify=stratify)
     copies = 1 if num_noisy is None else num_noisy
     if kind == "count":
         return Count(schedule=noise, num_noisy=copies, stratify=stratify)

@@ -183,7 +183,7 @@ def test_variances_are_those_of_the_definition(make_network, valid, by, schedule
     assert max(expected.values()) > 1.5 * min(expected.values())  # there was something to find
 
 
-@pytest.mark.parametrize("estimator", ["bernoulli", "resampled", "count"])
+@pytest.mark.parametrize("estimator", ["bernoulli", "resampled", "count", "complement"])
 def test_all_clips_see_the_same_numbers_and_other_steps_others(
     make_network, valid, monkeypatch, estimator
 ):
@@ -251,14 +251,6 @@ def test_blocks_of_one_token_have_one_number_of_masked_tokens(make_network, vali
 
 
 # --- refusals
-
-
-def test_complement_pairs_have_nothing_to_search(recipe_file):
-    message = r"search\.every is given, but objective\.estimator is complement, which has no clip"
-    with pytest.raises(UserError, match=message) as raised:
-        load_recipe(recipe_file, [*OVERRIDES, "objective.estimator=complement"])
-    assert "\n" not in str(raised.value)
-    assert load_recipe(recipe_file, ["objective.estimator=complement"]).search.every is None
 
 
 def test_a_clip_that_the_estimator_cannot_use_is_refused_before_training(recipe_file, tmp_path):

@@ -119,7 +119,8 @@ class ScheduleSearch:
         seed: of the run; the masks are a function of it, the step and the number of the batch.
 
     Raises:
-        UserError: the estimator has no clip, or cannot use one of the grid at this block size.
+        UserError: the objective draws no masks, or its estimator cannot use a clip of the grid at
+            this block size.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class ScheduleSearch:
         block_size: int,
         seed: int,
     ):
-        check_estimator(objective)
+        check_objective(objective)
         self._options, self._rows, self._seed = options, rows, seed
         self.estimators: dict[Clip, Estimator] = {
             clip: for_block_size(replace(objective, clip=clip).make_estimator(), block_size)[0]
@@ -191,21 +192,16 @@ class ScheduleSearch:
         return torch.tensor(variances, dtype=torch.float64)
 
 
-def check_estimator(objective: ObjectiveOptions) -> None:
+def check_objective(objective: ObjectiveOptions) -> None:
     """Refuses what has no clip: there is nothing to search.
 
     Raises:
-        UserError: the estimator is `complement`, or the objective draws no masks.
+        UserError: the objective draws no masks.
     """
     if objective.name == "ar":
         raise UserError(
             "search.every is given, but objective.name is ar, which draws no masks; set "
             "search.every=null"
-        )
-    if objective.estimator == "complement":
-        raise UserError(
-            "search.every is given, but objective.estimator is complement, which has no clip to "
-            "search for; take bernoulli, resampled or count, or set search.every=null"
         )
 
 
