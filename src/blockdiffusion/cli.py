@@ -215,7 +215,10 @@ def variance(
     gradients: Annotated[bool, typer.Option(help="Measure the gradient, too.")] = True,
     seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
     bos: BOS = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the table here, as SVG.")] = None,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
@@ -242,10 +245,11 @@ def variance(
     for path in (json_file, plot):
         if path is not None:
             _check_place(path)
+    journal = json_file and json_file.with_name(f"{json_file.name}.journal")
     network = _load(model, device, dtype)
     text = read_rows(data, split, network, options.rows, bos)
     with progress_bar("variance") as report:
-        table = measure_variance(network, text, options, report)
+        table = measure_variance(network, text, options, report, journal)
     what = f"{model} on {data} ({split})"
     if json_file is not None:
         _write_json(

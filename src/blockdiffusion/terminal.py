@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from blockdiffusion.sampling import Event
 
 HIDDEN = "░"
+SECONDS_BETWEEN_LINES = 30.0
 
 
 def error_console() -> Console:
@@ -39,9 +42,12 @@ def error_console() -> Console:
 def progress_bar(title: str) -> Iterator[Stages]:
     """Gives a function (stage, done, total) that draws a bar with rate and time left.
 
-    On what is no terminal nothing is drawn.
+    On what is no terminal (a log file) it prints a line every `SECONDS_BETWEEN_LINES`.
     """
     console = error_console()
+    if not console.is_terminal:
+        yield _ProgressLines(title)
+        return
     bar = Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=30),
@@ -49,7 +55,6 @@ def progress_bar(title: str) -> Iterator[Stages]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
         transient=True,
     )
     with bar:
@@ -59,6 +64,25 @@ def progress_bar(title: str) -> Iterator[Stages]:
             bar.update(task, description=f"{title} {stage}".strip(), completed=done, total=total)
 
         yield report
+
+
+class _ProgressLines:
+    """Progress for a log file: seldom a line, and none for what is done soon."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.began = self.last = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        now = time.monotonic()
+        if now - self.last < SECONDS_BETWEEN_LINES:
+            return
+        self.last = now
+        line = f"{self.title} {stage}: {done:,}"
+        if total:
+            left = (now - self.began) * (total - done) / max(done, 1)
+            line += f" of {total:,}, {timedelta(seconds=round(left))} left"
+        print(line, file=sys.stderr, flush=True)
 
 
 def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> Event:
@@ -245,7 +269,7 @@ def _label_width(rows: list[VarianceRow]) -> int:
 def _loss_table(rows: list[VarianceRow]) -> list[str]:
     width = _label_width(rows)
     lines = [
-        f"  {'loss':<{width}}{'nats/token':>16}{'bias':>18}{'blocks':>8}{'variance':>14}"
+        f"  {'loss':<{width}}{'nats/token':>15}{'bias':>18}{'blocks':>8}{'variance':>14}"
         f"{'= compute':>10}{'gain':>12}"
     ]
     for row in rows:
@@ -255,7 +279,7 @@ def _loss_table(rows: list[VarianceRow]) -> list[str]:
         blocks = "" if row.block_variance is None else _four_digits(row.block_variance.value)
         loss = f"{row.loss.value:.4f} ±{row.loss.stderr:.4f}"
         lines.append(
-            f"  {row.label:<{width}}{loss:>16}{bias:>18}{blocks:>8}{_variance_columns(row, 'loss')}"
+            f"  {row.label:<{width}}{loss:>15}{bias:>18}{blocks:>8}{_variance_columns(row, 'loss')}"
         )
     return lines
 
@@ -263,9 +287,9 @@ def _loss_table(rows: list[VarianceRow]) -> list[str]:
 def _gradient_table(rows: list[VarianceRow]) -> list[str]:
     """Variance of the gradient; the share of every parameter group in per cent."""
     width, groups = _label_width(rows), list(rows[0].groups)
-    heads = "".join(f"{f'{GROUP_WORDS.get(group, group)}%':>7}" for group in groups)
+    heads = "".join(f"{f'{GROUP_WORDS.get(group, group)}%':>6}" for group in groups)
     lines = [
-        f"  {'gradient':<{width}}{'sig/noise':>9}{heads}{'variance':>{47 - 7 * len(groups)}}"
+        f"  {'gradient':<{width}}{'sig/noise':>9}{heads}{'variance':>{46 - 6 * len(groups)}}"
         f"{'= compute':>10}{'gain':>12}"
     ]
     for row in rows:
@@ -273,8 +297,8 @@ def _gradient_table(rows: list[VarianceRow]) -> list[str]:
         shares = [f"{100 * row.groups[g].value / total:.1f}" if total else "" for g in groups]
         signal = "" if row.signal_to_noise is None else f"{row.signal_to_noise.value:.3g}"
         lines.append(
-            f"  {row.label:<{width}}{signal:>9}{''.join(f'{share:>7}' for share in shares)}"
-            f"{_variance_columns(row, 'gradient', 47 - 7 * len(groups))}"
+            f"  {row.label:<{width}}{signal:>9}{''.join(f'{share:>6}' for share in shares)}"
+            f"{_variance_columns(row, 'gradient', 46 - 6 * len(groups))}"
         )
     return lines
 

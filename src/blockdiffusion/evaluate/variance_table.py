@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from blockdiffusion.corruption import (
 )
 from blockdiffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
+from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.evaluate.prepared import HeldOutText
 from blockdiffusion.seeding import generator
 from blockdiffusion.variance import Moments, average, batch_moments
@@ -52,6 +54,8 @@ DEFAULT_ESTIMATORS = (
     "count",
     "complement",
     "countx4",
+    "count[0.45,0.95]",
+    "complement[0.45,0.95]",
 )
 GROUPS = ("embedding", "attention", "mlp", "norms and modulation", "output")
 Progress = Callable[[str, int, int], None]
@@ -222,6 +226,7 @@ def measure_variance(
     text: HeldOutText,
     options: VarianceOptions | None = None,
     progress: Progress | None = None,
+    journal: Path | None = None,
 ) -> VarianceTable:
     """The table of all estimators at all block sizes, on the first rows of `text`.
 
@@ -231,6 +236,8 @@ def measure_variance(
         model: a `Denoiser` that is a module.
         text: from `prepared.read_rows`, `options.rows` rows.
         progress: called with (what is measured, done, total) units of work.
+        journal: file that keeps what is finished, so that the same call after an interruption goes
+            on; removed at the end.
 
     Raises:
         UserError: too few rows, a block size that does not divide them, an estimator that exists
@@ -247,7 +254,14 @@ def measure_variance(
     length = text.batch.ids_BL.shape[1]
     plan, left_out = _plan(options, length)
     advance = _Advance(progress, sum(p.work for p in plan) * options.batches)
-    measured = [_measure(model, batches, p, options, advance) for p in plan]
+    kept = None
+    if journal is not None:
+        conditions = (options.replicates, options.gradients, options.seed)
+        tensors = [tensor for batch in batches for tensor in batch]
+        kept = Journal(journal, fingerprint(model, *tensors, conditions))
+    measured = [_measure(model, batches, p, options, advance, kept) for p in plan]
+    if kept is not None:
+        kept.remove()
     rows: list[VarianceRow] = []
     references = {}
     for size in dict.fromkeys(p.block_size for p in plan):
@@ -372,14 +386,17 @@ def _measure(
     plan: _Plan,
     options: VarianceOptions,
     advance: _Advance,
+    kept: Journal | None,
 ) -> _Cell:
     stage = f"S = {plan.block_size} {plan.label}"
     moments = []
     with _at_block_size(model, plan.block_size):
         for index, (clean_BL, free_BL, valid_BL) in enumerate(batches):
             advance(stage, 0)
-            moments.append(
-                batch_moments(
+            name = f"S={plan.block_size} {plan.label} {plan.law.name} batch {index}"
+            found = None if kept is None else _read_moments(kept.get(name))
+            if found is None:
+                found = batch_moments(
                     model,
                     clean_BL.to(model.device),
                     free_BL.to(model.device),
@@ -389,9 +406,15 @@ def _measure(
                     generator(options.seed, "variance", index),
                     gradients=options.gradients,
                 )
-            )
+                if kept is not None:
+                    kept.put(name, asdict(found))
+            moments.append(found)
             advance(stage, plan.work)
     return _Cell(plan, moments, options.replicates)
+
+
+def _read_moments(values: dict[str, Any] | None) -> Moments | None:
+    return None if values is None else Moments(**values | {"losses": tuple(values["losses"])})
 
 
 def parameter_group(name: str) -> str:

@@ -1,0 +1,71 @@
+"""What a long measurement has finished, kept in a file so that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockdiffusion.data.files import storage_error
+
+
+class Journal:
+    """Results by name, one JSON line each, appended as they are found.
+
+    Args:
+        path: of the file; results in it that were found under another `identity` do not count.
+        identity: everything that the results depend on, as text; see `fingerprint`.
+    """
+
+    def __init__(self, path: Path, identity: str):
+        self.path, self.identity = path, identity
+        self._found: dict[str, Any] = {}
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a kill cut it short
+                continue
+            if entry["identity"] == identity:
+                self._found[entry["name"]] = entry["result"]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def get(self, name: str) -> Any | None:
+        """The result called `name`, or None."""
+        return self._found.get(name)
+
+    def put(self, name: str, result: Any) -> None:
+        """Adds a result; it survives a kill from here on.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self._found[name] = result
+        entry = {"identity": self.identity, "name": name, "result": result}
+        try:
+            with open(self.path, "ab") as file:
+                file.write(b"\n" + json.dumps(entry).encode() + b"\n")
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+    def remove(self) -> None:
+        """Removes the file, once the whole result is written elsewhere."""
+        self.path.unlink(missing_ok=True)
+
+
+def fingerprint(model: Any, *others: Any) -> str:
+    """A hash of a model's configuration and weights, and of tensors and plain values."""
+    digest = hashlib.sha256(repr(sorted(model.config.to_dict().items(), key=str)).encode())
+    for value in (*model.state_dict().values(), *others):
+        if isinstance(value, torch.Tensor):
+            plain = value.detach().cpu().contiguous()
+            digest.update(repr((plain.dtype, tuple(plain.shape))).encode())
+            digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
