@@ -98,8 +98,10 @@ class Bernoulli:
     """The paper's corruption: one t per block, every free token masked with probability p(t).
 
     Attributes:
-        t_min: t is uniform on [max(low, t_min), high] of the schedule's `t_range`. With the linear
-            schedule an uncut 1/t has infinite variance; the authors cut at 1e-3.
+        t_min: mask probabilities below are left out of the expectation, which then is too low by a
+            share of at most t_min. (Times begin where p(t) = t_min, for the linear schedule at
+            t_min, and weights are scaled by the share of the times that is left.) Uncut, 1/t has
+            infinite variance. The authors cut at 1e-3, without the scale.
         resample: redraw the masks of a block at its t until the share of masked tokens lies in the
             clip, as the authors' option does; it needs a clipped schedule. It changes the law.
         stratify: see `stratified_uniform`.
@@ -141,8 +143,10 @@ class Bernoulli:
         shape = (batch, self.num_noisy, length // block_size)
         uniform_BNK = stratified_uniform(shape, generator, self.stratify)
         low, high = self.schedule.t_range
-        low = min(max(low, self.t_min), high)
-        t_BNK = low + (high - low) * uniform_BNK
+        cut = float(self.schedule.inverse(torch.tensor(self.t_min, dtype=torch.float64)))
+        start = min(max(low, cut), high)
+        share = (high - start) / (high - low) if high > low else 1.0  # of the range of t
+        t_BNK = start + (high - start) * uniform_BNK
         prob_BNK = self.schedule.mask_prob(t_BNK)
         if self.resample:
             count_BNK = self._resampled_count(prob_BNK, free_BL, block_size, generator)
@@ -151,7 +155,7 @@ class Bernoulli:
             prob_BNL = prob_BNK.repeat_interleave(block_size, dim=-1)
             coin_BNL = torch.rand(prob_BNL.shape, generator=generator, dtype=torch.float64)
             masked_BNL = (coin_BNL < prob_BNL) & free_BL.cpu()[:, None]
-        return _corrupted(clean_BL, masked_BNL, self.schedule.loss_weight(t_BNK), mask_id)
+        return _corrupted(clean_BL, masked_BNL, share * self.schedule.loss_weight(t_BNK), mask_id)
 
     def _resampled_count(
         self,

@@ -25,10 +25,10 @@ def test_exact_equals_the_golden_values(tiny_law, tiny_law_expected):
 
 
 def cut_values(model, clean):
-    """What Bernoulli on [t_min, 1] expects, per row: the exact value with the cut's bias added.
+    """What Bernoulli with a cut expects, per row: the exact value without what is cut.
 
     Each mask set of size k of a block of n then weighs the integral of t^(k-1) (1-t)^(n-k) over
-    [t_min, 1], divided by 1 - t_min, in place of 1 / (k C(n, k)).
+    [t_min, 1], in place of 1 / (k C(n, k)).
     """
     size = model.config.block_size
     t = T_MIN + (1 - T_MIN) * (torch.arange(200_000).double() + 0.5) / 200_000
@@ -36,6 +36,7 @@ def cut_values(model, clean):
     for subset in range(1, 2**size):
         members = [i for i in range(size) if subset >> i & 1]
         weight = (t ** (len(members) - 1) * (1 - t) ** (size - len(members))).mean()
+        weight *= 1 - T_MIN
         masked = torch.tensor([i in members for i in range(size)]).repeat(clean.shape[1] // size)
         noisy = clean.masked_fill(masked, model.config.mask_id)
         with torch.no_grad():

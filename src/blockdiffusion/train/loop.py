@@ -74,7 +74,7 @@ class ObjectiveOptions:
     num_noisy: int | None = None
     """Noisy copies that share one clean stream; null: 1, and a pair for complement."""
     t_min: float = T_MIN
-    """Times of bernoulli are cut here, where 1/t has no finite variance."""
+    """Mask probabilities below are left out by bernoulli: 1/t has no finite variance."""
     stratify: Stratify = "row"
     """Draws are spread evenly over the batch and each row, over the batch only, or not at all."""
 
