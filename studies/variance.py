@@ -227,10 +227,12 @@ def comparison(runs: Path, part: Part, seeds: int) -> Iterator[str]:
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """Mean ± standard error over seeds."""
+    """Mean ± standard error over seeds, and how many there are."""
     if not values:
         return ""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    if len(values) == 1:
+        return f"{values[0]:+.4f} (1)"
+    error = statistics.stdev(values) / math.sqrt(len(values))
     return f"{statistics.fmean(values):+.4f} ± {error:.4f} ({len(values)})"
 
 
