@@ -94,7 +94,35 @@ class Estimator(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bernoulli:
+class _Masking:
+    """What the estimators share: subclasses draw masks (B, N, L) and weights per block (B, N, K),
+    on the CPU."""
+
+    schedule: Schedule = LINEAR
+
+    @property
+    def is_bound(self) -> bool:
+        return self.schedule.is_bound
+
+    def __call__(
+        self,
+        clean_BL: torch.Tensor,
+        free_BL: torch.Tensor,
+        block_size: int,
+        mask_id: int,
+        generator: torch.Generator,
+    ) -> Corrupted:
+        masked_BNL, weight_BNK = self._draw(free_BL.cpu(), block_size, generator)
+        return _corrupted(clean_BL, masked_BNL, weight_BNK, mask_id)
+
+    def _draw(
+        self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bernoulli(_Masking):
     """The paper's corruption: one t per block, every free token masked with probability p(t).
 
     Attributes:
@@ -107,7 +135,6 @@ class Bernoulli:
         stratify: see `stratified_uniform`.
     """
 
-    schedule: Schedule = LINEAR
     t_min: float = T_MIN
     num_noisy: int = 1
     resample: bool = False
@@ -127,19 +154,10 @@ class Bernoulli:
             "resampled" if self.resample else "bernoulli", self.schedule, self.num_noisy, 1
         )
 
-    @property
-    def is_bound(self) -> bool:
-        return self.schedule.is_bound
-
-    def __call__(
-        self,
-        clean_BL: torch.Tensor,
-        free_BL: torch.Tensor,
-        block_size: int,
-        mask_id: int,
-        generator: torch.Generator,
-    ) -> Corrupted:
-        batch, length = clean_BL.shape
+    def _draw(
+        self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        batch, length = free_BL.shape
         shape = (batch, self.num_noisy, length // block_size)
         uniform_BNK = stratified_uniform(shape, generator, self.stratify)
         low, high = self.schedule.t_range
@@ -150,12 +168,12 @@ class Bernoulli:
         prob_BNK = self.schedule.mask_prob(t_BNK)
         if self.resample:
             count_BNK = self._resampled_count(prob_BNK, free_BL, block_size, generator)
-            masked_BNL = _random_subsets(count_BNK, free_BL.cpu(), generator)
+            masked_BNL = _random_subsets(count_BNK, free_BL, generator)
         else:
             prob_BNL = prob_BNK.repeat_interleave(block_size, dim=-1)
             coin_BNL = torch.rand(prob_BNL.shape, generator=generator, dtype=torch.float64)
-            masked_BNL = (coin_BNL < prob_BNL) & free_BL.cpu()[:, None]
-        return _corrupted(clean_BL, masked_BNL, share * self.schedule.loss_weight(t_BNK), mask_id)
+            masked_BNL = (coin_BNL < prob_BNL) & free_BL[:, None]
+        return masked_BNL, share * self.schedule.loss_weight(t_BNK)
 
     def _resampled_count(
         self,
@@ -170,7 +188,7 @@ class Bernoulli:
         given tokens where no share fits takes the nearest.
         """
         beta, omega = prob_range(self.schedule)
-        free_BK = free_BL.cpu().unflatten(1, (-1, block_size)).sum(-1)
+        free_BK = free_BL.unflatten(1, (-1, block_size)).sum(-1)
         allowed_BKC = _allowed_counts(block_size, beta, omega)[free_BK].double()  # C: counts 0..S
         mass_BNKC = _binomial_probs(free_BK, prob_BNK, block_size) * allowed_BKC[:, None]
         impossible = mass_BNKC.sum(-1, keepdim=True) == 0
@@ -180,7 +198,7 @@ class Bernoulli:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Count:
+class Count(_Masking):
     """The number of masked tokens is drawn, t is integrated out: unbiased, with less variance.
 
     Of the n free tokens of a block k are masked, a uniform subset. Without a clip k is uniform on
@@ -189,7 +207,6 @@ class Count:
     where c_k is in proportion to P(Bin(n, omega) >= k) - P(Bin(n, beta) >= k), and c their sum.
     """
 
-    schedule: Schedule = LINEAR
     num_noisy: int = 1
     stratify: Stratify = "row"
 
@@ -200,22 +217,11 @@ class Count:
     def name(self) -> str:
         return _full_name("count", self.schedule, self.num_noisy, 1)
 
-    @property
-    def is_bound(self) -> bool:
-        return self.schedule.is_bound
-
-    def __call__(
-        self,
-        clean_BL: torch.Tensor,
-        free_BL: torch.Tensor,
-        block_size: int,
-        mask_id: int,
-        generator: torch.Generator,
-    ) -> Corrupted:
-        free_BL_cpu = free_BL.cpu()
-        count_BNK, weight_BNK = self.draw_counts(free_BL_cpu, block_size, generator)
-        masked_BNL = _random_subsets(count_BNK, free_BL_cpu, generator)
-        return _corrupted(clean_BL, masked_BNL, weight_BNK, mask_id)
+    def _draw(
+        self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count_BNK, weight_BNK = self.draw_counts(free_BL, block_size, generator)
+        return _random_subsets(count_BNK, free_BL, generator), weight_BNK
 
     def draw_counts(
         self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
@@ -234,7 +240,7 @@ class Count:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Complement:
+class Complement(_Masking):
     """`Count` in pairs of copies: the second masks what the first kept (all, if it masked all).
 
     k is uniform on 1..n, with the weight n/k and, under a clip, c_k n/k (see `count_weights`). The
@@ -243,7 +249,6 @@ class Complement:
     token has no second side: see `for_block_size`.
     """
 
-    schedule: Schedule = LINEAR
     num_noisy: int = 2
     stratify: Stratify = "row"
 
@@ -258,32 +263,22 @@ class Complement:
     def name(self) -> str:
         return _full_name("complement", self.schedule, self.num_noisy, 2)
 
-    @property
-    def is_bound(self) -> bool:
-        return self.schedule.is_bound
-
-    def __call__(
-        self,
-        clean_BL: torch.Tensor,
-        free_BL: torch.Tensor,
-        block_size: int,
-        mask_id: int,
-        generator: torch.Generator,
-    ) -> Corrupted:
-        free_BL_cpu = free_BL.cpu()
-        free_B1K = free_BL_cpu.unflatten(1, (-1, block_size)).sum(-1)[:, None]
+    def _draw(
+        self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        free_B1K = free_BL.unflatten(1, (-1, block_size)).sum(-1)[:, None]
         pairs = Count(num_noisy=self.num_noisy // 2, stratify=self.stratify)
-        count_BPK, _ = pairs.draw_counts(free_BL_cpu, block_size, generator)
-        masked_BPL = _random_subsets(count_BPK, free_BL_cpu, generator)
+        count_BPK, _ = pairs.draw_counts(free_BL, block_size, generator)
+        masked_BPL = _random_subsets(count_BPK, free_BL, generator)
         whole_BPK = count_BPK == free_B1K  # also where nothing is free
         all_BPL = whole_BPK.repeat_interleave(block_size, dim=-1)
-        rest_BPL = free_BL_cpu[:, None] & (all_BPL | ~masked_BPL)
+        rest_BPL = free_BL[:, None] & (all_BPL | ~masked_BPL)
         rest_BPK = torch.where(whole_BPK, count_BPK, free_B1K - count_BPK)
         masked_BNL = torch.stack([masked_BPL, rest_BPL], dim=2).flatten(1, 2)
         count_BNK = torch.stack([count_BPK, rest_BPK], dim=2).flatten(1, 2)
         count_BNK = count_BNK.clamp_min(1)  # where nothing is free, nothing is masked either
         share_BNK = count_weights(self.schedule, block_size)[free_B1K, count_BNK - 1]
-        return _corrupted(clean_BL, masked_BNL, share_BNK * free_B1K / count_BNK, mask_id)
+        return masked_BNL, share_BNK * free_B1K / count_BNK
 
 
 def for_block_size(estimator: Estimator, block_size: int) -> tuple[Estimator, str | None]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.data.packing import PrepareOptions, prepare
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "one", "lazy", "dog", "and", "sleeps"]
@@ -39,3 +40,16 @@ def recipe_file(prepared, tmp_path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture
+def no_valid_split(monkeypatch):
+    """Prepared data are read as if they had no validation rows."""
+    real = Manifest.load
+
+    def without_valid(directory):
+        loaded = real(directory)
+        loaded.splits.pop("valid")
+        return loaded
+
+    monkeypatch.setattr(Manifest, "load", without_valid)

@@ -89,17 +89,7 @@ def test_more_steps_need_a_constant_learning_rate(recipe_file):
         run_training(longer, resume=True)
 
 
-def test_data_without_a_split_for_validation(recipe_file, prepared, tmp_path, monkeypatch):
-    from blockdiffusion.data import manifest
-
-    real = manifest.Manifest.load
-
-    def without_valid(directory):
-        loaded = real(directory)
-        loaded.splits.pop("valid")
-        return loaded
-
-    monkeypatch.setattr(manifest.Manifest, "load", without_valid)
+def test_data_without_a_split_for_validation(recipe_file, tmp_path, no_valid_split):
     with pytest.raises(UserError, match=r"no validation rows; set eval\.every=null"):
         run_training(load_recipe(recipe_file, ["eval.every=5"]))
     assert not (tmp_path / "run").exists()

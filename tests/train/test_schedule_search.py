@@ -263,17 +263,7 @@ def test_a_clip_that_the_estimator_cannot_use_is_refused_before_training(recipe_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_search_needs_validation_rows(recipe_file, tmp_path, monkeypatch):
-    from blockdiffusion.data import manifest
-
-    real = manifest.Manifest.load
-
-    def without_valid(directory):
-        loaded = real(directory)
-        loaded.splits.pop("valid")
-        return loaded
-
-    monkeypatch.setattr(manifest.Manifest, "load", without_valid)
+def test_a_search_needs_validation_rows(recipe_file, tmp_path, no_valid_split):
     with pytest.raises(UserError, match=r"no validation rows; set search\.every=null"):
         run_training(load_recipe(recipe_file, OVERRIDES))
     assert not (tmp_path / "run").exists()
