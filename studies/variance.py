@@ -112,9 +112,9 @@ PARTS = (
         480,
         (*FROM_BASE[:1], COMPLEMENT, "eval.every=120", "eval.rows=64"),
         (
-            Arm("S = 2", ("model.block_size=2", "eval.estimator=exact"), 1.5, tier=1),
-            Arm("S = 4", ("model.block_size=4", "eval.estimator=exact"), 1.5, tier=1),
-            Arm("S = 8", ("model.block_size=8", "eval.estimator=exact"), 1.5, tier=1),
+            Arm("S = 2", ("model.block_size=2", "eval.estimator=exact"), 1.5),
+            Arm("S = 4", ("model.block_size=4", "eval.estimator=exact"), 1.5),
+            Arm("S = 8", ("model.block_size=8", "eval.estimator=exact"), 1.5),
             Arm(
                 "S = 16",
                 (
@@ -124,7 +124,6 @@ PARTS = (
                     "eval.samples=2",
                 ),
                 1.5,
-                tier=1,
             ),
         ),
     ),
