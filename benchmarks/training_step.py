@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.machine import describe, matrix_flops
 from blockdiffusion.corruption import Count
-from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.denoiser import masked_loss
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 
 VOCAB, LENGTH = 50258, 1024
@@ -66,8 +66,8 @@ def main() -> None:
             model.zero_grad()
             start = time.perf_counter()
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                nll = masked_nll(model, corrupted.noisy_BNL, clean)
-            ((nll * corrupted.weight_BNL).sum() / (copies * free.sum())).backward()
+                nats = masked_loss(model, corrupted.noisy_BNL, clean, corrupted.weight_BNL)
+            (nats / (copies * free.sum())).backward()
             times[copies].append(time.perf_counter() - start)
     peak = matrix_flops(dtype)
     print(describe())

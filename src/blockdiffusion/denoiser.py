@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from blockdiffusion.cache import BlockCache
 from blockdiffusion.errors import UserError
-from blockdiffusion.objectives import subs_nll
+from blockdiffusion.objectives import subs_nll, weighted_subs_nll
 
 
 class Denoiser(Protocol):
@@ -37,6 +37,11 @@ class Denoiser(Protocol):
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of hidden states (..., D), before SUBS."""
+        ...
+
+    @property
+    def output(self) -> torch.nn.Linear:
+        """The layer behind `head`, for losses that take its logits piece by piece."""
         ...
 
     def make_cache(self, batch: int, capacity: int) -> BlockCache:
@@ -79,6 +84,11 @@ class NextTokenModel(Protocol):
         """Logits (..., V) of hidden states (..., D), the mask token included."""
         ...
 
+    @property
+    def output(self) -> torch.nn.Linear:
+        """The layer behind `head`, for losses that take its logits piece by piece."""
+        ...
+
 
 def is_autoregressive(model: Any) -> TypeGuard[NextTokenModel]:
     """Whether a model predicts the next token and not the tokens behind masks."""
@@ -111,13 +121,35 @@ def masked_nll(
 
     Logits are computed at the masked positions only, or at those of them in `scored_BNL`.
     """
-    mask_id = model.config.mask_id
+    masked_BNL = noisy_BNL == model.config.mask_id if scored_BNL is None else scored_BNL
     hidden_BNLD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL)
-    masked_BNL = noisy_BNL == mask_id if scored_BNL is None else scored_BNL
     target_BNL = clean_BL[:, None].expand_as(noisy_BNL)
     logits_MV = model.head(hidden_BNLD[masked_BNL])
-    nll_M = subs_nll(logits_MV, target_BNL[masked_BNL], mask_id)
+    nll_M = subs_nll(logits_MV, target_BNL[masked_BNL], model.config.mask_id)
     return torch.zeros_like(noisy_BNL, dtype=nll_M.dtype).masked_scatter(masked_BNL, nll_M)
+
+
+def masked_loss(
+    model: Denoiser,
+    noisy_BNL: torch.Tensor,
+    clean_BL: torch.Tensor,
+    weight_BNL: torch.Tensor,
+    valid_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Sum over masked positions of weight times `masked_nll`: a scalar in nats, for training.
+
+    It never holds the logits of all masked positions; see `objectives.weighted_subs_nll`.
+    """
+    masked_BNL = noisy_BNL == model.config.mask_id
+    hidden_BNLD = model.encode(noisy_BNL, clean_BL, None, valid_BL)
+    target_BNL = clean_BL[:, None].expand_as(noisy_BNL)
+    return weighted_subs_nll(
+        hidden_BNLD[masked_BNL],
+        model.output,
+        target_BNL[masked_BNL],
+        weight_BNL[masked_BNL],
+        model.config.mask_id,
+    )
 
 
 def causal_nll(
@@ -138,16 +170,39 @@ def causal_nll(
         free_BL: bool, the tokens that are scored.
         valid_BL: bool, False at padding; None = no padding.
     """
-    mask_id = model.config.mask_id
+    hidden_MD, target_M, first, scored_BT = _before_free_tokens(model, clean_BL, free_BL, valid_BL)
+    nll_M = subs_nll(model.head(hidden_MD), target_M, model.config.mask_id)
+    nll_BT = torch.zeros_like(scored_BT, dtype=nll_M.dtype).masked_scatter(scored_BT, nll_M)
+    return F.pad(nll_BT, (first, 0))
+
+
+def causal_loss(
+    model: NextTokenModel,
+    clean_BL: torch.Tensor,
+    free_BL: torch.Tensor,
+    valid_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The sum of `causal_nll`: a scalar in nats, for training, as `masked_loss` does it."""
+    hidden_MD, target_M, _, _ = _before_free_tokens(model, clean_BL, free_BL, valid_BL)
+    weight_M = torch.ones_like(target_M, dtype=torch.float32)
+    return weighted_subs_nll(hidden_MD, model.output, target_M, weight_M, model.config.mask_id)
+
+
+def _before_free_tokens(
+    model: NextTokenModel,
+    clean_BL: torch.Tensor,
+    free_BL: torch.Tensor,
+    valid_BL: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    """Hidden states (M, D) that predict the free tokens, those tokens, the first position that is
+    predicted (0 or 1), and which positions from there on are free."""
     first = 0 if model.config.bos is False or bool(free_BL[:, 0].any()) else 1
     start = (1 - first, 0)  # columns to put before
-    past_BT = F.pad(clean_BL[:, :-1], start, value=mask_id)
+    past_BT = F.pad(clean_BL[:, :-1], start, value=model.config.mask_id)
     valid_BT = None if valid_BL is None else F.pad(valid_BL[:, :-1], start, value=True)
-    scored_BT, target_BT = free_BL[:, first:], clean_BL[:, first:]
+    scored_BT = free_BL[:, first:]
     hidden_BTD = model.encode_causal(past_BT, valid_BT)
-    nll_M = subs_nll(model.head(hidden_BTD[scored_BT]), target_BT[scored_BT], mask_id)
-    nll_BT = torch.zeros_like(target_BT, dtype=nll_M.dtype).masked_scatter(scored_BT, nll_M)
-    return F.pad(nll_BT, (first, 0))
+    return hidden_BTD[scored_BT], clean_BL[:, first:][scored_BT], first, scored_BT
 
 
 def row_groups(num_rows: int, tokens_per_row: int, pass_tokens: int) -> list[slice]:

@@ -13,7 +13,7 @@ import torch
 from blockdiffusion.config import build_model, load_recipe, to_dict
 from blockdiffusion.corruption import Bernoulli
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
-from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.denoiser import masked_loss, masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import generator
 from blockdiffusion.train import checkpoint, loop, loss
@@ -169,11 +169,11 @@ def test_masks_do_not_depend_on_the_micro_batches(run, monkeypatch):
     def masks_with(size, out):
         seen = []
 
-        def spy(model, noisy_BNL, clean_BL, valid_BL=None):
+        def spy(model, noisy_BNL, clean_BL, *rest):
             seen.append((noisy_BNL.clone(), clean_BL.clone()))
-            return masked_nll(model, noisy_BNL, clean_BL, valid_BL)
+            return masked_loss(model, noisy_BNL, clean_BL, *rest)
 
-        monkeypatch.setattr(loss, "masked_nll", spy)
+        monkeypatch.setattr(loss, "masked_loss", spy)
         run(f"train.micro_batch_size={size}", "train.steps=3", f"out={out}")
         return [torch.cat(column).unflatten(0, (3, 6)) for column in zip(*seen, strict=True)]
 
@@ -322,12 +322,12 @@ def poison(monkeypatch, step, micro_batch, value=math.nan):
     """Makes the loss of one micro-batch of one step `value`."""
     calls = []
 
-    def poisoned(model, noisy_BNL, clean_BL, valid_BL=None):
-        nll = masked_nll(model, noisy_BNL, clean_BL, valid_BL)
+    def poisoned(*batch):
+        nats = masked_loss(*batch)
         calls.append(None)
-        return nll * value if len(calls) == (step - 1) * 2 + micro_batch else nll
+        return nats * value if len(calls) == (step - 1) * 2 + micro_batch else nats
 
-    monkeypatch.setattr(loss, "masked_nll", poisoned)
+    monkeypatch.setattr(loss, "masked_loss", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -12,7 +12,7 @@ import torch
 
 from blockdiffusion.corruption import Corrupted
 from blockdiffusion.data.loader import Batch
-from blockdiffusion.denoiser import causal_nll, masked_nll
+from blockdiffusion.denoiser import causal_loss, masked_loss
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionModel
@@ -45,8 +45,8 @@ class MaskedLoss:
         """See `BatchLoss`."""
         masked = self.corrupted.rows(rows.start, rows.stop)
         clean_BL, valid_BL = _on_device(self.batch, rows, model.device)
-        nll_BNL = masked_nll(model, masked.noisy_BNL.to(model.device), clean_BL, valid_BL)
-        return (masked.weight_BNL.to(model.device) * nll_BNL).sum() / masked.noisy_BNL.shape[1]
+        noisy_BNL, weight_BNL = (x.to(model.device) for x in (masked.noisy_BNL, masked.weight_BNL))
+        return masked_loss(model, noisy_BNL, clean_BL, weight_BNL, valid_BL) / noisy_BNL.shape[1]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class NextTokenLoss:
     def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
         """See `BatchLoss`."""
         clean_BL, valid_BL = _on_device(self.batch, rows, model.device)
-        return causal_nll(model, clean_BL, self.free_BL[rows].to(model.device), valid_BL).sum()
+        return causal_loss(model, clean_BL, self.free_BL[rows].to(model.device), valid_BL)
 
 
 def _on_device(
