@@ -233,13 +233,16 @@ def variance_lines(table: VarianceTable, what: str) -> list[str]:
     for size in dict.fromkeys(row.block_size for row in table.rows):
         rows = table.at(size)
         own = " (the model's)" if size == table.model_block_size else ""
-        lines += ["", f"S = {size}{own}", *_loss_table(rows)]
+        exact = f": exact bound {table.exact[size]:.4f}" if size in table.exact else ""
+        lines += ["", f"S = {size}{own}{exact}", *_loss_table(rows)]
         if options.gradients:
             lines += ["", *_gradient_table(rows)]
         notes = [f"{row.label}: {row.note}" for row in rows if row.note]
         notes += [f"left out: {why}" for s, _, why in table.left_out if s == size]
         if any(row.bias is not None for row in rows):
-            notes.append(f"bias: difference from {table.references[size]}, with equal seeds")
+            reference = table.references[size]
+            how = "" if size in table.exact else ", with equal seeds"
+            notes.append(f"bias: difference from {reference}{how}")
         for note in notes:
             lines += textwrap.wrap(note, 98, initial_indent="  ", subsequent_indent="    ")
     cuts = sorted({row.t_min for row in table.rows if row.t_min is not None})
@@ -252,6 +255,7 @@ VARIANCE_LEGEND = (
     "  = compute   the same times the passes that N noisy copies cost",
     "  gain        how many times less than the paper's that is",
     "  blocks      variance of a block's mean loss over all blocks, noise and data: the paper's",
+    "  bound, +1σ  an estimator of the bound, one standard error above the exact one",
     "  ±           standard error: of the masks (nats/token, bias), or over batches",
 )
 GROUP_WORDS = {
@@ -274,6 +278,8 @@ def _loss_table(rows: list[VarianceRow]) -> list[str]:
     ]
     for row in rows:
         bias = "bound" if row.is_bound else "unknown"
+        if row.is_bound and row.difference is not None and row.difference.stderr:
+            bias += f", {row.difference.value / row.difference.stderr:+.1f}σ"
         if row.bias is not None:
             bias = f"{row.bias.value:+.4f} ±{row.bias.stderr:.4f}"
         blocks = "" if row.block_variance is None else _four_digits(row.block_variance.value)

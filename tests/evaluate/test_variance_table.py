@@ -15,6 +15,7 @@ from blockdiffusion.evaluate.prepared import HeldOutText
 from blockdiffusion.evaluate.variance_picture import variance_picture
 from blockdiffusion.evaluate.variance_table import (
     DEFAULT_ESTIMATORS,
+    EXACT,
     PAPER,
     VarianceOptions,
     measure_variance,
@@ -105,14 +106,19 @@ def test_the_bias_of_a_clip_is_found_and_no_other(tiny_law, tiny_law_expected):
         ),
     )  # fmt: skip
     exact = float(tiny_law_expected["exact_nelbo"][::5][:48].sum()) / ids.numel()
-    assert table.references == {2: "complement"}
+    assert table.references == {2: EXACT}
+    assert table.exact[2] == pytest.approx(exact, abs=1e-6)
     for label in ("count", "complement"):
         row = row_of(table, label, 2)
         assert row.is_bound and row.bias is None
-        assert abs(row.loss.value - exact) < 4.5 * row.loss.stderr
-    assert row_of(table, "complement", 2).difference is None
-    count = row_of(table, "count", 2).difference
-    assert abs(count.value) < 4.5 * count.stderr
+        assert row.difference.value == pytest.approx(row.loss.value - exact, abs=1e-6)
+        assert row.difference.stderr == row.loss.stderr
+        assert abs(row.difference.value) < 4.5 * row.difference.stderr
+    lines = variance_lines(table, "model on data")
+    assert f"S = 2 (the model's): exact bound {exact:.4f}" in lines
+    sign = row_of(table, "count", 2).difference
+    shown = f"bound, {sign.value / sign.stderr:+.1f}σ"
+    assert any(line.startswith("  count ") and shown in line for line in lines)
     clipped = row_of(table, clip, 2)
     assert not clipped.is_bound and abs(clipped.bias.value) > 6 * clipped.bias.stderr
     free = torch.ones_like(ids, dtype=torch.bool)
@@ -123,11 +129,15 @@ def test_the_bias_of_a_clip_is_found_and_no_other(tiny_law, tiny_law_expected):
 
 
 def test_without_an_unbiased_estimator_but_the_papers(make_model, random_ids):
-    table = measure_variance(make_model(), text_of(random_ids(4, 16)), options_of("count[0.3,0.8]"))
-    assert table.references == {4: PAPER}
-    row = row_of(table, "count[0.3,0.8]")
+    """Beyond S = 8 differences are paired, draw by draw, with the best unbiased estimator."""
+    options = options_of("count[0.3,0.8]", block_sizes=(16,))
+    table = measure_variance(make_model(), text_of(random_ids(4, 16)), options)
+    assert table.references == {16: PAPER} and not table.exact
+    row = row_of(table, "count[0.3,0.8]", 16)
     assert row.bias is not None and row.t_min is None
-    assert row_of(table, PAPER).t_min == 1e-3
+    paper = row_of(table, PAPER, 16)
+    assert paper.t_min == 1e-3 and paper.difference is None
+    assert row.bias.value == pytest.approx(row.loss.value - paper.loss.value)
 
 
 def test_single_tokens_have_no_noise(make_model, random_ids):
@@ -141,7 +151,7 @@ def test_single_tokens_have_no_noise(make_model, random_ids):
         row = row_of(table, label, 1)
         assert row.loss_variance.value == 0 and row.gradient_variance.value == 0
         assert row.loss.stderr == 0 and row.loss_gain is None and row.cost == 1
-    assert row_of(table, "bernoulli[1,1]", 1).bias.value == pytest.approx(0, abs=1e-12)
+    assert row_of(table, "bernoulli[1,1]", 1).bias.value == pytest.approx(0, abs=1e-6)
     pair = row_of(table, "complement", 1)
     assert pair.estimator == "count" and "one is used" in pair.note
     lines = variance_lines(table, "model on data")
@@ -255,7 +265,7 @@ def test_progress_reaches_the_total(make_model, random_ids):
     calls = []
     measure_variance(make_model(), text_of(random_ids(4, 16)), options_of("count", "countx4"),
                      lambda *call: calls.append(call))  # fmt: skip
-    assert calls[-1] == ("S = 4 countx4", 18, 18)
+    assert calls[-1] == (f"S = 4 {EXACT}", 22, 22)
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
 
 

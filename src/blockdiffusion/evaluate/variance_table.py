@@ -36,10 +36,12 @@ from blockdiffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.evaluate.prepared import HeldOutText
+from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks, num_subsets
 from blockdiffusion.seeding import generator
 from blockdiffusion.variance import Moments, average, batch_moments
 
 PAPER = "bernoulli (paper)"
+EXACT = "the exact bound"
 PAPER_LAW = Bernoulli(stratify="batch")  # linear, unclipped, times stratified over the batch
 DEFAULT_ESTIMATORS = (
     "bernoulli",
@@ -121,9 +123,9 @@ class VarianceRow:
         cost: of a pass, in passes with one noisy copy.
         loss: mean over replicates and batches, nats per token; its error is that of the masks
             alone, with the data fixed.
-        difference: of the loss from that of the table's reference at this block size, an unbiased
-            estimator; with paired draws, so its error is again that of the masks. None for the
-            reference itself, and where there is none.
+        difference: of the loss from that of the table's reference at this block size, with the
+            error of the masks: from the exact bound, or from another estimator with paired draws.
+            None for the reference itself, and where there is none.
         loss_variance: of the batch's loss, for one pass (of N copies); nats per token, squared.
         gradient_variance: trace of the covariance of the gradient, for one pass.
         groups: the same by parameter group.
@@ -180,13 +182,15 @@ class VarianceTable:
     """All estimators at all block sizes, and the conditions.
 
     Attributes:
-        references: block size -> label of the unbiased estimator that differences are taken from,
-            the one with the least variance; no entry where all are biased.
+        references: block size -> what differences are taken from: the exact bound, enumerated, up
+            to S = 8; beyond, the label of the unbiased estimator with the least variance.
+        exact: block size -> that exact bound, nats per token, on the same rows.
         left_out: (block size, label, why) of what does not exist there.
     """
 
     rows: tuple[VarianceRow, ...]
     references: dict[int, str]
+    exact: dict[int, float]
     left_out: tuple[tuple[int, str, str], ...]
     options: VarianceOptions
     seq_len: int
@@ -214,6 +218,7 @@ class VarianceTable:
                 "python": platform.python_version(),
             },
             "references": self.references,
+            "exact": self.exact,
             "left_out": [
                 {"block_size": s, "label": label, "why": why} for s, label, why in self.left_out
             ],
@@ -253,26 +258,34 @@ def measure_variance(
     batches = _batches(text, options)
     length = text.batch.ids_BL.shape[1]
     plan, left_out = _plan(options, length)
-    advance = _Advance(progress, sum(p.work for p in plan) * options.batches)
+    sizes = list(dict.fromkeys(p.block_size for p in plan))
+    work = sum(p.work for p in plan) + sum(_enumeration_work(size, options) for size in sizes)
+    advance = _Advance(progress, work * options.batches)
     kept = None
     if journal is not None:
         conditions = (options.replicates, options.gradients, options.seed)
         tensors = [tensor for batch in batches for tensor in batch]
         kept = Journal(journal, fingerprint(model, *tensors, conditions))
     measured = [_measure(model, batches, p, options, advance, kept) for p in plan]
+    exact = {
+        size: _enumerate(model, batches, size, options, advance, kept)
+        for size in sizes
+        if size <= MAX_BLOCK_SIZE
+    }
     if kept is not None:
         kept.remove()
     rows: list[VarianceRow] = []
     references = {}
-    for size in dict.fromkeys(p.block_size for p in plan):
+    for size in sizes:
         here = [m for m in measured if m.plan.block_size == size]
-        reference = _reference(here)
+        reference = exact[size] if size in exact else _reference(here)
         if reference is not None:
-            references[size] = reference.plan.label
+            references[size] = reference.label
         rows += [_row(m, here[0], reference, length) for m in here]
     return VarianceTable(
         rows=tuple(rows),
         references=references,
+        exact={size: _mean([x for (x,) in found.losses]).value for size, found in exact.items()},
         left_out=tuple(left_out),
         options=options,
         seq_len=length,
@@ -370,6 +383,14 @@ class _Cell:
         return [math.fsum(m.gradient_variance.values()) for m in self.moments]
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """What differences are taken from: per batch the loss of every replicate, or one exact one."""
+
+    label: str
+    losses: list[tuple[float, ...]]
+
+
 @contextmanager
 def _at_block_size(model: Denoiser, size: int) -> Iterator[None]:
     own = model.config.block_size
@@ -413,6 +434,44 @@ def _measure(
     return _Cell(plan, moments, options.replicates)
 
 
+def _enumeration_work(size: int, options: VarianceOptions) -> int:
+    """Of a batch, in the units of `_Plan.work`; a backward pass counts as two forward ones."""
+    if size > MAX_BLOCK_SIZE:
+        return 0
+    return -(-num_subsets(size) // (options.replicates * (3 if options.gradients else 1)))
+
+
+def _enumerate(
+    model: Any,
+    batches: Sequence[tuple[torch.Tensor, ...]],
+    size: int,
+    options: VarianceOptions,
+    advance: _Advance,
+    kept: Journal | None,
+) -> _Reference:
+    """The exact bound of every batch, nats per token."""
+    stage, losses = f"S = {size} {EXACT}", []
+    training = model.training
+    model.eval()
+    with _at_block_size(model, size):
+        for index, (clean_BL, free_BL, valid_BL) in enumerate(batches):
+            advance(stage, 0)
+            name = f"S={size} exact batch {index}"
+            loss = None if kept is None else kept.get(name)
+            if loss is None:
+                valid = None if bool(valid_BL.all()) else valid_BL.to(model.device)
+                found = exact_blocks(
+                    model, clean_BL.to(model.device), free_BL.to(model.device), valid
+                )
+                loss = float(found.nelbo_BK.sum()) / int(free_BL.sum())
+                if kept is not None:
+                    kept.put(name, loss)
+            losses.append((loss,))
+            advance(stage, _enumeration_work(size, options))
+    model.train(training)
+    return _Reference(EXACT, losses)
+
+
 def _read_moments(values: dict[str, Any] | None) -> Moments | None:
     return None if values is None else Moments(**values | {"losses": tuple(values["losses"])})
 
@@ -434,19 +493,20 @@ def parameter_group(name: str) -> str:
 # --- from moments to rows ------------------------------------------------------------------------
 
 
-def _reference(cells: Sequence[_Cell]) -> _Cell | None:
+def _reference(cells: Sequence[_Cell]) -> _Reference | None:
     """The unbiased estimator whose mean is known best."""
     unbiased = [cell for cell in cells if cell.plan.law.is_bound]
-    return min(unbiased, key=lambda c: math.fsum(c.loss_variances()), default=None)
+    best = min(unbiased, key=lambda c: math.fsum(c.loss_variances()), default=None)
+    return None if best is None else _Reference(best.plan.label, [m.losses for m in best.moments])
 
 
-def _row(cell: _Cell, paper: _Cell, reference: _Cell | None, length: int) -> VarianceRow:
+def _row(cell: _Cell, paper: _Cell, reference: _Reference | None, length: int) -> VarianceRow:
     law, plan, mean = cell.plan.law, cell.plan, average(cell.moments)
     gradients = bool(mean.gradient_variance)
     squares = [math.fsum(m.gradient_square.values()) for m in cell.moments]
     blocks = [m.block_variance for m in cell.moments if m.block_variance is not None]
     difference = None
-    if reference is not None and reference is not cell:
+    if reference is not None and reference.label != plan.label:
         difference = _mean_loss(cell, reference)
     return VarianceRow(
         block_size=plan.block_size,
@@ -503,11 +563,11 @@ def _ratio(above: Sequence[float], below: Sequence[float]) -> Measured | None:
     return Measured(value=ratio, stderr=math.sqrt(spread / (count * (count - 1))) / abs(mean))
 
 
-def _mean_loss(cell: _Cell, reference: _Cell | None = None) -> Measured:
+def _mean_loss(cell: _Cell, reference: _Reference | None = None) -> Measured:
     """Mean loss (less the reference's, draw by draw), with the error of the masks alone."""
     losses_BR = torch.tensor([m.losses for m in cell.moments], dtype=torch.float64)
     if reference is not None:
-        losses_BR -= torch.tensor([m.losses for m in reference.moments], dtype=torch.float64)
+        losses_BR -= torch.tensor(reference.losses, dtype=torch.float64)
     away_BR = losses_BR - losses_BR[:, :1]  # exactly 0 without noise
     stderr = (away_BR.var(1).sum() / cell.replicates).sqrt() / len(losses_BR)
     return Measured(value=float(losses_BR.mean()), stderr=float(stderr))
