@@ -202,7 +202,7 @@ def check_killed(source: Path, tmp_path: Path, workers: int, moments: list[tuple
             TokenRows(out, "train")
         pids = json.loads(Path(f"{out}.pids").read_text())
         assert workers == 1 or stage != "tokenize" or pids
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + 120
         while any(is_running(pid) for pid in pids) and time.monotonic() < limit:
             time.sleep(0.05)
         assert not any(is_running(pid) for pid in pids), "a worker outlived its parent"

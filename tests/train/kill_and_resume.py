@@ -71,7 +71,7 @@ def final_files(out: Path) -> dict[str, bytes]:
 
 def wait_for_step(metrics: Path, step: int) -> None:
     """Returns when the run has logged `step`; at once for step 0."""
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 300
     while step > 0:
         lines = read_metrics(metrics)
         if lines and lines[-1]["step"] >= step:
