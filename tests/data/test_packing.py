@@ -344,7 +344,7 @@ def test_too_little_text(tmp_path, text, changes, sentence):
     [
         ({"packing": "wrapp"}, "packing is 'wrapp': it must be one of wrap, document"),
         ({"documents": "page"}, "documents is 'page'"),
-        ({"detokenize": "ptb"}, "detokenize is 'ptb'"),
+        ({"detokenize": "pbt"}, "detokenize is 'pbt'"),
         ({"seq_len": 2, "row_bos": True, "row_eos": True}, "must be at least 3"),
         ({"valid_fraction": 0.9}, "from 0 to 0.5"),
         ({"document_bytes": 1}, "document_bytes is 1"),
