@@ -6,11 +6,12 @@ itself converted (branch `refs/convert/parquet`), which the older sets built by 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from blockdiffusion.data.registry import DataSet
-from blockdiffusion.data.sources import Parquet
+from blockdiffusion.data.sources import Parquet, import_arrow
 from blockdiffusion.data.splits import split_of
 from blockdiffusion.errors import UserError
 
@@ -27,6 +28,7 @@ def fetch_split(data_set: DataSet, split: str) -> list[Path]:
     Raises:
         UserError: the hub cannot be reached, has no such files, or not as many rows.
     """
+    import_arrow(data_set.name)  # not to be missed after the download
     # The library and the network fail in a hundred ways, and none is this program's fault.
     try:
         files = _download(data_set, split)
@@ -34,11 +36,11 @@ def fetch_split(data_set: DataSet, split: str) -> list[Path]:
         files = _in_cache(data_set, split)
         if files and _rows(files, data_set) == expected_rows(data_set, split):
             return files
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
         raise UserError(
             f"the data set {data_set.name} cannot be fetched from {data_set.repository} on the "
-            f"Hugging Face hub ({first_line}): try again when the network is there (it goes on "
-            f"where it stopped), or name local files as {data_set.name}=PATH"
+            f"Hugging Face hub ({reason}): try again when the network is there (it goes on where "
+            f"it stopped), or name local files as {data_set.name}=PATH"
         ) from error
     local = f"name local files as {data_set.name}=PATH"
     if not files:

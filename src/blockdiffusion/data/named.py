@@ -23,6 +23,7 @@ from blockdiffusion.data.splits import split_of
 from blockdiffusion.errors import UserError
 
 PIECE_CHARACTERS = 65_536
+NO_TEXT = {".md", ".bin", ".len"}  # what is about a set, and what `prepare` writes
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # " = Title = "; a section has two signs or more
 
 
@@ -78,58 +79,51 @@ class NamedSet:
                 f"{data_set.name} has no split {split!r}: it has {' and '.join(data_set.splits)}; "
                 f"name one, as {data_set.name}:{next(iter(data_set.splits))}"
             )
-        if self.path is not None:
-            local_files(data_set, split, self.path)  # fails now, not after the work on others
-        return NamedSplit(data_set, split, self.path)
+        if self.path is None:
+            return NamedSplit(f"{data_set.name}:{split}", data_set, split)
+        files = local_files(data_set, split, self.path)
+        return NamedSplit(f"{data_set.name}:{split}={self.path}", data_set, split, tuple(files))
 
 
 def parse_named(text: str) -> NamedSet | None:
     """What `text` asks for, if it names a data set and no path that exists.
 
     Raises:
-        UserError: the set has no such split, or the local path does not exist.
+        UserError: the local path does not exist, or what it is said to hold is no set.
     """
-    head, equals, path = text.partition("=")
+    head, equals, local = text.partition("=")
     name, _, split = head.partition(":")
-    if name not in DATA_SETS or Path(text).expanduser().exists():
+    path = Path(local).expanduser() if equals else None
+    if Path(text).expanduser().exists():
+        return None
+    if name not in DATA_SETS and (path is None or not path.exists()):
         return None
     data_set = find_set(name)
-    if equals and not Path(path).expanduser().exists():
-        raise UserError(f"there is no file or folder {path!r} to read {name} from")
-    named = NamedSet(
-        data_set=data_set,
-        split=split or None,
-        path=Path(path).expanduser() if equals else None,
-    )
-    if split:
-        named.source(split)
-    return named
+    if path is not None and not path.exists():
+        raise UserError(f"there is no file or folder {local!r} to read {name} from")
+    return NamedSet(data_set=data_set, split=split or None, path=path)
 
 
 @dataclass(frozen=True, slots=True)
 class NamedSplit:
-    """One split of a named set, from the hub (`path` is None) or from local files."""
+    """One split of a named set, from local files or (`files` is None) from the hub."""
 
+    name: str
     data_set: DataSet
     split: str
-    path: Path | None
-
-    @property
-    def name(self) -> str:
-        local = "" if self.path is None else f"={self.path}"
-        return f"{self.data_set.name}:{self.split}{local}"
+    files: tuple[Path, ...] | None = None
 
     @property
     def size(self) -> int | None:
         return None  # before it is downloaded, unpacked and cut
 
     def signature(self) -> dict[str, Any]:
-        if self.path is None:
+        if self.files is None:
             return {"name": self.name, "repository": self.data_set.repository}
-        status = [(file, file.stat()) for file in local_files(self.data_set, self.split, self.path)]
+        status = [(file.name, file.stat()) for file in self.files]
         return {
             "name": self.name,
-            "files": [[file.name, s.st_size, s.st_mtime_ns] for file, s in status],
+            "files": [[name, found.st_size, found.st_mtime_ns] for name, found in status],
         }
 
     def documents(self) -> Iterator[str]:
@@ -143,20 +137,14 @@ class NamedSplit:
 
     def _rows(self) -> Iterator[str]:
         data_set = self.data_set
-        files = self._files()
+        files = fetch_split(data_set, self.split) if self.files is None else list(self.files)
         match data_set.cut:
             case LastDocuments(number=number, held_out=held_out):
                 return _part(data_set, files, number, self.split == held_out)
-            case CharacterRanges(ranges=ranges) if self.path is not None and _is_whole(files):
+            case CharacterRanges(ranges=ranges) if self.files is not None and _is_whole(files):
                 begin, end = ranges[self.split]
                 return iter([_text(files[0])[begin:end]])
         return chain.from_iterable(_open(file, data_set).documents() for file in files)
-
-    def _files(self) -> list[Path]:
-        data_set = self.data_set
-        if self.path is not None:
-            return local_files(data_set, self.split, self.path)
-        return fetch_split(data_set, self.split)
 
 
 # --- local files -------------------------------------------------------------------------------
@@ -185,7 +173,7 @@ def local_files(data_set: DataSet, split: str, path: Path) -> list[Path]:
             for file in sorted(path.rglob("*"))
             if file.is_file()
             and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            and file.suffix.lower() != ".md"
+            and file.suffix.lower() not in NO_TEXT
         ]
         uncut = isinstance(data_set.cut, CharacterRanges) and _is_whole(found)
         if not (data_set.is_one_body or uncut):

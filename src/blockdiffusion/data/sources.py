@@ -348,7 +348,7 @@ class Parquet:
         return _file_signature(self.name, self.path)
 
     def documents(self) -> Iterator[str]:
-        arrow, parquet = _import_arrow(self.name)
+        arrow, parquet = import_arrow(self.name)
         try:
             with parquet.ParquetFile(self.path) as table:
                 names = table.schema_arrow.names
@@ -370,7 +370,7 @@ class Parquet:
         Raises:
             UserError: it is no whole parquet file.
         """
-        arrow, parquet = _import_arrow(self.name)
+        arrow, parquet = import_arrow(self.name)
         try:
             with parquet.ParquetFile(self.path) as table:
                 return table.metadata.num_rows
@@ -378,7 +378,12 @@ class Parquet:
             raise _no_parquet(self.name, error) from None
 
 
-def _import_arrow(name: str) -> tuple[Any, Any]:
+def import_arrow(name: str) -> tuple[Any, Any]:
+    """pyarrow and its parquet module, to read `name` with.
+
+    Raises:
+        UserError: they are not installed.
+    """
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
