@@ -38,6 +38,14 @@ class Hub:
         return str(path)
 
 
+@pytest.fixture(autouse=True)
+def forgotten():
+    """What one test fetched is not there for the next."""
+    fetch_split.cache_clear()
+    yield
+    fetch_split.cache_clear()
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     def make(branches):
@@ -64,7 +72,9 @@ def test_the_main_branch_comes_first(hub):
         }
     )
     documents = list(parse_named("ag_news:test").training().documents())
-    assert documents == ROWS and fake.fetched == [("main", "data/test-0.parquet")]
+    assert documents == ROWS
+    assert list(parse_named("ag_news:test").training().documents()) == ROWS
+    assert fake.fetched == [("main", "data/test-0.parquet")]  # once in a process
 
 
 def test_a_set_that_is_a_script_is_read_from_the_converted_branch(hub):

@@ -199,7 +199,8 @@ def test_a_stopped_measurement_goes_on(make_model, local, tmp_path, monkeypatch)
         error = math.hypot(after.result.stderr_noise, other.result.stderr_noise)
         # Other chunks draw other masks: 4 standard errors (false alarm 6e-5), each from few draws.
         assert abs(after.result.nats_per_token - other.result.nats_per_token) < 8 * error
-    assert progress[0][:2] == ("ptb", 10) and progress[-1][0] == "lambada"
+    assert progress[0] == ("ptb: documents", 0, None) and progress[-1][0] == "lambada: rows"
+    assert next(state for state in progress if state[0] == "ptb: rows")[1] == 10
     total = sum(-(-row.result.num_rows // 10) for row in chunked.rows)
     assert len(calls) == total + 1  # only the one that was interrupted began again
 

@@ -6,6 +6,7 @@ itself converted (branch `refs/convert/parquet`), which the older sets built by 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -18,12 +19,14 @@ from blockdiffusion.errors import UserError
 BRANCHES = ("main", "refs/convert/parquet")
 
 
+@functools.cache
 def fetch_split(data_set: DataSet, split: str) -> list[Path]:
     """The parquet files that hold a split, in order, downloaded into the hub's cache.
 
     The cache takes a file in only when it is whole, and a download that was interrupted goes on.
-    All files are of one commit, and their rows are counted. Where the hub cannot be reached, what
-    an earlier run fetched is used if its number of rows says that it is all.
+    All files are of one commit, which stays the same in a process, and their rows are counted.
+    Where the hub cannot be reached, what an earlier run fetched is used if its number of rows says
+    that it is all.
 
     Raises:
         UserError: the hub cannot be reached, has no such files, or not as many rows.

@@ -81,7 +81,7 @@ SETS = (
         held_out="test",
         detokenize="lm1b",
         licence="Apache-2.0 (scripts); news text",
-        paper="trains and tests (T1 to T3, T8): bert-base-uncased, L = 128; zero-shot with GPT-2",
+        paper="trains and tests (tables 1 to 3, 8): bert-base-uncased, L = 128; zero-shot",
     ),
     DataSet(
         name="openwebtext",
@@ -92,7 +92,7 @@ SETS = (
         held_out="validation",
         cut=LastDocuments(number=100_000),
         licence="CC0-1.0 (the packaging)",
-        paper="trains and tests (T4 to T7): GPT-2, L = 1024; the last 100K documents are held out",
+        paper="trains and tests (tables 4 to 7): GPT-2, L = 1024; the last 100K held out",
     ),
     DataSet(
         name="wikitext2",
@@ -104,7 +104,7 @@ SETS = (
         documents="article",
         detokenize="wikitext-paper",
         licence="CC BY-SA 3.0, GFDL",
-        paper="zero-shot (T5, Wikitext); its validation text is also wikitext103's",
+        paper="zero-shot (table 5, Wikitext); its validation text is also wikitext103's",
     ),
     DataSet(
         name="wikitext103",
@@ -116,7 +116,7 @@ SETS = (
         documents="article",
         detokenize="wikitext-paper",
         licence="CC BY-SA 3.0, GFDL",
-        paper="zero-shot (T5, Wikitext)",
+        paper="zero-shot (table 5, Wikitext)",
     ),
     DataSet(
         name="ptb",
@@ -128,7 +128,7 @@ SETS = (
         held_out="validation",
         detokenize="ptb",
         licence="LDC user agreement",
-        paper="zero-shot (T5, PTB)",
+        paper="zero-shot (table 5, PTB)",
     ),
     DataSet(
         name="lambada",
@@ -139,7 +139,7 @@ SETS = (
         held_out="test",
         detokenize="lambada",
         licence="CC BY 4.0",
-        paper="zero-shot (T5, Lambada): the whole passages",
+        paper="zero-shot (table 5, Lambada): the whole passages",
     ),
     DataSet(
         name="ag_news",
@@ -150,7 +150,7 @@ SETS = (
         held_out="test",
         columns=("label", "text", "text"),
         licence="for non-commercial use",
-        paper="zero-shot (T5, AG News)",
+        paper="zero-shot (table 5, AG News)",
     ),
     DataSet(
         name="scientific_papers_pubmed",
@@ -162,7 +162,7 @@ SETS = (
         held_out="validation",
         detokenize="scientific-papers",
         licence="not stated; that of each article",
-        paper="zero-shot (T5, PubMed)",
+        paper="zero-shot (table 5, PubMed)",
     ),
     DataSet(
         name="scientific_papers_arxiv",
@@ -174,7 +174,7 @@ SETS = (
         held_out="validation",
         detokenize="scientific-papers",
         licence="not stated; that of each article",
-        paper="zero-shot (T5, arXiv)",
+        paper="zero-shot (table 5, arXiv)",
     ),
     DataSet(
         name="text8",

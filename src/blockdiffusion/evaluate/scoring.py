@@ -17,7 +17,7 @@ from blockdiffusion.evaluate.likelihood import Likelihood, data_error, likelihoo
 from blockdiffusion.evaluate.windows import Window
 from blockdiffusion.seeding import generator
 
-CHUNK_TOKENS = 2**17  # what a kill loses at most
+CHUNK_TOKENS = 2**14  # what a kill loses at most: some passes of `likelihood`
 TENSORS = ("nats_per_row", "exact_nats_per_row")
 Progress = Callable[[float, float], None]
 

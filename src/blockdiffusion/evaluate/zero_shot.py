@@ -40,7 +40,7 @@ from blockdiffusion.evaluate.windows import (
 
 PACKINGS = ("wrap", "document")
 FRAMES = ("auto", "none", "bos", "bos-eos")
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int | None], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +218,7 @@ def measure_zero_shot(
 
     Args:
         model: any kind that `likelihood` takes, with a tokenizer.
-        progress: called with (set, rows done, all rows).
+        progress: called with (set and what is counted, done, how many there are or None).
         journal: file that keeps what is finished, so that the same call after an interruption goes
             on; removed at the end.
 
@@ -231,39 +231,10 @@ def measure_zero_shot(
     kept = None
     if journal is not None:
         kept = Journal(journal, fingerprint(model, asdict(options.score)))
-    rows = []
-    for task, named in options.sources():
-        source = f"{named.data_set.name}:{named.split}"
-        row = ZeroShotRow(
-            task=task.name,
-            source=source if named.path is None else f"{source}={named.path}",
-            detokenizer=named.data_set.detokenize,
-        )
-        try:
-            text = cutter.read(named.source(named.split or task.split))
-        except UserError as error:
-            rows.append(dataclasses.replace(row, missing=str(error)))
-            continue
-
-        def report(done: float, total: float, name: str = task.name) -> None:
-            if progress is not None:
-                progress(name, int(done), int(total))
-
-        result = score(
-            model,
-            text.windows,
-            options.score,
-            bos=cutter.bos is not None,
-            num_bytes=text.num_bytes,
-            journal=kept,
-            name=task.name,
-            progress=report,
-        )
-        rows.append(
-            dataclasses.replace(
-                row, documents=text.documents, num_bytes=text.num_bytes, result=result
-            )
-        )
+    rows = [
+        _measure(model, cutter, options.score, task, named, kept, progress or _silent)
+        for task, named in options.sources()
+    ]
     if all(row.result is None for row in rows):
         raise UserError(f"no set of the suite can be read; of {rows[0].task}: {rows[0].missing}")
     if kept is not None:
@@ -275,6 +246,47 @@ def measure_zero_shot(
         stride=cutter.stride,
         frame=cutter.frame,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
+
+
+def _measure(
+    model: Denoiser,
+    cutter: _Cutter,
+    options: ScoreOptions,
+    task: Task,
+    named: NamedSet,
+    journal: Journal | None,
+    progress: Progress,
+) -> ZeroShotRow:
+    """One set, or why it cannot be read."""
+    split = f"{named.data_set.name}:{named.split}"
+    row = ZeroShotRow(
+        task=task.name,
+        source=split if named.path is None else f"{split}={named.path}",
+        detokenizer=named.data_set.detokenize,
+    )
+    try:
+        text = cutter.read(
+            named.validation(), lambda done: progress(f"{task.name}: documents", done, None)
+        )
+    except UserError as error:
+        return dataclasses.replace(row, missing=str(error))
+    result = score(
+        model,
+        text.windows,
+        options,
+        bos=cutter.bos is not None,
+        num_bytes=text.num_bytes,
+        journal=journal,
+        name=task.name,
+        progress=lambda done, total: progress(f"{task.name}: rows", int(done), int(total)),
+    )
+    return dataclasses.replace(
+        row, documents=text.documents, num_bytes=text.num_bytes, result=result
     )
 
 
@@ -351,13 +363,14 @@ class _Cutter:
             rows=options.rows,
         )
 
-    def read(self, source: NamedSplit) -> _Text:
-        """The rows of a set.
+    def read(self, source: NamedSplit, progress: Callable[[int], None]) -> _Text:
+        """The rows of a set; `progress` is told how many documents are read.
 
         Raises:
             UserError: it cannot be read, or does not fill a row.
         """
-        text = self._wrapped(source) if self.stride is None else self._windows(source)
+        documents = self._documents(source, progress)
+        text = self._wrapped(documents) if self.stride is None else self._windows(documents)
         if not text.windows:
             raise UserError(
                 f"{source.name} does not fill one row of {self.context} tokens: give a smaller "
@@ -365,14 +378,17 @@ class _Cutter:
             )
         return text
 
-    def _documents(self, source: NamedSplit) -> Iterator[tuple[np.ndarray, int]]:
+    def _documents(
+        self, source: NamedSplit, progress: Callable[[int], None]
+    ) -> Iterator[tuple[np.ndarray, int]]:
         """(token ids, UTF-8 bytes) of each document."""
         detokenize = DETOKENIZERS[source.data_set.detokenize]
         texts = (text for text in source.documents() if text.strip())
-        for text in map(detokenize, islice(texts, self.max_documents)):
+        for number, text in enumerate(map(detokenize, islice(texts, self.max_documents))):
+            progress(number)
             yield np.array(encode(self.tokenizer, text), dtype=np.int64), len(text.encode())
 
-    def _wrapped(self, source: NamedSplit) -> _Text:
+    def _wrapped(self, read: Iterator[tuple[np.ndarray, int]]) -> _Text:
         rules = RowRules(
             seq_len=self.context,
             dtype=id_dtype(vocab_size(self.tokenizer)),
@@ -384,7 +400,7 @@ class _Cutter:
         packer = WrapPacker(rules)
         rows: list[np.ndarray] = []
         documents = num_bytes = num_tokens = 0
-        for ids, size in self._documents(source):
+        for ids, size in read:
             made, _ = packer.add(ids.astype(rules.dtype), np.array([len(ids)]))
             rows += list(made)
             documents += 1
@@ -400,11 +416,11 @@ class _Cutter:
         share = len(rows) * rules.payload / max(num_tokens, 1)
         return _Text(windows=windows, documents=documents, num_bytes=num_bytes * share)
 
-    def _windows(self, source: NamedSplit) -> _Text:
+    def _windows(self, read: Iterator[tuple[np.ndarray, int]]) -> _Text:
         assert self.stride is not None
         windows: list[Window] = []
         documents = num_bytes = 0
-        for ids, size in self._documents(source):
+        for ids, size in read:
             if self.document_eos is not None:
                 ids = np.append(ids, self.document_eos)
             windows += document_windows(ids, documents, self.context, self.stride, self.bos)
