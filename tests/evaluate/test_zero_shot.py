@@ -145,6 +145,21 @@ def test_a_missing_set_is_in_the_table_and_stops_nothing(make_model, local):
     assert "lm1b: missing, the data set lm1b cannot be fetched" in text
 
 
+def test_when_a_missing_set_is_there_only_that_one_is_measured(
+    make_model, local, tmp_path, monkeypatch
+):
+    model, journal = with_bytes(make_model(**BYTES)), tmp_path / "z.journal"
+    first = measure_zero_shot(model, only(local[:1]), journal=journal)
+    assert first.rows[1].missing and journal.exists()
+    calls, real = [], likelihood
+    monkeypatch.setattr(
+        scoring, "likelihood", lambda *args, **more: (calls.append(1), real(*args, **more))[1]
+    )
+    second = measure_zero_shot(model, only(local), journal=journal)
+    assert len(calls) == 1 and second.rows[1].result is not None and not journal.exists()
+    assert second.rows[0].result.nats_per_token == first.rows[0].result.nats_per_token
+
+
 def test_a_short_or_broken_set_is_missing_too(make_model, place, local):
     (place / "ptb.valid.txt").write_text("short\n")
     model = with_bytes(make_model(**BYTES))
