@@ -54,7 +54,7 @@ def test_help_answers_within_a_second_and_names_every_command():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert shown.returncode == 0 and min(times) < 1
-    for command in ("prepare", "train", "eval", "variance", "sample", "report"):
+    for command in ("prepare", "datasets", "train", "eval", "zero-shot", "variance", "sample"):
         assert command in shown.stdout
 
 
@@ -70,6 +70,34 @@ def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
     assert f"<= {values['perplexity']:.2f}" in run.stdout
     # One token of the byte tokenizer is one byte (but for the EOS of documents).
     assert values["bits_per_byte"] == pytest.approx(values["nats_per_token"] / 0.6931, rel=0.02)
+
+
+def test_zero_shot_prints_the_table_and_writes_three_files(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "ptb.valid.txt").write_text(" the <unk> 's N shares rose \n" * 30)
+    files = [tmp_path / "new" / f"z.{end}" for end in ("json", "csv", "md")]
+    run = blockdiff(
+        "zero-shot", place / "run", "--local", f"ptb={tmp_path}", "--only", "ptb", "--only", "lm1b",
+        "--estimator", "exact", "--json", files[0], "--csv", files[1], "--markdown", files[2],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert max(map(len, run.stdout.splitlines()[1:])) <= 100
+    assert "lm1b: missing, the data set lm1b cannot be fetched" in run.stdout
+    values = json.loads(files[0].read_text())
+    assert values["model"] == str(place / "run") and values["frame"] == "none"
+    ptb, lm1b = values["sets"]
+    assert ptb["task"] == "ptb" and f"<= {ptb['perplexity']:.2f}" in run.stdout
+    assert ptb["num_bytes"] == ptb["num_tokens"] and "cannot be fetched" in lm1b["missing"]
+    assert f"<= {ptb['perplexity']:.2f} |" in files[2].read_text()
+    assert files[1].read_text().count("\n") == 3
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert names == {"z.csv", "z.json", "z.md", "z.json.journal"}  # for when lm1b can be fetched
+
+
+def test_datasets_lists_them():
+    shown = blockdiff("datasets")
+    assert shown.returncode == 0 and "openwebtext: " in shown.stdout
+    assert "held out    validation, the last 100,000 documents" in shown.stdout
 
 
 def test_variance_prints_the_table_and_writes_json_and_plot(place, tmp_path):
@@ -184,6 +212,15 @@ MISTAKES = {
     "many rows": (["variance", "{run}", "--data", "{data}", "--batches", "5000"], "fewer batches"),
     "plot": (["variance", "{run}", "--data", "{data}", "--plot", "{recipe}/a.svg"], "recipe.yaml"),
     "plot folder": (["variance", "{run}", "--data", "{data}", "--plot", "{folder}"], "directory"),
+    "no set": (["prepare", "lambada", "--out", "{new}"], "no split 'train'"),
+    "no suite": (["zero-shot", "{run}", "--suite", "all"], "must be one of paper"),
+    "no task": (["zero-shot", "{run}", "--only", "wiki"], "ptb, wikitext, lm1b"),
+    "no local": (["zero-shot", "{run}", "--local", "ptb={new}"], "no file or folder"),
+    "no tokenizer": (["zero-shot", "{golden}"], "--tokenizer gpt2"),
+    "other tokenizer": (["zero-shot", "{golden}", "--tokenizer", "byte"], "V = 258 and mask 257"),
+    "stride": (["zero-shot", "{run}", "--packing", "document", "--stride", "6"], "multiples"),
+    "stride of rows": (["zero-shot", "{run}", "--stride", "4"], "packing document"),
+    "law of zero-shot": (["zero-shot", "{run}", "--estimator", "count[0.3,0.8]"], "clipped"),
     "no model": (["sample", "{folder}/nothing/here"], "does not exist"),
     "top p": (["sample", "{run}", "--top-p", "1.5"], "(0, 1]"),
     "steps": (["sample", "{run}", "--steps", "4"], "ancestral"),

@@ -31,6 +31,7 @@ from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
 from blockdiffusion.evaluate.variance_table import VarianceOptions
+from blockdiffusion.evaluate.zero_shot import ZeroShotOptions
 from blockdiffusion.models.formats import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.sampling.logits import Filters
@@ -166,6 +167,11 @@ def test_a_command_line_is_understood(page, words):
         choose_estimator(values["estimator"], BlockDiffusionConfig())  # refuses an unknown one
     elif name == "variance":
         VarianceOptions(estimators=tuple(values["estimators"] or ("count",)))
+    elif name == "zero-shot":
+        known = {field.name for field in dataclasses.fields(ZeroShotOptions)} - {"local"}
+        ZeroShotOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+                           if k in known and v is not None})  # fmt: skip
+        choose_estimator(values["estimator"], BlockDiffusionConfig())
     elif name == "sample":
         make_policy(values["policy"], values["steps"])
         Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)})

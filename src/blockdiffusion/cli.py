@@ -57,7 +57,8 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Text files, folders, .jsonl, .parquet, Hugging Face data sets, or python-docs."
+            help="Text files, folders, .jsonl, .parquet, a set by name (blockdiff datasets) or "
+            "NAME=PATH, Hugging Face data sets, or python-docs."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the prepared data.")],
@@ -88,7 +89,13 @@ def prepare(
     document_bytes: Annotated[
         int, typer.Option(help="Size above which auto cuts a text file at a blank line.")
     ] = 65536,
-    detokenize: Annotated[str, typer.Option(help="none, or wikitext to undo its marks.")] = "none",
+    detokenize: Annotated[
+        str,
+        typer.Option(
+            help="none (a set by name brings its own), wikitext, wikitext-paper, ptb, lm1b, "
+            "lambada or scientific-papers."
+        ),
+    ] = "none",
     seed: Annotated[int, typer.Option(help="Of the train/validation split.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes; 0 for one per core.")] = 0,
 ) -> None:
@@ -197,6 +204,112 @@ def evaluate(
             json_file, result.to_dict() | {"model": model, "data": str(data), "split": split}
         )
     typer.echo("\n".join(likelihood_lines(result, f"{model} on {data} ({split})")))
+
+
+@app.command("zero-shot")
+def zero_shot(
+    model: MODEL,
+    suite: Annotated[str, typer.Option(help="Which sets: paper (its table 5).")] = "paper",
+    only: Annotated[
+        list[str] | None, typer.Option(help="A set of the suite; may be repeated.")
+    ] = None,
+    local: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH (or NAME:split=PATH), a set's local files; may be repeated."),
+    ] = None,
+    packing: Annotated[
+        str, typer.Option(help="wrap (rows, as the paper) or document (windows with a stride).")
+    ] = "wrap",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a row or window; by default the model's.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from window to window; half of them by default.")
+    ] = None,
+    frame: Annotated[
+        str, typer.Option(help="Ends of a row: auto (as in training), none, bos or bos-eos.")
+    ] = "auto",
+    document_eos: Annotated[bool, typer.Option(help="Put an EOS after every document.")] = False,
+    max_documents: Annotated[
+        int | None, typer.Option(help="Read only the first documents of each set.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Score only the first rows of each set.")] = None,
+    estimator: Annotated[
+        str, typer.Option(help="auto, exact, orders or a law of masks, as for eval.")
+    ] = "auto",
+    samples: Annotated[int, typer.Option(help="Independent draws of the masks.")] = 8,
+    orders: Annotated[int, typer.Option(help="K of the K-order bound, for orders.")] = 8,
+    target_stderr: Annotated[
+        float | None, typer.Option(help="Draw on until a set's noise error is at most this.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For a model without one: a Hugging Face name or path.")
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
+    ] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a table here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Zero-shot perplexity on the paper's sets, with error bars and conventions."""
+    from blockdiffusion.evaluate.scoring import ScoreOptions
+    from blockdiffusion.evaluate.zero_shot import ZeroShotOptions, measure_zero_shot
+    from blockdiffusion.evaluate.zero_shot_table import (
+        zero_shot_csv,
+        zero_shot_lines,
+        zero_shot_markdown,
+    )
+    from blockdiffusion.terminal import progress_bar
+
+    options = ZeroShotOptions(
+        suite=suite,
+        only=tuple(only or ()),
+        local=tuple(local or ()),
+        packing=packing,
+        context=context,
+        stride=stride,
+        frame=frame,
+        document_eos=document_eos,
+        max_documents=max_documents,
+        rows=rows,
+        score=ScoreOptions(
+            estimator=estimator,
+            samples=samples,
+            orders=orders,
+            target_stderr=target_stderr,
+            seed=seed,
+        ),
+    )
+    for path in (json_file, csv_file, markdown):
+        if path is not None:
+            _check_place(path)
+    journal = json_file and json_file.with_name(f"{json_file.name}.journal")
+    network = _load(model, device, dtype)
+    if tokenizer is not None:
+        from blockdiffusion.data.tokenizers import load_tokenizer
+
+        network.tokenizer = load_tokenizer(tokenizer)
+    with progress_bar("zero-shot") as report:
+        table = measure_zero_shot(network, options, report, journal)
+    if json_file is not None:
+        _write_json(json_file, table.to_dict() | {"model": model})
+    if csv_file is not None:
+        _write(csv_file, zero_shot_csv(table).encode())
+    if markdown is not None:
+        _write(markdown, zero_shot_markdown(table, model).encode())
+    typer.echo("\n".join(zero_shot_lines(table, model)))
+
+
+@app.command()
+def datasets() -> None:
+    """List the data sets that are known by name: splits, sources, licences."""
+    from blockdiffusion.data.registry import set_lines
+
+    typer.echo("\n".join(set_lines()))
 
 
 @app.command()

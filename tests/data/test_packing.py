@@ -344,7 +344,7 @@ def test_too_little_text(tmp_path, text, changes, sentence):
     [
         ({"packing": "wrapp"}, "packing is 'wrapp': it must be one of wrap, document"),
         ({"documents": "page"}, "documents is 'page'"),
-        ({"detokenize": "ptb"}, "detokenize is 'ptb'"),
+        ({"detokenize": "pbt"}, "detokenize is 'pbt'"),
         ({"seq_len": 2, "row_bos": True, "row_eos": True}, "must be at least 3"),
         ({"valid_fraction": 0.9}, "from 0 to 0.5"),
         ({"document_bytes": 1}, "document_bytes is 1"),
@@ -494,3 +494,49 @@ def test_a_script_without_a_main_guard_can_use_workers(source, tmp_path):
     )
     assert result.stdout == "once\n"
     assert TokenRows(tmp_path / "out", "train").num_rows > 1000
+
+
+def test_a_named_set_brings_its_splits_and_its_detokenizer(tmp_path):
+    """A set beside a plain file: each has its own rules, and only the set holds some out."""
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"ptb.{split}.txt").write_text(f"{split} 's N shares\n" * 40)
+    (tmp_path / "notes.txt").write_text("My note 's N stays as it is.\n" * 40)
+    sources = [f"ptb={tmp_path}", str(tmp_path / "notes.txt")]
+    manifest = prepare(sources, tmp_path / "out", options(valid_fraction=0.5))
+    texts = {}
+    for split in ("train", "valid"):
+        rows = TokenRows(tmp_path / "out", split)
+        tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+        ids = rows.rows(np.arange(rows.num_rows)).ids_BL.flatten().tolist()
+        texts[split] = tokenizer.decode(ids)
+    assert texts["train"].startswith("train's 1 shares<|endoftext|>train's 1 shares")
+    assert "My note 's N stays" in texts["train"] and "note" not in texts["valid"]
+    assert texts["valid"].startswith("valid's 1 shares") and "test" not in texts["valid"]
+    assert [source["documents"] for source in manifest.sources] == [40, 2, 40]
+    assert manifest.splits["valid"].documents == 40
+    again = prepare(sources, tmp_path / "out", options(valid_fraction=0.5))
+    assert again == manifest
+    (tmp_path / "ptb.valid.txt").write_text("changed\n")
+    with pytest.raises(UserError, match=r"ptb:validation=.* has changed since"):
+        prepare(sources, tmp_path / "out", options(valid_fraction=0.5))
+
+
+def test_a_named_validation_set_and_another_detokenizer(tmp_path):
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "Two words are here."}\n' * 30)
+    (tmp_path / "ptb.train.txt").write_text("the ' N shares\n" * 30)
+    manifest = prepare(
+        [f"ptb:train={tmp_path}"],
+        tmp_path / "out",
+        options(valid=(f"lambada={tmp_path}",), detokenize="wikitext"),
+    )
+    rows = TokenRows(tmp_path / "out", "valid")
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    text = tokenizer.decode(rows.rows(np.arange(1)).ids_BL[0].tolist())
+    assert text.startswith("Two words are here.<|endoftext|>")  # not with LAMBADA's line end
+    assert "N" in tokenizer.decode(
+        TokenRows(tmp_path / "out", "train").rows(np.arange(1)).ids_BL[0].tolist()
+    )
+    assert [source["name"].split("=")[0] for source in manifest.sources] == [
+        "ptb:train",
+        "lambada:test",
+    ]

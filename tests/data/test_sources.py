@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blockdiffusion.data import sources
-from blockdiffusion.data.sources import detokenize_wikitext, open_sources
+from blockdiffusion.data.sources import open_sources
 from blockdiffusion.errors import UserError
 from tests.data.corpora import sentences
 
@@ -240,18 +240,3 @@ def test_without_datasets_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"no file 'owner/set'.*blockdiffusion\[data\]"):
         read("owner/set")
-
-
-# WikiText
-
-
-def test_wikitext_is_undone():
-    raw = (
-        " \n = = History = = \n \n The role @-@ playing game ( 2011 ) , sold 1 @,@ 500 @.@ 5 copies"
-        " ; it 's \" good \" , and they did n't stop : the players ' ratio was 10 : 1 in 1990"
-        " \u2013 91 . \n"
-    )
-    assert detokenize_wikitext(raw) == (
-        "\n== History ==\n\nThe role-playing game (2011), sold 1,500.5 copies"
-        "; it's \"good\", and they didn't stop: the players' ratio was 10:1 in 1990\u201391.\n"
-    )

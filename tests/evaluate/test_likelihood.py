@@ -237,6 +237,22 @@ def test_bos_is_given_and_not_counted(make_model, random_ids):
     assert whole.num_tokens == 48 and not whole.bos
 
 
+def test_given_tokens_are_read_and_not_counted(make_model, random_ids):
+    model, clean = make_model(), random_ids(3, 14)
+    given = torch.zeros_like(clean, dtype=torch.bool)
+    given[0, :6] = given[1, 3:9] = True
+    result = blockdiffusion.likelihood(model, clean, "exact", given=given)
+    assert result.num_tokens == 3 * 14 - 12
+    padded = torch.nn.functional.pad(clean, (0, 2))
+    valid = torch.arange(16)[None].expand(3, -1) < 14
+    free = valid & ~torch.nn.functional.pad(given, (0, 2))
+    expected = exact_blocks(model, padded, free, valid).nelbo_BK.sum(1)
+    assert torch.allclose(result.nats_per_row, expected)
+    for wrong in (dict(ids=clean, given=given[:, 1:]), dict(ids=clean.tolist(), given=given)):
+        with pytest.raises(UserError, match="given goes with a tensor"):
+            blockdiffusion.likelihood(model, **wrong)
+
+
 def test_rows_of_any_length(make_model):
     """Lists are padded, and padding changes nothing."""
     model = make_model()

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from blockdiffusion.data.detokenizers import DETOKENIZERS
+from blockdiffusion.data.named import NamedSplit, parse_named
 from blockdiffusion.data.options import PrepareOptions
-from blockdiffusion.data.sources import DETOKENIZERS, Source, open_sources
+from blockdiffusion.data.sources import Source, open_sources
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import derive_seed
 
@@ -19,16 +21,27 @@ class Corpus:
     def __init__(self, sources: Sequence[str], options: PrepareOptions) -> None:
         if not sources:
             raise UserError("there is no source to prepare: name files, a data set or python-docs")
-        rules = {
-            "field": options.field,
-            "documents": options.documents,
-            "document_bytes": options.document_bytes,
-        }
         self.options = options
-        self.groups: dict[str, list[Source]] = {
-            "train": open_sources([str(source) for source in sources], **rules),
-            "valid": open_sources(options.valid, **rules),
-        }
+        self.groups: dict[str, list[Source]] = {"train": [], "valid": []}
+        for name in map(str, sources):
+            if named := parse_named(name):
+                self.groups["train"].append(named.training())
+                held_out = None if options.valid else named.held_out()
+                self.groups["valid"] += [] if held_out is None else [held_out]
+            else:
+                self.groups["train"] += self._open(name)
+        for name in options.valid:
+            named = parse_named(name)
+            self.groups["valid"] += self._open(name) if named is None else [named.validation()]
+
+    def _open(self, name: str) -> list[Source]:
+        options = self.options
+        return open_sources(
+            [name],
+            field=options.field,
+            documents=options.documents,
+            document_bytes=options.document_bytes,
+        )
 
     def signatures(self) -> list[dict[str, Any]]:
         """What tells this corpus from another; which sources are only for validation, too."""
@@ -94,9 +107,14 @@ class Corpus:
         size = self.first_draw if draw == 0 else self._draw_size
         return place == derive_seed(self.options.seed, "valid", draw) % size
 
+    def detokenizer(self, source: Source) -> str:
+        """The detokenizer of a source: the one that was asked for, else a named set's own."""
+        if self.options.detokenize == "none" and isinstance(source, NamedSplit):
+            return source.data_set.detokenize
+        return self.options.detokenize
+
     def training_text(self) -> Iterator[str]:
         """Detokenized documents of the training split: what a BPE learns from."""
-        detokenize = DETOKENIZERS[self.options.detokenize]
-        for number, (_, text) in enumerate(self.documents("train")):
+        for number, (source, text) in enumerate(self.documents("train")):
             if not self.is_valid(number):
-                yield detokenize(text)
+                yield DETOKENIZERS[self.detokenizer(source)](text)

@@ -7,8 +7,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.shards import PACKERS
-from blockdiffusion.data.sources import DETOKENIZERS, DOCUMENT_RULES, MAX_DOCUMENT_BYTES
+from blockdiffusion.data.sources import DOCUMENT_RULES, MAX_DOCUMENT_BYTES
 from blockdiffusion.errors import UserError
 
 
@@ -29,12 +30,13 @@ class PrepareOptions:
         valid_fraction: share of documents held out for validation: one of every
             round(1 / valid_fraction), drawn by `seed`, and at least one; 0 for none. Read only
             where `valid` is empty.
-        valid: sources of the validation split.
+        valid: sources of the validation split; a named data set brings its own.
         field: name of the text's field in JSON lines, parquet files and Hugging Face data sets.
         documents: how a text file is cut to documents: `auto`, `file`, `line`, `blank-line`
             (see `sources.TextFile`).
         document_bytes: size above which `auto` cuts a file.
-        detokenize: `wikitext` undoes that corpus's marks and spaces; `none` keeps the text.
+        detokenize: undoes a corpus's marks and spaces, see `detokenizers`; `none` keeps the text,
+            but for named data sets, which bring their own.
         seed: of the train/validation split.
         num_workers: worker processes; 0 for one per core. The result does not depend on it.
 

@@ -7,11 +7,12 @@ text and the options alone, not on the number of workers, nor on where a run was
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -254,12 +255,13 @@ def _tokenize(
         under_way: set[Path] = set()
         for group in corpus.groups:
             first = 0
-            for documents in _batches(corpus.documents(group)):
+            for documents in _batches(corpus.documents(group), corpus.detokenizer):
                 for source, _ in documents:
                     counts[id(source)] += 1
                 texts = [text for _, text in documents]
                 raw = [text.encode() for text in texts]
-                path = parts / f"{rules.key(raw)}.part"
+                own = dataclasses.replace(rules, detokenize=corpus.detokenizer(documents[0][0]))
+                path = parts / f"{own.key(raw)}.part"
                 num_bytes = sum(map(len, raw))
                 units.append(Unit(path, group, first, len(texts), num_bytes))
                 first += len(texts)
@@ -267,7 +269,7 @@ def _tokenize(
                     count(num_bytes)
                 else:
                     under_way.add(path)
-                    yield Job(path, texts, num_bytes, rules)
+                    yield Job(path, texts, num_bytes, own)
 
     num_workers = corpus.options.num_workers or _num_cores()
     run_jobs(missing(), num_workers, lambda job: count(job.num_bytes))
@@ -281,11 +283,16 @@ def _num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _batches(documents: Iterator[tuple[Source, str]]) -> Iterator[list[tuple[Source, str]]]:
-    """Documents in a row, together just over `UNIT_BYTES` characters."""
+def _batches(
+    documents: Iterator[tuple[Source, str]], detokenizer: Callable[[Source], str]
+) -> Iterator[list[tuple[Source, str]]]:
+    """Documents in a row with one detokenizer, together just over `UNIT_BYTES` characters."""
     batch: list[tuple[Source, str]] = []
     length = 0
     for source, text in documents:
+        if batch and detokenizer(source) != detokenizer(batch[0][0]):
+            yield batch
+            batch, length = [], 0
         batch.append((source, text))
         length += len(text)
         if length >= UNIT_BYTES:

@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.files import written_aside
-from blockdiffusion.data.sources import DETOKENIZERS
 from blockdiffusion.errors import UserError
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ Nothing is read whole except one document at a time, so a source may be larger t
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import re
@@ -99,7 +100,8 @@ def open_sources(
         else:
             raise UserError(
                 f"there is no file or folder {name!r}: give a path that exists, "
-                f"{' or '.join(BUILT_IN)}, or a Hugging Face data set as owner/name"
+                f"{' or '.join(BUILT_IN)}, a set that `blockdiff datasets` lists, or a Hugging "
+                "Face data set as owner/name"
             )
     return opened
 
@@ -288,6 +290,49 @@ class JsonLines:
 
 
 @dataclass(frozen=True, slots=True)
+class Csv:
+    """A CSV file (UTF-8, commas, double quotes); the document is the column `field`.
+
+    Without a header that names `field` the columns are called `columns`; those of the same name are
+    joined with a space.
+    """
+
+    name: str
+    path: Path
+    field: str
+    columns: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int | None:
+        return self.path.stat().st_size
+
+    def signature(self) -> dict[str, Any]:
+        return _file_signature(self.name, self.path)
+
+    def documents(self) -> Iterator[str]:
+        csv.field_size_limit(MAX_DOCUMENT_BYTES)
+        number = 0
+        try:
+            with open(self.path, encoding="utf-8-sig", newline="") as file:
+                columns: Sequence[str] = ()
+                for row in csv.reader(file, skipinitialspace=True, strict=True):
+                    number += 1
+                    if number == 1 and self.field in row:
+                        columns = row
+                        continue
+                    columns = columns or self.columns
+                    if self.field not in columns or len(row) != len(columns):
+                        raise _no_field(f"row {number} of {self.name}", self.field, columns or row)
+                    named = zip(columns, row, strict=True)
+                    yield " ".join(text for column, text in named if column == self.field)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{self.name} cannot be read as CSV (after row {number}: {error}): it must be "
+                "UTF-8 with commas and double quotes"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
 class Parquet:
     """A parquet file; the document is the string column `field`."""
 
@@ -303,13 +348,7 @@ class Parquet:
         return _file_signature(self.name, self.path)
 
     def documents(self) -> Iterator[str]:
-        try:
-            import pyarrow as arrow
-            import pyarrow.parquet as parquet
-        except ImportError:
-            raise UserError(
-                f"reading {self.name} needs pyarrow: pip install 'blockdiffusion[data]'"
-            ) from None
+        arrow, parquet = import_arrow(self.name)
         try:
             with parquet.ParquetFile(self.path) as table:
                 names = table.schema_arrow.names
@@ -323,8 +362,41 @@ class Parquet:
                             raise _no_field(f"row {number} of {self.name}", self.field, names)
                         yield text
         except arrow.ArrowException as error:
-            first_line = str(error).partition("\n")[0]
-            raise UserError(f"{self.name} cannot be read as parquet: {first_line}") from None
+            raise _no_parquet(self.name, error) from None
+
+    def num_rows(self) -> int:
+        """The rows of the file, from what stands at its end.
+
+        Raises:
+            UserError: it is no whole parquet file.
+        """
+        arrow, parquet = import_arrow(self.name)
+        try:
+            with parquet.ParquetFile(self.path) as table:
+                return table.metadata.num_rows
+        except arrow.ArrowException as error:
+            raise _no_parquet(self.name, error) from None
+
+
+def import_arrow(name: str) -> tuple[Any, Any]:
+    """pyarrow and its parquet module, to read `name` with.
+
+    Raises:
+        UserError: they are not installed.
+    """
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(
+            f"reading {name} needs pyarrow: pip install 'blockdiffusion[data]'"
+        ) from None
+    return arrow, parquet
+
+
+def _no_parquet(name: str, error: Exception) -> UserError:
+    first_line = str(error).partition("\n")[0]
+    return UserError(f"{name} cannot be read as parquet: {first_line}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,40 +496,3 @@ def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
     return UserError(
         f"{where} has no string {field!r} (its fields: {shown}): name the text's with field=..."
     )
-
-
-# WikiText's own marks and its spaces around punctuation, in the order in which they are undone.
-_WIKITEXT = [
-    (re.compile(pattern, re.MULTILINE), replacement)
-    for pattern, replacement in [
-        (r" @([-,.])@ ", r"\1"),
-        (r"^ +| +$", ""),
-        (r"(?<==) (?==)", ""),  # "= = Title = =" is the heading "== Title =="
-        (r"(?<=\d) : (?=\d)", ":"),
-        (r" n't\b", "n't"),
-        (r" '(s|re|ve|ll|d|m)\b", r"'\1"),
-        (r"(?<=s) '(?= )", "'"),
-        (r"\" ([^\"\n]*?) \"", r'"\1"'),
-        (r" ([.,;:!?%)\]}°])", r"\1"),
-        (r"([(\[{$£€]) ", r"\1"),
-        (r"(?<=\d) \u2013 (?=\d)", "\u2013"),  # the en dash of a range
-    ]
-]
-
-
-def detokenize_wikitext(text: str) -> str:
-    """WikiText as prose: `role @-@ playing game ,` becomes `role-playing game,`."""
-    for pattern, replacement in _WIKITEXT:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def keep_text(text: str) -> str:
-    """The text as it is."""
-    return text
-
-
-DETOKENIZERS: dict[str, Callable[[str], str]] = {
-    "none": keep_text,
-    "wikitext": detokenize_wikitext,
-}

@@ -139,6 +139,7 @@ def likelihood(
     target_stderr: float | None = None,
     bos: bool | None = None,
     valid: torch.Tensor | None = None,
+    given: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     t_min: float = T_MIN,
     num_bytes: float | None = None,
@@ -163,6 +164,8 @@ def likelihood(
         bos: whether position 0 of each row is given and not counted; None = what the model's
             configuration says, and no BOS where it says nothing. Texts get the BOS put before them.
         valid: bool (B, L), False at padding; None = all valid.
+        given: bool (B, L), True at tokens that are read as they are, never masked and not counted,
+            besides a BOS: the context of what is scored, see `evaluate.windows`.
         generator: source of the masks; a fixed seed by default.
         t_min: where "bernoulli" cuts t, as the authors do (relative bias below 0.1 %).
         num_bytes: UTF-8 bytes of the counted text, for bits per byte; known for texts.
@@ -192,6 +195,8 @@ def likelihood(
     free_BL = valid_BL.clone()
     if given_bos:
         free_BL[:, 0] = False
+    if given is not None:
+        free_BL &= ~_like(given, ids, free_BL)
     num_tokens = int(free_BL.sum())
     if num_tokens == 0:
         raise UserError("there is nothing to score: every token is given or padding")
@@ -227,9 +232,9 @@ def likelihood(
         num_tokens=num_tokens,
         num_rows=len(row_B),
         stderr_noise=0.0 if estimator == "exact" else found.noise_error(num_tokens),
-        stderr_data=_data_error(row_B, free_BL.sum(1)),
+        stderr_data=data_error(row_B, free_BL.sum(1)),
         exact_stderr_data=(
-            None if found.exact_B is None else _data_error(found.exact_B, free_BL.sum(1))
+            None if found.exact_B is None else data_error(found.exact_B, free_BL.sum(1))
         ),
         orders_stderr_noise=found.noise_error(num_tokens, orders) if bounds else None,
         estimator=estimator,
@@ -498,7 +503,7 @@ def _maybe(valid_BL: torch.Tensor) -> torch.Tensor | None:
 # --- errors and units ------------------------------------------------------------------------
 
 
-def _data_error(row_B: torch.Tensor, tokens_B: torch.Tensor) -> float | None:
+def data_error(row_B: torch.Tensor, tokens_B: torch.Tensor) -> float | None:
     """Standard error of the ratio sum(nats) / sum(tokens) over independent rows."""
     used = tokens_B > 0
     row_B, tokens_B = row_B[used], tokens_B[used].double().cpu()
@@ -557,6 +562,13 @@ def _rectangle(
     missing = -clean.shape[1] % block_size
     pad = (0, missing)
     return torch.nn.functional.pad(clean, pad), torch.nn.functional.pad(valid, pad)
+
+
+def _like(given: torch.Tensor, ids: Any, free_BL: torch.Tensor) -> torch.Tensor:
+    """`given`, padded as the ids were."""
+    if not isinstance(ids, torch.Tensor) or given.shape != ids.shape:
+        raise UserError("given goes with a tensor of ids and has its shape")
+    return torch.nn.functional.pad(given.bool().cpu(), (0, free_BL.shape[1] - given.shape[1]))
 
 
 def _check_ids(clean_BL: torch.Tensor, valid_BL: torch.Tensor, config: Any) -> None:

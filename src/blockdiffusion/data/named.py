@@ -1,0 +1,281 @@
+"""Named data sets as sources: from the hub or from local files of the same shape."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from blockdiffusion.data.hub import fetch_split
+from blockdiffusion.data.registry import (
+    DATA_SETS,
+    CharacterRanges,
+    DataSet,
+    LastDocuments,
+    find_set,
+)
+from blockdiffusion.data.sources import JSON_SUFFIXES, Csv, JsonLines, Parquet, TextFile
+from blockdiffusion.data.splits import split_of
+from blockdiffusion.errors import UserError
+
+PIECE_CHARACTERS = 65_536
+NO_TEXT = {".md", ".bin", ".len"}  # what is about a set, and what `prepare` writes
+TITLE = re.compile(r"\s*= [^=].* =\s*")  # " = Title = "; a section has two signs or more
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NamedSet:
+    """A data set as it was asked for: `NAME[:split][=PATH]`.
+
+    Attributes:
+        split: None where none was named.
+        path: local file or folder; None: the hub.
+    """
+
+    data_set: DataSet
+    split: str | None = None
+    path: Path | None = None
+
+    def training(self) -> NamedSplit:
+        """The split that was named, else the training split."""
+        return self.source(self.split or "train")
+
+    def held_out(self) -> NamedSplit | None:
+        """The split that becomes `valid` beside the training split; None where there is none.
+
+        A single local file without a rule to cut it is training text alone.
+        """
+        wanted = self.data_set.held_out
+        single = self.path is not None and self.path.is_file() and self.data_set.cut is None
+        return None if self.split or wanted is None or single else self.source(wanted)
+
+    def validation(self) -> NamedSplit:
+        """The split that was named, else the one that is held out.
+
+        Raises:
+            UserError: the set holds none out.
+        """
+        wanted = self.split or self.data_set.held_out
+        if wanted is None:
+            name = self.data_set.name
+            raise UserError(
+                f"{name} holds no split out: name one, as {name}:{next(iter(self.data_set.splits))}"
+            )
+        return self.source(wanted)
+
+    def source(self, split: str) -> NamedSplit:
+        """One split.
+
+        Raises:
+            UserError: the set has no such split, or there are no files of it at the local path.
+        """
+        data_set = self.data_set
+        if split not in data_set.splits:
+            raise UserError(
+                f"{data_set.name} has no split {split!r}: it has {' and '.join(data_set.splits)}; "
+                f"name one, as {data_set.name}:{next(iter(data_set.splits))}"
+            )
+        if self.path is None:
+            return NamedSplit(f"{data_set.name}:{split}", data_set, split)
+        files = local_files(data_set, split, self.path)
+        return NamedSplit(f"{data_set.name}:{split}={self.path}", data_set, split, tuple(files))
+
+
+def parse_named(text: str) -> NamedSet | None:
+    """What `text` asks for, if it names a data set and no path that exists.
+
+    Raises:
+        UserError: the local path does not exist, or what it is said to hold is no set.
+    """
+    head, equals, local = text.partition("=")
+    name, _, split = head.partition(":")
+    path = Path(local).expanduser() if equals else None
+    if Path(text).expanduser().exists():
+        return None
+    if name not in DATA_SETS and (path is None or not path.exists()):
+        return None
+    data_set = find_set(name)
+    if path is not None and not path.exists():
+        raise UserError(f"there is no file or folder {local!r} to read {name} from")
+    return NamedSet(data_set=data_set, split=split or None, path=path)
+
+
+@dataclass(frozen=True, slots=True)
+class NamedSplit:
+    """One split of a named set, from local files or (`files` is None) from the hub."""
+
+    name: str
+    data_set: DataSet
+    split: str
+    files: tuple[Path, ...] | None = None
+
+    @property
+    def size(self) -> int | None:
+        return None  # before it is downloaded, unpacked and cut
+
+    def signature(self) -> dict[str, Any]:
+        if self.files is None:
+            return {"name": self.name, "repository": self.data_set.repository}
+        status = [(file.name, file.stat()) for file in self.files]
+        return {
+            "name": self.name,
+            "files": [[name, found.st_size, found.st_mtime_ns] for name, found in status],
+        }
+
+    def documents(self) -> Iterator[str]:
+        """The documents, still as the set has them: see `DataSet.detokenize`."""
+        rows = self._rows()
+        if self.data_set.documents == "article":
+            return articles(rows)
+        if self.data_set.documents == "piece":
+            return chain.from_iterable(map(pieces, rows))
+        return rows
+
+    def _rows(self) -> Iterator[str]:
+        data_set = self.data_set
+        files = fetch_split(data_set, self.split) if self.files is None else list(self.files)
+        match data_set.cut:
+            case LastDocuments(number=number, held_out=held_out):
+                return _part(data_set, files, number, self.split == held_out)
+            case CharacterRanges(ranges=ranges) if self.files is not None and _is_whole(files):
+                begin, end = ranges[self.split]
+                return iter([_text(files[0])[begin:end]])
+        return chain.from_iterable(_open(file, data_set).documents() for file in files)
+
+
+# --- local files -------------------------------------------------------------------------------
+
+
+def local_files(data_set: DataSet, split: str, path: Path) -> list[Path]:
+    """The files of a split: `path` itself, or those of the folder that are named as the split.
+
+    A set that is published as one is all files of the folder.
+
+    Raises:
+        UserError: there are none, they are empty, or of several formats; or `path` is a file named
+            as another split.
+    """
+    if path.is_file():
+        said = None if data_set.is_one_body else split_of(Path(path.name))
+        if said not in (None, split):
+            raise UserError(
+                f"{path} is named as the split {said}, and {split} of {data_set.name} is asked "
+                f"for: name the right file, or say {data_set.name}:{said}={path}"
+            )
+        found = [path]
+    else:
+        found = [
+            file
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            and file.suffix.lower() not in NO_TEXT
+        ]
+        uncut = isinstance(data_set.cut, CharacterRanges) and _is_whole(found)
+        if not (data_set.is_one_body or uncut):
+            found = [file for file in found if split_of(file.relative_to(path)) == split]
+    if not found:
+        raise UserError(
+            f"{path} has no file of the split {split} of {data_set.name}: put {split!r} into its "
+            "name, or name the file itself"
+        )
+    kinds = {_kind(file) for file in found}
+    if len(kinds) > 1:
+        raise UserError(
+            f"{path} has files of several formats for the split {split} of {data_set.name} "
+            f"({', '.join(sorted(kinds))}): name the one to read"
+        )
+    for file in found:
+        if file.stat().st_size == 0:
+            raise UserError(f"the file {file} is empty: get it again, it should have text in it")
+    return found
+
+
+def _is_whole(files: Sequence[Path]) -> bool:
+    """Whether this is one file with all splits in it."""
+    return len(files) == 1 and split_of(Path(files[0].name)) is None
+
+
+def _kind(file: Path) -> str:
+    suffix = file.suffix.lower()
+    if suffix in JSON_SUFFIXES:
+        return "JSON lines"
+    return {".parquet": "parquet", ".csv": "CSV"}.get(suffix, "text")
+
+
+def _open(file: Path, data_set: DataSet) -> Parquet | JsonLines | Csv | TextFile:
+    """The rows of a file: of a text file its lines, or its whole text where that is cut later."""
+    match _kind(file):
+        case "parquet":
+            return Parquet(str(file), file, data_set.field)
+        case "JSON lines":
+            return JsonLines(str(file), file, data_set.field)
+        case "CSV":
+            return Csv(str(file), file, data_set.field, data_set.columns)
+    if data_set.documents == "piece":
+        return TextFile(str(file), file, "auto", PIECE_CHARACTERS)
+    return TextFile(str(file), file, "line", PIECE_CHARACTERS)
+
+
+def _text(file: Path) -> str:
+    return "".join(TextFile(str(file), file, "auto", 2**20).documents())
+
+
+# --- documents ---------------------------------------------------------------------------------
+
+
+def articles(rows: Iterable[str]) -> Iterator[str]:
+    """WikiText's rows (lines) joined to articles; blank rows are left out, as the hub's are empty.
+
+    Each row keeps its line end, or gets one.
+    """
+    lines: list[str] = []
+    for row in rows:
+        if not row.strip():
+            continue
+        if lines and TITLE.fullmatch(row):
+            yield "".join(lines)
+            lines = []
+        lines.append(row if row.endswith("\n") else f"{row}\n")
+    if lines:
+        yield "".join(lines)
+
+
+def pieces(text: str, length: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """`text` cut after the next space behind every `length` characters; nothing is lost."""
+    start = 0
+    while start < len(text):
+        space = text.find(" ", start + length - 1)
+        end = len(text) if space < 0 else space + 1
+        yield text[start:end]
+        start = end
+
+
+def _part(data_set: DataSet, files: list[Path], number: int, is_last: bool) -> Iterator[str]:
+    """The last `number` rows of all files together, or those before; whole files are skipped."""
+    counts = [_num_rows(file, file.stat().st_mtime_ns, data_set) for file in files]
+    border = sum(counts) - number
+    if border < 1:
+        raise UserError(
+            f"{files[0].parent} has {sum(counts):,} documents of {data_set.name}, whose last "
+            f"{number:,} are held out: give all of it, or name the files without the set's name"
+        )
+    first = 0
+    for file, count in zip(files, counts, strict=True):
+        before = min(max(border - first, 0), count)
+        begin, end = (before, count) if is_last else (0, before)
+        if begin < end:
+            yield from islice(_open(file, data_set).documents(), begin, end)
+        first += count
+
+
+@functools.lru_cache(maxsize=1024)
+def _num_rows(file: Path, modified_ns: int, data_set: DataSet) -> int:
+    source = _open(file, data_set)
+    if isinstance(source, Parquet):
+        return source.num_rows()
+    return sum(1 for _ in source.documents())

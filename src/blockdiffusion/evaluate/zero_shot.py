@@ -1,0 +1,429 @@
+"""Zero-shot perplexity: one model on text of other kinds than it was trained on (paper, table 5).
+
+By default the conventions are those of the paper's evaluation: documents detokenized, one after the
+other with nothing between them, wrapped to rows of the model's length. Every number comes with the
+conventions that it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import blockdiffusion
+from blockdiffusion.data.detokenizers import DETOKENIZERS
+from blockdiffusion.data.named import NamedSet, NamedSplit
+from blockdiffusion.data.parts import id_dtype
+from blockdiffusion.data.registry import find_set
+from blockdiffusion.data.shards import RowRules, WrapPacker
+from blockdiffusion.data.tokenizers import encode, vocab_size
+from blockdiffusion.denoiser import Denoiser, bos_id
+from blockdiffusion.errors import UserError
+from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
+from blockdiffusion.evaluate.scoring import ScoreOptions, score
+from blockdiffusion.evaluate.windows import (
+    Window,
+    check_stride,
+    default_stride,
+    document_windows,
+)
+
+PACKINGS = ("wrap", "document")
+FRAMES = ("auto", "none", "bos", "bos-eos")
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One line of a suite: which split of which named set."""
+
+    name: str
+    data_set: str
+    split: str
+
+
+SUITES = {
+    "paper": (
+        Task(name="ptb", data_set="ptb", split="validation"),
+        Task(name="wikitext", data_set="wikitext2", split="validation"),
+        Task(name="lm1b", data_set="lm1b", split="test"),
+        Task(name="lambada", data_set="lambada", split="test"),
+        Task(name="ag_news", data_set="ag_news", split="test"),
+        Task(name="pubmed", data_set="scientific_papers_pubmed", split="validation"),
+        Task(name="arxiv", data_set="scientific_papers_arxiv", split="validation"),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotOptions:
+    """What to measure, and by which conventions.
+
+    Attributes:
+        suite: a key of `SUITES`.
+        only: names of its tasks; all if empty.
+        local: `NAME=PATH` or `NAME:split=PATH` for each task with local files.
+        packing: `wrap`: the documents of a set are one stream, cut to rows of `context` tokens, the
+            last partial row dropped (the paper). `document`: each by itself, in windows of
+            `context` tokens, `stride` tokens apart.
+        context: tokens a row or window; None: the model's.
+        stride: see `windows.document_windows`; None: half the context. For `document` only.
+        frame: what stands at the ends of rows: `none`, `bos` (given, not counted) or `bos-eos` (the
+            paper: BOS at the beginning, a counted EOS at the end of a wrapped row). `auto`: as the
+            model was trained, and `bos-eos` where it does not say.
+        document_eos: whether an EOS stands after every document; the paper has none here.
+        max_documents: read only the first documents of each set.
+        rows: score only the first rows, for `wrap`.
+        score: how the likelihood is estimated.
+
+    Raises:
+        UserError: something that does not exist or does not go together.
+    """
+
+    suite: str = "paper"
+    only: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
+    packing: str = "wrap"
+    context: int | None = None
+    stride: int | None = None
+    frame: str = "auto"
+    document_eos: bool = False
+    max_documents: int | None = None
+    rows: int | None = None
+    score: ScoreOptions = dataclasses.field(default_factory=ScoreOptions)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("suite", SUITES), ("packing", PACKINGS), ("frame", FRAMES)):
+            if (value := getattr(self, name)) not in allowed:
+                raise UserError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
+        known = [task.name for task in SUITES[self.suite]]
+        if unknown := [name for name in self.only if name not in known]:
+            raise UserError(
+                f"the suite {self.suite} has no {unknown[0]!r}: it has {', '.join(known)}"
+            )
+        for name in ("context", "stride", "max_documents", "rows"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} is {value}: it must be at least 1")
+        if self.stride is not None and self.packing == "wrap":
+            raise UserError("stride goes with packing document: wrapped rows do not overlap")
+        if self.rows is not None and self.packing == "document":
+            raise UserError("rows goes with packing wrap: give max_documents instead")
+        self.sources()  # refuses what is wrong in local
+
+    def sources(self) -> list[tuple[Task, NamedSet]]:
+        """Every task, with the set that it reads."""
+        local: dict[str, tuple[str, Path]] = {}
+        tasks = {alias: task for task in SUITES[self.suite] for alias in (task.name, task.data_set)}
+        for entry in self.local:
+            head, equals, path = entry.partition("=")
+            name, _, split = head.partition(":")
+            if not equals or name not in tasks:
+                raise UserError(
+                    f"local is {entry!r}: it must be NAME=PATH, with a name of the suite "
+                    f"({', '.join(task.name for task in SUITES[self.suite])})"
+                )
+            if not Path(path).expanduser().exists():
+                raise UserError(f"there is no file or folder {path!r} to read {name} from")
+            local[tasks[name].name] = (split or tasks[name].split, Path(path).expanduser())
+        chosen = []
+        for task in SUITES[self.suite]:
+            if not self.only or task.name in self.only:
+                split, path = local.get(task.name, (task.split, None))
+                data_set = find_set(task.data_set)
+                chosen.append((task, NamedSet(data_set=data_set, split=split, path=path)))
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotRow:
+    """One set: its likelihood and its conventions, or why there is none.
+
+    Attributes:
+        task: its name in the suite.
+        source: set, split and local path.
+        detokenizer: see `data.detokenizers`.
+        documents: read, blank ones left out.
+        num_bytes: UTF-8 bytes that the counted tokens cover, after detokenizing; the whole text
+            times the share of its tokens that were kept.
+        result: None where `missing` says why.
+    """
+
+    task: str
+    source: str
+    detokenizer: str
+    documents: int = 0
+    num_bytes: float = 0.0
+    result: Likelihood | None = None
+    missing: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; those of the likelihood beside the others."""
+        values = {
+            "task": self.task, "source": self.source, "detokenizer": self.detokenizer,
+            "documents": self.documents, "num_bytes": self.num_bytes, "missing": self.missing,
+        }  # fmt: skip
+        return values | ({} if self.result is None else self.result.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotTable:
+    """All sets of a suite, and the conventions that they share.
+
+    Attributes:
+        context, stride, frame: those that were used; no stride for wrapped rows.
+    """
+
+    rows: tuple[ZeroShotRow, ...]
+    options: ZeroShotOptions
+    context: int
+    stride: int | None
+    frame: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, with the versions that they were measured with."""
+        used = {"context": self.context, "stride": self.stride, "frame": self.frame}
+        return {
+            **asdict(self.options),
+            **used,
+            "seconds": self.seconds,
+            "versions": {
+                "blockdiffusion": blockdiffusion.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "sets": [row.to_dict() for row in self.rows],
+        }
+
+
+def measure_zero_shot(
+    model: Denoiser,
+    options: ZeroShotOptions | None = None,
+    progress: Progress | None = None,
+    journal: Path | None = None,
+) -> ZeroShotTable:
+    """The likelihood of every set of a suite under a model.
+
+    A set that cannot be read is in the table with the reason, and the others are measured.
+
+    Args:
+        model: any kind that `likelihood` takes, with a tokenizer.
+        progress: called with (set and what is counted, done, how many there are or None).
+        journal: file that keeps what is finished, so that the same call goes on after an
+            interruption, or when a missing set can be read; removed when all sets are measured.
+
+    Raises:
+        UserError: the options do not fit the model, or no set at all can be read.
+    """
+    start = time.perf_counter()
+    options = ZeroShotOptions() if options is None else options
+    cutter = _Cutter.of(model, options)
+    kept = None
+    if journal is not None:
+        kept = Journal(journal, fingerprint(model, asdict(options.score)))
+    rows = [
+        _measure(model, cutter, options.score, task, named, kept, progress or _silent)
+        for task, named in options.sources()
+    ]
+    if all(row.result is None for row in rows):
+        raise UserError(f"no set of the suite can be read; of {rows[0].task}: {rows[0].missing}")
+    if kept is not None and all(row.result is not None for row in rows):
+        kept.remove()
+    return ZeroShotTable(
+        rows=tuple(rows),
+        options=options,
+        context=cutter.context,
+        stride=cutter.stride,
+        frame=cutter.frame,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass
+
+
+def _measure(
+    model: Denoiser,
+    cutter: _Cutter,
+    options: ScoreOptions,
+    task: Task,
+    named: NamedSet,
+    journal: Journal | None,
+    progress: Progress,
+) -> ZeroShotRow:
+    """One set, or why it cannot be read."""
+    split = f"{named.data_set.name}:{named.split}"
+    row = ZeroShotRow(
+        task=task.name,
+        source=split if named.path is None else f"{split}={named.path}",
+        detokenizer=named.data_set.detokenize,
+    )
+    try:
+        text = cutter.read(
+            named.validation(), lambda done: progress(f"{task.name}: documents", done, None)
+        )
+    except UserError as error:
+        return dataclasses.replace(row, missing=str(error))
+    result = score(
+        model,
+        text.windows,
+        options,
+        bos=cutter.bos is not None,
+        num_bytes=text.num_bytes,
+        journal=journal,
+        name=task.name,
+        progress=lambda done, total: progress(f"{task.name}: rows", int(done), int(total)),
+    )
+    return dataclasses.replace(
+        row, documents=text.documents, num_bytes=text.num_bytes, result=result
+    )
+
+
+# --- from documents to rows --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text:
+    windows: list[Window]
+    documents: int
+    num_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cutter:
+    """Makes rows of a set's documents; an id that is None is not put anywhere."""
+
+    tokenizer: Any
+    context: int
+    stride: int | None
+    """None: the documents are wrapped."""
+    frame: str
+    bos: int | None
+    row_eos: int | None
+    document_eos: int | None
+    max_documents: int | None
+    rows: int | None
+
+    @classmethod
+    def of(cls, model: Denoiser, options: ZeroShotOptions) -> _Cutter:
+        """The conventions for this model.
+
+        Raises:
+            UserError: the model has no tokenizer, or the options do not fit it.
+        """
+        tokenizer, config = model.tokenizer, model.config
+        if tokenizer is None:
+            raise UserError(
+                "this model's directory has no tokenizer, which texts need: save one into it, or "
+                "name one (--tokenizer gpt2)"
+            )
+        if vocab_size(tokenizer) > config.vocab_size or (
+            tokenizer.mask_token_id not in (None, config.mask_id)
+        ):
+            raise UserError(
+                f"the tokenizer has V = {vocab_size(tokenizer)} and mask "
+                f"{tokenizer.mask_token_id}, the model V = {config.vocab_size} and mask "
+                f"{config.mask_id}: name the tokenizer that the model was trained with"
+            )
+        choose_estimator(options.score.estimator, config)  # fails before anything is read
+        frame = options.frame
+        if frame == "auto":
+            frame = {None: "bos-eos", True: "bos", False: "none"}[config.bos]
+        context = options.context or config.seq_len
+        stride = None
+        if options.packing == "document":
+            stride = options.stride or default_stride(context, config.block_size)
+            check_stride(context, stride, config.block_size, frame != "none")
+        row_eos = frame == "bos-eos" and stride is None
+        if context <= (frame != "none") + row_eos:
+            raise UserError(f"context is {context}: no room for text in a row with {frame}")
+        eos = config.eos_id if config.eos_id is not None else tokenizer.eos_token_id
+        if eos is None and (row_eos or options.document_eos):
+            raise UserError("this model names no EOS token: give frame bos or none")
+        return cls(
+            tokenizer=tokenizer,
+            context=context,
+            stride=stride,
+            frame=frame,
+            bos=None if frame == "none" else bos_id(model),
+            row_eos=eos if row_eos else None,
+            document_eos=eos if options.document_eos else None,
+            max_documents=options.max_documents,
+            rows=options.rows,
+        )
+
+    def read(self, source: NamedSplit, progress: Callable[[int], None]) -> _Text:
+        """The rows of a set; `progress` is told how many documents are read.
+
+        Raises:
+            UserError: it cannot be read, or does not fill a row.
+        """
+        documents = self._documents(source, progress)
+        text = self._wrapped(documents) if self.stride is None else self._windows(documents)
+        if not text.windows:
+            raise UserError(
+                f"{source.name} does not fill one row of {self.context} tokens: give a smaller "
+                "context, or packing document"
+            )
+        return text
+
+    def _documents(
+        self, source: NamedSplit, progress: Callable[[int], None]
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """(token ids, UTF-8 bytes) of each document."""
+        detokenize = DETOKENIZERS[source.data_set.detokenize]
+        texts = (text for text in source.documents() if text.strip())
+        for number, text in enumerate(map(detokenize, islice(texts, self.max_documents))):
+            progress(number)
+            yield np.array(encode(self.tokenizer, text), dtype=np.int64), len(text.encode())
+
+    def _wrapped(self, read: Iterator[tuple[np.ndarray, int]]) -> _Text:
+        rules = RowRules(
+            seq_len=self.context,
+            dtype=id_dtype(vocab_size(self.tokenizer)),
+            pad_id=0,
+            row_bos_id=self.bos,
+            row_eos_id=self.row_eos,
+            document_eos_id=self.document_eos,
+        )
+        packer = WrapPacker(rules)
+        rows: list[np.ndarray] = []
+        documents = num_bytes = num_tokens = 0
+        for ids, size in read:
+            made, _ = packer.add(ids.astype(rules.dtype), np.array([len(ids)]))
+            rows += list(made)
+            documents += 1
+            num_bytes += size
+            num_tokens += len(ids) + (self.document_eos is not None)
+            if self.rows is not None and len(rows) >= self.rows:
+                break
+        rows = rows[: self.rows]
+        windows = [
+            Window(ids=row, given=int(self.bos is not None), unit=number)
+            for number, row in enumerate(rows)
+        ]
+        share = len(rows) * rules.payload / max(num_tokens, 1)
+        return _Text(windows=windows, documents=documents, num_bytes=num_bytes * share)
+
+    def _windows(self, read: Iterator[tuple[np.ndarray, int]]) -> _Text:
+        assert self.stride is not None
+        windows: list[Window] = []
+        documents = num_bytes = 0
+        for ids, size in read:
+            if self.document_eos is not None:
+                ids = np.append(ids, self.document_eos)
+            windows += document_windows(ids, documents, self.context, self.stride, self.bos)
+            documents += 1
+            num_bytes += size
+        return _Text(windows=windows, documents=documents, num_bytes=num_bytes)
