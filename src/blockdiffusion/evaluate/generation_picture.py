@@ -1,0 +1,269 @@
+"""Results of `blockdiff generate-eval` as one SVG: perplexity against entropy, and lengths.
+
+Each result is a numbered dot with its 95 % intervals, its real text a hollow dot. A sample set is
+better the closer it comes to real text, not the lower it lies: low perplexity at low entropy is
+text that repeats itself. Below, a histogram of lengths for each result, on one axis. The file
+stands alone, with its own light and dark colours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from blockdiffusion.evaluate.generation_table import conventions, number, real_label
+from blockdiffusion.evaluate.likelihood import Z95
+from blockdiffusion.evaluate.pictures import STANDALONE_STYLE, Frame, nice_ticks, tick_label
+
+WIDTH, LEFT, RIGHT = 760, 66, 24
+HEAD, PLOT, LEGEND_LINE = 74, 320, 22
+BAND, BAND_GAP = 62, 34
+LETTER = 5.9  # width of a letter of a note
+LONGEST_LABEL = 58
+STYLE = STANDALONE_STYLE + (
+    "svg{--rule:#e5e2dc;--strong-rule:#b9b5ad;--accent:#34679c;--warm:#bf5b33}"
+    "@media (prefers-color-scheme:dark){svg{--rule:#2d3136;--strong-rule:#565b63;"
+    "--accent:#7db0e3;--warm:#e58a5f}}"
+    ".grid{stroke:var(--rule)}.axis{stroke:var(--strong-rule)}.tick,.note{fill:var(--muted);"
+    "font-size:11px}.end{text-anchor:end}.title{font-size:15px;font-weight:600}"
+    ".name{font-size:12px}.error{stroke:var(--accent);stroke-width:1.5}"
+    ".dot{fill:var(--accent);stroke:var(--paper);stroke-width:1.5}"
+    ".error.real{stroke:var(--warm)}.dot.real{fill:var(--paper);stroke:var(--warm);stroke-width:2}"
+    ".in-dot{fill:var(--paper);font-size:10.5px;font-weight:600}.in-dot.real{fill:var(--warm)}"
+    ".bar{fill:var(--accent);opacity:.85}"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dot:
+    """A place in the plot with the ends of its intervals."""
+
+    mark: str
+    label: str
+    real: bool
+    entropy: float
+    entropy_ends: tuple[float, float]
+    perplexity: float
+    perplexity_ends: tuple[float, float]
+
+
+def generation_picture(results: Sequence[Mapping[str, Any]]) -> str:
+    """The picture as one `<svg>`; results are what `GenerationResult.to_dict` gives, of one
+    judge."""
+    dots = _dots(results)
+    with_lengths = [(i, r) for i, r in enumerate(results, 1) if r["lengths"] is not None]
+    legend_top = HEAD + PLOT + 50
+    bands_top = legend_top + LEGEND_LINE * len(dots) + 34
+    height = bands_top + (BAND + BAND_GAP) * len(with_lengths) + (30 if with_lengths else -20)
+    parts = [
+        f'<svg class="generation" xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" '
+        f'height="{height}" viewBox="0 0 {WIDTH} {height}" role="img" '
+        'aria-label="Generative perplexity against entropy, and lengths of samples">',
+        f"<style>{STYLE}</style>",
+        f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
+        '<text class="title" x="16" y="28">Generative perplexity against entropy</text>',
+        *_noted(conventions(results[0])),
+        *_plot(dots, results[0]["judge"]["is_bound"]),
+        *_legend(dots, legend_top),
+        *_lengths(with_lengths, bands_top),
+        "</svg>",
+    ]
+    return "".join(parts)
+
+
+def _noted(words: str) -> list[str]:
+    most = int((WIDTH - 32) / LETTER)
+    shown = words if len(words) <= most else words[: most - 1] + "…"
+    return [
+        f'<text class="note" x="16" y="47"><title>{escape(words)}</title>{escape(shown)}</text>'
+    ]
+
+
+def _dots(results: Sequence[Mapping[str, Any]]) -> list[_Dot]:
+    """A dot for every result, then one for every different real text."""
+    dots, real, seen = [], [], set()
+    for index, result in enumerate(results, 1):
+        dots.append(_dot(str(index), result["label"], result["text"]))
+        reference, label = result["reference"], real_label(result)
+        place = None if reference is None else (label, reference["perplexity"])
+        if reference is not None and place not in seen and reference["perplexity"] is not None:
+            seen.add(place)
+            real.append(_dot(chr(ord("a") + len(real) % 26), label, reference, real=True))
+    return dots + real
+
+
+def _dot(mark: str, label: str, text: Mapping[str, Any], real: bool = False) -> _Dot:
+    perplexity, entropy = text["perplexity"], text["entropy"]
+    reach = Z95 * (entropy["stderr"] or 0.0)
+    return _Dot(
+        mark=mark,
+        label=label if len(label) <= LONGEST_LABEL else "…" + label[1 - LONGEST_LABEL :],
+        real=real,
+        entropy=entropy["value"],
+        entropy_ends=(entropy["value"] - reach, entropy["value"] + reach),
+        perplexity=perplexity,
+        perplexity_ends=tuple(text["interval"] or (perplexity, perplexity)),  # type: ignore
+    )
+
+
+def _plot(dots: Sequence[_Dot], is_bound: bool) -> list[str]:
+    entropies = [end for dot in dots for end in dot.entropy_ends]
+    logs = [math.log10(end) for dot in dots for end in dot.perplexity_ends]
+    frame = Frame(
+        width=WIDTH,
+        height=HEAD + PLOT,
+        x_range=_padded(entropies, 0.1),
+        y_range=_padded(logs, 0.05),
+        left=LEFT,
+        right=RIGHT,
+        top=HEAD,
+        bottom=0,
+    )
+    sign = "upper bound on " if is_bound else ""
+    middle = HEAD + PLOT / 2
+    parts = _axes(frame)
+    parts.append(
+        f'<text class="note middle" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEAD + PLOT + 34}">'
+        "entropy of a sample's tokens (nats)</text>"
+    )
+    parts.append(
+        f'<text class="note middle" transform="translate(15 {middle:.0f}) rotate(-90)">'
+        f"{sign}generative perplexity</text>"
+    )
+    for dot in [dot for dot in dots if dot.real] + [dot for dot in dots if not dot.real]:
+        parts += _drawn(frame, dot)
+    return parts
+
+
+def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
+    """The range of the values with a margin; at least `least` to either side."""
+    low, high = min(values), max(values)
+    pad = max(0.12 * (high - low), least)
+    return low - pad, high + pad
+
+
+def _axes(frame: Frame) -> list[str]:
+    right, bottom, parts = frame.width - frame.right, frame.height, []
+    for tick in nice_ticks(*frame.x_range, 7):
+        x = f"{frame.x(tick):.1f}"
+        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{frame.top}" y2="{bottom}"/>')
+        label = tick_label(round(tick, 9))
+        parts.append(f'<text class="tick middle" x="{x}" y="{bottom + 16}">{label}</text>')
+    for mark in _log_ticks(*frame.y_range):
+        y = f"{frame.y(math.log10(mark)):.1f}"
+        parts.append(f'<line class="grid" x1="{frame.left}" x2="{right}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<text class="tick end" x="{frame.left - 8}" y="{float(y) + 4:.1f}">'
+            f"{tick_label(mark)}</text>"
+        )
+    parts.append(f'<line class="axis" x1="{frame.left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    return parts
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round values between 10^low and 10^high: powers of ten, or more where few of them fit."""
+    if high - low < 0.7:
+        return [tick for tick in nice_ticks(10**low, 10**high, 6) if tick > 0]
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    exponents = range(math.floor(low), math.floor(high) + 1)
+    every = max(1, len(exponents) // 8)
+    marks = [m * 10.0**e for e in exponents if e % every == 0 for m in steps]
+    return [mark for mark in marks if low <= math.log10(mark) <= high]
+
+
+def _drawn(frame: Frame, dot: _Dot) -> list[str]:
+    x, y = f"{frame.x(dot.entropy):.1f}", f"{frame.y(math.log10(dot.perplexity)):.1f}"
+    left, right = (f"{frame.x(end):.1f}" for end in dot.entropy_ends)
+    low, high = (f"{frame.y(math.log10(end)):.1f}" for end in dot.perplexity_ends)
+    css = " real" if dot.real else ""
+    return [
+        f"<g><title>{escape(dot.label)}: {number(dot.perplexity)} at {number(dot.entropy)} nats"
+        "</title>",
+        f'<line class="error{css}" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>',
+        f'<line class="error{css}" x1="{x}" x2="{x}" y1="{low}" y2="{high}"/>',
+        _marked(float(x), float(y), dot),
+        "</g>",
+    ]
+
+
+def _marked(x: float, y: float, dot: _Dot) -> str:
+    css = " real" if dot.real else ""
+    return (
+        f'<circle class="dot{css}" cx="{x:.1f}" cy="{y:.1f}" r="8.5"/>'
+        f'<text class="in-dot middle{css}" x="{x:.1f}" y="{y + 3.8:.1f}">{dot.mark}</text>'
+    )
+
+
+def _legend(dots: Sequence[_Dot], top: int) -> list[str]:
+    parts = []
+    for index, dot in enumerate(dots):
+        y = top + LEGEND_LINE * index
+        parts.append(_marked(LEFT + 9, y + 8, dot))
+        values = f"perplexity {number(dot.perplexity)}, entropy {number(dot.entropy)}"
+        parts.append(
+            f'<text class="name" x="{LEFT + 26}" y="{y + 12}">{escape(dot.label)}</text>'
+            f'<text class="note end" x="{WIDTH - RIGHT}" y="{y + 12}">{values}</text>'
+        )
+    y = top + LEGEND_LINE * len(dots) + 10
+    words = "lines: 95 % intervals over samples"
+    return [*parts, f'<text class="note" x="{LEFT}" y="{y}">{words}</text>']
+
+
+def _lengths(results: Sequence[tuple[int, Mapping[str, Any]]], top: int) -> list[str]:
+    if not results:
+        return []
+    longest = max(result["lengths"]["edges"][-1] for _, result in results)
+    parts, bottom = [], top
+    for row, (index, result) in enumerate(results):
+        lengths = result["lengths"]
+        start = top + (BAND + BAND_GAP) * row
+        bottom = start + BAND_GAP + BAND
+        ended = lengths["ended"]
+        share = "" if ended is None else f", {100 * ended:.0f} % ended by EOS"
+        words = (
+            f"{index}: length in tokens, median {number(lengths['median'])}, "
+            f"longest {lengths['maximum']:,}{share}"
+        )
+        parts.append(f'<text class="name" x="{LEFT}" y="{start + 22}">{escape(words)}</text>')
+        frame = Frame(
+            width=WIDTH,
+            height=bottom,
+            x_range=(0, longest),
+            y_range=(0, max(lengths["counts"])),
+            left=LEFT,
+            right=RIGHT,
+            top=start + BAND_GAP,
+            bottom=0,
+        )
+        parts += _bars(frame, lengths)
+    for tick in nice_ticks(0, longest, 8):
+        x = f"{LEFT + tick / longest * (WIDTH - LEFT - RIGHT):.1f}"
+        parts.append(
+            f'<text class="tick middle" x="{x}" y="{bottom + 16}">{tick_label(tick)}</text>'
+        )
+    return parts
+
+
+def _bars(frame: Frame, lengths: Mapping[str, Any]) -> list[str]:
+    edges, counts = lengths["edges"], lengths["counts"]
+    bottom, right, most = frame.height, frame.width - frame.right, max(counts)
+    parts = []
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        if count == 0:
+            continue
+        x, y = frame.x(low), frame.y(count)
+        width = max(frame.x(high) - x - 1, 2.0)
+        parts.append(
+            f'<rect class="bar" x="{min(x, right - width):.1f}" y="{y:.1f}" width="{width:.1f}" '
+            f'height="{bottom - y:.1f}"><title>{low} to {high - 1} tokens: {count} samples</title>'
+            "</rect>"
+        )
+    parts.append(f'<line class="axis" x1="{frame.left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
+    parts.append(
+        f'<text class="tick end" x="{frame.left - 8}" y="{frame.top + 8}">{most:,}</text>'
+        f'<text class="tick end" x="{frame.left - 8}" y="{bottom + 4}">0</text>'
+    )
+    return parts
