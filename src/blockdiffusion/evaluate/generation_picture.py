@@ -1,6 +1,6 @@
 """Results of `blockdiff generate-eval` as one SVG: perplexity against entropy, and lengths.
 
-Each result is a numbered dot with its 95 % intervals, its real text a hollow dot. A sample set is
+Each result is a numbered dot with its 95 % intervals, real text a hollow dot with a letter. A sample set is
 better the closer it comes to real text, not the lower it lies: low perplexity at low entropy is
 text that repeats itself. Below, a histogram of lengths for each result, on one axis. The file
 stands alone, with its own light and dark colours.
@@ -9,6 +9,7 @@ stands alone, with its own light and dark colours.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,8 +20,8 @@ from blockdiffusion.evaluate.likelihood import Z95
 from blockdiffusion.evaluate.pictures import STANDALONE_STYLE, Frame, nice_ticks, tick_label
 
 WIDTH, LEFT, RIGHT = 760, 66, 24
-HEAD, PLOT, LEGEND_LINE = 74, 320, 22
-BAND, BAND_GAP = 62, 34
+HEAD, PLOT, LEGEND_LINE = 88, 320, 22
+BAND, BAND_GAP = 62, 30
 LETTER = 5.9  # width of a letter of a note
 LONGEST_LABEL = 58
 STYLE = STANDALONE_STYLE + (
@@ -30,9 +31,9 @@ STYLE = STANDALONE_STYLE + (
     ".grid{stroke:var(--rule)}.axis{stroke:var(--strong-rule)}.tick,.note{fill:var(--muted);"
     "font-size:11px}.end{text-anchor:end}.title{font-size:15px;font-weight:600}"
     ".name{font-size:12px}.error{stroke:var(--accent);stroke-width:1.5}"
-    ".dot{fill:var(--accent);stroke:var(--paper);stroke-width:1.5}"
-    ".error.real{stroke:var(--warm)}.dot.real{fill:var(--paper);stroke:var(--warm);stroke-width:2}"
-    ".in-dot{fill:var(--paper);font-size:10.5px;font-weight:600}.in-dot.real{fill:var(--warm)}"
+    ".dot{fill:var(--accent);stroke:var(--accent);stroke-width:1.6}"
+    ".error.real{stroke:var(--warm)}.dot.real{fill:var(--paper);stroke:var(--warm)}"
+    ".mark{fill:var(--accent);font-size:12.5px;font-weight:600}.mark.real{fill:var(--warm)}"
     ".bar{fill:var(--accent);opacity:.85}"
 )
 
@@ -54,10 +55,8 @@ def generation_picture(results: Sequence[Mapping[str, Any]]) -> str:
     """The picture as one `<svg>`; results are what `GenerationResult.to_dict` gives, of one
     judge."""
     dots = _dots(results)
-    with_lengths = [(i, r) for i, r in enumerate(results, 1) if r["lengths"] is not None]
     legend_top = HEAD + PLOT + 50
-    bands_top = legend_top + LEGEND_LINE * len(dots) + 34
-    height = bands_top + (BAND + BAND_GAP) * len(with_lengths) + (30 if with_lengths else -20)
+    lengths, height = _lengths(results, legend_top + LEGEND_LINE * len(dots) + 34)
     parts = [
         f'<svg class="generation" xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" '
         f'height="{height}" viewBox="0 0 {WIDTH} {height}" role="img" '
@@ -68,17 +67,17 @@ def generation_picture(results: Sequence[Mapping[str, Any]]) -> str:
         *_noted(conventions(results[0])),
         *_plot(dots, results[0]["judge"]["is_bound"]),
         *_legend(dots, legend_top),
-        *_lengths(with_lengths, bands_top),
+        *lengths,
         "</svg>",
     ]
     return "".join(parts)
 
 
 def _noted(words: str) -> list[str]:
-    most = int((WIDTH - 32) / LETTER)
-    shown = words if len(words) <= most else words[: most - 1] + "…"
+    lines = textwrap.wrap(words, int((WIDTH - 32) / LETTER))
     return [
-        f'<text class="note" x="16" y="47"><title>{escape(words)}</title>{escape(shown)}</text>'
+        f'<text class="note" x="16" y="{47 + 15 * row}">{escape(line)}</text>'
+        for row, line in enumerate(lines)
     ]
 
 
@@ -88,9 +87,11 @@ def _dots(results: Sequence[Mapping[str, Any]]) -> list[_Dot]:
     for index, result in enumerate(results, 1):
         dots.append(_dot(str(index), result["label"], result["text"]))
         reference, label = result["reference"], real_label(result)
-        place = None if reference is None else (label, reference["perplexity"])
-        if reference is not None and place not in seen and reference["perplexity"] is not None:
-            seen.add(place)
+        if reference is None or reference["perplexity"] is None:
+            continue
+        same = (label, reference["num_tokens"], reference["pooled_entropy"])
+        if same not in seen:
+            seen.add(same)
             real.append(_dot(chr(ord("a") + len(real) % 26), label, reference, real=True))
     return dots + real
 
@@ -133,9 +134,9 @@ def _plot(dots: Sequence[_Dot], is_bound: bool) -> list[str]:
         f'<text class="note middle" transform="translate(15 {middle:.0f}) rotate(-90)">'
         f"{sign}generative perplexity</text>"
     )
-    for dot in [dot for dot in dots if dot.real] + [dot for dot in dots if not dot.real]:
+    for dot in dots:
         parts += _drawn(frame, dot)
-    return parts
+    return parts + _marks(frame, dots)
 
 
 def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
@@ -184,27 +185,41 @@ def _drawn(frame: Frame, dot: _Dot) -> list[str]:
         "</title>",
         f'<line class="error{css}" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>',
         f'<line class="error{css}" x1="{x}" x2="{x}" y1="{low}" y2="{high}"/>',
-        _marked(float(x), float(y), dot),
-        "</g>",
+        f'<circle class="dot{css}" cx="{x}" cy="{y}" r="4"/></g>',
     ]
 
 
-def _marked(x: float, y: float, dot: _Dot) -> str:
+def _marks(frame: Frame, dots: Sequence[_Dot]) -> list[str]:
+    """The number of every dot beside it, where it covers no other number."""
+    placed: list[tuple[float, float]] = []
+    parts = []
+    for dot in dots:
+        x, y = frame.x(dot.entropy), frame.y(math.log10(dot.perplexity))
+        around = [(x + dx, y + dy) for dy in (-7, 15, -21, 29) for dx in (10, -10)]
+        place = next(
+            (p for p in around if all(abs(p[0] - a) > 10 or abs(p[1] - b) > 12 for a, b in placed)),
+            around[0],
+        )
+        placed.append(place)
+        parts.append(_mark(*place, dot))
+    return parts
+
+
+def _mark(x: float, y: float, dot: _Dot) -> str:
     css = " real" if dot.real else ""
-    return (
-        f'<circle class="dot{css}" cx="{x:.1f}" cy="{y:.1f}" r="8.5"/>'
-        f'<text class="in-dot middle{css}" x="{x:.1f}" y="{y + 3.8:.1f}">{dot.mark}</text>'
-    )
+    return f'<text class="mark middle{css}" x="{x:.1f}" y="{y:.1f}">{dot.mark}</text>'
 
 
 def _legend(dots: Sequence[_Dot], top: int) -> list[str]:
     parts = []
     for index, dot in enumerate(dots):
         y = top + LEGEND_LINE * index
-        parts.append(_marked(LEFT + 9, y + 8, dot))
+        css = " real" if dot.real else ""
+        parts.append(f'<circle class="dot{css}" cx="{LEFT + 6}" cy="{y + 8}" r="4"/>')
+        parts.append(_mark(LEFT + 19, y + 12, dot))
         values = f"perplexity {number(dot.perplexity)}, entropy {number(dot.entropy)}"
         parts.append(
-            f'<text class="name" x="{LEFT + 26}" y="{y + 12}">{escape(dot.label)}</text>'
+            f'<text class="name" x="{LEFT + 32}" y="{y + 12}">{escape(dot.label)}</text>'
             f'<text class="note end" x="{WIDTH - RIGHT}" y="{y + 12}">{values}</text>'
         )
     y = top + LEGEND_LINE * len(dots) + 10
@@ -212,39 +227,48 @@ def _legend(dots: Sequence[_Dot], top: int) -> list[str]:
     return [*parts, f'<text class="note" x="{LEFT}" y="{y}">{words}</text>']
 
 
-def _lengths(results: Sequence[tuple[int, Mapping[str, Any]]], top: int) -> list[str]:
-    if not results:
-        return []
-    longest = max(result["lengths"]["edges"][-1] for _, result in results)
+def _lengths(results: Sequence[Mapping[str, Any]], top: int) -> tuple[list[str], int]:
+    """A line and a histogram for every result, and where they end; a line alone where all samples
+    have one length."""
+    known = [(mark, r["lengths"]) for mark, r in enumerate(results, 1) if r["lengths"] is not None]
+    spread = [lengths for _, lengths in known if len(lengths["counts"]) > 1]
+    longest = max((lengths["edges"][-1] for lengths in spread), default=1)
     parts, bottom = [], top
-    for row, (index, result) in enumerate(results):
-        lengths = result["lengths"]
-        start = top + (BAND + BAND_GAP) * row
-        bottom = start + BAND_GAP + BAND
-        ended = lengths["ended"]
-        share = "" if ended is None else f", {100 * ended:.0f} % ended by EOS"
-        words = (
-            f"{index}: length in tokens, median {number(lengths['median'])}, "
-            f"longest {lengths['maximum']:,}{share}"
-        )
-        parts.append(f'<text class="name" x="{LEFT}" y="{start + 22}">{escape(words)}</text>')
-        frame = Frame(
-            width=WIDTH,
-            height=bottom,
-            x_range=(0, longest),
-            y_range=(0, max(lengths["counts"])),
-            left=LEFT,
-            right=RIGHT,
-            top=start + BAND_GAP,
-            bottom=0,
-        )
-        parts += _bars(frame, lengths)
-    for tick in nice_ticks(0, longest, 8):
-        x = f"{LEFT + tick / longest * (WIDTH - LEFT - RIGHT):.1f}"
+    for mark, lengths in known:
         parts.append(
-            f'<text class="tick middle" x="{x}" y="{bottom + 16}">{tick_label(tick)}</text>'
+            f'<text class="name" x="{LEFT}" y="{bottom + 22}">{mark}: {_words(lengths)}</text>'
         )
-    return parts
+        bottom += BAND_GAP
+        if len(lengths["counts"]) > 1:
+            frame = Frame(
+                width=WIDTH,
+                height=bottom + BAND,
+                x_range=(0, longest),
+                y_range=(0, max(lengths["counts"])),
+                left=LEFT,
+                right=RIGHT,
+                top=bottom,
+                bottom=0,
+            )
+            parts += _bars(frame, lengths)
+            bottom += BAND + 18
+            for tick in nice_ticks(0, longest, 8):
+                parts.append(
+                    f'<text class="tick middle" x="{frame.x(tick):.1f}" y="{bottom - 3}">'
+                    f"{tick_label(tick)}</text>"
+                )
+    return parts, bottom + 14
+
+
+def _words(lengths: Mapping[str, Any]) -> str:
+    ended = lengths["ended"]
+    share = "" if ended is None else f", {100 * ended:.0f} % ended by EOS"
+    if len(lengths["counts"]) == 1:
+        return f"all samples have {lengths['maximum']:,} tokens{share}"
+    return (
+        f"length in tokens, median {number(lengths['median'])}, "
+        f"longest {lengths['maximum']:,}{share}"
+    )
 
 
 def _bars(frame: Frame, lengths: Mapping[str, Any]) -> list[str]:

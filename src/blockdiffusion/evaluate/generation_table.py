@@ -144,7 +144,7 @@ def markdown_text(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
     for result in results:
         lines.append([result["label"], *_cells(result["text"], sign), *_more_cells(result)])
         if result["reference"] is not None and real_label(result) not in seen:
-            seen.add(real_label(result))
+            seen.add(real_label(result))  # the same text beside every result
             more = ["", "", "", "", str(result["reference"]["num_samples"]), ""]
             lines.append([real_label(result), *_cells(result["reference"], sign), *more])
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 
 from blockdiffusion.corruption import Complement
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
-from blockdiffusion.denoiser import bos_id, causal_nll, is_autoregressive, masked_nll
+from blockdiffusion.denoiser import bos_id, is_autoregressive, masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks
 from blockdiffusion.models.formats import PICKLES, load
 from blockdiffusion.models.transformer import BlockDiffusionConfig
+from blockdiffusion.objectives import subs_nll
 from blockdiffusion.seeding import generator
 
 LOGIT_BYTES = 2**28  # logits of one pass: bounds memory
@@ -177,7 +178,7 @@ def window_sizes(judge: Judge, context: int | None, stride: int | None) -> tuple
             f"the context is {used} tokens, but the judge {judge.name} reads from 2 to "
             f"{judge.context}; choose one in between"
         )
-    step = max(used // 2 // judge.grain, 1) * judge.grain if stride is None else stride
+    step = max((used + judge.lead) // 2 // judge.grain, 1) * judge.grain if stride is None else stride
     if not 1 <= step < used:
         raise UserError(
             f"the stride is {step}; it must be at least 1 and smaller than the context of {used} "
@@ -342,8 +343,7 @@ class CausalJudge:
         nll_M = F.cross_entropy(
             logits_BTV[:, :-1][scored_BT].float(), ids_BT[:, 1:][scored_BT], reduction="none"
         )
-        nll_BT = torch.zeros(scored_BT.shape, dtype=torch.float64, device=nll_M.device)
-        return nll_BT.masked_scatter(scored_BT, nll_M.double()).sum(1).tolist()
+        return _row_sums(nll_M, scored_BT)
 
     @torch.no_grad()
     def features(self, rows: Sequence[Row]) -> torch.Tensor:
@@ -372,16 +372,21 @@ class AutoregressiveJudge:
 
     @torch.no_grad()
     def nll(self, rows: Sequence[Row], number: int) -> list[float]:
-        clean_BL, free_BL, valid_BL = _padded(_begun(self, rows), self.model.device)
-        return causal_nll(self.model, clean_BL, free_BL, valid_BL).double().sum(1).tolist()
+        ids_BT, scored_BT, valid_BT = _padded(self._begun(rows), self.model.device)
+        hidden_BTD = self.model.encode_causal(ids_BT[:, :-1], valid_BT[:, :-1])
+        scored_BT, target_BT = scored_BT[:, 1:], ids_BT[:, 1:]
+        logits_MV = self.model.head(hidden_BTD[scored_BT])
+        nll_M = subs_nll(logits_MV, target_BT[scored_BT], self.model.config.mask_id)
+        return _row_sums(nll_M, scored_BT)
 
     @torch.no_grad()
     def features(self, rows: Sequence[Row]) -> torch.Tensor:
-        ids_BT, _, valid_BT = _padded(_begun(self, rows), self.model.device)
-        if not self.lead:
-            ids_BT = F.pad(ids_BT, (1, 0), value=self.model.config.mask_id)
-            valid_BT = F.pad(valid_BT, (1, 0), value=True)
+        ids_BT, _, valid_BT = _padded(self._begun(rows), self.model.device)
         return _at_last(self.model.encode_causal(ids_BT, valid_BT), valid_BT)
+
+    def _begun(self, rows: Sequence[Row]) -> list[Row]:
+        """With the BOS or, as in `denoiser.causal_nll`, the mask token before every window."""
+        return _after(bos_id(self.model) if self.lead else self.model.config.mask_id, rows)
 
 
 class DiffusionJudge:
@@ -404,7 +409,9 @@ class DiffusionJudge:
     @torch.no_grad()
     def nll(self, rows: Sequence[Row], number: int) -> list[float]:
         device, config = self.model.device, self.model.config
-        clean_BL, free_BL, valid_BL = _padded(_begun(self, rows), device, self.grain)
+        clean_BL, free_BL, valid_BL = _padded(
+            _after(bos_id(self.model), rows) if self.lead else rows, device, self.grain
+        )
         if self.grain <= MAX_BLOCK_SIZE:
             return exact_blocks(self.model, clean_BL, free_BL, valid_BL).nelbo_BK.sum(1).tolist()
         source, total_B = generator(0, "judge", number), torch.zeros(len(rows)).double()
@@ -439,12 +446,15 @@ def _joined(
     return JudgeTokens(ids=tuple(ids), scored=tuple(scored), text=tuple(text))
 
 
-def _begun(judge: AutoregressiveJudge | DiffusionJudge, rows: Sequence[Row]) -> Sequence[Row]:
-    """The windows with the given BOS before them, where the judge has one in every row."""
-    if not judge.lead:
-        return rows
-    first = bos_id(judge.model)
+def _after(first: int, rows: Sequence[Row]) -> list[Row]:
+    """The windows with a given token before each."""
     return [Row((first, *row.ids), (False, *row.scored)) for row in rows]
+
+
+def _row_sums(nll_M: torch.Tensor, scored_BT: torch.Tensor) -> list[float]:
+    """Sums over the scored tokens of every row, in float64."""
+    nll_BT = torch.zeros(scored_BT.shape, dtype=torch.float64, device=nll_M.device)
+    return nll_BT.masked_scatter(scored_BT, nll_M.double()).sum(1).tolist()
 
 
 def _at_last(hidden_BTD: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
