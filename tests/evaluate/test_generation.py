@@ -95,7 +95,7 @@ def test_self_bleu_is_the_mean_bleu_against_all_others():
 
 
 def test_self_bleu_by_hand():
-    """Up to bigrams: precisions 3/4 and 1/3; 3/3 and 1/2, with a brevity penalty of exp(1 - 4/3)."""
+    """Up to bigrams: precisions 3/4 and 1/3; 3/3 and 1/2, brevity penalties 1 and exp(1 - 4/3)."""
     one, two = [1, 2, 3, 4], [1, 2, 4]
     expected = (math.sqrt(3 / 4 / 3) + math.exp(1 - 4 / 3) * math.sqrt(1 / 2)) / 2
     assert self_bleu([one, two], order=2) == pytest.approx(expected)

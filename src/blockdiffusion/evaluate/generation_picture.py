@@ -1,8 +1,8 @@
 """Results of `blockdiff generate-eval` as one SVG: perplexity against entropy, and lengths.
 
-Each result is a numbered dot with its 95 % intervals, real text a hollow dot with a letter. A sample set is
-better the closer it comes to real text, not the lower it lies: low perplexity at low entropy is
-text that repeats itself. Below, a histogram of lengths for each result, on one axis. The file
+Each result is a numbered dot with its 95 % intervals, real text a hollow dot with a letter. Samples
+are better the closer they come to real text, not the lower they lie: low perplexity at low entropy
+is text that repeats itself. Below, a histogram of lengths for each result, on one axis. The file
 stands alone, with its own light and dark colours.
 """
 

@@ -178,7 +178,9 @@ def window_sizes(judge: Judge, context: int | None, stride: int | None) -> tuple
             f"the context is {used} tokens, but the judge {judge.name} reads from 2 to "
             f"{judge.context}; choose one in between"
         )
-    step = max((used + judge.lead) // 2 // judge.grain, 1) * judge.grain if stride is None else stride
+    step = (
+        max((used + judge.lead) // 2 // judge.grain, 1) * judge.grain if stride is None else stride
+    )
     if not 1 <= step < used:
         raise UserError(
             f"the stride is {step}; it must be at least 1 and smaller than the context of {used} "

@@ -42,7 +42,7 @@ def reference_samples(
             pieces.append(piece)
             if len(pieces) == POOL * count:
                 break
-        samples = [pieces[index] for index in evenly_spread(len(pieces), count)] if pieces else []
+        samples = [pieces[index] for index in evenly_spread(len(pieces), count)]
     if not samples:
         raise UserError(f"the reference {', '.join(sources)} holds no text; give other text")
     return samples
@@ -66,6 +66,7 @@ def _pieces(sources: Sequence[str], max_tokens: int, tokenizer: Any) -> Iterator
     for source in opened:
         for document in source.documents():
             ids = encode(tokenizer, document)
-            for start in range(0, len(ids), max_tokens):
+            # The rest of a document that has whole pieces would be short without a reason.
+            for start in range(0, max(len(ids) - max_tokens, 0) + 1, max_tokens):
                 text = tokenizer.decode(ids[start : start + max_tokens])
                 yield Sample(text=text, documents=(text,))
