@@ -1,10 +1,12 @@
 """Judges: every token scored once, in batches and windows, against one token at a time."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate import judge as judging
@@ -59,6 +61,27 @@ def test_a_causal_judge_is_that_of_one_token_at_a_time(gpt2, context, stride, mo
             sample.ids, sample.scored, used, step,
         )  # fmt: skip
         assert nats == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_real_text_with_the_tokenizer_of_gpt2(tmp_path, data_folder):
+    """Another tokenizer than any model of ours, from a lone tokenizer.json."""
+    source = data_folder / "tokenizers" / "gpt2" / "tokenizer.json"
+    save_gpt2(tmp_path, vocab_size=50257, n_embd=4, bos_token_id=50256, eos_token_id=50256)
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    shutil.copy(source, tmp_path)
+    judge = load_judge(str(tmp_path))
+    with open(data_folder / "wikitext-2" / "wiki.valid.tokens", encoding="utf-8") as file:
+        text = file.read(400)
+    (sample,) = read(judge, [text])
+    expected = Tokenizer.from_file(str(source)).encode(text).ids
+    assert sample.ids == (50256, *expected) and len(expected) > 48
+    (nats,) = judge_samples(judge, [sample])
+    slow = slow_nats(
+        lambda ids: judge.model(torch.tensor([ids])).logits[0, -1],
+        sample.ids, sample.scored, 24, 12,
+    )  # fmt: skip
+    assert nats == pytest.approx(slow, rel=1e-5)
 
 
 def test_without_a_bos_the_first_token_is_not_scored(tmp_path):
@@ -134,9 +157,20 @@ def test_a_diffusion_judge_with_long_blocks_draws_its_masks(make_model, monkeypa
     row = [judging.Row(t.ids, t.scored) for t in read(judge, ["It was the bes"])]
     exact = judge.nll(row, 0)[0]
     monkeypatch.setattr(judging, "MAX_BLOCK_SIZE", 3)
+    monkeypatch.setattr(judging, "PAIRS", 2)
     drawn = torch.tensor([judge.nll(row, number)[0] for number in range(40)])
     assert drawn[0] == judge.nll(row, 0)[0] and drawn.std() > 0
     assert abs(drawn.mean() - exact) < 4.5 * drawn.std() / 40**0.5
+
+
+def test_a_judge_whose_block_is_the_whole_row(make_model):
+    """S = L: every window is a block of its own, also of a text that is longer."""
+    model = with_bytes(make_model(**BYTES, seq_len=8, block_size=8, bos=False))
+    judge = DiffusionJudge("ours", model)
+    assert window_sizes(judge, None, None) == (8, 8)
+    parts = [judge_samples(judge, read(judge, [text]))[0] for text in ("It was t", "he best")]
+    whole = judge_samples(judge, read(judge, ["It was the best"]))
+    assert whole == [pytest.approx(sum(parts))]
 
 
 def test_a_block_of_one_token_is_no_bound(make_model):

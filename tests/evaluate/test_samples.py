@@ -109,14 +109,19 @@ def test_more_samples_go_on_from_fewer(model, tmp_path, monkeypatch):
     assert without_time(fresh.samples) == without_time(many.samples)
     again = draw_samples(model, options(num_samples=6), file=file)  # fewer: nothing is lost
     assert without_time(again.samples) == without_time(few.samples)
-    assert len(read_samples(file)) == 12
+    assert without_time(read_samples(file)) == without_time(many.samples)
+    short = draw_samples(model, options(num_samples=13), file=file)
+    draw_samples(model, options(num_samples=15), file=file)  # draws the last batch anew, whole
+    again = read_samples(file)
+    assert len(again) == 15 and again[12].ids != short.samples[12].ids
 
 
 def test_a_file_of_something_else_is_left_alone(model, tmp_path):
     file = tmp_path / "s.jsonl"
     draw_samples(model, options(), file=file)
     before = file.read_bytes()
-    for changes in (dict(seed=1), dict(top_p=0.5), dict(max_new_tokens=11), dict(bos=True)):
+    for changes in (dict(seed=1), dict(top_p=0.5), dict(max_new_tokens=11), dict(bos=True),
+                    dict(batch_size=4)):  # fmt: skip
         with pytest.raises(UserError, match="other options"):
             draw_samples(model, options(**changes), file=file)
     model.output.bias.data += 0.1

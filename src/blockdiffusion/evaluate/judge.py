@@ -181,7 +181,8 @@ def window_sizes(judge: Judge, context: int | None, stride: int | None) -> tuple
     step = (
         max((used + judge.lead) // 2 // judge.grain, 1) * judge.grain if stride is None else stride
     )
-    if not 1 <= step < used:
+    # Windows of ours begin with a start of their own, so that a whole one may be scored.
+    if not 1 <= step < used and not (step == used and judge.grain > 1):
         raise UserError(
             f"the stride is {step}; it must be at least 1 and smaller than the context of {used} "
             "tokens, so that no window begins with a token that is to be scored"

@@ -33,7 +33,7 @@ class DrawOptions:
     """How samples are drawn, from nothing (or a BOS); see `sampling.stream`.
 
     Attributes:
-        num_samples: samples to have; not part of what a single one depends on.
+        num_samples: samples to have; only those of a last, short batch depend on it.
         batch_size: samples drawn together. They share a random stream, so a sample depends on it.
     """
 
@@ -278,7 +278,7 @@ def documents_of(ids: Sequence[int], eos_id: int | None, tokenizer: Any) -> tupl
 def identity(model: Any, options: DrawOptions) -> str:
     """Everything that a sample depends on but its number, as a hash."""
     bos = model.config.bos if options.bos is None else options.bos
-    return fingerprint(model, options.sampling(), options.seed, bool(bos))
+    return fingerprint(model, options.sampling(), options.seed, options.batch_size, bool(bos))
 
 
 class SampleFile:
@@ -361,7 +361,7 @@ def read_samples(path: Path) -> list[Sample]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read the samples {path}: {error.strerror}") from error
-    samples: dict[Any, Sample] = {}
+    samples: dict[Any, tuple[int, Sample]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -373,12 +373,16 @@ def read_samples(path: Path) -> list[Sample]:
             raise UserError(
                 f"line {number} of {path} is no sample; each line must be a JSON object with a text"
             )
-        ours = "identity" in record and "index" in record
-        sample = _from_record(record) if ours else _from_elsewhere(record)
-        samples.setdefault(record["index"] if ours else ("line", number), sample)
+        if not {"identity", "index", "batch", *(f.name for f in fields(Sample))} <= record.keys():
+            samples["line", number] = (0, _from_elsewhere(record))
+            continue
+        # A last batch that was short is drawn again, whole, when more samples are asked for.
+        index, rows = record["index"], record["batch"][1]
+        if index not in samples or rows > samples[index][0]:
+            samples[index] = (rows, _from_record(record))
     if not samples:
         raise UserError(f"there is no sample in {path}; give a file with a JSON object a line")
-    return list(samples.values())
+    return [sample for _, sample in samples.values()]
 
 
 def _from_elsewhere(record: dict[str, Any]) -> Sample:
