@@ -13,6 +13,7 @@ import yaml
 
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
+from tests.evaluate.judges import save_gpt2
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not the first time.\n\n" * 300
 RECIPE = {
@@ -54,7 +55,10 @@ def test_help_answers_within_a_second_and_names_every_command():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert shown.returncode == 0 and min(times) < 1
-    for command in ("prepare", "datasets", "train", "eval", "zero-shot", "variance", "sample"):
+    for command in (
+        "prepare", "datasets", "train", "eval", "zero-shot", "variance", "sample",
+        "generate-eval", "generate-compare", "report",
+    ):  # fmt: skip
         assert command in shown.stdout
 
 
@@ -127,6 +131,63 @@ def test_variance_prints_the_table_and_writes_json_and_plot(place, tmp_path):
     # The same seed, the same masks: the same losses with and without gradients.
     start = lines.index(f"S = 4 (the model's): exact bound {values['exact']['4']:.4f}")
     assert lines[start : start + 7] == fast.stdout.splitlines()[3:10]
+
+
+def test_generated_text_is_judged_and_compared(place, tmp_path):
+    judge = save_gpt2(tmp_path / "judge")
+    options = (
+        "generate-eval", place / "run", "--judge", judge, "--num-samples", 3,
+        "--max-new-tokens", 16, "--batch-size", 2, "--reference", place / "data",
+    )  # fmt: skip
+    files = [tmp_path / f"a.{kind}" for kind in ("json", "csv", "md", "svg")]
+    run = blockdiff(
+        *options, "--label", "first", "--json", files[0], "--csv", files[1], "--markdown", files[2],
+        "--plot", files[3],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    values = json.loads(files[0].read_text())
+    assert values["sampling"]["num_samples"] == 3 and values["label"] == "first"
+    assert f"{values['text']['num_samples']} (" in run.stdout and "real text" in run.stdout
+    assert (tmp_path / "a.samples.jsonl").read_text().count("\n") == 3
+    assert files[1].read_text().count("\n") == 3 and files[3].read_text().startswith("<svg")
+    given = blockdiff(
+        "generate-eval", "--judge", judge, "--samples-from", tmp_path / "a.samples.jsonl",
+        "--json", tmp_path / "b.json",
+    )  # fmt: skip
+    assert given.returncode == 0 and "warning: which model" in given.stdout
+    again = json.loads((tmp_path / "b.json").read_text())
+    assert again["text"]["perplexity"] == pytest.approx(values["text"]["perplexity"])
+    both = blockdiff("generate-compare", files[0], tmp_path / "b.json", "--markdown", files[2])
+    assert both.returncode == 0, both.stderr
+    assert both.stdout == files[2].read_text() and both.stdout.count("\n| ") == 4
+
+
+def test_a_judge_and_its_samples_are_checked(place, tmp_path):
+    judge = save_gpt2(tmp_path / "judge")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
+    run = ["generate-eval", place / "run", "--judge"]
+    mistakes = [
+        ([*run, place / "run"], "both the model under test and its judge"),
+        ([*run, GOLDEN / "bd3lm-hf"], "has no tokenizer"),
+        ([*run, tmp_path / "none/at/all"], "no local directory"),
+        ([*run, judge, "--context", 25], "from 2 to 24"),
+        ([*run, judge, "--stride", 24], "stride is 24"),
+        ([*run, judge, "--num-samples", 0], "num_samples is 0"),
+        ([*run, judge, "--mauve"], "give --reference"),
+        ([*run, judge, "--reference", tmp_path / "none.txt", "--max-new-tokens", 4,
+          "--num-samples", 1], "there is no file"),
+        ([*run, judge, "--min-entropy", 0], "above 0"),
+        ([*run, judge, "--samples-from", tmp_path / "empty.jsonl"], "no sample in"),
+        ([*run, judge, "--samples-from", tmp_path / "blank.jsonl"], "nothing to judge"),
+        ([*run, judge, "--plot", tmp_path], "is a directory"),
+        (["generate-eval", "--judge", judge], "nothing to judge"),
+        (["generate-compare", place / "recipe.yaml"], "not valid JSON"),
+    ]  # fmt: skip
+    for arguments, expected in mistakes:
+        failed = blockdiff(*arguments)
+        assert failed.returncode == 2, (arguments, failed.stdout, failed.stderr)
+        assert expected in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
 
 
 def test_sample_repeats_with_a_seed_and_gives_json(place):

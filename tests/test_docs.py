@@ -29,13 +29,22 @@ from blockdiffusion.config import (
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
+from blockdiffusion.evaluate.generation_result import (
+    Cost,
+    GenerationResult,
+    Lengths,
+    TextNumbers,
+)
+from blockdiffusion.evaluate.judge import JudgeFacts
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
+from blockdiffusion.evaluate.samples import Sample
 from blockdiffusion.evaluate.variance_table import VarianceOptions
 from blockdiffusion.evaluate.zero_shot import ZeroShotOptions
 from blockdiffusion.models.formats import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import make_policy
+from tests.evaluate.judges import save_gpt2
 from tests.test_layering import LAYERS, modules
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +97,7 @@ def place(tmp_path_factory):
         run_training(load_recipe("recipes/demo.yaml", smaller))
     published_model(folder / "kuleshov-group" / "bd3lm-owt-block_size4")
     byte_tokenizer().save_pretrained(folder / "gpt2")
+    save_gpt2(folder / "judge")
     return folder
 
 
@@ -172,7 +182,7 @@ def test_a_command_line_is_understood(page, words):
         ZeroShotOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
                            if k in known and v is not None})  # fmt: skip
         choose_estimator(values["estimator"], BlockDiffusionConfig())
-    elif name == "sample":
+    elif name in ("sample", "generate-eval"):
         make_policy(values["policy"], values["steps"])
         Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)})
 
@@ -286,6 +296,9 @@ def test_everything_that_is_written_is_explained(place):
     explained = set(re.findall(r"`(\w+)`", (HOW_TO / "evaluate.md").read_text()))
     fields = {f.name for f in dataclasses.fields(Likelihood) if not f.name.endswith("per_row")}
     assert fields | {"perplexity", "exact_perplexity", "interval"} <= explained
+    explained = set(re.findall(r"`(\w+)`", (HOW_TO / "generate-eval.md").read_text()))
+    for kind in (GenerationResult, TextNumbers, Lengths, Cost, JudgeFacts, Sample):
+        assert {field.name for field in dataclasses.fields(kind)} <= explained
     names = set(re.findall(r"`(\w+)`", (HOW_TO / "python.md").read_text()))
     assert set(blockdiffusion.__all__) - {"__version__"} <= names
 

@@ -34,6 +34,24 @@ BOS = Annotated[
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
 ]
 
+# How to sample: of `sample` and `generate-eval`.
+POLICY = Annotated[str, typer.Option(help="first-hitting or ancestral.")]
+STEPS = Annotated[int | None, typer.Option(help="Steps per block, for ancestral.")]
+SCHEDULE = Annotated[
+    str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
+]
+TOP_P = Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")]
+TOP_P_RULE = Annotated[
+    str, typer.Option(help="transformers (keeps the token that crosses) or authors (drops it).")
+]
+TOP_K = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")]
+TEMPERATURE = Annotated[float, typer.Option(help="Above 0.")]
+WINDOW = Annotated[
+    int | None, typer.Option(help="A token sees the last WINDOW tokens; constant memory.")
+]
+EOS = Annotated[bool, typer.Option(help="End at a sampled EOS.")]
+CACHE = Annotated[bool, typer.Option(help="Keep keys and values of finished blocks.")]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -382,23 +400,17 @@ def sample(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples to draw.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after the prompt.")] = 256,
-    policy: Annotated[str, typer.Option(help="first-hitting or ancestral.")] = "first-hitting",
-    steps: Annotated[int | None, typer.Option(help="Steps per block, for ancestral.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
-    ] = None,
-    top_p: Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")] = 1.0,
-    top_p_rule: Annotated[
-        str, typer.Option(help="transformers (keeps the token that crosses) or authors (drops it).")
-    ] = "transformers",
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None,
-    temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0,
-    window: Annotated[
-        int | None, typer.Option(help="A token sees the last WINDOW tokens; constant memory.")
-    ] = None,
+    policy: POLICY = "first-hitting",
+    steps: STEPS = None,
+    schedule: SCHEDULE = None,
+    top_p: TOP_P = 1.0,
+    top_p_rule: TOP_P_RULE = "transformers",
+    top_k: TOP_K = None,
+    temperature: TEMPERATURE = 1.0,
+    window: WINDOW = None,
     bos: BOS = None,
-    eos: Annotated[bool, typer.Option(help="End at a sampled EOS.")] = True,
-    cache: Annotated[bool, typer.Option(help="Keep keys and values of finished blocks.")] = True,
+    eos: EOS = True,
+    cache: CACHE = True,
     seed: Annotated[int | None, typer.Option(help="For a draw that can be repeated.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show blocks as they fill in.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
@@ -444,6 +456,146 @@ def sample(
     _print_samples(collect(network, done), used_seed, json_lines)
 
 
+@app.command("generate-eval")
+def generate_eval(
+    judge: Annotated[
+        str, typer.Option(help="Hugging Face causal language model, or one of ours; not MODEL.")
+    ],
+    model: Annotated[
+        str | None, typer.Argument(help="Model under test; may be left out with --samples-from.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Samples to judge.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 256,
+    batch_size: Annotated[
+        int, typer.Option(help="Samples drawn together; a sample depends on it.")
+    ] = 16,
+    policy: POLICY = "first-hitting",
+    steps: STEPS = None,
+    schedule: SCHEDULE = None,
+    top_p: TOP_P = 1.0,
+    top_p_rule: TOP_P_RULE = "transformers",
+    top_k: TOP_K = None,
+    temperature: TEMPERATURE = 1.0,
+    window: WINDOW = None,
+    bos: BOS = None,
+    eos: EOS = True,
+    cache: CACHE = True,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    min_entropy: Annotated[
+        float | None,
+        typer.Option(help="Guard: reject samples whose tokens have less entropy; the authors: 4."),
+    ] = None,
+    entropy_window: Annotated[
+        int, typer.Option(help="Last tokens that --min-entropy looks at, after every block.")
+    ] = 256,
+    samples_from: Annotated[
+        Path | None, typer.Option(help="Judge the samples of this JSON lines file; draw none.")
+    ] = None,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="Real text beside it: prepared data, or text files; may be repeated."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a prepared --reference.")] = "valid",
+    mauve: Annotated[
+        bool, typer.Option("--mauve", help="MAUVE against --reference; needs mauve-text.")
+    ] = False,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the judge's windows; all it can read by default.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between two windows; half the context by default.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Name in tables and pictures.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            help="Write the result here, and the samples beside it; once stopped, goes on there.",
+        ),
+    ] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="One line of a table.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="The same for a page.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it here, as SVG.")] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Generated text under a judge: perplexity, entropy, diversity, repetition, length, cost."""
+    from blockdiffusion.evaluate.generate_eval import GenerateEval, generate_and_judge
+    from blockdiffusion.evaluate.samples import DrawOptions
+    from blockdiffusion.terminal import generation_lines, progress_bar
+
+    for path in (json_file, csv_file, markdown, plot):
+        if path is not None:
+            _check_place(path)
+    options = GenerateEval(
+        model=model,
+        judge=judge,
+        draw=DrawOptions(
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            bos=bos,
+            eos=eos,
+            policy=policy,
+            steps=steps,
+            schedule=schedule,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            top_p_rule=top_p_rule,  # type: ignore[arg-type]  # checked there
+            use_cache=cache,
+            window=window,
+        ),
+        min_entropy=min_entropy,
+        entropy_window=entropy_window,
+        samples_from=samples_from,
+        reference=tuple(reference or ()),
+        split=split,
+        mauve=mauve,
+        context=context,
+        stride=stride,
+        label=label,
+    )
+    with progress_bar("generate-eval") as report:
+        result = generate_and_judge(
+            options,
+            load_model=lambda name: _load(name, device, dtype),
+            device=_device(device),
+            beside=json_file,
+            progress=report,
+        )
+    values = result.to_dict()
+    if json_file is not None:
+        _write_json(json_file, values)
+    _write_generation_tables([values], [], csv_file, markdown, plot)
+    typer.echo("\n".join(generation_lines(values)))
+
+
+@app.command("generate-compare")
+def generate_compare(
+    results: Annotated[
+        list[Path], typer.Argument(help="What `blockdiff generate-eval --json` wrote.")
+    ],
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="A line for each.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="The table for a page.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Perplexity against entropy, and lengths, as SVG.")
+    ] = None,
+) -> None:
+    """Results of generate-eval side by side; all under the same judge."""
+    from blockdiffusion.evaluate.generation_table import (
+        check_comparable,
+        markdown_text,
+        read_result,
+    )
+
+    read = [read_result(path) for path in results]
+    notes = check_comparable(read, [str(path) for path in results])
+    _write_generation_tables(read, notes, csv_file, markdown, plot)
+    typer.echo(markdown_text(read, notes), nl=False)
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Directory of a training run.")],
@@ -473,10 +625,15 @@ def report(
 # --- shared by the commands --------------------------------------------------------------------
 
 
+def _device(name: str) -> Any:
+    from blockdiffusion.devices import select_device
+
+    return select_device(name, "--device")
+
+
 def _load(model: str, device: str, dtype: str) -> Any:
     import torch
 
-    from blockdiffusion.devices import select_device
     from blockdiffusion.models.formats import load
 
     dtypes = {
@@ -487,7 +644,7 @@ def _load(model: str, device: str, dtype: str) -> Any:
     }
     if dtype not in dtypes:
         raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(dtypes)}")
-    return load(model, device=select_device(device, "--device"), dtype=dtypes[dtype])
+    return load(model, device=_device(device), dtype=dtypes[dtype])
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
@@ -551,6 +708,24 @@ def _check_place(path: Path) -> None:
             pass
     except OSError as error:
         raise storage_error(error, path) from error
+
+
+def _write_generation_tables(
+    results: list[Any],
+    notes: list[str],
+    csv_file: Path | None,
+    markdown: Path | None,
+    plot: Path | None,
+) -> None:
+    from blockdiffusion.evaluate.generation_picture import generation_picture
+    from blockdiffusion.evaluate.generation_table import csv_text, markdown_text
+
+    if csv_file is not None:
+        _write(csv_file, csv_text(results).encode())
+    if markdown is not None:
+        _write(markdown, markdown_text(results, notes).encode())
+    if plot is not None:
+        _write(plot, generation_picture(results).encode())
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

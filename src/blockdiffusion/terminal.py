@@ -6,7 +6,7 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from blockdiffusion.data.packing import Progress as Stages
+    from blockdiffusion.evaluate.generation_table import Result
     from blockdiffusion.evaluate.likelihood import Likelihood
     from blockdiffusion.evaluate.variance_table import Measured, VarianceRow, VarianceTable
     from blockdiffusion.sampling import Event
@@ -345,3 +346,79 @@ def short_exponent(value: float, digits: int = 2) -> str:
         return "0"
     mantissa, exponent = f"{value:.{digits}e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def generation_lines(result: Result) -> list[str]:
+    """The numbers of generated text, those of real text beside them, and the conventions."""
+    from blockdiffusion.evaluate.generation_table import conventions, real_label
+
+    texts = [result["text"]] + ([result["reference"]] if result["reference"] else [])
+    bound = "<= " if result["judge"]["is_bound"] else ""
+    heads = ["samples", "real text"][: len(texts)]
+    lines = [result["label"], f"  {'':<22}" + "".join(f"{head:<38}" for head in heads).rstrip()]
+    for name, of in _generation_rows(bound):
+        lines.append(f"  {name:<22}" + "".join(f"{of(text):<38}" for text in texts).rstrip())
+    if result["mauve"] is not None:
+        lines.append(f"  {'MAUVE':<22}{result['mauve']:.4f}")
+    lines += _drawing_lines(result)
+    remarks = [conventions(result)]
+    if result["reference"]:
+        remarks.append(real_label(result))
+    for remark in [*remarks, *(f"warning: {warning}" for warning in result["warnings"])]:
+        lines += textwrap.wrap(remark, 98, initial_indent="  ", subsequent_indent="    ")
+    return lines
+
+
+def _generation_rows(bound: str) -> list[tuple[str, Callable[[Any], str]]]:
+    """(name, what a text's numbers give) for every line."""
+    from blockdiffusion.evaluate.generation_table import number, with_error
+
+    def perplexity(text: Any) -> str:
+        low, high = text["interval"] or (None, None)
+        spread = "" if low is None else f"  (95 %: {number(low)} .. {number(high)})"
+        return f"{bound}{number(text['perplexity'])}{spread}" if text["perplexity"] else "-"
+
+    def numbers(values: Any) -> str:
+        return "  ".join(number(value) or "-" for value in values)
+
+    return [
+        ("gen. perplexity", perplexity),
+        ("mean perplexity", lambda text: bound + (with_error(text["mean_perplexity"]) or "-")),
+        ("entropy (nats)", lambda text: with_error(text["entropy"])),
+        ("pooled entropy", lambda text: number(text["pooled_entropy"])),
+        ("distinct-1 .. 4", lambda text: numbers(text["distinct"].values())),
+        (
+            "rep-2 .. 4",
+            lambda text: numbers(found and found["value"] for found in text["repetition"].values()),
+        ),
+        ("longest repeat", lambda text: with_error(text["longest_repeat"])),
+        ("self-BLEU", lambda text: number(text["self_bleu"])),
+        (
+            "texts (empty), tokens",
+            lambda text: f"{text['num_samples']:,} ({text['num_empty']}), {text['num_tokens']:,}",
+        ),
+    ]
+
+
+def _drawing_lines(result: Result) -> list[str]:
+    """Lengths and cost, where the samples say them."""
+    from blockdiffusion.evaluate.generation_table import number
+
+    lines = []
+    if (lengths := result["lengths"]) is not None:
+        ended = lengths["ended"]
+        share = "" if ended is None else f"; {100 * ended:.0f} % ended by EOS"
+        lines.append(
+            f"  {'length':<22}median {number(lengths['median'])}, longest {lengths['maximum']:,} "
+            f"tokens{share}"
+        )
+    if (cost := result["cost"]) is not None:
+        speed = cost["tokens_per_second"]
+        rate = "" if speed is None else f"; {number(speed)} tokens/s"
+        lines.append(
+            f"  {'NFE':<22}{number(cost['nfe']['value'])} a sample, "
+            f"{number(cost['tokens_per_forward'])} tokens per forward{rate}"
+        )
+    if result["guard"] is not None:
+        lines.append(f"  {'rejected by the guard':<22}{result['rejected']} of {result['drawn']}")
+    return lines

@@ -35,6 +35,7 @@ from blockdiffusion.corruption import (
 from blockdiffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
 from blockdiffusion.evaluate.prepared import HeldOutText
 from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks, num_subsets
 from blockdiffusion.seeding import generator
@@ -101,14 +102,6 @@ class VarianceOptions:
     def rows(self) -> int:
         """Rows of the data that are read."""
         return self.batch_size * self.batches
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A value and its standard error; None where it is not known (a single batch)."""
-
-    value: float
-    stderr: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -519,13 +512,13 @@ def _row(cell: _Cell, paper: _Cell, reference: _Reference | None, length: int) -
         cost=relative_cost(law.num_noisy, has_clean=plan.block_size < length),
         loss=_mean_loss(cell),
         difference=difference,
-        loss_variance=_mean(cell.loss_variances()),
-        gradient_variance=_mean(cell.gradient_variances()) if gradients else None,
+        loss_variance=mean_of(cell.loss_variances()),
+        gradient_variance=mean_of(cell.gradient_variances()) if gradients else None,
         groups=_by_group(cell.moments),
-        signal_to_noise=_ratio(squares, cell.gradient_variances()) if gradients else None,
-        block_variance=_mean(blocks) if blocks else None,
-        loss_gain=_ratio(paper.loss_variances(), cell.loss_variances()),
-        gradient_gain=_ratio(paper.gradient_variances(), cell.gradient_variances()),
+        signal_to_noise=ratio_of(squares, cell.gradient_variances()) if gradients else None,
+        block_variance=mean_of(blocks) if blocks else None,
+        loss_gain=ratio_of(paper.loss_variances(), cell.loss_variances()),
+        gradient_gain=ratio_of(paper.gradient_variances(), cell.gradient_variances()),
         note=plan.note,
     )
 
@@ -538,29 +531,7 @@ def _by_group(moments: Sequence[Moments]) -> dict[str, Measured]:
             sums[parameter_group(name)] += variance
         per_batch.append(sums)
     order = [group for group in (*GROUPS, "other") if group in per_batch[0]]
-    return {group: _mean([sums[group] for sums in per_batch]) for group in order}
-
-
-def _mean(values: Sequence[float]) -> Measured:
-    """Mean over batches, with its standard error."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return Measured(value=mean, stderr=None)
-    spread = math.fsum((v - mean) ** 2 for v in values) / (count - 1)
-    return Measured(value=mean, stderr=math.sqrt(spread / count))
-
-
-def _ratio(above: Sequence[float], below: Sequence[float]) -> Measured | None:
-    """Ratio of two means over the same batches, with the error of a ratio; None over 0."""
-    count, mean = len(below), math.fsum(below) / len(below)
-    if mean == 0:
-        return None
-    ratio = math.fsum(above) / count / mean
-    if count < 2:
-        return Measured(value=ratio, stderr=None)
-    spread = math.fsum((a - ratio * b) ** 2 for a, b in zip(above, below, strict=True))
-    return Measured(value=ratio, stderr=math.sqrt(spread / (count * (count - 1))) / abs(mean))
+    return {group: mean_of([sums[group] for sums in per_batch]) for group in order}
 
 
 def _mean_loss(cell: _Cell, reference: _Reference | None = None) -> Measured:
