@@ -278,7 +278,7 @@ def measure_variance(
     return VarianceTable(
         rows=tuple(rows),
         references=references,
-        exact={size: _mean([x for (x,) in found.losses]).value for size, found in exact.items()},
+        exact={size: mean_of([x for (x,) in found.losses]).value for size, found in exact.items()},
         left_out=tuple(left_out),
         options=options,
         seq_len=length,
