@@ -31,7 +31,7 @@ from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
 from blockdiffusion.evaluate.variance_table import VarianceOptions
-from blockdiffusion.models.formats import BD3LM_NAMES
+from blockdiffusion.models.bd3lm import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import make_policy
