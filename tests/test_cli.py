@@ -51,7 +51,7 @@ def test_help_answers_within_a_second_and_names_every_command():
         )
         times.append(time.perf_counter() - start)
     assert shown.returncode == 0 and min(times) < 1
-    for command in ("prepare", "train", "eval", "variance", "sample", "report"):
+    for command in ("prepare", "train", "eval", "variance", "sample", "report", "convert", "push"):
         assert command in shown.stdout
 
 

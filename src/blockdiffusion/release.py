@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,19 +107,23 @@ def convert(
             "give --tokenizer, or leave --bos out"
         )
     partial = out.with_name(f".{out.name}.partial")
-    with disk_full_is_user_error(f"model {out}", partial, "convert again"):
-        partial.mkdir(parents=True, exist_ok=True)
-        if to == "bd3lm":
-            _write_bd3lm(found, partial)
-        else:
-            with no_progress_bars():
-                model.save_pretrained(partial)  # type: ignore
-            write_card(partial, config, _card(found, source, out))
-        if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(partial)
-        if out.is_dir():
-            out.rmdir()  # it is empty
-        publish_directory(partial, out)
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    try:
+        with disk_full_is_user_error(f"model {out}", partial, "convert again"):
+            partial.mkdir(parents=True)
+            if to == "bd3lm":
+                _write_bd3lm(found, partial)
+            else:
+                with no_progress_bars():
+                    model.save_pretrained(partial)  # type: ignore
+                write_card(partial, config, _card(found, source, out))
+            if model.tokenizer is not None:
+                model.tokenizer.save_pretrained(partial)
+            if out.is_dir():
+                out.rmdir()  # it is empty
+            publish_directory(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return Converted(model=model, out=out, notes=tuple(notes))
 
 
