@@ -144,6 +144,7 @@ def test_a_whole_file_becomes_a_model_with_its_tokenizer(whole_file, tmp_path):
         257,
     )
     assert blockdiffusion.likelihood(again, ["Some text."], estimator="exact").bos
+    assert read_card(tmp_path / "made").datasets == ["openwebtext"]
     files = sorted(file.name for file in (tmp_path / "made").iterdir())
     assert files == [
         "README.md", "card.json", "config.json", "model.safetensors", "tokenizer.json",

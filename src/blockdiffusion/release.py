@@ -200,6 +200,7 @@ def _card(found: Found, source: str | Path, out: Path) -> Card:
         name=out.name,
         source=facts,
         training=None if steps is None else {"steps": steps},
+        datasets=None if found.lightning.data is None else [public_name(found.lightning.data)],
     )
 
 

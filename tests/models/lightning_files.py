@@ -95,5 +95,5 @@ def settings(kind: str, model: BlockDiffusionModel) -> dict[str, Any]:
             "dropout": 0.25,
         },
         "block_size": config.block_size if kind == "bd3lm" else "${model.length}",
-        "data": {"tokenizer_name_or_path": "gpt2"},
+        "data": {"tokenizer_name_or_path": "gpt2", "train": "openwebtext"},
     }

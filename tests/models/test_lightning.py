@@ -186,6 +186,17 @@ def test_a_configuration_that_contains_itself_is_no_trap(model, tmp_path):
         blockdiffusion.load(tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("nonsense", ["${eval:8}", 3.5, [8], {"a": 8}, True, "long", None])
+def test_values_of_another_type_are_not_settings(model, tmp_path, nonsense):
+    path, said = tmp_path / "last.ckpt", settings("bd3lm", model)
+    said["model"] |= {"length": nonsense, "n_heads": nonsense, "dropout": "much"}
+    save_with_settings(path, lightning(model), said, Calls(str, nonsense))
+    with pytest.raises(UserError, match="does not say what its seq_len is"):
+        blockdiffusion.load(path)
+    found = find_model(path, LightningOptions(seq_len=16))
+    assert (found.config.num_heads, found.config.dropout) == (2, 0.1)
+
+
 def test_plain_dictionaries_are_settings_too(model, tmp_path):
     content = lightning(model, hyper_parameters={"config": settings("bd3lm", model)})
     torch.save(content, tmp_path / "last.ckpt")
@@ -210,6 +221,12 @@ def change(content, how):
     elif how == "unexpected":
         content["state_dict"]["backbone.extra"] = torch.ones(1)
         averages.append(torch.ones(1))
+    elif how == "lost layer":
+        content["state_dict"] = OrderedDict(
+            (name.replace("blocks.1", "blocks.7"), t) for name, t in content["state_dict"].items()
+        )
+    elif how == "integers":
+        averages[:] = [t.long() for t in averages]
     elif how == "misshapen":
         at = names.index("backbone.output_layer.linear.bias")
         content["state_dict"][names[at]] = averages[at] = torch.ones(3)
@@ -229,6 +246,8 @@ def change(content, how):
         ("missing", r"lacks layers\.0\.mlp_in\.weight"),
         ("unexpected", r"unexpected backbone\.extra"),
         ("misshapen", r"output\.bias has shape \(3,\), but by its own sizes it should"),
+        ("lost layer", r"lacks backbone\.blocks\.1"),
+        ("integers", r"holds torch\.int64, which no weights are in"),
         ("other network", "no checkpoint of the authors' transformer"),
     ],
 )

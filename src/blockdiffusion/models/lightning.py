@@ -86,6 +86,7 @@ class LightningFile:
         kind: the authors' algo.name.
         weights: which of the two sets of weights `state` is.
         steps: updates made, where the file says so.
+        data: the authors' name of the training data, where the file says so.
         tokenizer: the tokenizer's JSON, where the file holds one.
     """
 
@@ -94,6 +95,7 @@ class LightningFile:
     kind: str
     weights: Weights
     steps: int | None
+    data: str | None
     tokenizer: str | None
 
 
@@ -122,6 +124,7 @@ def read_lightning(path: Path, options: LightningOptions | None = None) -> Light
         kind=kind,
         weights=options.weights,
         steps=steps if type(steps) is int else None,
+        data=settings.text("data.train"),
         tokenizer=settings.tokenizer,
     )
 
@@ -191,12 +194,11 @@ def _configuration(
     """The kind and the sizes of the network, from everything that says something about them."""
     seen = _sizes_of_tensors(shapes, rotary, path)
 
-    def agreed(name: str, key: str | None, **others: Any) -> Any:
-        """What tensors, configuration, options and others say, if they do not differ."""
+    def agreed(name: str, **others: Any) -> Any:
+        """What the tensors, the option and others say, if they do not differ."""
         said = {
             "its tensors": seen.get(name),
-            "its configuration": None if key is None else settings.value(key),
-            **{f"its {who.replace('_', ' ')}": value for who, value in others.items()},
+            **{f"its {who}": value for who, value in others.items()},
             _option(name): getattr(options, name),
         }
         known = {who: value for who, value in said.items() if value is not None}
@@ -205,24 +207,25 @@ def _configuration(
             raise UserError(f"{path}: {name} is {parts}; leave the option out, or correct it")
         return next(iter(known.values()), None)
 
-    kind_name: str | None = agreed("kind", "algo.name")
+    kind_name: str | None = agreed("kind", configuration=settings.text("algo.name"))
     kind = KINDS.get(kind_name or "")
     if kind_name is not None and kind is None:
         raise UserError(f"{path} was trained as {kind_name!r}; readable are {', '.join(KINDS)}")
     found: dict[str, Any] = {
         "kind": kind_name,
-        "seq_len": agreed("seq_len", "model.length"),
-        "num_heads": agreed("num_heads", "model.n_heads"),
-        "mask_id": agreed("mask_id", None, tokenizer=settings.mask_id()),
+        "seq_len": agreed("seq_len", configuration=settings.whole("model.length")),
+        "num_heads": agreed("num_heads", configuration=settings.whole("model.n_heads")),
+        "mask_id": agreed("mask_id", tokenizer=settings.mask_id()),
     }
     if kind is not None and kind.has_blocks:
-        found["block_size"] = agreed("block_size", "block_size")
+        configured = settings.whole("block_size")
+        found["block_size"] = agreed("block_size", configuration=configured)
     elif kind is not None:
         only = 1 if kind.objective == "autoregressive" else found["seq_len"]
-        found["block_size"] = agreed("block_size", None, kind=only)
+        found["block_size"] = agreed("block_size", kind=only)
     missing = [name for name, value in found.items() if value is None and name != "mask_id"]
-    tokenizer_name = settings.value("data.tokenizer_name_or_path")
-    if found["mask_id"] is None and "bert" in str(tokenizer_name):  # has one of its own
+    tokenizer_name = settings.text("data.tokenizer_name_or_path") or ""
+    if found["mask_id"] is None and "bert" in tokenizer_name:  # has one of its own
         missing.append("mask_id")
     if missing:
         raise UserError(_unknown(missing, path))
@@ -237,11 +240,11 @@ def _configuration(
     del sizes["kind"]
     config = BlockDiffusionConfig(
         **sizes,
-        **({} if dropout is None else {"dropout": dropout}),
+        **({"dropout": dropout} if isinstance(dropout, float) else {}),
         objective=kind.objective,
-        time_conditioning=kind.time_conditioning or bool(settings.value("algo.time_conditioning")),
+        time_conditioning=kind.time_conditioning or settings.flag("algo.time_conditioning") is True,
         # The authors' AR is given its first token, and so are the others with `ignore_bos`.
-        bos=True if kind_name == "ar" or settings.value("algo.ignore_bos") else None,
+        bos=True if kind_name == "ar" or settings.flag("algo.ignore_bos") else None,
     )
     return kind_name, config
 
@@ -252,14 +255,16 @@ def _sizes_of_tensors(
     """What the shapes say. Rotary frequencies are half as many as a head is wide."""
     embedding = shapes.get("embedding.weight", ())
     layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d+)\.", name))}
-    if len(embedding) != 2 or not layers:
+    if len(embedding) != 2 or 0 in embedding or not layers:
         raise UserError(
             f"{path} holds no backbone.vocab_embed.embedding or no backbone.blocks, so it is no "
             "checkpoint of the authors' transformer; other networks are not readable"
         )
+    if lost := set(range(len(layers))) - layers:
+        raise UserError(f"{path} lacks backbone.blocks.{min(lost)}; copy or download it again")
     vocab_size, width = embedding
     sizes: dict[str, Any] = {"vocab_size": vocab_size, "width": width}
-    sizes["num_layers"] = max(layers) + 1
+    sizes["num_layers"] = len(layers)
     condition = shapes.get("time.linear_out.weight", ())
     sizes["adaln"] = bool(condition)
     if condition:

@@ -44,7 +44,7 @@ class Settings:
             key = reference.group(1)
         return None
 
-    def number(self, key: str) -> int | None:
+    def whole(self, key: str) -> int | None:
         """The same where it is a whole number."""
         found = self.value(key)
         return found if type(found) is int else None
@@ -54,12 +54,21 @@ class Settings:
         found = self.value(key)
         return found if type(found) is bool else None
 
+    def text(self, key: str) -> str | None:
+        """The same where it is a text."""
+        found = self.value(key)
+        return found if isinstance(found, str) else None
+
     def mask_id(self) -> int | None:
         """Id of the tokenizer's own mask token, or None; then the mask is appended to it."""
         if self.tokenizer is None:
             return None
-        added = json.loads(self.tokenizer).get("added_tokens") or []
-        return next((t["id"] for t in added if t.get("content") in MASKS), None)
+        try:
+            added = json.loads(self.tokenizer)["added_tokens"]
+            found = next((t["id"] for t in added if t["content"] in MASKS), None)
+        except (KeyError, TypeError):  # no tokenizer's JSON after all
+            return None
+        return found if type(found) is int else None
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

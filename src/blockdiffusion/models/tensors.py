@@ -35,7 +35,7 @@ def check_tensors(
         sizes: what the network was built after, for the message.
 
     Raises:
-        UserError: a tensor is missing, unexpected or of another shape; it is named.
+        UserError: a tensor is missing, unexpected, of another shape or no floats; it is named.
     """
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:
@@ -46,6 +46,8 @@ def check_tensors(
             parts.append(f"has the unexpected {few(unexpected)}")
         raise UserError(f"{path} {' and '.join(parts)}; it does not fit {sizes}")
     for name, tensor in wanted.items():
+        if not given[name].is_floating_point():
+            raise UserError(f"{path}: {name} holds {given[name].dtype}, which no weights are in")
         if tensor.shape != given[name].shape:
             raise UserError(
                 f"{path}: {name} has shape {tuple(given[name].shape)}, but by {sizes} it should "
