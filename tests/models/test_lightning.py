@@ -80,6 +80,8 @@ def test_what_a_golden_file_does_not_say_is_asked_for():
         blockdiffusion.load(path)
     with pytest.raises(UserError, match=r"say what its seq_len is; .* --seq-len \.\.\.$"):
         find_model(GOLDEN / "ar-lightning" / "last.ckpt")  # only AR has no time embedding
+    with pytest.raises(UserError, match=r"its seq_len is; .* --seq-len \.\.\.$"):
+        find_model(path, LightningOptions(kind="mdlm"))
     with pytest.raises(UserError, match=r"its block_size is; .* --block-size \.\.\.$"):
         find_model(path, LightningOptions(kind="bd3lm", seq_len=32))
 

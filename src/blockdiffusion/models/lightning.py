@@ -192,10 +192,39 @@ def _configuration(
     path: Path,
 ) -> tuple[str, BlockDiffusionConfig]:
     """The kind and the sizes of the network, from everything that says something about them."""
-    seen = _sizes_of_tensors(shapes, rotary, path)
+    sizes = _sizes_of_tensors(shapes, rotary, path)
+    sizes |= _agreed_sizes(sizes, settings, options, path)
+    kind_name = sizes.pop("kind")
+    if kind_name == "ar" and sizes["adaln"]:
+        raise UserError(
+            f"{path} has a time embedding, which the network of ar does not use; its kind is one "
+            f"of {', '.join(name for name in KINDS if name != 'ar')}"
+        )
+    dropout = settings.value("model.dropout")
+    if isinstance(dropout, int | float):
+        sizes["dropout"] = float(dropout)
+    kind = KINDS[kind_name]
+    config = BlockDiffusionConfig(
+        **sizes,
+        objective=kind.objective,
+        time_conditioning=kind.time_conditioning or settings.flag("algo.time_conditioning") is True,
+        # The authors' AR is given its first token, and so are the others with `ignore_bos`.
+        bos=True if kind_name == "ar" or settings.flag("algo.ignore_bos") else None,
+    )
+    return kind_name, config
+
+
+def _agreed_sizes(
+    seen: Mapping[str, Any], settings: Settings, options: LightningOptions, path: Path
+) -> dict[str, Any]:
+    """The kind and what the shapes may not say, if nobody contradicts another.
+
+    Args:
+        seen: what the shapes say.
+    """
 
     def agreed(name: str, **others: Any) -> Any:
-        """What the tensors, the option and others say, if they do not differ."""
+        """What the tensors, others and the option say."""
         said = {
             "its tensors": seen.get(name),
             **{f"its {who}": value for who, value in others.items()},
@@ -215,38 +244,21 @@ def _configuration(
         "kind": kind_name,
         "seq_len": agreed("seq_len", configuration=settings.whole("model.length")),
         "num_heads": agreed("num_heads", configuration=settings.whole("model.n_heads")),
-        "mask_id": agreed("mask_id", tokenizer=settings.mask_id()),
     }
     if kind is not None and kind.has_blocks:
         configured = settings.whole("block_size")
         found["block_size"] = agreed("block_size", configuration=configured)
-    elif kind is not None:
+    elif kind is not None and found["seq_len"] is not None:
         only = 1 if kind.objective == "autoregressive" else found["seq_len"]
         found["block_size"] = agreed("block_size", kind=only)
-    missing = [name for name, value in found.items() if value is None and name != "mask_id"]
+    missing = [name for name, value in found.items() if value is None]
+    found["mask_id"] = agreed("mask_id", tokenizer=settings.mask_id())
     tokenizer_name = settings.text("data.tokenizer_name_or_path") or ""
     if found["mask_id"] is None and "bert" in tokenizer_name:  # has one of its own
         missing.append("mask_id")
     if missing:
         raise UserError(_unknown(missing, path))
-    assert kind is not None and kind_name is not None
-    if kind_name == "ar" and seen["adaln"]:
-        raise UserError(
-            f"{path} has a time embedding, which the network of ar does not use; its kind is one "
-            f"of {', '.join(name for name in KINDS if name != 'ar')}"
-        )
-    dropout = settings.value("model.dropout")
-    sizes = seen | found
-    del sizes["kind"]
-    config = BlockDiffusionConfig(
-        **sizes,
-        **({"dropout": dropout} if isinstance(dropout, float) else {}),
-        objective=kind.objective,
-        time_conditioning=kind.time_conditioning or settings.flag("algo.time_conditioning") is True,
-        # The authors' AR is given its first token, and so are the others with `ignore_bos`.
-        bos=True if kind_name == "ar" or settings.flag("algo.ignore_bos") else None,
-    )
-    return kind_name, config
+    return found
 
 
 def _sizes_of_tensors(
