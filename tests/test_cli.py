@@ -57,7 +57,7 @@ def test_help_answers_within_a_second_and_names_every_command():
     assert shown.returncode == 0 and min(times) < 1
     for command in (
         "prepare", "datasets", "train", "eval", "zero-shot", "variance", "sample",
-        "generate-eval", "generate-compare", "report",
+        "generate-eval", "generate-compare", "report", "convert", "push",
     ):  # fmt: skip
         assert command in shown.stdout
 

@@ -40,11 +40,12 @@ from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
 from blockdiffusion.evaluate.samples import Sample
 from blockdiffusion.evaluate.variance_table import VarianceOptions
 from blockdiffusion.evaluate.zero_shot import ZeroShotOptions
-from blockdiffusion.models.formats import BD3LM_NAMES
+from blockdiffusion.models.bd3lm import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import make_policy
 from tests.evaluate.judges import save_gpt2
+from tests.models.lightning_files import lightning, save_with_settings, settings
 from tests.test_layering import LAYERS, modules
 
 ROOT = Path(__file__).parent.parent
@@ -96,9 +97,24 @@ def place(tmp_path_factory):
         prepare(["text.txt"], "runs/demo-data", options)
         run_training(load_recipe("recipes/demo.yaml", smaller))
     published_model(folder / "kuleshov-group" / "bd3lm-owt-block_size4")
-    byte_tokenizer().save_pretrained(folder / "gpt2")
     save_gpt2(folder / "judge")
+    tokenizer_like_gpt2(folder / "gpt2")
+    small = blockdiffusion.BlockDiffusionConfig(
+        vocab_size=258, seq_len=16, width=16, num_layers=1, num_heads=2, cond_dim=8
+    )
+    model = blockdiffusion.BlockDiffusionModel(small)
+    save_with_settings(folder / "whole.ckpt", lightning(model), settings("bd3lm", model), None)
+    save_with_settings(folder / "last.ckpt", lightning(model), {}, None)
     return folder
+
+
+def tokenizer_like_gpt2(folder):
+    """GPT-2's ids: 50256 for the end of text, and no mask; the words are bytes."""
+    plain = json.loads(byte_tokenizer().backend_tokenizer.to_str())
+    plain["model"]["vocab"] |= {f"unused {number}": number for number in range(256, 50256)}
+    plain["added_tokens"] = [plain["added_tokens"][0] | {"id": 50256}]
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(plain))
 
 
 def published_model(folder):

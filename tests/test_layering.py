@@ -18,6 +18,7 @@ LAYERS = [
     ["data"],
     ["train"],
     ["evaluate"],
+    ["release"],
     ["terminal"],
     ["config"],
     ["cli"],

@@ -26,6 +26,7 @@ from blockdiffusion.train.schedule_search import SearchOptions, check_objective
 
 if TYPE_CHECKING:
     from blockdiffusion.data.manifest import Manifest
+    from blockdiffusion.models.card import Card
     from blockdiffusion.models.transformer import BlockDiffusionModel
     from blockdiffusion.train.loop import Periodic
     from blockdiffusion.train.schedule_search import ScheduleSearch
@@ -145,6 +146,8 @@ class Recipe:
                 "likelihood is exact; leave the estimator out"
             )
 
+
+MOST_NAMES = 20  # sources that a model card names
 
 # What a resumed run may change: nothing here touches the weights. (Data that were moved are
 # recognised by their fingerprint.)
@@ -443,6 +446,7 @@ def run_training(
         periodic=[*_evaluation(recipe, data, rows.manifest, model.config), *_sampling(recipe)],
         loggers=[make_display(recipe.train.steps), *make_loggers(recipe.log, out)],
         tokenizer=tokenizer,
+        describe=lambda state: _card(recipe, rows.manifest, state),
         config=to_dict(recipe),
         notes=notes,
         resume=resume,
@@ -503,6 +507,7 @@ def _evaluation(recipe: Recipe, data: Path, manifest: Manifest, network: Any) ->
 
     from blockdiffusion.data.loader import TokenRows
     from blockdiffusion.evaluate.likelihood import choose_estimator, likelihood
+    from blockdiffusion.evaluate.prepared import evaluation_facts
     from blockdiffusion.seeding import generator
     from blockdiffusion.train.loop import Periodic
 
@@ -512,7 +517,7 @@ def _evaluation(recipe: Recipe, data: Path, manifest: Manifest, network: Any) ->
     rows = TokenRows(data, "valid")
     batch = rows.rows(np.arange(min(rows.num_rows, recipe.eval.rows or rows.num_rows)))
 
-    def evaluate(model: Any) -> dict[str, float | None]:
+    def evaluate(model: Any) -> dict[str, Any]:
         result = likelihood(
             model,
             batch.ids_BL,
@@ -532,9 +537,32 @@ def _evaluation(recipe: Recipe, data: Path, manifest: Manifest, network: Any) ->
             "valid_stderr_data": result.stderr_data,
             "valid_perplexity_bound" if result.is_bound else "valid_perplexity": result.perplexity,
             **{name: value for name, value in tighter.items() if value is not None},
+            "evaluation": evaluation_facts(result, manifest, data, "valid", seed=recipe.train.seed),
         }
 
     return [Periodic(every=recipe.eval.every, run=evaluate)]
+
+
+def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
+    """What the card of the run's released model says."""
+    from blockdiffusion.models.card import Card, public_name
+
+    sections = {name: to_dict(recipe)[name] for name in ("model", "objective", "train", "optim")}
+    init_from = recipe.model.init_from
+    sections["model"]["init_from"] = None if init_from is None else public_name(init_from)
+    # What is of this machine tells nobody anything.
+    for name in ("steps", "device", "threads", "micro_batch_size"):
+        del sections["train"][name]
+    names = [
+        Path(source["name"]).name if "size" in source else source["name"].partition(":")[0]
+        for source in manifest.sources
+    ]
+    return Card(
+        name=Path(recipe.out).resolve().name,
+        training={"steps": state.step, **sections},
+        datasets=list(dict.fromkeys(names))[:MOST_NAMES],
+        evaluation=state.evaluation,
+    )
 
 
 def _sampling(recipe: Recipe) -> list[Periodic]:

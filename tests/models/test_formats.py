@@ -62,7 +62,7 @@ def test_an_unexpected_key_is_named(copy):
 def test_another_shape_is_named(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"cond_dim": 16}))
-    with pytest.raises(UserError, match=r"has shape .* but config\.json asks for"):
+    with pytest.raises(UserError, match=r"has shape .* but by config\.json it should"):
         blockdiffusion.load(copy)
 
 

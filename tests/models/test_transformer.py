@@ -4,7 +4,7 @@ from safetensors.torch import load_file
 
 from blockdiffusion.denoiser import causal_nll, masked_nll
 from blockdiffusion.errors import UserError
-from blockdiffusion.models.formats import _our_name
+from blockdiffusion.models.bd3lm import our_name
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from tests.conftest import GOLDEN
 from tests.oracles import condition, mask_by_loops, network, subs_log_prob
@@ -196,7 +196,7 @@ def test_golden_autoregressive_logits_and_loss():
         objective="autoregressive", adaln=False,
     )  # fmt: skip
     model = BlockDiffusionModel(config).eval()
-    model.load_state_dict({_our_name(name): tensor for name, tensor in published.items()})
+    model.load_state_dict({our_name(name): tensor for name, tensor in published.items()})
     clean = expected["x0"]
     logits = model.head(model.encode_causal(clean[:, :-1]))
     assert (logits - expected["logits"]).abs().max() < GOLDEN_TOLERANCE

@@ -4,12 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from blockdiffusion.data.loader import Batch, TokenRows
+from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
+from blockdiffusion.evaluate.likelihood import Likelihood
+from blockdiffusion.models.card import public_name
+from blockdiffusion.train.loop import data_fingerprint
+
+# What a model card keeps of a likelihood.
+MEASURED = (
+    "nats_per_token",
+    "perplexity",
+    "is_bound",
+    "stderr_noise",
+    "stderr_data",
+    "exact_nats_per_token",
+    "exact_perplexity",
+    "orders_nats_per_token",
+    "orders_perplexity",
+    "estimator",
+    "samples",
+    "copies",
+    "t_min",
+    "bos",
+    "num_tokens",
+    "num_rows",
+)
 
 
 @dataclass(frozen=True)
@@ -62,3 +87,23 @@ def read_rows(
     tokens = batch.ids_BL.numel() if batch.valid_BL is None else int(batch.valid_BL.sum())
     info = manifest.splits[split]
     return HeldOutText(batch, info.bytes * tokens / info.tokens, bos)
+
+
+def evaluation_facts(
+    result: Likelihood, manifest: Manifest, directory: str | Path, split: str, *, seed: int
+) -> dict[str, Any]:
+    """What a model card says of a measured likelihood: all that is needed to repeat it.
+
+    Args:
+        result: of the first rows of a split.
+        manifest: of the prepared data in `directory`.
+        seed: of the masks.
+    """
+    values = result.to_dict()
+    return {name: values[name] for name in MEASURED if values[name] is not None} | {
+        "data": public_name(directory),
+        "split": split,
+        "data_sha256": data_fingerprint(manifest, split),
+        "seq_len": manifest.seq_len,
+        "seed": seed,
+    }

@@ -32,6 +32,7 @@ from torch import nn
 import blockdiffusion
 from blockdiffusion.data.files import FULL_DISK, locked
 from blockdiffusion.errors import UserError
+from blockdiffusion.models.card import Card, write_card
 from blockdiffusion.train.optim import MovingAverage
 
 FORMAT = "blockdiffusion-checkpoint-1"
@@ -75,6 +76,8 @@ class TrainState:
     versions: dict[str, str]
     clip: tuple[float, float] | None = None
     """What the schedule search found last; None: nothing yet, the recipe's clip is in force."""
+    evaluation: dict[str, Any] | None = None
+    """The last evaluation: its step, what it measured and how; None: there was none yet."""
 
 
 def versions() -> dict[str, str]:
@@ -145,7 +148,7 @@ def save(
         save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
         text = json.dumps({"format": FORMAT, **asdict(state)}, indent=2)
         (partial / STATE).write_text(text + "\n", encoding="utf-8")
-        _publish(partial, final)
+        publish_directory(partial, final)
     for old in _all_checkpoints(out)[:-keep]:
         # Renamed first: a kill in the middle must not leave half of it under its name.
         removed = old.rename(old.with_name(f".{old.name}.partial"))
@@ -154,12 +157,16 @@ def save(
 
 
 def export_model(
-    out: Path, model: nn.Module, average: MovingAverage, tokenizer: Path | None
+    out: Path,
+    model: nn.Module,
+    average: MovingAverage,
+    tokenizer: Path | None,
+    card: Card | None = None,
 ) -> None:
-    """Writes the averaged weights, and the tokenizer's files, to `out`/model/.
+    """Writes the averaged weights, the tokenizer's files and the model card to `out`/model/.
 
-    The files of an earlier export are replaced one by one. Only the weights differ between two
-    exports of a run, so that the directory can be loaded at every moment.
+    The files of an earlier export are replaced one by one. Only the weights and the card differ
+    between two exports of a run, so that the directory can be loaded at every moment.
 
     Raises:
         UserError: the disk is full; an earlier export stays.
@@ -169,12 +176,14 @@ def export_model(
         partial.mkdir()
         for path in [] if tokenizer is None else tokenizer.iterdir():
             shutil.copyfile(path, partial / path.name)  # without its permissions
-        with average.swapped(), _no_progress_bars():
+        with average.swapped(), no_progress_bars():
             model.save_pretrained(partial)  # type: ignore
-        _publish(partial, final)
+        if card is not None:
+            write_card(partial, model.config, card)  # type: ignore
+        publish_directory(partial, final)
 
 
-def _publish(partial: Path, final: Path) -> None:
+def publish_directory(partial: Path, final: Path) -> None:
     """Gives the complete directory `partial` the name `final`, once it is on the disk."""
     for path in partial.iterdir():
         _sync(path)
@@ -190,7 +199,9 @@ def _publish(partial: Path, final: Path) -> None:
 
 
 @contextmanager
-def disk_full_is_user_error(what: str, partial: Path | None = None) -> Iterator[None]:
+def disk_full_is_user_error(
+    what: str, partial: Path | None = None, then: str = "resume the run"
+) -> Iterator[None]:
     """Removes `partial` when writing fails, and tells a full disk in one sentence."""
     try:
         yield
@@ -202,7 +213,7 @@ def disk_full_is_user_error(what: str, partial: Path | None = None) -> Iterator[
         if getattr(error, "errno", None) in FULL_DISK or any(n in str(error) for n in numbers):
             raise UserError(
                 f"the disk is full: the {what} could not be written; what was written before "
-                "it is intact: free some space, then resume the run"
+                f"it is intact: free some space, then {then}"
             ) from error
         raise
 
@@ -221,7 +232,8 @@ def read_state(checkpoint: Path) -> TrainState:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         if loaded.pop("format") != FORMAT:
             raise ValueError("another format")
-        loaded.setdefault("clip", None)  # older checkpoints knew no search
+        for name in ("clip", "evaluation"):  # older checkpoints knew neither
+            loaded.setdefault(name, None)
         if loaded["clip"] is not None:
             beta, omega = loaded["clip"]
             loaded["clip"] = (float(beta), float(omega))
@@ -333,7 +345,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Keeps `save_pretrained` from drawing over the display of the run."""
     from transformers.utils import logging
 

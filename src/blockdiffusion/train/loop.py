@@ -55,6 +55,7 @@ from blockdiffusion.train.optim import (
 )
 
 if TYPE_CHECKING:
+    from blockdiffusion.models.card import Card
     from blockdiffusion.models.transformer import BlockDiffusionModel, Objective
     from blockdiffusion.train.schedule_search import ScheduleSearch
 
@@ -146,7 +147,8 @@ class Periodic:
     """Something to do with the averaged model every so many steps, and after the last one.
 
     `run` returns values to log: `{"valid_bound": nats per token, ...}` of an evaluation,
-    `{"samples": [text, ...]}` of samples.
+    `{"samples": [text, ...]}` of samples. `evaluation`, a mapping of what was measured and how, is
+    not logged but kept in the state, for the model card.
     """
 
     every: int
@@ -183,6 +185,7 @@ def train(
     periodic: Sequence[Periodic] = (),
     loggers: Sequence[Logger] = (),
     tokenizer: Path | None = None,
+    describe: Callable[[TrainState], Card] | None = None,
     config: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     resume: bool = False,
@@ -200,6 +203,7 @@ def train(
             logged, and the best bound is taken from `valid_bound`.
         loggers: displays and services that get every number, besides metrics.jsonl.
         tokenizer: directory of tokenizer files to copy beside the released model.
+        describe: what the card of the released model says at a state.
         config: the resolved configuration, saved with the run.
         notes: sentences to log at the start.
         resume: go on from the newest checkpoint in `out` (from the start when there is none yet).
@@ -244,6 +248,11 @@ def train(
     if objective.name == "bd3lm":
         clipped = replace(objective, clip=clip).make_estimator()
         estimator, estimator_note = for_block_size(clipped, model.config.block_size)
+
+    def export(state: TrainState) -> None:
+        card = None if describe is None else describe(state)
+        checkpoints.export_model(out, model, average, tokenizer, card)
+
     began = time.perf_counter() - state.seconds
     reporting = _reporting(out, loggers, config, state.step + 1)
 
@@ -253,7 +262,7 @@ def train(
         if note is not None:
             report(state.step, {"note": note})
             # A kill may have come between the checkpoint and its export.
-            checkpoints.export_model(out, model, average, tokenizer)
+            export(state)
         if search is not None and clip is not None:
             report(state.step, {"clip": list(clip)})
         for step in range(state.step + 1, options.steps + 1):
@@ -306,19 +315,24 @@ def train(
             }
             report(step, values)
 
-            best = state.best_bound
+            best, evaluation = state.best_bound, state.evaluation
             if stop.signal is None:  # an interrupted run has no time for these
                 due = [what for what in periodic if what.due(step, options.steps)]
                 for values in _use_average(model, average, due):
+                    values = dict(values)
+                    if measured := values.pop("evaluation", None):
+                        evaluation = {**measured, "step": step}
                     report(step, values)
                     best = _lower(best, values.get("valid_bound"))
 
             seconds = time.perf_counter() - began
-            state = replace(state, step=step, seconds=seconds, best_bound=best)
+            state = replace(
+                state, step=step, seconds=seconds, best_bound=best, evaluation=evaluation
+            )
             interrupt = stop.signal
             if interrupt or step % checkpoint.every == 0 or step == options.steps:
                 checkpoints.save(out, state, model, average, optimizer, keep=checkpoint.keep)
-                checkpoints.export_model(out, model, average, tokenizer)
+                export(state)
             if interrupt:
                 raise Interrupted(interrupt, _farewell(interrupt, state, out, resume_command))
     return state
@@ -374,9 +388,9 @@ def free_tokens(batch: Batch, row_bos: bool) -> torch.Tensor:
     return free_BL
 
 
-def data_fingerprint(manifest: Manifest) -> str:
-    """A hash of what the training rows are: a run can only go on with the same."""
-    shards = [(shard.rows, shard.sha256) for shard in manifest.splits["train"].shards]
+def data_fingerprint(manifest: Manifest, split: str = "train") -> str:
+    """A hash of what the rows are: a run can only go on with the same."""
+    shards = [(shard.rows, shard.sha256) for shard in manifest.splits[split].shards]
     identity = [manifest.seq_len, manifest.vocab_size, manifest.tokenizer_sha256, shards]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
@@ -446,6 +460,7 @@ def _restore(
         seconds=saved.seconds,
         best_bound=saved.best_bound,
         clip=saved.clip,
+        evaluation=saved.evaluation,
     )
     return state, note
 
