@@ -44,6 +44,7 @@ BD3LM_IGNORED = {"sampling_eps_min", "sampling_eps_max", "backbone.rotary_emb.in
 # What the weights of two networks must agree on, to mean the same.
 SAME = (
     "objective",
+    "transition",
     "vocab_size",
     "mask_id",
     "width",

@@ -1,4 +1,6 @@
-"""The loss of one update as a sum over the rows of its global batch: one class per objective.
+"""The loss of one update as a sum over the rows of its global batch.
+
+`DiffusionLoss` is that of all objectives with noise; what they differ in is in `diffusions`.
 
 Shape suffixes: B rows, N noisy copies, L tokens.
 """
@@ -12,7 +14,8 @@ import torch
 
 from blockdiffusion.corruption import Corrupted
 from blockdiffusion.data.loader import Batch
-from blockdiffusion.denoiser import causal_nll, masked_nll
+from blockdiffusion.denoiser import causal_nll
+from blockdiffusion.diffusions import diffusion_of
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionModel
@@ -35,18 +38,18 @@ class BatchLoss(Protocol):
 
 
 @dataclass(frozen=True)
-class MaskedLoss:
-    """The paper's loss: weighted terms of the masked tokens, averaged over the noisy copies."""
+class DiffusionLoss:
+    """The loss of a diffusion: weighted terms of its bound, averaged over the noisy copies."""
 
     batch: Batch
     corrupted: Corrupted
 
     def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
         """See `BatchLoss`."""
-        masked = self.corrupted.rows(rows.start, rows.stop)
+        drawn = self.corrupted.rows(rows.start, rows.stop).to(model.device)
         clean_BL, valid_BL = _on_device(self.batch, rows, model.device)
-        nll_BNL = masked_nll(model, masked.noisy_BNL.to(model.device), clean_BL, valid_BL)
-        return (masked.weight_BNL.to(model.device) * nll_BNL).sum() / masked.noisy_BNL.shape[1]
+        term_BNL = diffusion_of(model.config).terms(model, drawn, clean_BL, valid_BL)
+        return (drawn.weight_BNL * term_BNL).sum() / drawn.noisy_BNL.shape[1]
 
 
 @dataclass(frozen=True)

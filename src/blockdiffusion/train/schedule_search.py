@@ -26,7 +26,7 @@ from blockdiffusion.corruption import Estimator, for_block_size
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import generator
-from blockdiffusion.train.loop import ObjectiveOptions, free_tokens
+from blockdiffusion.train.loop import OBJECTIVES, ObjectiveOptions, free_tokens
 from blockdiffusion.variance import Moments, batch_moments
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class ScheduleSearch:
         seed: of the run; the masks are a function of it, the step and the number of the batch.
 
     Raises:
-        UserError: the objective draws no masks, or its estimator cannot use a clip of the grid at
+        UserError: the objective has no clip, or its estimator cannot use a clip of the grid at
             this block size.
     """
 
@@ -196,12 +196,17 @@ def check_objective(objective: ObjectiveOptions) -> None:
     """Refuses what has no clip: there is nothing to search.
 
     Raises:
-        UserError: the objective draws no masks.
+        UserError: the objective has no clip.
     """
-    if objective.name == "ar":
+    if "clip" not in OBJECTIVES[objective.name][0]:
         raise UserError(
-            "search.every is given, but objective.name is ar, which draws no masks; set "
-            "search.every=null"
+            f"search.every is given, but objective.name is {objective.name}, which has no clip; "
+            "set search.every=null"
+        )
+    if objective.name == "sedd" and not objective.draws_times:
+        raise UserError(
+            f"search.every is given, but objective.estimator is {objective.estimator}, which has "
+            "no clip with sedd; set search.every=null or take bernoulli"
         )
 
 
