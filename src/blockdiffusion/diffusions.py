@@ -282,7 +282,7 @@ class DiscreteTime:
         target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
         noisy_M = drawn.noisy_BNL[scored_BNL]
         keep_M, keep_before_M = (
-            1 - _per_token(prob_BNK, clean_BL).to(scored_BNL.device)[scored_BNL]
+            1 - _per_token(prob_BNK, clean_BL)[scored_BNL.cpu()]
             for prob_BNK in (drawn.prob_BNK, drawn.before_BNK)
         )
 

@@ -89,13 +89,20 @@ def uniform_kl(
     sum over the vocabulary is enough. The mask token's column of `logits_MV` is overwritten.
 
     Args:
-        target_M: x_0. noisy_M: x_t. keep_M, keep_before_M: keep_t and keep_s, float64.
+        target_M: x_0. noisy_M: x_t.
+        keep_M, keep_before_M: keep_t and keep_s, float64, on the CPU.
     """
     tokens = logits_MV.shape[-1] - 1
     prob_MV = exclude_mask_token_(_precise(logits_MV), mask_id).softmax(-1)
-    keep_M, keep_before_M = keep_M.to(prob_MV.dtype), keep_before_M.to(prob_MV.dtype)
     step_M = keep_M / keep_before_M  # kept from s to t
-    jump_M, spread_M = (1 - step_M) / tokens, (1 - keep_before_M) / tokens
+    # Differences from 1 are taken in float64: with many steps they are tiny.
+    step_M, jump_M, keep_M, blank_M, keep_before_M, spread_M = (
+        x.to(prob_MV.device, prob_MV.dtype)
+        for x in (
+            step_M, (1 - step_M) / tokens, keep_M, (1 - keep_M) / tokens,
+            keep_before_M, (1 - keep_before_M) / tokens,
+        )
+    )  # fmt: skip
 
     tiny = torch.finfo(prob_MV.dtype).tiny
     before_MV = (keep_before_M[:, None] * prob_MV + spread_M[:, None]).clamp_min(tiny)
@@ -106,7 +113,6 @@ def uniform_kl(
     noisy_prob_M = prob_MV.gather(-1, noisy_M[:, None])[:, 0]
 
     same_M = (target_M == noisy_M).to(prob_MV.dtype)
-    blank_M = (1 - keep_M) / tokens
     true_M, model_M = keep_M * same_M + blank_M, keep_M * noisy_prob_M + blank_M  # of x_t
     log_spread_M = spread_M.clamp_min(tiny).log()
     # q(x_s) log(q's factor / model's factor): at the target, at the noisy token, at all others.
