@@ -143,10 +143,11 @@ def sedd_bound(model, clean, low=0.0):
     return total
 
 
-def sedd_step(model, p_now, p_then):
+def sedd_step(p_now, p_then, mask_id=3):
     """The authors' analytic step for single tokens: the staggered score times the transition."""
-    now, then = (-torch.log1p(-torch.tensor(min(p, 1 - 1e-13)).double()) for p in (p_now, p_then))
-    mask_id = model.config.mask_id
+    now, then = (
+        -torch.tensor(1 - min(p, 1 - 1e-13), dtype=torch.float64).log() for p in (p_now, p_then)
+    )
 
     def step(logits, x_t):
         s = scores(logits, x_t, now)
@@ -200,3 +201,37 @@ def _block_law(model, past, steps, uniform):
                 after[other] += law[key] * math.prod(e[i] for e, i in zip(each, other, strict=True))
         law = after
     return {k: v for k, v in law.items() if mask_id not in k}
+
+
+def first_hitting_law(model, num_blocks=2, points=300):
+    """The law of the continuous-time reverse process of masks, for blocks of two tokens.
+
+    The mask probabilities at which the two tokens appear are uniform and independent; the first
+    one to appear has the larger. Midpoint rule over both.
+    """
+    mask_id = model.config.mask_id
+    p = (torch.arange(points, dtype=torch.float64) + 0.5) / points
+    ids = [i for i in range(model.config.vocab_size) if i != mask_id]
+
+    def guesses(past, state):
+        logits = logits_of(model, past, torch.tensor(state).expand(points, -1), p)
+        return denoised(model, logits)
+
+    texts = {(): 1.0}
+    for _ in range(num_blocks):
+        longer = {}
+        for past, chance in texts.items():
+            empty = guesses(list(past), [mask_id, mask_id])
+            after_0 = {x: guesses(list(past), [x, mask_id])[:, 1] for x in ids}
+            after_1 = {y: guesses(list(past), [mask_id, y])[:, 0] for y in ids}
+            for x, y in itertools.product(ids, repeat=2):
+                total = 0.0
+                for first, second in (
+                    (empty[:, 0, x], after_0[x][:, y]),
+                    (empty[:, 1, y], after_1[y][:, x]),
+                ):
+                    below = (second.cumsum(0) - second / 2) / points
+                    total += float((first * below).mean())
+                longer[(*past, x, y)] = chance * total
+        texts = longer
+    return texts
