@@ -71,6 +71,23 @@ def posterior(from_zero, step, probs_0, x_t):
     return joint / joint.sum()
 
 
+def divergence(from_zero, step, guess, x_0, x_t):
+    """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 1 -log p(x_0 | x_1)."""
+    true = posterior(from_zero, step, torch.eye(len(guess), dtype=torch.float64)[x_0], x_t)
+    ours = posterior(from_zero, step, guess, x_t)
+    some = true > 0
+    return float((true[some] * (true[some] / ours[some]).log()).sum())
+
+
+def d3pm_kl(model, transition, probs, step, logits, x_0, x_t):
+    """The term of time step + 1 for one token."""
+    matrices = step_matrices(model, transition, probs)
+    from_zero = torch.eye(model.config.vocab_size, dtype=torch.float64)
+    for matrix in matrices[:step]:
+        from_zero = from_zero @ matrix
+    return divergence(from_zero, matrices[step], denoised(model, logits), x_0, x_t)
+
+
 def d3pm_bound(model, clean, transition, probs):
     """The bound of one row in nats (equation 1), every x_t of every block at every t enumerated."""
     size, vocab = model.config.block_size, model.config.vocab_size
@@ -88,10 +105,7 @@ def d3pm_bound(model, clean, transition, probs):
                 if chance == 0:
                     continue
                 for x, y, guess in zip(target, state, probs_0, strict=True):
-                    true = posterior(from_zero, step, torch.eye(vocab).double()[x], y)
-                    ours = posterior(from_zero, step, guess, y)
-                    some = true > 0
-                    total += chance * float((true[some] * (true[some] / ours[some]).log()).sum())
+                    total += chance * divergence(from_zero, step, guess, x, y)
             from_zero = to_now
     return total
 

@@ -124,9 +124,9 @@ def _denoise_block(
             break
         hidden_RSD = state.context.denoise(block_RS, course.sigma_R())
         state.nfe_B[state.active[takes_part_R]] += 1
-        place_M = (course.wanted_RS() & takes_part_R[:, None]).nonzero(as_tuple=True)
-        logits_MV = model.head(hidden_RSD[place_M])
-        changes = course.decide(place_M, block_RS[place_M], logits_MV)
+        row_M, slot_M = (course.wanted_RS() & takes_part_R[:, None]).nonzero(as_tuple=True)
+        logits_MV = model.head(hidden_RSD[row_M, slot_M])
+        changes = course.decide((row_M, slot_M), block_RS[row_M, slot_M], logits_MV)
         row_M, slot_M = changes.rows, changes.slots
         block_RS[row_M, slot_M] = changes.ids
         yield StepEvent(
