@@ -74,6 +74,8 @@ def test_noise_that_ends_early_has_a_prior(make_tiny):
     assert abs(result.nats_per_token - expected) < 4 * result.stderr_noise
     with pytest.raises(UserError, match=r"noise_eps is 0\.3; take bernoulli"):
         estimate(model, "count", 1)
+    with pytest.raises(UserError, match="is clipped: it does not bound"):
+        estimate(model, "bernoulli[0.3,0.8]", 1)
 
 
 def test_normalised_scores_are_cross_entropy():
@@ -284,6 +286,7 @@ def test_progress_and_a_target_work_as_for_masks(make_tiny):
         ("score_entropy", "orders", "estimator orders needs a masked diffusion network"),
         ("score_entropy", "timesteps", "no estimator"),
         ("score_entropy", "bernoulli[0.3,0.8]", "is clipped: it does not bound"),
+        ("score_entropy", "count[0.3,0.8]", "with a clip take bernoulli"),
     ],
 )
 def test_estimators_that_a_network_does_not_have(make_tiny, objective, estimator, message):

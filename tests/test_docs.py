@@ -34,7 +34,7 @@ from blockdiffusion.evaluate.variance_table import VarianceOptions
 from blockdiffusion.models.formats import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.sampling.logits import Filters
-from blockdiffusion.sampling.policies import make_policy
+from blockdiffusion.sampling.processes import make_process
 from tests.test_layering import LAYERS, modules
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +44,10 @@ PAGES = sorted(DOCS.rglob("*.md"))
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 NO_DEFAULT = "*required*"
+CONFIGS = {  # of networks that have the policy
+    None: BlockDiffusionConfig(),
+    "analytic": BlockDiffusionConfig(objective="score_entropy", time_conditioning=True),
+}
 
 
 def name_of(page):
@@ -167,7 +171,9 @@ def test_a_command_line_is_understood(page, words):
     elif name == "variance":
         VarianceOptions(estimators=tuple(values["estimators"] or ("count",)))
     elif name == "sample":
-        make_policy(values["policy"], values["steps"])
+        make_process(
+            CONFIGS.get(values["policy"], CONFIGS[None]), values["policy"], values["steps"]
+        )
         Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)})
 
 

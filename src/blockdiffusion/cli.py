@@ -269,8 +269,13 @@ def sample(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples to draw.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after the prompt.")] = 256,
-    policy: Annotated[str, typer.Option(help="first-hitting or ancestral.")] = "first-hitting",
-    steps: Annotated[int | None, typer.Option(help="Steps per block, for ancestral.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="first-hitting or ancestral; SEDD: analytic; by default the model's."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps per block, for ancestral and analytic.")
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
     ] = None,

@@ -42,6 +42,11 @@ class Diffusion(Protocol):
     """What a network's objective decides; made for the configuration of one network."""
 
     @property
+    def title(self) -> str:
+        """What it is, in words."""
+        ...
+
+    @property
     def usual_estimator(self) -> str:
         """The name of the unbiased estimator of least noise: what "auto" stands for."""
         ...
@@ -112,6 +117,11 @@ class MaskedDiffusion:
     config: Any
 
     @property
+    def title(self) -> str:
+        """See `Diffusion`."""
+        return "masked diffusion"
+
+    @property
     def usual_estimator(self) -> str:
         """See `Diffusion`; one pass is exact for blocks of one token."""
         return "exact" if self.enumerable and self.config.block_size == 1 else "complement"
@@ -154,6 +164,11 @@ class ScoreEntropy(MaskedDiffusion):
     Its bound (Lou et al. 2024, theorem 3.6) integrates dsigma/dt times the score entropy; see
     `objectives.score_entropy` for the weight, which is that of masked diffusion.
     """
+
+    @property
+    def title(self) -> str:
+        """See `Diffusion`."""
+        return "masked diffusion trained by score entropy (SEDD)"
 
     @property
     def usual_estimator(self) -> str:
@@ -225,6 +240,11 @@ class DiscreteTime:
 
     usual_estimator = "timesteps"
     enumerable = False
+
+    @property
+    def title(self) -> str:
+        """See `Diffusion`."""
+        return f"{self.config.transition} diffusion in {self.config.timesteps:,} steps (D3PM)"
 
     @property
     def prior_nats(self) -> float:

@@ -164,7 +164,7 @@ class Clipped:
         return self.base.inverse(p)
 
 
-class Scaled(Unclipped):
+class Scaled:
     """`base` that ends at the mask probability 1 - eps: p(t) = (1 - eps) base(t), the same weight.
 
     The noise with which the published SEDD and MDLM weights of Lou et al. and Sahoo et al. were
@@ -174,6 +174,7 @@ class Scaled(Unclipped):
 
     def __init__(self, base: Schedule, eps: float):
         self.base, self.eps, self.name = base, eps, base.name
+        self.is_bound, self.t_range = base.is_bound, base.t_range
 
     def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
         return (1 - self.eps) * self.base.mask_prob(t)

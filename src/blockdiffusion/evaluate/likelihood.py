@@ -1,7 +1,7 @@
 """Likelihood of text under a model, with its two standard errors.
 
-A masked diffusion likelihood is a bound (NELBO). It is estimated by drawing masks with any unbiased
-estimator of `corruption`, or enumerated (`exact`, blocks of up to 8 tokens), which also gives the
+A diffusion likelihood is a bound (NELBO). It is estimated by drawing noise with any unbiased
+estimator of the network's objective (see `diffusions`), or for masks enumerated (`exact`, blocks of up to 8 tokens), which also gives the
 exact log-likelihood; `orders` gives a tighter bound for blocks of any length. The *noise* error
 says how far the estimate may lie from the value on these data, the *data* error how far that may
 lie from the value on all text of the kind.
@@ -153,9 +153,9 @@ def likelihood(
         estimator: "exact" (enumerates; S <= 8), "orders" (the K-order bound), or a law of masks as
             `corruption.make_estimator` reads it, not clipped: "count", "complement", "bernoulli",
             "bernoulli:cosine", ... "auto" is the unbiased one with the least noise: complement
-            pairs; at S = 1, where one pass is exact, "exact"; for a network with time input, whose
-            t cannot be integrated out, "bernoulli". The likelihood of an autoregressive model is
-            exact, in one pass; it allows "exact" and "auto" only.
+            pairs; at S = 1, where one pass is exact, "exact"; "timesteps" for D3PM, which has no
+            other. "exact" and "orders" need masks and a network without time input. The likelihood
+            of an autoregressive model is exact, in one pass; it allows "exact" and "auto" only.
         samples: independent replicates of the masks; the noise error needs two.
         orders: K of the bound of "orders"; every replicate draws so many orders of each block.
         target_stderr: go on until the noise error (of the tighter bound, for "orders") is at most

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,18 +62,41 @@ if TYPE_CHECKING:
     from blockdiffusion.train.schedule_search import ScheduleSearch
 
 
-MASK_KEYS = ("estimator", "schedule", "clip", "num_noisy", "t_min", "stratify")
-# The keys of `objective` that each name reads, and why it does not read the others.
-OBJECTIVES: dict[str, tuple[tuple[str, ...], str]] = {
-    "bd3lm": (MASK_KEYS, "which has no such choice"),
-    "mdlm": (MASK_KEYS, "which has no such choice"),
-    "sedd": (MASK_KEYS, "which has no such choice"),
-    "d3pm": (
-        ("schedule", "num_noisy", "stratify", "transition", "timesteps"),
-        "whose time is discrete",
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveKind:
+    """What an objective's name stands for.
+
+    Attributes:
+        network: what the configuration of such a network says.
+        stored: what it remembers of the options: its name there -> the name of the option.
+        reads: the options that mean something.
+        why_not: why the others do not.
+    """
+
+    network: Mapping[str, Any]
+    stored: Mapping[str, str] = field(default_factory=dict)
+    reads: tuple[str, ...] = ("estimator", "schedule", "clip", "num_noisy", "t_min", "stratify")
+    why_not: str = "which has no such choice"
+
+
+OBJECTIVES = {
+    "bd3lm": ObjectiveKind(network={"objective": "block_diffusion"}),
+    "mdlm": ObjectiveKind(network={"objective": "block_diffusion"}),
+    "sedd": ObjectiveKind(network={"objective": "score_entropy", "time_conditioning": True}),
+    "d3pm": ObjectiveKind(
+        network={"objective": "d3pm", "time_conditioning": True},
+        stored={
+            "transition": "transition", "timesteps": "timesteps", "noise_schedule": "schedule",
+        },
+        reads=("schedule", "num_noisy", "stratify", "transition", "timesteps"),
+        why_not="whose time is discrete",
     ),
-    "ar": ((), "which draws no masks"),
-}
+    "ar": ObjectiveKind(  # the baseline has no conditioning
+        network={"objective": "autoregressive", "adaln": False},
+        reads=(),
+        why_not="which draws no masks",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,43 +130,36 @@ class ObjectiveOptions:
         if self.timesteps < 1:
             raise UserError(f"objective.timesteps is {self.timesteps}; it must be at least 1")
         self.make_estimator()
-        if self.name == "sedd" and self.clip is not None and not self.draws_times:
+        if self.clip is not None and not self.allows_clip:
             raise UserError(
                 f"objective.clip is {self.clip}, but objective.estimator is {self.estimator}, "
-                "which draws the number of masked tokens before the time that sedd reads; leave "
-                "the clip out or take bernoulli"
+                f"which draws the number of masked tokens before the time that {self.name} reads; "
+                "leave the clip out or take bernoulli"
             )
 
     @property
     def of_network(self) -> dict[str, Any]:
         """What the configuration of such a network says."""
-        if self.name == "ar":
-            return {"objective": "autoregressive", "adaln": False}  # it has no conditioning
-        if self.name == "sedd":
-            return {"objective": "score_entropy", "time_conditioning": True}
-        if self.name == "d3pm":
-            return {
-                "objective": "d3pm",
-                "time_conditioning": True,
-                "transition": self.transition,
-                "timesteps": self.timesteps,
-                "noise_schedule": self.schedule,
-            }
-        return {"objective": "block_diffusion"}
+        kind = OBJECTIVES[self.name]
+        stored = {name: getattr(self, option) for name, option in kind.stored.items()}
+        return {**kind.network, **stored}
 
     @property
-    def draws_times(self) -> bool:
-        """Whether the estimator draws a time first, and not the number of masked tokens."""
-        return self.estimator in ("bernoulli", "resampled")
+    def allows_clip(self) -> bool:
+        """Whether mask probabilities can be kept in an interval."""
+        kind = OBJECTIVES[self.name]
+        times_first = self.estimator in ("bernoulli", "resampled")
+        reads_time = kind.network.get("time_conditioning", False)
+        return "clip" in kind.reads and (times_first or not reads_time)
 
     def _refuse_what_is_not_read(self) -> None:
-        read, why = OBJECTIVES[self.name]
+        kind = OBJECTIVES[self.name]
         for item in fields(self):
             value, default = getattr(self, item.name), item.default
-            if item.name not in ("name", *read) and value != default:
+            if item.name not in ("name", *kind.reads) and value != default:
                 raise UserError(
-                    f"objective.{item.name} is {value}, but objective.name is {self.name}, {why}; "
-                    f"leave it out, or at {'null' if default is None else default}"
+                    f"objective.{item.name} is {value}, but objective.name is {self.name}, "
+                    f"{kind.why_not}; leave it out, or at {'null' if default is None else default}"
                 )
 
     def make_estimator(self) -> Estimator:

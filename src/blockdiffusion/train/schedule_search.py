@@ -26,7 +26,7 @@ from blockdiffusion.corruption import Estimator, for_block_size
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import generator
-from blockdiffusion.train.loop import OBJECTIVES, ObjectiveOptions, free_tokens
+from blockdiffusion.train.loop import ObjectiveOptions, free_tokens
 from blockdiffusion.variance import Moments, batch_moments
 
 if TYPE_CHECKING:
@@ -198,15 +198,10 @@ def check_objective(objective: ObjectiveOptions) -> None:
     Raises:
         UserError: the objective has no clip.
     """
-    if "clip" not in OBJECTIVES[objective.name][0]:
+    if not objective.allows_clip:
         raise UserError(
-            f"search.every is given, but objective.name is {objective.name}, which has no clip; "
-            "set search.every=null"
-        )
-    if objective.name == "sedd" and not objective.draws_times:
-        raise UserError(
-            f"search.every is given, but objective.estimator is {objective.estimator}, which has "
-            "no clip with sedd; set search.every=null or take bernoulli"
+            f"search.every is given, but objective.name is {objective.name} with the estimator "
+            f"{objective.estimator}, which has no clip; set search.every=null"
         )
 
 
