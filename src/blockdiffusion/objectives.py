@@ -32,7 +32,7 @@ def log_score(
 ) -> torch.Tensor:
     """log s_y (M, V), the estimated ratios q(y) / q(x_t) of M noisy tokens at noise sigma.
 
-    SEDD with absorbing noise (Lou et al. 2024, section 3 and appendix C.2), as the authors scale
+    SEDD with absorbing noise (Lou et al. 2024, section 3), as the authors of the paper scale
     it: logits - log(e^sigma - 1) - log(V - 1), and 0 at the noisy token itself.
     """
     scale_M = torch.expm1(sigma_M).log() + math.log(logits_MV.shape[-1] - 1)
@@ -52,7 +52,7 @@ def log_rate(logits_MV: torch.Tensor, mask_id: int) -> torch.Tensor:
 def score_entropy(logits_MV: torch.Tensor, target_M: torch.Tensor, mask_id: int) -> torch.Tensor:
     """The score entropy of M masked positions in nats, over r = 1 / (e^sigma - 1).
 
-    Lou et al. (2024), equation 5 and appendix C.2, for absorbing noise:
+    Lou et al. (2024), section 3, for absorbing noise:
 
         sum over y of s_y - r log s_x0 + r (log r - 1)  =  r (C - 1 - log C - log(c_x0 / C)),
 

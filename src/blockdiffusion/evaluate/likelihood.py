@@ -1,10 +1,10 @@
 """Likelihood of text under a model, with its two standard errors.
 
 A diffusion likelihood is a bound (NELBO). It is estimated by drawing noise with any unbiased
-estimator of the network's objective (see `diffusions`), or for masks enumerated (`exact`, blocks of up to 8 tokens), which also gives the
-exact log-likelihood; `orders` gives a tighter bound for blocks of any length. The *noise* error
-says how far the estimate may lie from the value on these data, the *data* error how far that may
-lie from the value on all text of the kind.
+estimator of the network's objective (see `diffusions`), or, for masks, enumerated (`exact`, blocks
+of up to 8 tokens), which also gives the exact log-likelihood; `orders` gives a tighter bound for
+blocks of any length. The *noise* error says how far the estimate may lie from the value on these
+data, the *data* error how far that may lie from the value on all text of the kind.
 """
 
 from __future__ import annotations

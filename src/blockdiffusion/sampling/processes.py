@@ -2,7 +2,7 @@
 
 * `Planned`: masks whose passes a `Policy` draws before the network runs (masked diffusion, and
   D3PM with absorbing noise, where the order of reveals does not depend on the tokens either),
-* `Analytic`: SEDD's analytic step (Lou et al. 2024, section 4.3; "Tweedie"), where the network
+* `Analytic`: SEDD's analytic step (Lou et al. 2024, section 4; "Tweedie"), where the network
   also says how likely a token is revealed,
 * `UniformReverse`: D3PM with uniform noise (Austin et al. 2021), where every token may change in
   every step and all are decided at the end.
