@@ -93,7 +93,8 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("sample.num=0", r"sample\.num is 0"),
         ("checkpoint.keep=0", r"checkpoint\.keep is 0"),
         ("objective.schedule=lag", r"unknown schedule 'lag'"),
-        ("objective.name=mdlm", r"objective\.name is 'mdlm'; it must be bd3lm or ar"),
+        ("objective.name=lm", r"objective\.name is 'lm'; it must be bd3lm or mdlm or sedd or d3pm"),
+        ("objective.timesteps=0", r"objective\.timesteps is 0, but objective\.name is bd3lm"),
         ("objective.t_min=2", r"objective\.t_min is 2\.0"),
         ("search.widths=[0.5,1.5]", r"search\.widths has 1\.5; every width must be in \(0, 1\]"),
         ("search.widths=0.5", r"search\.widths is 0\.5; it must be a list of: a number"),
@@ -141,6 +142,39 @@ def test_ar_has_no_blocks(write, block_size):
     recipe = load_recipe(write(MINIMAL), ["objective.name=ar", f"model.block_size={block_size}"])
     assert recipe.model.block_size == 1
     assert load_recipe(write(yaml.safe_dump(to_dict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("bd3lm", "objective.transition=uniform", r"transition is uniform, .* has no such choice"),
+        ("mdlm", "objective.timesteps=5", r"timesteps is 5, .* mdlm, .* leave it out, or at 1000"),
+        ("sedd", "objective.timesteps=5", r"timesteps is 5, but objective\.name is sedd"),
+        ("d3pm", "objective.estimator=count", r"estimator is count, .* whose time is discrete"),
+        ("d3pm", "objective.clip=[0.3,0.8]", r"clip is .* d3pm, .*, or at null"),
+        ("d3pm", "objective.t_min=0", r"t_min is 0\.0, .* d3pm"),
+        ("d3pm", "objective.timesteps=0", r"objective\.timesteps is 0; it must be at least 1"),
+        ("d3pm", "search.every=5", r"search\.every is given, .* d3pm with .*, which has no clip"),
+    ],
+)
+def test_what_an_objective_does_not_read_is_refused(write, name, override, message):
+    source = write(MINIMAL | {"objective": {"name": name}})
+    with pytest.raises(UserError, match=message):
+        load_recipe(source, [override])
+
+
+@pytest.mark.parametrize("more", ["objective.clip=[0.3,0.8]", "search.every=5"])
+def test_sedd_has_clips_with_bernoulli_only(write, more):
+    recipe = write(MINIMAL | {"objective": {"name": "sedd"}})
+    load_recipe(recipe, [more])
+    message = r"estimator is count, which draws .* bernoulli|the estimator count, which has no clip"
+    with pytest.raises(UserError, match=message):
+        load_recipe(recipe, [more, "objective.estimator=count"])
+
+
+def test_the_usual_block_size(write):
+    for name, size in (("bd3lm", 4), ("sedd", 4), ("d3pm", 4), ("ar", 1), ("mdlm", None)):
+        assert load_recipe(write(MINIMAL), [f"objective.name={name}"]).model.block_size == size
 
 
 def test_bools_are_not_ints_in_a_file_either(write):

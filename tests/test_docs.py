@@ -43,7 +43,7 @@ from blockdiffusion.evaluate.zero_shot import ZeroShotOptions
 from blockdiffusion.models.bd3lm import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.sampling.logits import Filters
-from blockdiffusion.sampling.policies import make_policy
+from blockdiffusion.sampling.processes import make_process
 from tests.evaluate.judges import save_gpt2
 from tests.models.lightning_files import lightning, save_with_settings, settings
 from tests.test_layering import LAYERS, modules
@@ -55,6 +55,10 @@ PAGES = sorted(DOCS.rglob("*.md"))
 TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 NO_DEFAULT = "*required*"
+CONFIGS = {  # of networks that have the policy
+    None: BlockDiffusionConfig(),
+    "analytic": BlockDiffusionConfig(objective="score_entropy", time_conditioning=True),
+}
 
 
 def name_of(page):
@@ -199,7 +203,9 @@ def test_a_command_line_is_understood(page, words):
                            if k in known and v is not None})  # fmt: skip
         choose_estimator(values["estimator"], BlockDiffusionConfig())
     elif name in ("sample", "generate-eval"):
-        make_policy(values["policy"], values["steps"])
+        make_process(
+            CONFIGS.get(values["policy"], CONFIGS[None]), values["policy"], values["steps"]
+        )
         Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)})
 
 

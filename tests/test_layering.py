@@ -9,9 +9,9 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
     ["errors", "seeding"],
-    ["devices", "schedules", "masks", "objectives"],
-    ["corruption", "attention", "cache"],
-    ["denoiser"],
+    ["devices", "schedules", "masks", "objectives", "cache"],
+    ["corruption", "attention", "denoiser"],
+    ["diffusions"],
     ["exact", "orders", "variance"],
     ["models"],
     ["sampling"],

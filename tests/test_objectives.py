@@ -1,8 +1,23 @@
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from blockdiffusion.corruption import Corrupted
 from blockdiffusion.denoiser import masked_nll
-from blockdiffusion.objectives import subs_nll, weighted_subs_nll
+from blockdiffusion.diffusions import diffusion_of
+from blockdiffusion.models.bd3lm import our_name
+from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.objectives import (
+    log_score,
+    prior_kl,
+    score_entropy,
+    subs_nll,
+    uniform_kl,
+    uniform_reverse,
+    weighted_subs_nll,
+)
+from blockdiffusion.schedules import noise_level
+from tests.conftest import GOLDEN
 from tests.oracles import subs_log_prob
 
 
@@ -75,3 +90,90 @@ def test_the_loss_in_pieces_of_nothing_is_zero():
     loss = weighted_subs_nll(torch.zeros(0, 4), output, nothing, torch.zeros(0), 5)
     loss.backward()
     assert loss.item() == 0 and output.weight.grad is not None and not output.weight.grad.any()
+
+
+# --- SEDD and D3PM ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sedd() -> BlockDiffusionModel:
+    """The averaged weights of the authors' SEDD network, under their names."""
+    published = load_file(GOLDEN / "sedd" / "average.safetensors")
+    config = BlockDiffusionConfig(
+        vocab_size=101, seq_len=32, block_size=32, mask_id=100, width=64, num_layers=2, num_heads=4,
+        cond_dim=32, objective="score_entropy", time_conditioning=True,
+    )  # fmt: skip
+    model = BlockDiffusionModel(config).eval()
+    model.load_state_dict({our_name(name): tensor for name, tensor in published.items()})
+    return model
+
+
+@torch.no_grad()
+def test_golden_sedd_scores_and_loss(sedd):
+    expected = load_file(GOLDEN / "sedd" / "expected.safetensors")
+    clean, noisy, t, sigma = (expected[name] for name in ("x0", "xt", "t", "sigma"))
+    assert torch.allclose(noise_level(t[:, :1]), sigma)
+    logits = sedd.denoise_logits(noisy, sigma=sigma[:, 0])
+    assert (logits - expected["logits"]).abs().max() < 1e-4
+    score = log_score(logits.flatten(0, 1), noisy.flatten(), sigma.expand_as(noisy).flatten())
+    assert (score.view_as(logits) - expected["log_score"]).abs().max() < 1e-4
+    drawn = Corrupted(noisy[:, None], torch.ones(3, 1, 32), t[:, None, :1])
+    loss = diffusion_of(sedd.config).terms(sedd, drawn, clean)[:, 0] / t
+    assert (loss - expected["loss_per_token"]).abs().max() < 1e-4
+    assert torch.equal(loss == 0, noisy != 100)
+
+
+def test_score_entropy_is_the_published_formula():
+    """sum of s - r log s_x0 + r (log r - 1), from the scores themselves."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(5, 9, generator=generator, dtype=torch.float64)
+    target, sigma = torch.tensor([0, 1, 2, 3, 4]), torch.tensor([1e-3, 0.1, 1, 3, 6.9]).double()
+    scores = log_score(logits, torch.full((5,), 8), sigma)
+    assert (scores[:, 8] == 0).all()
+    r = 1 / sigma.expm1()
+    formula = scores[:, :8].exp().sum(-1) - r * scores[torch.arange(5), target] + r * (r.log() - 1)
+    assert torch.allclose(score_entropy(logits.clone(), target, 8), formula / r)
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+@pytest.mark.parametrize("absorbing", [True, False])
+def test_the_prior_is_a_divergence(tokens, absorbing):
+    for keep in (0.0, 1e-3, 0.4, 1.0):
+        q = torch.zeros(tokens + absorbing, dtype=torch.float64)
+        q += 0.0 if absorbing else (1 - keep) / tokens
+        q[0] += keep
+        prior = torch.full_like(q, 1 / tokens)
+        if absorbing:
+            q[-1] = 1 - keep
+            prior[:-1], prior[-1] = keep / tokens, 1 - keep
+        some = q > 0
+        expected = (q[some] * (q[some] / prior[some]).log()).sum()
+        assert prior_kl(keep, tokens, absorbing) == pytest.approx(float(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_uniform_kl_is_the_divergence_of_its_reverse_step(dtype):
+    """Term by term from the normalised laws; at s = 0 the reconstruction -log p(x_0 | x_t)."""
+    logits = 2 * torch.randn(8, 7, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    target, noisy = torch.tensor([0, 1, 2, 3] * 2), torch.tensor([0, 2, 2, 6] * 2)
+    for keep, before in ((0.0, 0.25), (0.25, 0.6), (0.999, 0.9991), (0.7, 1.0)):
+        given = torch.zeros_like(logits).scatter(-1, target[:, None], 1.0)
+        guess = subs_log_prob(logits, 4).exp()
+        true, ours = (uniform_reverse(p, noisy, keep, before, 4).double() for p in (given, guess))
+        true, ours = true / true.sum(-1, keepdim=True), ours / ours.sum(-1, keepdim=True)
+        expected = torch.where(true > 0, true * (true / ours).log(), 0.0).sum(-1)
+        keeps = [torch.full((8,), k, dtype=torch.float64) for k in (keep, before)]
+        kl = uniform_kl(logits.clone(), target, noisy, *keeps, mask_id=4)
+        exact = 1e-12 if dtype == torch.float64 else 3e-6
+        assert (kl - expected).abs().max() < exact
+        assert (ours[:, 4] == 0).all()
+        if before == 1:
+            assert torch.allclose(kl.double(), -ours.gather(-1, target[:, None])[:, 0].log())
+
+
+def test_uniform_kl_has_a_finite_gradient_where_the_network_is_sure():
+    logits = torch.zeros(2, 6).index_fill(1, torch.tensor([2]), 200.0).requires_grad_()
+    keeps = [torch.full((2,), k, dtype=torch.float64) for k in (0.9, 1.0)]
+    kl = uniform_kl(logits * 1, torch.tensor([2, 1]), torch.tensor([2, 1]), *keeps, mask_id=5)
+    kl.sum().backward()
+    assert kl.isfinite().all() and logits.grad.isfinite().all()

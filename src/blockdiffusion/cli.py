@@ -35,8 +35,11 @@ BOS = Annotated[
 ]
 
 # How to sample: of `sample` and `generate-eval`.
-POLICY = Annotated[str, typer.Option(help="first-hitting or ancestral.")]
-STEPS = Annotated[int | None, typer.Option(help="Steps per block, for ancestral.")]
+POLICY = Annotated[
+    str | None,
+    typer.Option(help="first-hitting or ancestral; SEDD: analytic; by default the model's."),
+]
+STEPS = Annotated[int | None, typer.Option(help="Steps per block, for ancestral and analytic.")]
 SCHEDULE = Annotated[
     str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
 ]
@@ -408,7 +411,7 @@ def sample(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples to draw.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after the prompt.")] = 256,
-    policy: POLICY = "first-hitting",
+    policy: POLICY = None,
     steps: STEPS = None,
     schedule: SCHEDULE = None,
     top_p: TOP_P = 1.0,
@@ -477,7 +480,7 @@ def generate_eval(
     batch_size: Annotated[
         int, typer.Option(help="Samples drawn together; a sample depends on it.")
     ] = 16,
-    policy: POLICY = "first-hitting",
+    policy: POLICY = None,
     steps: STEPS = None,
     schedule: SCHEDULE = None,
     top_p: TOP_P = 1.0,

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from blockdiffusion.train.loop import Periodic
     from blockdiffusion.train.schedule_search import ScheduleSearch
 
+USUAL_BLOCK_SIZE = 4
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataOptions:
@@ -48,8 +50,9 @@ class ModelOptions:
     width: int = 768
     num_heads: int = 12
     cond_dim: int = 128
-    block_size: int = 4
-    """S, tokens of a diffusion block; it divides the data's L. `ar` has none and stores 1."""
+    block_size: int | None = None
+    """S, tokens of a diffusion block; it divides the data's L. null: 4, and L for `mdlm`, whose
+    block is the row. `ar` has none and stores 1."""
     dropout: float = 0.1
     clean_attention: Literal["block", "causal"] = "block"
     init_from: str | None = None
@@ -57,8 +60,9 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "num_heads", "cond_dim", "block_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"model.{name} is {value}; it must be at least 1")
         if self.width % (2 * self.num_heads):
             raise UserError(
                 f"model.width is {self.width}; it must be a multiple of 2 * model.num_heads, "
@@ -126,15 +130,21 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.search.every is not None:
             check_objective(self.objective)
+        size = self.model.block_size
         if self.objective.name == "ar":
             self._check_autoregressive()
-            object.__setattr__(self, "model", replace(self.model, block_size=1))
+            size = 1
+        elif size is None and self.objective.name != "mdlm":  # which waits for the data's L
+            size = USUAL_BLOCK_SIZE
+        object.__setattr__(self, "model", replace(self.model, block_size=size))
 
     def _check_autoregressive(self) -> None:
-        usual = ModelOptions()
+        usual = ModelOptions(block_size=USUAL_BLOCK_SIZE)
         for name in ("block_size", "cond_dim", "clean_attention"):
             value, default = getattr(self.model, name), getattr(usual, name)
             stored = 1 if name == "block_size" else default
+            if value is None:
+                continue
             if value not in (default, stored):
                 raise UserError(
                     f"model.{name} is {value}, but objective.name is ar, whose network has no "
@@ -363,30 +373,47 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 # --- From a recipe to a run -----------------------------------------------------------------------
 
 
+def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """The recipe with the block size that the data's L decides where there is a choice.
+
+    Raises:
+        UserError: the block size does not divide L, or is not L for `mdlm`.
+    """
+    size, length = recipe.model.block_size, manifest.seq_len
+    if recipe.objective.name == "mdlm":
+        if size not in (None, length):
+            raise UserError(
+                f"model.block_size is {size}, but objective.name is mdlm, whose block is the whole "
+                f"row of {length} tokens; leave it out, or use bd3lm"
+            )
+        size = length
+    assert size is not None
+    if length % size:
+        raise UserError(
+            f"model.block_size is {size}, which does not divide the {length} tokens of a row of "
+            f"{recipe.data.path}; choose a divisor"
+        )
+    return replace(recipe, model=replace(recipe.model, block_size=size))
+
+
 def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     """A network of the recipe's sizes for the data's L and vocabulary.
 
     Its weights are random, a function of `train.seed`.
 
     Raises:
-        UserError: the block size does not divide L.
+        UserError: see `with_block_size`.
     """
     import torch
 
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
     from blockdiffusion.seeding import derive_seed
 
-    if manifest.seq_len % recipe.model.block_size:
-        raise UserError(
-            f"model.block_size is {recipe.model.block_size}, which does not divide the "
-            f"{manifest.seq_len} tokens of a row of {recipe.data.path}; choose a divisor"
-        )
-    sizes: dict[str, Any] = asdict(recipe.model)
+    sizes: dict[str, Any] = asdict(with_block_size(recipe, manifest).model)
     del sizes["init_from"]
     config = BlockDiffusionConfig(
         **sizes,
-        objective=recipe.objective.of_network,
-        adaln=recipe.objective.name != "ar",  # the baseline has no conditioning
+        **recipe.objective.of_network,
         vocab_size=manifest.vocab_size,
         seq_len=manifest.seq_len,
         mask_id=manifest.mask_id,
@@ -422,9 +449,10 @@ def run_training(
     from blockdiffusion.train.loop import train
 
     out, data = Path(recipe.out), Path(recipe.data.path)
+    rows = TokenRows(data, "train")
+    recipe = with_block_size(recipe, rows.manifest)
     if resume:
         _refuse_changes(recipe, out / "config.yaml")
-    rows = TokenRows(data, "train")
     model = build_model(recipe, rows.manifest)
     tokenizer = data / TOKENIZER_FOLDER
     model.tokenizer = load_tokenizer(tokenizer)  # for samples
@@ -442,7 +470,7 @@ def run_training(
         objective=recipe.objective,
         optim=recipe.optim,
         checkpoint=recipe.checkpoint,
-        search=_search(recipe, data, rows.manifest),
+        search=_search(recipe, data, rows.manifest, model.config.block_size),
         periodic=[*_evaluation(recipe, data, rows.manifest, model.config), *_sampling(recipe)],
         loggers=[make_display(recipe.train.steps), *make_loggers(recipe.log, out)],
         tokenizer=tokenizer,
@@ -482,7 +510,9 @@ def _refuse_changes(recipe: Recipe, saved: Path) -> None:
         )
 
 
-def _search(recipe: Recipe, data: Path, manifest: Manifest) -> ScheduleSearch | None:
+def _search(
+    recipe: Recipe, data: Path, manifest: Manifest, block_size: int
+) -> ScheduleSearch | None:
     if recipe.search.every is None:
         return None
     from blockdiffusion.data.loader import TokenRows
@@ -494,7 +524,7 @@ def _search(recipe: Recipe, data: Path, manifest: Manifest) -> ScheduleSearch | 
         recipe.search,
         recipe.objective,
         TokenRows(data, "valid"),
-        recipe.model.block_size,
+        block_size,
         recipe.train.seed,
     )
 

@@ -7,7 +7,8 @@ sum(weight * nll) over a row, divided by N, is an estimate of the row's NELBO in
   w(t); optionally with the authors' resampling of the share of masked tokens,
 * `Count`: the number k of masked tokens instead of t. It is Bernoulli with t integrated out (a
   Rao-Blackwell step, exact for networks without time input): no 1/t tail, no empty blocks,
-* `Complement`: pairs of copies, the second masking what the first kept.
+* `Complement`: pairs of copies, the second masking what the first kept,
+* `Timesteps`: D3PM's, a time on the grid 1..T per block, with masks or with uniform tokens.
 
 Corruption is drawn for a whole global batch at once from one generator, on the CPU, and sliced
 afterwards: the masks are then functions of the generator's seed and of a row's index in the global
@@ -21,7 +22,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, Protocol, get_args
 
@@ -33,22 +35,57 @@ from blockdiffusion.schedules import Linear, Schedule, make_schedule, prob_range
 LINEAR = Linear()
 T_MIN = 1e-3  # where the authors cut t (their sampling_eps_min)
 EstimatorName = Literal["bernoulli", "resampled", "count", "complement"]
+Transition = Literal["absorbing", "uniform"]
 Stratify = Literal["none", "batch", "row"]
 
 
 @dataclass(frozen=True)
 class Corrupted:
-    """`noisy_BNL`: N noisy copies of every row. `weight_BNL`: loss weight, 0 where not masked.
+    """`noisy_BNL`: N noisy copies of every row. `weight_BNL`: loss weight, 0 where not scored.
 
-    sum(weight * nll) over a row, divided by N, estimates the row's NELBO in nats.
+    sum(weight * term) over a row, divided by N, estimates the row's NELBO in nats.
+
+    Attributes:
+        prob_BNK: the probability p(t) with which every block's tokens were corrupted, which a
+            time-conditioned network reads (as sigma); None where t is integrated out.
+        before_BNK: the same one step earlier in time (closer to the text), where time is discrete.
+            Both are float64, on the CPU.
     """
 
     noisy_BNL: torch.Tensor
     weight_BNL: torch.Tensor
+    prob_BNK: torch.Tensor | None = None
+    before_BNK: torch.Tensor | None = None
 
     def rows(self, start: int, stop: int) -> Corrupted:
         """The rows [start, stop) of the batch."""
-        return Corrupted(self.noisy_BNL[start:stop], self.weight_BNL[start:stop])
+        part = slice(start, stop)
+        return Corrupted(
+            self.noisy_BNL[part],
+            self.weight_BNL[part],
+            None if self.prob_BNK is None else self.prob_BNK[part],
+            None if self.before_BNK is None else self.before_BNK[part],
+        )
+
+    def to(self, device: torch.device) -> Corrupted:
+        """The same with ids and weights on a device."""
+        noisy_BNL, weight_BNL = self.noisy_BNL.to(device), self.weight_BNL.to(device)
+        return replace(self, noisy_BNL=noisy_BNL, weight_BNL=weight_BNL)
+
+
+def all_copies(drawn: Sequence[Corrupted]) -> Corrupted:
+    """The noisy copies of several draws of one law, for the same rows."""
+
+    def joined(parts: list[torch.Tensor | None]) -> torch.Tensor | None:
+        known = [part for part in parts if part is not None]
+        return torch.cat(known, dim=1) if known else None
+
+    return Corrupted(
+        torch.cat([c.noisy_BNL for c in drawn], dim=1),
+        torch.cat([c.weight_BNL for c in drawn], dim=1),
+        joined([c.prob_BNK for c in drawn]),
+        joined([c.before_BNK for c in drawn]),
+    )
 
 
 class Estimator(Protocol):
@@ -95,8 +132,8 @@ class Estimator(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class _Masking:
-    """What the estimators share: subclasses draw masks (B, N, L) and weights per block (B, N, K),
-    on the CPU."""
+    """What the estimators share: subclasses draw masks (B, N, L), weights per block (B, N, K), and
+    the mask probabilities (B, N, K) or None, on the CPU."""
 
     schedule: Schedule = LINEAR
 
@@ -112,12 +149,12 @@ class _Masking:
         mask_id: int,
         generator: torch.Generator,
     ) -> Corrupted:
-        masked_BNL, weight_BNK = self._draw(free_BL.cpu(), block_size, generator)
-        return _corrupted(clean_BL, masked_BNL, weight_BNK, mask_id)
+        masked_BNL, weight_BNK, prob_BNK = self._draw(free_BL.cpu(), block_size, generator)
+        return _corrupted(clean_BL, masked_BNL, weight_BNK, mask_id, prob_BNK)
 
     def _draw(
         self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         raise NotImplementedError
 
 
@@ -156,7 +193,7 @@ class Bernoulli(_Masking):
 
     def _draw(
         self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         batch, length = free_BL.shape
         shape = (batch, self.num_noisy, length // block_size)
         uniform_BNK = stratified_uniform(shape, generator, self.stratify)
@@ -173,7 +210,7 @@ class Bernoulli(_Masking):
             prob_BNL = prob_BNK.repeat_interleave(block_size, dim=-1)
             coin_BNL = torch.rand(prob_BNL.shape, generator=generator, dtype=torch.float64)
             masked_BNL = (coin_BNL < prob_BNL) & free_BL[:, None]
-        return masked_BNL, share * self.schedule.loss_weight(t_BNK)
+        return masked_BNL, share * self.schedule.loss_weight(t_BNK), prob_BNK
 
     def _resampled_count(
         self,
@@ -205,10 +242,15 @@ class Count(_Masking):
     1..n with weight n/k, whatever the schedule: all have the same NELBO. A clip [beta, omega] gives
     the clipped objective of `Bernoulli` the same way: k has probability c_k / c and weight c / k,
     where c_k is in proportion to P(Bin(n, omega) >= k) - P(Bin(n, beta) >= k), and c their sum.
+
+    With `timed`, for a network that reads t, the mask probability is drawn after k, from the law
+    that it has given k: Beta(k, n - k + 1). So the pair of both has the law that the weight w(t) of
+    `Bernoulli` makes of its own, and weight n/k.
     """
 
     num_noisy: int = 1
     stratify: Stratify = "row"
+    timed: bool = False
 
     def __post_init__(self) -> None:
         _check_copies(self.num_noisy)
@@ -219,9 +261,11 @@ class Count(_Masking):
 
     def _draw(
         self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         count_BNK, weight_BNK = self.draw_counts(free_BL, block_size, generator)
-        return _random_subsets(count_BNK, free_BL, generator), weight_BNK
+        masked_BNL = _random_subsets(count_BNK, free_BL, generator)
+        prob_BNK = _prob_of_count(count_BNK, free_BL, generator) if self.timed else None
+        return masked_BNL, weight_BNK, prob_BNK
 
     def draw_counts(
         self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
@@ -246,11 +290,12 @@ class Complement(_Masking):
     k is uniform on 1..n, with the weight n/k and, under a clip, c_k n/k (see `count_weights`). The
     second copy has exactly the first one's law, so the mean of both has the expectation of `Count`
     with the same schedule, and every token is supervised at least once per pass. A block of one
-    token has no second side: see `for_block_size`.
+    token has no second side: see `for_block_size`. `timed` is that of `Count`.
     """
 
     num_noisy: int = 2
     stratify: Stratify = "row"
+    timed: bool = False
 
     def __post_init__(self) -> None:
         if self.num_noisy < 2 or self.num_noisy % 2:
@@ -265,7 +310,7 @@ class Complement(_Masking):
 
     def _draw(
         self, free_BL: torch.Tensor, block_size: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         free_B1K = free_BL.unflatten(1, (-1, block_size)).sum(-1)[:, None]
         pairs = Count(num_noisy=self.num_noisy // 2, stratify=self.stratify)
         count_BPK, _ = pairs.draw_counts(free_BL, block_size, generator)
@@ -276,9 +321,68 @@ class Complement(_Masking):
         rest_BPK = torch.where(whole_BPK, count_BPK, free_B1K - count_BPK)
         masked_BNL = torch.stack([masked_BPL, rest_BPL], dim=2).flatten(1, 2)
         count_BNK = torch.stack([count_BPK, rest_BPK], dim=2).flatten(1, 2)
+        prob_BNK = _prob_of_count(count_BNK, free_BL, generator) if self.timed else None
         count_BNK = count_BNK.clamp_min(1)  # where nothing is free, nothing is masked either
         share_BNK = count_weights(self.schedule, block_size)[free_B1K, count_BNK - 1]
-        return masked_BNL, share_BNK * free_B1K / count_BNK
+        return masked_BNL, share_BNK * free_B1K / count_BNK, prob_BNK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timesteps:
+    """The corruption of D3PM (Austin et al. 2021): a time per block, uniform on the grid 1..T.
+
+    At time t a free token has been replaced with probability p(t / T): by the mask ("absorbing"),
+    or by a token drawn uniformly from those that are no mask ("uniform"; it may be the same). The
+    bound is a sum over t = 1..T, so a term weighs T. An absorbing one is a share (p_t - p_{t-1}) /
+    p_t of the cross-entropy of a masked token; the weight of masked tokens has that factor already,
+    and is 0 elsewhere. A uniform one is `objectives.uniform_kl`, at every free token.
+
+    Attributes:
+        schedule: of p, from 0 to 1. timesteps: T.
+        vocab_size: V, the mask included.
+    """
+
+    timesteps: int
+    transition: Transition
+    vocab_size: int
+    schedule: Schedule = LINEAR
+    num_noisy: int = 1
+    stratify: Stratify = "row"
+
+    name = "timesteps"
+    is_bound = True
+
+    def __post_init__(self) -> None:
+        _check_copies(self.num_noisy)
+
+    def __call__(
+        self,
+        clean_BL: torch.Tensor,
+        free_BL: torch.Tensor,
+        block_size: int,
+        mask_id: int,
+        generator: torch.Generator,
+    ) -> Corrupted:
+        """See `Estimator`; the weights of uniform noise are positive at all free tokens."""
+        batch, length = clean_BL.shape
+        shape = (batch, self.num_noisy, length // block_size)
+        uniform_BNK = stratified_uniform(shape, generator, self.stratify)
+        step_BNK = (uniform_BNK * self.timesteps).ceil().clamp(1, self.timesteps)
+        prob_BNK = self.schedule.mask_prob(step_BNK / self.timesteps)
+        before_BNK = self.schedule.mask_prob((step_BNK - 1) / self.timesteps)
+        prob_BNL = prob_BNK.repeat_interleave(block_size, dim=-1)
+        free_B1L = free_BL.cpu()[:, None]
+        coin_BNL = torch.rand(prob_BNL.shape, generator=generator, dtype=torch.float64)
+        hit_BNL = (coin_BNL < prob_BNL) & free_B1L
+        if self.transition == "absorbing":
+            weight_BNK = self.timesteps * (prob_BNK - before_BNK) / prob_BNK
+            drawn = _corrupted(clean_BL, hit_BNL, weight_BNK, mask_id, prob_BNK)
+            return replace(drawn, before_BNK=before_BNK)
+        device = clean_BL.device
+        other_BNL = uniform_tokens(hit_BNL.shape, self.vocab_size, mask_id, generator).to(device)
+        noisy_BNL = torch.where(hit_BNL.to(device), other_BNL, clean_BL[:, None])
+        weight_BNL = (self.timesteps * free_B1L.float()).expand(hit_BNL.shape).to(device)
+        return Corrupted(noisy_BNL, weight_BNL, prob_BNK, before_BNK)
 
 
 def for_block_size(estimator: Estimator, block_size: int) -> tuple[Estimator, str | None]:
@@ -292,6 +396,7 @@ def for_block_size(estimator: Estimator, block_size: int) -> tuple[Estimator, st
             schedule=estimator.schedule,
             num_noisy=estimator.num_noisy // 2,
             stratify=estimator.stratify,
+            timed=estimator.timed,
         )
         return (
             single,
@@ -505,11 +610,39 @@ def _random_subsets(
     return (rank < count_BNK[..., None]).flatten(2)
 
 
+def uniform_tokens(
+    shape: Sequence[int], vocab_size: int, mask_id: int, generator: torch.Generator
+) -> torch.Tensor:
+    """int64 ids, each uniform over the vocabulary without the mask."""
+    drawn = torch.randint(vocab_size - 1, tuple(shape), generator=generator)
+    return drawn + (drawn >= mask_id)
+
+
+def _prob_of_count(
+    count_BNK: torch.Tensor, free_BL: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Mask probabilities (B, N, K) given that k of n tokens are masked: Beta(k, n - k + 1), the
+    k-th smallest of n uniform numbers. 1 where nothing is free."""
+    batch, copies, blocks = count_BNK.shape
+    free_BK = free_BL.unflatten(1, (blocks, -1)).sum(-1)
+    size = free_BL.shape[1] // blocks
+    uniform = 1 - torch.rand(batch, copies, blocks, size, generator=generator, dtype=torch.float64)
+    beyond = torch.arange(size) >= free_BK[:, None, :, None]
+    ordered = uniform.masked_fill(beyond, math.inf).sort(-1).values
+    prob_BNK = ordered.gather(-1, (count_BNK - 1).clamp_min(0)[..., None])[..., 0]
+    return prob_BNK.clamp(max=1)
+
+
 def _corrupted(
-    clean_BL: torch.Tensor, masked_BNL: torch.Tensor, weight_BNK: torch.Tensor, mask_id: int
+    clean_BL: torch.Tensor,
+    masked_BNL: torch.Tensor,
+    weight_BNK: torch.Tensor,
+    mask_id: int,
+    prob_BNK: torch.Tensor | None,
 ) -> Corrupted:
     device = clean_BL.device
     size = masked_BNL.shape[-1] // weight_BNK.shape[-1]
     weight_BNL = weight_BNK.repeat_interleave(size, dim=-1)
     weight_BNL = torch.where(masked_BNL, weight_BNL, 0.0).float().to(device)
-    return Corrupted(clean_BL[:, None].masked_fill(masked_BNL.to(device), mask_id), weight_BNL)
+    noisy_BNL = clean_BL[:, None].masked_fill(masked_BNL.to(device), mask_id)
+    return Corrupted(noisy_BNL, weight_BNL, prob_BNK)

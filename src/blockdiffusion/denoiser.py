@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -54,11 +55,13 @@ class Denoiser(Protocol):
         num_clean: int | torch.Tensor,
         cache: BlockCache,
         window: int | None = None,
+        sigma_B: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states (B, T, D) of the tokens that follow the cache.
 
         The first `num_clean` tokens of each row are clean (whole blocks, to be committed by the
-        caller), then comes a block being denoised.
+        caller), then comes a block being denoised; `sigma_B` is its time, for time-conditioned
+        networks.
         """
         ...
 
@@ -121,12 +124,33 @@ def masked_nll(
 
     Logits are computed at the masked positions only, or at those of them in `scored_BNL`.
     """
-    masked_BNL = noisy_BNL == model.config.mask_id if scored_BNL is None else scored_BNL
+    mask_id = model.config.mask_id
+    masked_BNL = noisy_BNL == mask_id if scored_BNL is None else scored_BNL
+    target_M = clean_BL[:, None].expand_as(noisy_BNL)[masked_BNL]
+    return scored_terms(
+        model,
+        noisy_BNL,
+        clean_BL,
+        masked_BNL,
+        lambda logits_MV: subs_nll(logits_MV, target_M, mask_id),
+        valid_BL,
+        sigma_BNK,
+    )
+
+
+def scored_terms(
+    model: Denoiser,
+    noisy_BNL: torch.Tensor,
+    clean_BL: torch.Tensor,
+    scored_BNL: torch.Tensor,
+    term: Callable[[torch.Tensor], torch.Tensor],
+    valid_BL: torch.Tensor | None = None,
+    sigma_BNK: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `term` makes of the logits (M, V) of the scored positions, 0 elsewhere; (B, N, L)."""
     hidden_BNLD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL)
-    target_BNL = clean_BL[:, None].expand_as(noisy_BNL)
-    logits_MV = model.head(hidden_BNLD[masked_BNL])
-    nll_M = subs_nll(logits_MV, target_BNL[masked_BNL], model.config.mask_id)
-    return torch.zeros_like(noisy_BNL, dtype=nll_M.dtype).masked_scatter(masked_BNL, nll_M)
+    term_M = term(model.head(hidden_BNLD[scored_BNL]))
+    return torch.zeros_like(noisy_BNL, dtype=term_M.dtype).masked_scatter(scored_BNL, term_M)
 
 
 def masked_loss(
@@ -135,13 +159,14 @@ def masked_loss(
     clean_BL: torch.Tensor,
     weight_BNL: torch.Tensor,
     valid_BL: torch.Tensor | None = None,
+    sigma_BNK: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum over masked positions of weight times `masked_nll`: a scalar in nats, for training.
 
     It never holds the logits of all masked positions; see `objectives.weighted_subs_nll`.
     """
     masked_BNL = noisy_BNL == model.config.mask_id
-    hidden_BNLD = model.encode(noisy_BNL, clean_BL, None, valid_BL)
+    hidden_BNLD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL)
     target_BNL = clean_BL[:, None].expand_as(noisy_BNL)
     return weighted_subs_nll(
         hidden_BNLD[masked_BNL],

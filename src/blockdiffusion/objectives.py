@@ -133,3 +133,143 @@ def _linear_into(
         torch.mm(hidden_RD, weight_VD.T, out=out_RV)
     if bias_V is not None:
         out_RV += bias_V
+
+
+# --- SEDD: score entropy ----------------------------------------------------------------------
+
+
+def log_score(
+    logits_MV: torch.Tensor, noisy_M: torch.Tensor, sigma_M: torch.Tensor
+) -> torch.Tensor:
+    """log s_y (M, V), the estimated ratios q(y) / q(x_t) of M noisy tokens at noise sigma.
+
+    SEDD with absorbing noise (Lou et al. 2024, section 3), as the authors of the paper scale
+    it: logits - log(e^sigma - 1) - log(V - 1), and 0 at the noisy token itself.
+    """
+    scale_M = torch.expm1(sigma_M).log() + math.log(logits_MV.shape[-1] - 1)
+    return (logits_MV - scale_M[:, None]).scatter(-1, noisy_M[:, None], 0.0)
+
+
+def log_rate(logits_MV: torch.Tensor, mask_id: int) -> torch.Tensor:
+    """log C (M,) for C = (e^sigma - 1) sum over y of s_y, at masked positions.
+
+    By this factor SEDD's reverse process reveals faster (or slower) than the true one; it is 1 for
+    true scores. The mask token's column of `logits_MV` is overwritten.
+    """
+    total_M = exclude_mask_token_(logits_MV, mask_id).logsumexp(-1)
+    return total_M - math.log(logits_MV.shape[-1] - 1)
+
+
+def score_entropy(logits_MV: torch.Tensor, target_M: torch.Tensor, mask_id: int) -> torch.Tensor:
+    """The score entropy of M masked positions in nats, over r = 1 / (e^sigma - 1).
+
+    Lou et al. (2024), section 3, for absorbing noise:
+
+        sum over y of s_y - r log s_x0 + r (log r - 1)  =  r (C - 1 - log C - log(c_x0 / C)),
+
+    where c_y = s_y / r = exp(logit_y) / (V - 1) and C is their sum (see `log_rate`). In this form
+    nothing grows as sigma goes to 0. Its weight in the bound is dsigma/dt r = p'(t) / p(t), that of
+    `subs_nll`: score entropy is the cross-entropy of the normalised scores, and C - 1 - log C >= 0.
+    The mask token's column of `logits_MV` is overwritten.
+    """
+    logits_MV = _precise(logits_MV)
+    total_M = log_rate(logits_MV, mask_id)
+    own_M = logits_MV.gather(-1, target_M[:, None])[:, 0] - math.log(logits_MV.shape[-1] - 1)
+    return total_M.exp() - 1 - own_M
+
+
+# --- D3PM: discrete time, x0-parameterised ----------------------------------------------------
+
+
+def uniform_kl(
+    logits_MV: torch.Tensor,
+    target_M: torch.Tensor,
+    noisy_M: torch.Tensor,
+    keep_M: torch.Tensor,
+    keep_before_M: torch.Tensor,
+    mask_id: int,
+) -> torch.Tensor:
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats, uniform D3PM, for M positions and s < t.
+
+    A token is kept up to time t with probability keep_t, and is otherwise uniform over the V - 1
+    tokens that are no mask. With the network's p(x_0 | x_t) put in for x_0 (Austin et al. 2021,
+    equation 4), p(x_s | x_t) is in proportion to q(x_t | x_s) (keep_s p(x_s) + (1 - keep_s) / (V -
+    1)). At s = 0 (keep_s = 1) the divergence is the reconstruction term -log p(x_0 | x_t).
+
+    Only the target's and the noisy token's factor differ from those of all other tokens, so one
+    sum over the vocabulary is enough. The mask token's column of `logits_MV` is overwritten.
+
+    Args:
+        target_M: x_0. noisy_M: x_t.
+        keep_M, keep_before_M: keep_t and keep_s, float64, on the CPU.
+    """
+    tokens = logits_MV.shape[-1] - 1
+    prob_MV = exclude_mask_token_(_precise(logits_MV), mask_id).softmax(-1)
+    step_M = keep_M / keep_before_M  # kept from s to t
+    # Differences from 1 are taken in float64: with many steps they are tiny.
+    step_M, jump_M, keep_M, blank_M, keep_before_M, spread_M = (
+        x.to(prob_MV.device, prob_MV.dtype)
+        for x in (
+            step_M, (1 - step_M) / tokens, keep_M, (1 - keep_M) / tokens,
+            keep_before_M, (1 - keep_before_M) / tokens,
+        )
+    )  # fmt: skip
+
+    tiny = torch.finfo(prob_MV.dtype).tiny
+    before_MV = (keep_before_M[:, None] * prob_MV + spread_M[:, None]).clamp_min(tiny)
+    log_before_MV = before_MV.log()  # log of the model's factor at x_s; the mask's is left out
+    log_mask_M = log_before_MV[:, mask_id]
+    log_target_M = log_before_MV.gather(-1, target_M[:, None])[:, 0]
+    log_noisy_M = log_before_MV.gather(-1, noisy_M[:, None])[:, 0]
+    noisy_prob_M = prob_MV.gather(-1, noisy_M[:, None])[:, 0]
+
+    same_M = (target_M == noisy_M).to(prob_MV.dtype)
+    true_M, model_M = keep_M * same_M + blank_M, keep_M * noisy_prob_M + blank_M  # of x_t
+    log_spread_M = spread_M.clamp_min(tiny).log()
+    # q(x_s) log(q's factor / model's factor): at the target, at the noisy token, at all others.
+    at_target_M = (step_M * same_M + jump_M) * (
+        (keep_before_M + spread_M) * ((keep_before_M + spread_M).log() - log_target_M)
+    )
+    at_noisy_M = step_M * (1 - same_M) * spread_M * (log_spread_M - log_noisy_M)
+    log_rest_M = log_before_MV.sum(-1) - log_mask_M - log_target_M
+    at_rest_M = jump_M * spread_M * ((tokens - 1) * log_spread_M - log_rest_M)
+    return (at_target_M + at_noisy_M + at_rest_M) / true_M + (model_M / true_M).log()
+
+
+def uniform_reverse(
+    prob_MV: torch.Tensor,
+    noisy_M: torch.Tensor,
+    keep: float,
+    keep_before: float,
+    mask_id: int,
+) -> torch.Tensor:
+    """p(x_s | x_t) (M, V) of uniform D3PM from the denoiser's p(x_0 | x_t); see `uniform_kl`.
+
+    `prob_MV` gives the mask token probability zero, and so does the result; it is not normalised.
+    """
+    tokens = prob_MV.shape[-1] - 1
+    step = keep / keep_before
+    before_MV = keep_before * prob_MV + (1 - keep_before) / tokens
+    before_MV[:, mask_id] = 0
+    from_MV = torch.full_like(before_MV, (1 - step) / tokens)
+    from_MV.scatter_add_(-1, noisy_M[:, None], torch.full_like(from_MV[:, :1], step))
+    return from_MV * before_MV
+
+
+def prior_kl(keep: float, tokens: int, absorbing: bool) -> float:
+    """KL(q(x_T | x_0) || prior) of one token in nats, when it is kept to the end with `keep`.
+
+    The prior of uniform noise is uniform over the `tokens` that are no mask. That of absorbing
+    noise is the mask, with probability `keep` a uniform token: then the divergence is finite. Both
+    are 0 at keep = 0.
+    """
+    if absorbing:
+        return keep * math.log(tokens)
+    share = (1 - keep) / tokens
+    rest = (tokens - 1) * share * math.log1p(-keep) if keep < 1 else 0.0
+    return (keep + share) * math.log(keep * tokens + 1 - keep) + rest
+
+
+def _precise(logits: torch.Tensor) -> torch.Tensor:
+    """At least float32: under autocast logits come in a shorter type."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -17,6 +17,8 @@ import torch
 
 from blockdiffusion.errors import UserError
 
+CLEANEST = 1e-3  # the authors' eps: no network reads a time at which fewer tokens are kept
+
 
 class Schedule(Protocol):
     """What corruption, likelihood and samplers ask of a noise schedule."""
@@ -162,6 +164,28 @@ class Clipped:
         return self.base.inverse(p)
 
 
+class Scaled:
+    """`base` that ends at the mask probability 1 - eps: p(t) = (1 - eps) base(t), the same weight.
+
+    The noise with which the published SEDD and MDLM weights of Lou et al. and Sahoo et al. were
+    trained (linear, eps = 1e-3: sigma = -log(1 - 0.999 t)). A bound needs the term of the prior
+    besides, see `objectives.prior_kl`.
+    """
+
+    def __init__(self, base: Schedule, eps: float):
+        self.base, self.eps, self.name = base, eps, base.name
+        self.is_bound, self.t_range = base.is_bound, base.t_range
+
+    def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
+        return (1 - self.eps) * self.base.mask_prob(t)
+
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        return self.base.loss_weight(t)
+
+    def inverse(self, p: torch.Tensor) -> torch.Tensor:
+        return self.base.inverse(p / (1 - self.eps))
+
+
 SCHEDULES: dict[str, type[Schedule]] = {
     kind.name: kind for kind in (Linear, Cosine, Square, Sqrt, Log)
 }
@@ -184,3 +208,11 @@ def prob_range(schedule: Schedule) -> tuple[float, float]:
     ends = torch.tensor(schedule.t_range, dtype=torch.float64)
     beta, omega = schedule.mask_prob(ends).tolist()
     return beta, omega
+
+
+def noise_level(prob: torch.Tensor) -> torch.Tensor:
+    """sigma = -log(1 - p), what a time-conditioned network reads; at most -log(1e-3) = 6.9.
+
+    The authors cut it there, too (their `sigma_max`): at p = 1 it would be infinite.
+    """
+    return -torch.log1p(-prob.clamp(max=1 - CLEANEST))

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from blockdiffusion.corruption import Corrupted, Estimator
-from blockdiffusion.denoiser import masked_nll, row_groups
+from blockdiffusion.denoiser import row_groups
+from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 
 PASS_TOKENS = 8192  # tokens of one pass over all streams, with its gradient: bounds memory
@@ -78,13 +79,15 @@ def batch_moments(
         clean_BL, free_BL, valid_BL: as in `exact.exact_blocks`, on the model's device.
 
     Raises:
-        UserError: fewer than two replicates, or no free token.
+        UserError: fewer than two replicates, no free token, or an estimator that the network does
+            not allow.
     """
     if replicates < 2:
         raise UserError(f"replicates is {replicates}; a variance needs at least 2")
     if not free_BL.any():
         raise UserError("there is nothing to score: every token is given or padding")
     size = model.config.block_size
+    law = diffusion_of(model.config).fitted(estimator)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad} if gradients else {}
     spread = _GradientSpread()
     losses, block_variances = [], []
@@ -93,7 +96,7 @@ def batch_moments(
     try:
         for _ in range(replicates):
             seed = int(torch.randint(2**63 - 1, (), generator=generator))
-            drawn = estimator(
+            drawn = law(
                 clean_BL, free_BL, size, model.config.mask_id, torch.Generator().manual_seed(seed)
             )
             term_BL, gradient = _loss_terms(model, drawn, clean_BL, free_BL, valid_BL, parameters)
@@ -138,7 +141,7 @@ def _loss_terms(
     valid_BL: torch.Tensor | None,
     parameters: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """weight * nll, averaged over the copies, of every token (B, L) in nats, float64 on the CPU;
+    """weight * term, averaged over the copies, of every token (B, L) in nats, float64 on the CPU;
     and the gradient of its sum over the number of free tokens."""
     batch, copies, length = drawn.noisy_BNL.shape
     scale = 1 / (int(free_BL.sum()) * copies)
@@ -148,8 +151,8 @@ def _loss_terms(
         part = drawn.rows(rows.start, rows.stop)
         valid = None if valid_BL is None else valid_BL[rows]
         with torch.set_grad_enabled(bool(parameters)):
-            nll_BNL = masked_nll(model, part.noisy_BNL, clean_BL[rows], valid)
-            term_BNL = nll_BNL * part.weight_BNL
+            term_BNL = diffusion_of(model.config).terms(model, part, clean_BL[rows], valid)
+            term_BNL = term_BNL * part.weight_BNL
         terms.append(term_BNL.detach().cpu().double().mean(1))
         if parameters:
             of_part = torch.autograd.grad(

@@ -184,10 +184,11 @@ def test_a_target_out_of_reach_is_given_up(make_model, random_ids, monkeypatch):
         )
 
 
-def test_a_network_that_reads_t_allows_only_bernoulli(make_model, random_ids):
+@pytest.mark.parametrize("estimator", ["exact", "orders"])
+def test_a_network_that_reads_t_has_no_finite_sum(make_model, random_ids, estimator):
     model = make_model(time_conditioning=True)
-    with pytest.raises(UserError, match="this network reads t"):
-        blockdiffusion.likelihood(model, random_ids(2, 16), "complement")
+    with pytest.raises(UserError, match="masked diffusion network that reads no time"):
+        blockdiffusion.likelihood(model, random_ids(2, 16), estimator)
 
 
 def test_the_noise_error_is_that_of_repeated_evaluations(make_model, random_ids):

@@ -299,8 +299,13 @@ def test_rotary_angles_stay_exact_far_out():
     (dict(clean_attention="full"), "block or causal"),
     (dict(num_layers=0), "num_layers"),
     (dict(adaln=False, time_conditioning=True), "adaln"),
-    (dict(objective="ar"), "block_diffusion or autoregressive"),
+    (dict(objective="ar"), "choose block_diffusion or score_entropy or d3pm or"),
     (dict(objective="autoregressive", block_size=4), "block_size 1"),
+    (dict(objective="d3pm"), "timesteps is None; a d3pm network needs"),
+    (dict(objective="d3pm", timesteps=3, transition="gauss"), "absorbing or uniform"),
+    (dict(noise_schedule="cosin"), "unknown schedule"),
+    (dict(objective="score_entropy", noise_eps=1), r"lie in \[0, 1\)"),
+    (dict(noise_eps=1e-3), "which only score_entropy and d3pm networks have"),
 ])  # fmt: skip
 def test_impossible_configurations_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):

@@ -1,5 +1,6 @@
 """The loop: what a step computes, that nothing disturbs it, and how it stops."""
 
+import itertools
 import json
 import math
 import os
@@ -10,18 +11,28 @@ from dataclasses import replace
 import pytest
 import torch
 
+from blockdiffusion import diffusions
 from blockdiffusion.config import build_model, load_recipe, to_dict
 from blockdiffusion.corruption import Bernoulli
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.denoiser import masked_loss, masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import generator
-from blockdiffusion.train import checkpoint, loop, loss
+from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
 from blockdiffusion.train.loop import Interrupted, Periodic, TrainOptions, accumulate_gradients
-from blockdiffusion.train.loss import MaskedLoss, NextTokenLoss
+from blockdiffusion.train.loss import DiffusionLoss, NextTokenLoss
+from tests import noise_oracles
 
 AR = ["objective.name=ar", "model.cond_dim=128"]  # the recipe's cond_dim is another
+NAMES = {
+    "bd3lm": [],
+    "mdlm": ["objective.name=mdlm", "model.block_size=null"],
+    "sedd": ["objective.name=sedd"],
+    "d3pm": ["objective.name=d3pm"],
+    "uniform": ["objective.name=d3pm", "objective.transition=uniform", "objective.timesteps=20"],
+    "ar": AR,
+}
 
 
 @pytest.fixture
@@ -97,6 +108,40 @@ def test_the_first_step_is_adamw_on_the_papers_loss(run, recipe_file, prepared):
         torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
 
 
+@pytest.mark.parametrize("name", ["sedd", "uniform"])
+def test_the_loss_of_the_first_step_is_the_objectives(run, recipe_file, prepared, name):
+    """From the drawn noise and the logits by the published formulas, token by token."""
+    overrides = [*NAMES[name], "train.steps=1", "model.dropout=0"]
+    rows = TokenRows(prepared, "train")
+    model = build_model(load_recipe(recipe_file, overrides), rows.manifest).double().eval()
+    clean = rows.rows(BatchOrder(rows.num_rows, 6, 0).indices(0)).ids_BL
+    free = torch.ones_like(clean, dtype=torch.bool)
+    law = diffusions.diffusion_of(model.config).fitted(Bernoulli())
+    drawn = law(clean, free, 4, model.config.mask_id, generator(0, "corruption", 1))
+    noisy, p = drawn.noisy_BNL[:, 0], drawn.prob_BNK[:, 0]
+    sigma = noise_oracles.sigma_of(p)
+    with torch.no_grad():
+        logits = model.denoise_logits(noisy, clean, sigma)
+    total = 0.0
+    for row, place in itertools.product(range(6), range(16)):
+        block, at = place // 4, logits[row, place]
+        x, y = int(clean[row, place]), int(noisy[row, place])
+        if name == "sedd" and y == model.config.mask_id:
+            s = noise_oracles.scores(at, y, sigma[row, block])
+            r = 1 / sigma[row, block].expm1()
+            rate = 1 / (r * p[row, block])  # dsigma/dt, where sigma is not cut
+            total += rate * (s.sum() - 1 - r * s[x].log() + r * (r.log() - 1))
+        elif name == "uniform":
+            step = round(float(p[row, block]) * 20) - 1
+            probs = [(i + 1) / 20 for i in range(20)]
+            kl = noise_oracles.d3pm_kl(model, "uniform", probs, step, at, x, y)
+            total += 20 * kl
+    share = 1 - 1e-3 if name == "sedd" else 1  # of the times, after the cut
+    _, out = run(*overrides)
+    logged = read_metrics(out / "metrics.jsonl")[0]["loss"]
+    assert logged == pytest.approx(share * float(total) / 96, rel=1e-4)
+
+
 @pytest.mark.parametrize("row_bos", [False, True])
 def test_the_first_step_of_ar_is_adamw_on_the_plain_cross_entropy(run, recipe_file, rows, row_bos):
     overrides = [*AR, "train.steps=1", "model.dropout=0", "optim.clip_norm=null"]
@@ -119,18 +164,17 @@ def test_the_first_step_of_ar_is_adamw_on_the_plain_cross_entropy(run, recipe_fi
         torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
 
 
-@pytest.mark.parametrize("overrides", [[], AR], ids=["bd3lm", "ar"])
-def test_training_learns(run, overrides):
-    _, out = run("train.steps=150", *overrides)
+@pytest.mark.parametrize("name", ["bd3lm", "sedd", "uniform", "ar"])
+def test_training_learns(run, name):
+    _, out = run("train.steps=150", *NAMES[name])
     losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
     assert sum(losses[-30:]) / 30 < 0.8 * sum(losses[:10]) / 10
 
 
-@pytest.fixture(params=["bd3lm", "ar"])
+@pytest.fixture(params=["bd3lm", "sedd", "uniform", "ar"])
 def accumulated(request, recipe_file, prepared):
     """Loss and gradients in float64 of one padded batch, cut into micro-batches."""
-    overrides = [] if request.param == "bd3lm" else AR
-    recipe = load_recipe(recipe_file, ["model.dropout=0", *overrides])
+    recipe = load_recipe(recipe_file, ["model.dropout=0", *NAMES[request.param]])
     rows = TokenRows(prepared, "train")
     torch.manual_seed(0)
     model = build_model(recipe, rows.manifest).double()
@@ -141,9 +185,10 @@ def accumulated(request, recipe_file, prepared):
     batch = Batch(ids, valid)
     free = loop.free_tokens(batch, row_bos=True)
     batch_loss = NextTokenLoss(batch, free)
-    if request.param == "bd3lm":
-        drawn = Bernoulli()(ids, free, 4, model.config.mask_id, generator(0, "test"))
-        batch_loss = MaskedLoss(batch, drawn)
+    if request.param != "ar":
+        law = diffusions.diffusion_of(model.config).fitted(Bernoulli())
+        drawn = law(ids, free, 4, model.config.mask_id, generator(0, "test"))
+        batch_loss = DiffusionLoss(batch, drawn)
 
     def accumulate(micro_batch_size):
         model.zero_grad()
@@ -173,7 +218,7 @@ def test_masks_do_not_depend_on_the_micro_batches(run, monkeypatch):
             seen.append((noisy_BNL.clone(), clean_BL.clone()))
             return masked_loss(model, noisy_BNL, clean_BL, *rest)
 
-        monkeypatch.setattr(loss, "masked_loss", spy)
+        monkeypatch.setattr(diffusions, "masked_loss", spy)
         run(f"train.micro_batch_size={size}", "train.steps=3", f"out={out}")
         return [torch.cat(column).unflatten(0, (3, 6)) for column in zip(*seen, strict=True)]
 
@@ -298,6 +343,7 @@ def test_a_second_process_in_the_same_out_is_refused(run, tmp_path):
     [
         (300, [], r"the model's vocab_size is 258, but the data's is 300"),
         (258, AR, r"objective\.name is bd3lm, but the network's objective is autoregressive"),
+        (258, NAMES["sedd"], r"objective\.name is bd3lm, but the network's objective is score_en"),
     ],
 )
 def test_data_objective_and_model_must_fit(rows, recipe_file, vocab_size, overrides, message):
@@ -327,7 +373,7 @@ def poison(monkeypatch, step, micro_batch, value=math.nan):
         calls.append(None)
         return nats * value if len(calls) == (step - 1) * 2 + micro_batch else nats
 
-    monkeypatch.setattr(loss, "masked_loss", poisoned)
+    monkeypatch.setattr(diffusions, "masked_loss", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

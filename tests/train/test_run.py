@@ -127,6 +127,77 @@ def test_an_autoregressive_run(recipe_file, prepared, tmp_path):
     assert "blockdiff sample" not in page and "masked diffusion" not in page
 
 
+# --- other diffusions -----------------------------------------------------------------------------
+
+D3PM = ["objective.name=d3pm", "objective.timesteps=6", "objective.schedule=square"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "estimator"),
+    [
+        (["objective.name=sedd"], "complement"),
+        (["objective.name=sedd", "objective.estimator=complement", "model.block_size=16"], "auto"),
+        (D3PM, "timesteps"),
+        ([*D3PM, "objective.transition=uniform"], "auto"),
+    ],
+    ids=["sedd", "sedd-whole", "absorbing", "uniform"],
+)
+def test_a_run_of_another_diffusion(recipe_file, prepared, tmp_path, overrides, estimator):
+    """Trained, measured, sampled and reported; stopped and resumed bit for bit."""
+    out = tmp_path / "run"
+    more = ["eval.every=8", "eval.rows=4", "eval.samples=2", f"eval.estimator={estimator}"]
+    recipe = load_recipe(
+        recipe_file, [*overrides, *more, "sample.every=12", "sample.max_new_tokens=10"]
+    )
+    run_training(recipe)
+    lines = read_metrics(out / "metrics.jsonl")
+    assert len([n for n in lines if n.get("samples")]) == 1
+    model = blockdiffusion.load(out)
+    assert load_recipe(out / "config.yaml") == recipe
+    batch = TokenRows(prepared, "valid").rows(range(4))
+    again = likelihood(model, batch.ids_BL, samples=2, generator=generator(0, "evaluate"))
+    bounds = [n["valid_bound"] for n in lines if "valid_perplexity_bound" in n]
+    assert again.nats_per_token == pytest.approx(bounds[-1], abs=1e-5)
+    page = report_run(out, num_samples=1, max_new_tokens=8).read_text()
+    assert "validation bound" in page
+    if "d3pm" in overrides[0]:
+        assert (model.config.timesteps, model.config.noise_schedule) == (6, "square")
+
+    cut = tmp_path / "cut"
+    run_training(load_recipe(recipe_file, [*overrides, f"out={cut}", "train.steps=7"]))
+    run_training(load_recipe(recipe_file, [*overrides, f"out={cut}"]), resume=True)
+    assert all(torch.equal(released(cut)[name], t) for name, t in released(out).items())
+
+
+def test_mdlm_is_one_block_a_row(recipe_file, prepared, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match=r"block_size is 4, but .* mdlm, .* whole row of 16 tokens"):
+        run_training(load_recipe(recipe_file, ["objective.name=mdlm"]))
+    mdlm = ["objective.name=mdlm", "model.block_size=null"]
+    run_training(load_recipe(recipe_file, mdlm))
+    config = blockdiffusion.load(out).config
+    assert (config.objective, config.block_size) == ("block_diffusion", 16)
+    assert load_recipe(out / "config.yaml").model.block_size == 16
+    run_training(load_recipe(recipe_file, mdlm), resume=True)
+    run_training(load_recipe(out / "config.yaml"), resume=True)
+    same = tmp_path / "same"
+    run_training(load_recipe(recipe_file, ["model.block_size=16", f"out={same}"]))
+    assert all(torch.equal(released(same)[name], t) for name, t in released(out).items())
+
+
+def test_weights_of_another_noise_are_no_start(recipe_file, tmp_path):
+    run_training(load_recipe(recipe_file, D3PM))
+    start = [f"model.init_from={tmp_path / 'run'}", f"out={tmp_path / 'other'}"]
+    for overrides, message in (
+        ([*D3PM, "objective.transition=uniform"], "transition is absorbing there and uniform here"),
+        (["objective.name=sedd"], "objective is d3pm there"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_training(load_recipe(recipe_file, [*start, *overrides]))
+    longer = [*start, *D3PM, "objective.timesteps=50", "train.steps=1"]
+    assert run_training(load_recipe(recipe_file, longer)).step == 1
+
+
 # --- starting from other weights ------------------------------------------------------------------
 
 

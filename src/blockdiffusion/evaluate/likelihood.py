@@ -1,10 +1,10 @@
 """Likelihood of text under a model, with its two standard errors.
 
-A masked diffusion likelihood is a bound (NELBO). It is estimated by drawing masks with any unbiased
-estimator of `corruption`, or enumerated (`exact`, blocks of up to 8 tokens), which also gives the
-exact log-likelihood; `orders` gives a tighter bound for blocks of any length. The *noise* error
-says how far the estimate may lie from the value on these data, the *data* error how far that may
-lie from the value on all text of the kind.
+A diffusion likelihood is a bound (NELBO). It is estimated by drawing noise with any unbiased
+estimator of the network's objective (see `diffusions`), or, for masks, enumerated (`exact`, blocks
+of up to 8 tokens), which also gives the exact log-likelihood; `orders` gives a tighter bound for
+blocks of any length. The *noise* error says how far the estimate may lie from the value on these
+data, the *data* error how far that may lie from the value on all text of the kind.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, TypeGuard, cast
 
 import torch
 
-from blockdiffusion.corruption import T_MIN, Bernoulli, Estimator, for_block_size, make_estimator
+from blockdiffusion.corruption import T_MIN, Bernoulli, Estimator, all_copies
 from blockdiffusion.denoiser import (
     Denoiser,
     NextTokenModel,
     bos_id,
     causal_nll,
     is_autoregressive,
-    masked_nll,
     row_groups,
 )
+from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks, num_subsets
 from blockdiffusion.orders import order_bound, order_nll
@@ -154,9 +154,9 @@ def likelihood(
         estimator: "exact" (enumerates; S <= 8), "orders" (the K-order bound), or a law of masks as
             `corruption.make_estimator` reads it, not clipped: "count", "complement", "bernoulli",
             "bernoulli:cosine", ... "auto" is the unbiased one with the least noise: complement
-            pairs; at S = 1, where one pass is exact, "exact"; for a network with time input, whose
-            t cannot be integrated out, "bernoulli". The likelihood of an autoregressive model is
-            exact, in one pass; it allows "exact" and "auto" only.
+            pairs; at S = 1, where one pass is exact, "exact"; "timesteps" for D3PM, which has no
+            other. "exact" and "orders" need masks and a network without time input. The likelihood
+            of an autoregressive model is exact, in one pass; it allows "exact" and "auto" only.
         samples: independent replicates of the masks; the noise error needs two.
         orders: K of the bound of "orders"; every replicate draws so many orders of each block.
         target_stderr: go on until the noise error (of the tighter bound, for "orders") is at most
@@ -264,25 +264,26 @@ def choose_estimator(name: str, config: Any, t_min: float = T_MIN) -> tuple[str,
                 "one pass; use exact or auto"
             )
         return "exact", None
+    diffusion = diffusion_of(config)
     if name == "auto":
-        name = "exact" if config.block_size == 1 else "complement"
-        name = "bernoulli" if config.time_conditioning else name
-    law = None
-    if name == "exact":
-        num_subsets(config.block_size)  # refuses long blocks
-    elif name != "orders":
-        try:
-            law, _ = for_block_size(make_estimator(name, t_min=t_min), config.block_size)
-        except UserError as error:
-            raise UserError(f"{error}; a likelihood can also be auto, exact or orders") from None
-        if not law.is_bound:
+        name = diffusion.usual_estimator
+    if name in ("exact", "orders"):
+        if not diffusion.enumerable:
             raise UserError(
-                f"{law.name} is clipped: it does not bound the likelihood and gives no "
-                "perplexity; evaluate with an unclipped estimator"
+                f"estimator {name} needs a masked diffusion network that reads no time; use auto"
             )
-    if config.time_conditioning and not isinstance(law, Bernoulli):
+        if name == "exact":
+            num_subsets(config.block_size)  # refuses long blocks
+        return name, None
+    try:
+        law = diffusion.estimator(name, t_min)
+    except UserError as error:
+        also = "auto, exact or orders" if diffusion.enumerable else "auto"
+        raise UserError(f"{error}; a likelihood can also be {also}") from None
+    if not law.is_bound:
         raise UserError(
-            f"estimator {name} integrates t out, but this network reads t; use bernoulli"
+            f"{law.name} is clipped: it does not bound the likelihood and gives no "
+            "perplexity; evaluate with an unclipped estimator"
         )
     return name, law
 
@@ -437,7 +438,8 @@ class _Replicates:
     def _masked(self, clean_BL, free_BL, valid_BL, samples: int, passed) -> torch.Tensor:
         """NELBO estimates (B, samples) of a group of rows."""
         assert self.law is not None
-        config = self.model.config
+        config, diffusion = self.model.config, diffusion_of(self.model.config)
+        prior_B1 = diffusion.prior_nats * free_BL.sum(1, keepdim=True).double().cpu()
         together = max(1, COPIES // self.law.num_noisy)
         estimates = []
         for first in range(0, samples, together):
@@ -445,12 +447,11 @@ class _Replicates:
                 self.law(clean_BL, free_BL, config.block_size, config.mask_id, self.generator)
                 for _ in range(first, min(first + together, samples))
             ]
-            noisy_BNL = torch.cat([c.noisy_BNL for c in drawn], dim=1)
-            weight_BNL = torch.cat([c.weight_BNL for c in drawn], dim=1)
-            nll_BNL = masked_nll(self.model, noisy_BNL, clean_BL, _maybe(valid_BL))
-            total_BN = (nll_BNL.double() * weight_BNL.double()).sum(-1).cpu()
-            estimates.append(total_BN.unflatten(1, (len(drawn), -1)).mean(-1))
-            passed(noisy_BNL.shape[1])
+            every = all_copies(drawn)
+            term_BNL = diffusion.terms(self.model, every, clean_BL, _maybe(valid_BL))
+            total_BN = (term_BNL.double() * every.weight_BNL.double()).sum(-1).cpu()
+            estimates.append(total_BN.unflatten(1, (len(drawn), -1)).mean(-1) + prior_B1)
+            passed(every.noisy_BNL.shape[1])
         return torch.cat(estimates, dim=1)
 
 

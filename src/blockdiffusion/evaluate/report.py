@@ -92,6 +92,7 @@ class RunFacts:
     parameters: int | None = None
     clean_attention: CleanAttention = "block"
     autoregressive: bool = False
+    diffusion: str = "masked diffusion"
     steps: int | None = None
     batch_size: int | None = None
     training_seconds: float | None = None
@@ -208,7 +209,7 @@ def _summary(facts: RunFacts) -> str:
         return f"An autoregressive language model{where}: each token from all those before it."
     return (
         f"A block diffusion language model{where}: autoregressive over blocks of "
-        f"{facts.block_size} token{'s' * (facts.block_size > 1)}, masked diffusion inside a block."
+        f"{facts.block_size} token{'s' * (facts.block_size > 1)}, {facts.diffusion} inside a block."
     )
 
 

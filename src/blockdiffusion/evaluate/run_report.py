@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from blockdiffusion.denoiser import is_autoregressive
+from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.report import (
     Command,
@@ -27,6 +28,7 @@ from blockdiffusion.evaluate.trace import Trace, trace_of_events
 from blockdiffusion.models.formats import load
 from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.sampling import DoneEvent, collect, prepare_prompts, stream
+from blockdiffusion.sampling.processes import as_process, make_process
 from blockdiffusion.seeding import generator
 from blockdiffusion.train.checkpoint import latest, read_state, versions
 
@@ -102,6 +104,7 @@ def _facts(
         parameters=sum(p.numel() for p in model.parameters()),
         clean_attention=model.config.clean_attention,
         autoregressive=is_autoregressive(model),
+        diffusion="" if is_autoregressive(model) else diffusion_of(model.config).title,
         steps=None if state is None else state.step,
         batch_size=config["train"]["batch_size"],
         training_seconds=None if state is None else state.seconds,
@@ -153,7 +156,7 @@ def _draw(
             Sample(
                 text=" ".join(map(str, ids)) if result.texts is None else result.texts[0],
                 seed=seed,
-                policy="first-hitting",
+                policy=as_process(make_process(model.config)).name,
                 nfe=int(result.nfe[0]),
                 tokens_per_forward=float(result.tokens_per_forward[0]),
                 num_tokens=int(result.lengths[0] - result.prompt_lengths[0]),

@@ -20,7 +20,6 @@ from blockdiffusion.evaluate.generation import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule
-from blockdiffusion.sampling.policies import make_policy
 from blockdiffusion.seeding import derive_seed, generator
 
 STREAM = "generate-eval"
@@ -34,6 +33,7 @@ class DrawOptions:
 
     Attributes:
         num_samples: samples to have; only those of a last, short batch depend on it.
+        policy: None: the usual one of the network.
         batch_size: samples drawn together. They share a random stream, so a sample depends on it.
     """
 
@@ -43,7 +43,7 @@ class DrawOptions:
     seed: int = 0
     bos: bool | None = None
     eos: bool = True
-    policy: str = "first-hitting"
+    policy: str | None = None
     steps: int | None = None
     schedule: str | None = None
     temperature: float = 1.0
@@ -57,7 +57,6 @@ class DrawOptions:
         for name in ("num_samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        make_policy(self.policy, self.steps, self.schedule)
         Filters(
             temperature=self.temperature,
             top_k=self.top_k,

@@ -130,7 +130,7 @@ def trace_section(trace: Trace | None, block_size: int) -> str:
         for step in trace.steps
     )
     return (
-        '<p class="lead">One sample, block by block. Inside a block all tokens start masked and '
+        '<p class="lead">One sample, block by block. Inside a block all tokens start hidden and '
         "are decided in the order of the small numbers; the colour is the confidence, the "
         "probability that the network gave the token.</p>"
         '<div class="trace-controls" hidden><button type="button">Play</button>'

@@ -32,6 +32,7 @@ Format = Literal["blockdiffusion", "bd3lm", "lightning"]
 # What the weights of two networks must agree on, to mean the same.
 SAME = (
     "objective",
+    "transition",
     "vocab_size",
     "mask_id",
     "width",

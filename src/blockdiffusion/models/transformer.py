@@ -28,14 +28,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from blockdiffusion.attention import attend, attend_cached, attend_causal, resolve_backend
 from blockdiffusion.cache import BlockCache
+from blockdiffusion.corruption import Transition
+from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, decode_predicate
+from blockdiffusion.schedules import make_schedule
 
 NORM_EPS = 1e-5
 ROTARY_BASE = 10_000.0
 FREQUENCIES = 256  # features of the time embedding
 FEW_ROWS, SPLIT = 32, 8  # see Linear; measured best on two cores
-Objective = Literal["block_diffusion", "autoregressive"]
+Objective = Literal["block_diffusion", "score_entropy", "d3pm", "autoregressive"]
 
 
 class BlockDiffusionConfig(PretrainedConfig):
@@ -50,8 +53,13 @@ class BlockDiffusionConfig(PretrainedConfig):
         adaln: whether layers are modulated by the conditioning (no for the AR baseline).
         time_conditioning: whether the network reads sigma; a BD3-LM does not.
         clean_attention: "block" (paper) or "causal", how clean tokens see each other.
-        objective: "block_diffusion", or "autoregressive" for the baseline that predicts the next
-            token and has no blocks (its `block_size` is 1).
+        objective: "block_diffusion"; "score_entropy" (SEDD) or "d3pm", for other diffusions inside
+            a block; or "autoregressive" for the baseline that predicts the next token and has no
+            blocks (its `block_size` is 1).
+        transition, timesteps, noise_schedule: of "d3pm": what tokens turn into ("absorbing" for the
+            mask, "uniform"), T, and the schedule of the mask (or jump) probabilities on 1..T.
+        noise_eps: noise ends where a token is still kept with this probability: 0, and 1e-3 for the
+            published SEDD weights, which were trained with sigma = -log(1 - 0.999 t).
         bos: whether position 0 is a given BOS in this model's training data; None = not known.
         bos_id, eos_id: ids of those tokens, where there are any.
     """
@@ -73,6 +81,10 @@ class BlockDiffusionConfig(PretrainedConfig):
         time_conditioning: bool = False,
         clean_attention: str = "block",
         objective: str = "block_diffusion",
+        transition: str = "absorbing",
+        timesteps: int | None = None,
+        noise_schedule: str = "linear",
+        noise_eps: float = 0.0,
         bos: bool | None = None,
         bos_id: int | None = None,
         eos_id: int | None = None,
@@ -91,6 +103,10 @@ class BlockDiffusionConfig(PretrainedConfig):
         self.time_conditioning = time_conditioning
         self.clean_attention = clean_attention
         self.objective = objective
+        self.transition = transition
+        self.timesteps = timesteps
+        self.noise_schedule = noise_schedule
+        self.noise_eps = noise_eps
         self.bos = bos
         self.bos_id = bos_id
         self.eos_id = eos_id
@@ -127,6 +143,20 @@ class BlockDiffusionConfig(PretrainedConfig):
             raise UserError(
                 "an autoregressive network has no blocks and reads no time; give it block_size 1 "
                 "and time_conditioning false"
+            )
+        if self.transition not in get_args(Transition):
+            raise UserError(f"transition is {self.transition!r}; choose absorbing or uniform")
+        if self.objective == "d3pm" and (self.timesteps is None or self.timesteps < 1):
+            raise UserError(
+                f"timesteps is {self.timesteps}; a d3pm network needs at least 1 time step"
+            )
+        make_schedule(self.noise_schedule)  # refuses an unknown one
+        if not 0 <= self.noise_eps < 1:
+            raise UserError(f"noise_eps is {self.noise_eps}; it must lie in [0, 1)")
+        if self.noise_eps and self.objective not in ("score_entropy", "d3pm"):
+            raise UserError(
+                f"noise_eps is {self.noise_eps}, which only score_entropy and d3pm networks have; "
+                f"give 0 where the objective is {self.objective}"
             )
 
 
@@ -376,7 +406,7 @@ class BlockDiffusionModel(PreTrainedModel):
             sigma_BNK: time per block, for time-conditioned networks only (others ignore it).
             valid_BL: bool, False at padding, which no token attends to; None = all valid.
         """
-        self._require("block_diffusion")
+        self._require(autoregressive=False)
         batch, copies, length = noisy_BNL.shape
         config = self.config
         one_block = length == config.block_size
@@ -418,7 +448,7 @@ class BlockDiffusionModel(PreTrainedModel):
             ids_BT: ids at positions 0..T-1.
             valid_BT: bool, False at padding, which no other token attends to; None = all valid.
         """
-        self._require("autoregressive")
+        self._require(autoregressive=True)
         config = self.config
         x_BTD = self.embedding(ids_BT)
         positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)
@@ -457,12 +487,13 @@ class BlockDiffusionModel(PreTrainedModel):
             cond = cond[:, :kept]
         return self._finish(x_BTD, cond)
 
-    def _require(self, objective: Objective) -> None:
-        if self.config.objective != objective:
-            uses = {"block_diffusion": "denoise blocks", "autoregressive": "predict the next token"}
+    def _require(self, *, autoregressive: bool) -> None:
+        if is_autoregressive(self) != autoregressive:
+            uses = ("denoise blocks", "predict the next token")
+            wanted = ("block_diffusion", "autoregressive")[autoregressive]
             raise UserError(
-                f"this network was made to {uses[self.config.objective]}, not to "
-                f"{uses[objective]}; use a model whose objective is {objective}"
+                f"this network was made to {uses[not autoregressive]}, not to "
+                f"{uses[autoregressive]}; use a model whose objective is {wanted}"
             )
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -526,7 +557,7 @@ class BlockDiffusionModel(PreTrainedModel):
             window: a query sees the last `window` tokens, its own block included; None = all.
             sigma_B: time of the noisy block, for time-conditioned networks.
         """
-        self._require("block_diffusion")
+        self._require(autoregressive=False)
         config = self.config
         batch, tokens = ids_BT.shape
         place = cache.place(tokens)

@@ -19,7 +19,8 @@ from blockdiffusion.sampling.loop import (
     StepEvent,
     sample_events,
 )
-from blockdiffusion.sampling.policies import Policy, make_policy
+from blockdiffusion.sampling.policies import Policy
+from blockdiffusion.sampling.processes import Process, make_process
 
 __all__ = [
     "BlockEvent",
@@ -84,7 +85,7 @@ def stream(
     *,
     bos: bool | None = None,
     eos: bool = True,
-    policy: str | Policy = "first-hitting",
+    policy: str | Policy | Process | None = None,
     steps: int | None = None,
     schedule: str | None = None,
     temperature: float = 1.0,
@@ -106,8 +107,11 @@ def stream(
             the model's configuration says, and none where it says nothing. False: position 0 is
             sampled like any other.
         eos: whether a sampled EOS ends a row (where the model has an EOS).
-        policy: "first-hitting" or "ancestral" (with `steps` and, if not the linear one, a noise
-            `schedule`), or a `Policy`.
+        policy: how a block comes to be; None = the usual way of the model's objective. For masked
+            diffusion "first-hitting" (usual) or "ancestral" (with `steps` and, if not the linear
+            one, a noise `schedule`); for score entropy "analytic" (with `steps` per block, as many
+            as its tokens by default); for d3pm "ancestral" (by default in its own T steps). Or a
+            `Policy` or `Process`.
         temperature, top_k, top_p, top_p_rule: see `Filters`.
         use_cache: keep keys and values of finished blocks; the same law and logits without.
         window: a token sees the last `window` tokens, its own block included; None = all.
@@ -125,13 +129,13 @@ def stream(
             "this model is autoregressive, and there is no sampler for such models yet; sample "
             "from a block diffusion model (block_size 1 goes token by token)"
         )
-    if not isinstance(policy, str):
+    if not isinstance(policy, str | None):
         if steps is not None or schedule is not None:
             raise UserError(
                 "steps and schedule go with a policy's name; this policy object has its own"
             )
     else:
-        policy = make_policy(policy, steps, schedule)
+        policy = make_process(model.config, policy, steps, schedule)
     sampling = SamplingOptions(
         max_new_tokens=max_new_tokens,
         policy=policy,

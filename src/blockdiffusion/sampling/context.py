@@ -35,13 +35,14 @@ class CachedContext:
             passes_R += todo_R > 0
         return passes_R
 
-    def denoise(self, noisy_RS: torch.Tensor) -> torch.Tensor:
-        """Hidden states (R, S, D) of the block that follows the past."""
+    def denoise(self, noisy_RS: torch.Tensor, sigma_R: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (R, S, D) of the block that follows the past; `sigma_R` is its time, for
+        networks that read one."""
         if self.pending_RS is None:
-            return self.model.decode(noisy_RS, 0, self.cache, self.window)
+            return self.model.decode(noisy_RS, 0, self.cache, self.window, sigma_R)
         size = noisy_RS.shape[1]
         both = torch.cat([self.pending_RS, noisy_RS], dim=1)
-        hidden = self.model.decode(both, size, self.cache, self.window)
+        hidden = self.model.decode(both, size, self.cache, self.window, sigma_R)
         self.cache.commit(size)
         self.pending_RS = None
         return hidden[:, size:]
@@ -70,14 +71,14 @@ class RecomputedContext:
         self.lengths_R = lengths_R
         return torch.zeros_like(lengths_R)
 
-    def denoise(self, noisy_RS: torch.Tensor) -> torch.Tensor:
+    def denoise(self, noisy_RS: torch.Tensor, sigma_R: torch.Tensor | None = None) -> torch.Tensor:
         rows, size = noisy_RS.shape
         total = int(self.lengths_R.max()) + size
         ids_RT = self.past_RT[:, :total].clone()
         slots_RS = (self.lengths_R[:, None] + torch.arange(size)).to(ids_RT.device)
         ids_RT.scatter_(1, slots_RS, noisy_RS)
         cache = self.model.make_cache(rows, total)
-        hidden = self.model.decode(ids_RT, self.lengths_R, cache, self.window)
+        hidden = self.model.decode(ids_RT, self.lengths_R, cache, self.window, sigma_R)
         return hidden.gather(1, slots_RS[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def commit(self, clean_RS: torch.Tensor) -> None:

@@ -64,12 +64,27 @@ def draw_tokens(
         (logits_MV / filters.temperature).softmax(-1) if filters.temperature != 1 else prob_MV,
         filters,
     )
-    cumulative_MC = kept_MC.double().cumsum(-1)
-    uniform_M1 = torch.rand(len(prob_MV), 1, generator=generator, dtype=torch.float64)
-    target_M1 = uniform_M1.to(logits_MV.device) * cumulative_MC[:, -1:]
-    choice_M1 = torch.searchsorted(cumulative_MC, target_M1, right=True)
+    choice_M1 = draw_columns(kept_MC, generator)[:, None]
     token_M1 = choice_M1 if ids_MC is None else ids_MC.gather(1, choice_M1)
     return token_M1[:, 0], prob_MV.gather(1, token_M1)[:, 0]
+
+
+def draw_columns(weight_MC: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A column (M,) of every row, drawn in proportion to its weight by inversion in float64."""
+    cumulative_MC = weight_MC.double().cumsum(-1)
+    uniform_M1 = torch.rand(len(weight_MC), 1, generator=generator, dtype=torch.float64)
+    target_M1 = uniform_M1.to(weight_MC.device) * cumulative_MC[:, -1:]
+    return torch.searchsorted(cumulative_MC, target_M1, right=True)[:, 0]
+
+
+def filtered_probs(prob_MV: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """A denoiser's distributions (M, V) after the filters, normalised; float64."""
+    if filters.temperature != 1:
+        prob_MV = (prob_MV.log() / filters.temperature).softmax(-1)
+    kept_MC, ids_MC = _filtered(prob_MV, filters)
+    if ids_MC is not None:
+        kept_MC = torch.zeros_like(prob_MV).scatter(-1, ids_MC, kept_MC)
+    return kept_MC.double() / kept_MC.double().sum(-1, keepdim=True)
 
 
 def _filtered(prob_MV: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor | None]:

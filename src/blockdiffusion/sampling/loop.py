@@ -1,9 +1,9 @@
 """The block loop: a generator of events.
 
-Rows of a batch go block by block, in step. Inside a block a policy says which masked tokens a
-pass reveals; the network then runs, and logits are computed at those tokens only. A finished block
-is committed to the past with the first pass of the next one. The command line, `generate` and the
-pictures all consume the same events.
+Rows of a batch go block by block, in step. How a block comes to be is a `Process` (see
+`sampling.processes`): it says what each pass reads and where it needs logits, and then which tokens
+change. A finished block is committed to the past with the first pass of the next one. The command
+line, `generate` and the pictures all consume the same events.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from blockdiffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.context import CachedContext, RecomputedContext
-from blockdiffusion.sampling.logits import Filters, draw_tokens
+from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import FirstHitting, Policy
+from blockdiffusion.sampling.processes import Process, Setting, as_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class SamplingOptions:
 
     Attributes:
         max_new_tokens: tokens after the prompt (and BOS); a row may stop earlier at EOS.
-        policy: which tokens a pass reveals.
+        policy: which tokens a pass reveals, or any other process that fits the network.
         filters: temperature, top-k, top-p.
         eos_id: a sampled token of this id ends its row; None = rows never end early.
         window: a token sees the last `window` tokens, its own block included; None = all.
@@ -34,7 +35,7 @@ class SamplingOptions:
     """
 
     max_new_tokens: int
-    policy: Policy = field(default_factory=FirstHitting)
+    policy: Policy | Process = field(default_factory=FirstHitting)
     filters: Filters = field(default_factory=Filters)
     eos_id: int | None = None
     window: int | None = None
@@ -43,7 +44,10 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One pass: M tokens were decided. All tensors are (M,) on the CPU.
+    """One pass: M tokens were decided, or changed. All tensors are (M,) on the CPU.
+
+    Where noise turns tokens into others (uniform D3PM), the first pass tells all tokens of the
+    block, and later ones those that change: the last word on a position counts.
 
     Attributes:
         step: number of the pass within its block, from 0.
@@ -106,44 +110,47 @@ def sample_events(
 def _denoise_block(
     model: Denoiser, state: _Batch, options: SamplingOptions, generator: torch.Generator
 ) -> Iterator[StepEvent]:
-    """Reveals the current block of all active rows."""
-    block_RS, masked_RS, kept_RS = state.open_block()
-    pass_RS = options.policy.plan(masked_RS, generator)
-    # A row can leave once every kept position is decided.
-    last_R = pass_RS.masked_fill(~kept_RS, -1).amax(1)
+    """Takes the current block of all active rows from noise to text."""
+    block_RS, open_RS, kept_RS = state.open_block()
+    setting = Setting(model.config, model.device, options.filters, generator)
+    course = as_process(options.policy).begin(open_RS, setting)
+    block_RS = course.fill(block_RS)
+    ended_R = torch.zeros(len(block_RS), dtype=torch.bool)
     step = 0
-    while bool((last_R >= step).any()):
-        takes_part_R = last_R >= step
-        hidden_RSD = state.context.denoise(block_RS)
+    while True:
+        # A row can leave once every kept position is decided.
+        takes_part_R = (course.undecided_RS & kept_RS).any(1) & ~ended_R
+        if not bool(takes_part_R.any()):
+            break
+        hidden_RSD = state.context.denoise(block_RS, course.sigma_R())
         state.nfe_B[state.active[takes_part_R]] += 1
-        row_M, slot_M = ((pass_RS == step) & takes_part_R[:, None]).nonzero(as_tuple=True)
+        row_M, slot_M = (course.wanted_RS() & takes_part_R[:, None]).nonzero(as_tuple=True)
         logits_MV = model.head(hidden_RSD[row_M, slot_M])
-        token_M, confidence_M = draw_tokens(
-            logits_MV, model.config.mask_id, options.filters, generator
-        )
-        block_RS[row_M, slot_M] = token_M
-        masked_RS[row_M, slot_M] = False
+        changes = course.decide((row_M, slot_M), block_RS[row_M, slot_M], logits_MV)
+        row_M, slot_M = changes.rows, changes.slots
+        block_RS[row_M, slot_M] = changes.ids
         yield StepEvent(
             step,
             state.active[row_M],
             state.starts_R[row_M] + slot_M,
-            token_M.cpu(),
-            confidence_M.cpu(),
+            changes.ids.cpu(),
+            changes.confidences.cpu(),
         )
         if options.eos_id is not None:
-            ended_R = _decided_up_to_eos(block_RS.cpu(), masked_RS, state.new_RS, options.eos_id)
-            last_R = last_R.masked_fill(ended_R, -1)
+            ended_R |= _decided_up_to_eos(
+                block_RS.cpu(), course.undecided_RS, state.new_RS, options.eos_id
+            )
         step += 1
     state.block_RS = block_RS
 
 
 def _decided_up_to_eos(
-    block_RS: torch.Tensor, masked_RS: torch.Tensor, new_RS: torch.Tensor, eos_id: int
+    block_RS: torch.Tensor, undecided_RS: torch.Tensor, new_RS: torch.Tensor, eos_id: int
 ) -> torch.Tensor:
-    """Whether a row has a sampled EOS with nothing masked before it: the rest will be cut."""
-    is_eos_RS = (block_RS == eos_id) & new_RS & ~masked_RS
-    masked_before_RS = masked_RS.long().cumsum(1) > 0
-    return (is_eos_RS & ~masked_before_RS).any(1)
+    """Whether a row has a sampled EOS and all before it is decided: the rest will be cut."""
+    is_eos_RS = (block_RS == eos_id) & new_RS & ~undecided_RS
+    undecided_before_RS = undecided_RS.long().cumsum(1) > 0
+    return (is_eos_RS & ~undecided_before_RS).any(1)
 
 
 class _Batch:
@@ -169,7 +176,7 @@ class _Batch:
         self.block_RS = self.new_RS = torch.empty(0)
 
     def open_block(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The current block of every active row: ids, what is masked, what will be kept."""
+        """The current block of every active row: ids, what is to be sampled, what will be kept."""
         position_RS = self.starts_R[:, None] + torch.arange(self.size)
         device = self.ids_BT.device
         block_RS = self.ids_BT[self.active[:, None].to(device), position_RS.to(device)]
@@ -208,8 +215,6 @@ def _check(model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingO
         raise UserError("there is no prompt; give at least one, which may be empty")
     if options.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
-    if config.time_conditioning:
-        raise UserError("this network is conditioned on time, which these samplers do not give")
     window = options.window
     if window is not None and window < config.block_size:
         raise UserError(

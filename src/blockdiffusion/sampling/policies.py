@@ -1,14 +1,14 @@
 """Which masked tokens of a block are revealed in which pass.
 
 Both policies here draw the passes before the network runs, because the mask process of absorbing
-diffusion does not depend on the tokens. A pass that would reveal nothing is skipped: the network
-reads no time, so its prediction could not have changed.
+diffusion does not depend on the tokens. A pass that would reveal nothing is skipped: what it
+predicts is thrown away, whether or not the network reads the time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -30,6 +30,16 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class TimedPolicy(Policy, Protocol):
+    """A policy that also knows when: needed for networks that read the time."""
+
+    def reveal_probs(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """float64 (R, S): the mask probability p(t) of the time at which the network is asked for
+        each masked position; `plan` is `in_order` of it."""
+        ...
+
+
 @dataclass(frozen=True)
 class FirstHitting:
     """One token per pass, its position uniform among the masked ones (Zheng et al. 2024).
@@ -40,8 +50,11 @@ class FirstHitting:
     name: str = "first-hitting"
 
     def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        time_RS = torch.rand(masked_RS.shape, generator=generator, dtype=torch.float64)
-        return _ranks(1 - time_RS, masked_RS)
+        return in_order(self.reveal_probs(masked_RS, generator), masked_RS)
+
+    def reveal_probs(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """See `TimedPolicy`."""
+        return 1 - torch.rand(masked_RS.shape, generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -59,19 +72,24 @@ class Ancestral:
             raise UserError(f"the ancestral sampler needs at least 1 step, not {self.steps}")
 
     def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return in_order(self.reveal_probs(masked_RS, generator), masked_RS)
+
+    def reveal_probs(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """See `TimedPolicy`."""
         # A token masked at t=1 is revealed between grid times i and i-1 with probability
         # p(t_i) - p(t_{i-1}): the step in which a uniform number lies.
         grid = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
         prob = self.schedule.mask_prob(grid)
         uniform_RS = torch.rand(masked_RS.shape, generator=generator, dtype=torch.float64)
-        step_RS = torch.searchsorted(prob, uniform_RS, right=True)
-        return _ranks((step_RS + 1).double(), masked_RS)
+        # Where noise ends before 1, what is left beyond the last p(t_i) goes with the first step.
+        step_RS = torch.searchsorted(prob, uniform_RS, right=True).clamp(max=self.steps - 1)
+        return prob[step_RS]
 
 
-def _ranks(time_RS: torch.Tensor, masked_RS: torch.Tensor) -> torch.Tensor:
-    """Passes in order of falling time (> 0); equal times share a pass."""
-    time_RS = torch.where(masked_RS, time_RS, 0.0)  # after all masked ones
-    ordered_RS, order_RS = time_RS.sort(dim=1, descending=True)
+def in_order(prob_RS: torch.Tensor, masked_RS: torch.Tensor) -> torch.Tensor:
+    """Passes in order of falling probability (> 0); equal ones share a pass."""
+    prob_RS = torch.where(masked_RS, prob_RS, 0.0)  # after all masked ones
+    ordered_RS, order_RS = prob_RS.sort(dim=1, descending=True)
     changes_RS = (ordered_RS[:, 1:] != ordered_RS[:, :-1]).long()
     rank_RS = torch.cat([torch.zeros_like(order_RS[:, :1]), changes_RS.cumsum(1)], dim=1)
     ranks_RS = torch.empty_like(rank_RS).scatter_(1, order_RS, rank_RS)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,19 +32,22 @@ from blockdiffusion.corruption import (
     Estimator,
     EstimatorName,
     Stratify,
+    Transition,
     build_estimator,
     for_block_size,
 )
 from blockdiffusion.data.files import written_aside
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.data.manifest import Manifest
+from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.devices import select_device
+from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import derive_seed, generator
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
 from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
-from blockdiffusion.train.loss import BatchLoss, MaskedLoss, NextTokenLoss
+from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
 from blockdiffusion.train.optim import (
     MovingAverage,
     OptimOptions,
@@ -56,20 +59,58 @@ from blockdiffusion.train.optim import (
 
 if TYPE_CHECKING:
     from blockdiffusion.models.card import Card
-    from blockdiffusion.models.transformer import BlockDiffusionModel, Objective
+    from blockdiffusion.models.transformer import BlockDiffusionModel
     from blockdiffusion.train.schedule_search import ScheduleSearch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveKind:
+    """What an objective's name stands for.
+
+    Attributes:
+        network: what the configuration of such a network says.
+        stored: what it remembers of the options: its name there -> the name of the option.
+        reads: the options that mean something.
+        why_not: why the others do not.
+    """
+
+    network: Mapping[str, Any]
+    stored: Mapping[str, str] = field(default_factory=dict)
+    reads: tuple[str, ...] = ("estimator", "schedule", "clip", "num_noisy", "t_min", "stratify")
+    why_not: str = "which has no such choice"
+
+
+OBJECTIVES = {
+    "bd3lm": ObjectiveKind(network={"objective": "block_diffusion"}),
+    "mdlm": ObjectiveKind(network={"objective": "block_diffusion"}),
+    "sedd": ObjectiveKind(network={"objective": "score_entropy", "time_conditioning": True}),
+    "d3pm": ObjectiveKind(
+        network={"objective": "d3pm", "time_conditioning": True},
+        stored={
+            "transition": "transition", "timesteps": "timesteps", "noise_schedule": "schedule",
+        },
+        reads=("schedule", "num_noisy", "stratify", "transition", "timesteps"),
+        why_not="whose time is discrete",
+    ),
+    "ar": ObjectiveKind(  # the baseline has no conditioning
+        network={"objective": "autoregressive", "adaln": False},
+        reads=(),
+        why_not="which draws no masks",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveOptions:
-    """What the network is trained on: the distribution of the masks, or the next token."""
+    """What the network is trained on: which noise, or the next token."""
 
-    name: Literal["bd3lm", "ar"] = "bd3lm"
-    """bd3lm: block diffusion; ar: the autoregressive baseline, for which nothing below is used."""
+    name: Literal["bd3lm", "mdlm", "sedd", "d3pm", "ar"] = "bd3lm"
+    """bd3lm: masked diffusion in blocks; mdlm: the same, one block a row; sedd, d3pm: score entropy
+    and discrete time in blocks; ar: the autoregressive baseline. See `OBJECTIVES`."""
     estimator: EstimatorName = "bernoulli"
     """How masks are drawn, and what they weigh; see docs/concepts.md."""
     schedule: str = "linear"
-    """linear, cosine, square, sqrt or log; it matters to bernoulli, and where there is a clip."""
+    """linear, cosine, square, sqrt or log; it matters to bernoulli, to d3pm and to a clip."""
     clip: tuple[float, float] | None = None
     """Mask probabilities are kept in this interval; null: all of (0, 1]."""
     num_noisy: int | None = None
@@ -78,31 +119,52 @@ class ObjectiveOptions:
     """Mask probabilities below are left out by bernoulli: 1/t has no finite variance."""
     stratify: Stratify = "row"
     """Draws are spread evenly over the batch and each row, over the batch only, or not at all."""
+    transition: Transition = "absorbing"
+    """What noise makes of a token in d3pm: the mask, or a uniform token."""
+    timesteps: int = 1000
+    """T, the time steps of d3pm."""
 
     def __post_init__(self) -> None:
-        if self.name == "ar":
-            self._refuse_masks()
+        self._refuse_what_is_not_read()
         if not 0 <= self.t_min < 1:
             raise UserError(f"objective.t_min is {self.t_min}; it must be in [0, 1)")
+        if self.timesteps < 1:
+            raise UserError(f"objective.timesteps is {self.timesteps}; it must be at least 1")
         self.make_estimator()
+        if self.clip is not None and not self.allows_clip:
+            raise UserError(
+                f"objective.clip is {self.clip}, but objective.estimator is {self.estimator}, "
+                f"which draws the number of masked tokens before the time that {self.name} reads; "
+                "leave the clip out or take bernoulli"
+            )
 
     @property
-    def of_network(self) -> Objective:
-        """What the configuration of such a network calls it."""
-        return "autoregressive" if self.name == "ar" else "block_diffusion"
+    def of_network(self) -> dict[str, Any]:
+        """What the configuration of such a network says."""
+        kind = OBJECTIVES[self.name]
+        stored = {name: getattr(self, option) for name, option in kind.stored.items()}
+        return {**kind.network, **stored}
 
-    def _refuse_masks(self) -> None:
-        usual = ObjectiveOptions()
+    @property
+    def allows_clip(self) -> bool:
+        """Whether mask probabilities can be kept in an interval."""
+        kind = OBJECTIVES[self.name]
+        times_first = self.estimator in ("bernoulli", "resampled")
+        reads_time = kind.network.get("time_conditioning", False)
+        return "clip" in kind.reads and (times_first or not reads_time)
+
+    def _refuse_what_is_not_read(self) -> None:
+        kind = OBJECTIVES[self.name]
         for item in fields(self):
-            value, default = getattr(self, item.name), getattr(usual, item.name)
-            if item.name != "name" and value != default:
+            value, default = getattr(self, item.name), item.default
+            if item.name not in ("name", *kind.reads) and value != default:
                 raise UserError(
-                    f"objective.{item.name} is {value}, but objective.name is ar, which draws no "
-                    f"masks; leave it out, or at {'null' if default is None else default}"
+                    f"objective.{item.name} is {value}, but objective.name is {self.name}, "
+                    f"{kind.why_not}; leave it out, or at {'null' if default is None else default}"
                 )
 
     def make_estimator(self) -> Estimator:
-        """The law of the masks that the options name."""
+        """The law of the masks that the options name; `Diffusion.fitted` makes it the network's."""
         return build_estimator(
             self.estimator,
             schedule=self.schedule,
@@ -245,9 +307,10 @@ def train(
         state, note = _restore(newest, state, options.steps, model, average, optimizer)
     clip = objective.clip if state.clip is None else state.clip
     estimator, estimator_note = None, None  # the next-token loss has none
-    if objective.name == "bd3lm":
+    if not is_autoregressive(model):
         clipped = replace(objective, clip=clip).make_estimator()
         estimator, estimator_note = for_block_size(clipped, model.config.block_size)
+        estimator = diffusion_of(model.config).fitted(estimator)
 
     def export(state: TrainState) -> None:
         card = None if describe is None else describe(state)
@@ -271,7 +334,7 @@ def train(
                     found = search.run(model, step)
                 report(step, found.to_log())
                 state = replace(state, clip=found.clip)
-                estimator = search.estimators[found.clip]
+                estimator = diffusion_of(model.config).fitted(search.estimators[found.clip])
 
             step_began = time.perf_counter()
             indices = order.indices(step - 1)
@@ -287,7 +350,7 @@ def train(
                     model.config.mask_id,
                     generator(options.seed, "corruption", step),
                 )
-                batch_loss = MaskedLoss(batch, corrupted)
+                batch_loss = DiffusionLoss(batch, corrupted)
 
             model.train()
             losses = accumulate_gradients(
@@ -399,11 +462,13 @@ def data_fingerprint(manifest: Manifest, split: str = "train") -> str:
 
 
 def _check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: ObjectiveOptions) -> None:
-    if model.config.objective != objective.of_network:
-        raise UserError(
-            f"objective.name is {objective.name}, but the network's objective is "
-            f"{model.config.objective}; build the model for the objective"
-        )
+    for name, value in objective.of_network.items():
+        of_model = getattr(model.config, name)
+        if of_model != value:
+            raise UserError(
+                f"objective.name is {objective.name}, but the network's {name} is {of_model}, not "
+                f"{value}; build the model for the objective"
+            )
     for name in ("seq_len", "vocab_size", "mask_id"):
         of_model, of_data = getattr(model.config, name), getattr(rows.manifest, name)
         if of_model != of_data:

@@ -1,4 +1,6 @@
-"""The loss of one update as a sum over the rows of its global batch: one class per objective.
+"""The loss of one update as a sum over the rows of its global batch.
+
+`DiffusionLoss` is that of all objectives with noise; what they differ in is in `diffusions`.
 
 Shape suffixes: B rows, N noisy copies, L tokens.
 """
@@ -12,7 +14,8 @@ import torch
 
 from blockdiffusion.corruption import Corrupted
 from blockdiffusion.data.loader import Batch
-from blockdiffusion.denoiser import causal_loss, masked_loss
+from blockdiffusion.denoiser import causal_loss
+from blockdiffusion.diffusions import diffusion_of
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionModel
@@ -35,18 +38,18 @@ class BatchLoss(Protocol):
 
 
 @dataclass(frozen=True)
-class MaskedLoss:
-    """The paper's loss: weighted terms of the masked tokens, averaged over the noisy copies."""
+class DiffusionLoss:
+    """The loss of a diffusion: weighted terms of its bound, averaged over the noisy copies."""
 
     batch: Batch
     corrupted: Corrupted
 
     def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
         """See `BatchLoss`."""
-        masked = self.corrupted.rows(rows.start, rows.stop)
+        drawn = self.corrupted.rows(rows.start, rows.stop).to(model.device)
         clean_BL, valid_BL = _on_device(self.batch, rows, model.device)
-        noisy_BNL, weight_BNL = (x.to(model.device) for x in (masked.noisy_BNL, masked.weight_BNL))
-        return masked_loss(model, noisy_BNL, clean_BL, weight_BNL, valid_BL) / noisy_BNL.shape[1]
+        nats = diffusion_of(model.config).loss(model, drawn, clean_BL, valid_BL)
+        return nats / drawn.noisy_BNL.shape[1]
 
 
 @dataclass(frozen=True)

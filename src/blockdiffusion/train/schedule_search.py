@@ -119,7 +119,7 @@ class ScheduleSearch:
         seed: of the run; the masks are a function of it, the step and the number of the batch.
 
     Raises:
-        UserError: the objective draws no masks, or its estimator cannot use a clip of the grid at
+        UserError: the objective has no clip, or its estimator cannot use a clip of the grid at
             this block size.
     """
 
@@ -196,12 +196,12 @@ def check_objective(objective: ObjectiveOptions) -> None:
     """Refuses what has no clip: there is nothing to search.
 
     Raises:
-        UserError: the objective draws no masks.
+        UserError: the objective has no clip.
     """
-    if objective.name == "ar":
+    if not objective.allows_clip:
         raise UserError(
-            "search.every is given, but objective.name is ar, which draws no masks; set "
-            "search.every=null"
+            f"search.every is given, but objective.name is {objective.name} with the estimator "
+            f"{objective.estimator}, which has no clip; set search.every=null"
         )
 
 

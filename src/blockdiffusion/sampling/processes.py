@@ -1,0 +1,359 @@
+"""How a block comes to be: the reverse processes, one for each kind of noise.
+
+* `Planned`: masks whose passes a `Policy` draws before the network runs (masked diffusion, and
+  D3PM with absorbing noise, where the order of reveals does not depend on the tokens either),
+* `Analytic`: SEDD's analytic step (Lou et al. 2024, section 4; "Tweedie"), where the network
+  also says how likely a token is revealed,
+* `UniformReverse`: D3PM with uniform noise (Austin et al. 2021), where every token may change in
+  every step and all are decided at the end.
+
+Given tokens are never changed by any of them.
+
+Shape suffixes: R rows of the batch, S positions of the block, M positions of a pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from blockdiffusion.corruption import uniform_tokens
+from blockdiffusion.diffusions import DiscreteTime
+from blockdiffusion.errors import UserError
+from blockdiffusion.objectives import exclude_mask_token_, log_rate, uniform_reverse
+from blockdiffusion.sampling.logits import Filters, draw_columns, draw_tokens, filtered_probs
+from blockdiffusion.sampling.policies import (
+    Ancestral,
+    Policy,
+    TimedPolicy,
+    in_order,
+    make_policy,
+)
+from blockdiffusion.schedules import Linear, Schedule, make_schedule, noise_level
+
+Place = tuple[torch.Tensor, torch.Tensor]  # rows and slots, (M,) each, on the CPU
+
+
+class Setting(NamedTuple):
+    """What draws in a block depend on: the network's configuration and device, filters, source."""
+
+    config: Any
+    device: torch.device
+    filters: Filters
+    generator: torch.Generator
+
+
+class Changes(NamedTuple):
+    """What a pass decides or changes; (M,) each, rows and slots on the CPU.
+
+    `confidences` are the denoiser's probabilities of the ids, before any filter.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    ids: torch.Tensor
+    confidences: torch.Tensor
+
+
+class Course(Protocol):
+    """One block of all rows on its way from noise to text.
+
+    `undecided_RS` (bool, on the CPU): positions to be sampled whose token may still change.
+    """
+
+    undecided_RS: torch.Tensor
+
+    def fill(self, block_RS: torch.Tensor) -> torch.Tensor:
+        """The block as it begins, from one with masks where tokens are to be sampled."""
+        ...
+
+    def sigma_R(self) -> torch.Tensor | None:
+        """What the network reads as the time of the next pass; None if it reads none."""
+        ...
+
+    def wanted_RS(self) -> torch.Tensor:
+        """bool, on the CPU: the positions whose logits the next pass needs."""
+        ...
+
+    def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
+        """Makes a pass's decisions, from the logits at wanted positions that hold `ids_M`.
+
+        Positions of rows that have left are missing. The next pass is another one.
+        """
+        ...
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A way in which blocks come to be."""
+
+    @property
+    def name(self) -> str: ...
+
+    def begin(self, open_RS: torch.Tensor, setting: Setting) -> Course:
+        """The course of a block; `open_RS` (bool, CPU) marks the tokens that are to be sampled."""
+        ...
+
+
+# --- masks, in passes drawn ahead ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A policy's plan, carried out: logits are computed where a pass reveals a token, only."""
+
+    policy: Policy
+
+    @property
+    def name(self) -> str:
+        """The policy's."""
+        return self.policy.name
+
+    def begin(self, open_RS: torch.Tensor, setting: Setting) -> Course:
+        """See `Process`.
+
+        Raises:
+            UserError: the network reads the time, and the policy knows none.
+        """
+        if not setting.config.time_conditioning:
+            return _PlannedCourse(self.policy.plan(open_RS, setting.generator), None, setting)
+        if not isinstance(self.policy, TimedPolicy):
+            raise UserError(
+                f"this network reads the time, which the policy {self.policy.name} does not tell; "
+                "take first-hitting or ancestral"
+            )
+        prob_RS = self.policy.reveal_probs(open_RS, setting.generator)
+        return _PlannedCourse(in_order(prob_RS, open_RS), prob_RS, setting)
+
+
+class _PlannedCourse:
+    def __init__(self, pass_RS: torch.Tensor, prob_RS: torch.Tensor | None, setting: Setting):
+        self.pass_RS, self.prob_RS, self.setting = pass_RS, prob_RS, setting
+        self.undecided_RS = pass_RS >= 0
+        self.step = 0
+
+    def fill(self, block_RS: torch.Tensor) -> torch.Tensor:
+        return block_RS
+
+    def sigma_R(self) -> torch.Tensor | None:
+        if self.prob_RS is None:
+            return None
+        # All tokens of a row that share a pass share its time.
+        prob_R = self.prob_RS.where(self.wanted_RS(), 0.0).amax(1)
+        return noise_level(prob_R).float().to(self.setting.device)
+
+    def wanted_RS(self) -> torch.Tensor:
+        return self.pass_RS == self.step
+
+    def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
+        setting = self.setting
+        token_M, confidence_M = draw_tokens(
+            logits_MV, setting.config.mask_id, setting.filters, setting.generator
+        )
+        self.undecided_RS[place_M] = False
+        self.step += 1
+        return Changes(*place_M, token_M, confidence_M)
+
+
+# --- SEDD ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Analytic:
+    """SEDD's analytic sampler on a grid of `steps` times, for masks.
+
+    From t to the next earlier s a masked token becomes y with probability (e^(sigma_t - sigma_s) -
+    1) s_y, which is u c_y for u = (p_t - p_s) / p_t and c of `objectives.score_entropy`, and stays
+    masked with what is left. Where the scores add up to more than one, nothing is left. The last
+    step, to p = 0, reveals all (the authors' denoising step). Filters act on c / sum of c.
+
+    The grid begins at p = 1, also for a network whose noise ended at 1 - eps: as the authors do,
+    everything is masked at first, and sigma is cut.
+    """
+
+    steps: int
+    schedule: Schedule = field(default_factory=Linear)
+    name: str = "analytic"
+
+    def __post_init__(self) -> None:
+        _check_steps(self.name, self.steps)
+
+    def begin(self, open_RS: torch.Tensor, setting: Setting) -> Course:
+        """See `Process`."""
+        return _AnalyticCourse(open_RS, _falling(self.schedule, self.steps), setting)
+
+
+class _AnalyticCourse:
+    def __init__(self, open_RS: torch.Tensor, prob: list[float], setting: Setting):
+        self.undecided_RS = open_RS.clone()
+        self.prob, self.setting = prob, setting
+        self.step = 0
+
+    def fill(self, block_RS: torch.Tensor) -> torch.Tensor:
+        return block_RS
+
+    def sigma_R(self) -> torch.Tensor | None:
+        return _same_for_all(self.prob[self.step], self.undecided_RS, self.setting)
+
+    def wanted_RS(self) -> torch.Tensor:
+        return self.undecided_RS
+
+    def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
+        config, generator = self.setting.config, self.setting.generator
+        now, then = self.prob[self.step], self.prob[self.step + 1]
+        self.step += 1
+        rate_M = log_rate(logits_MV, config.mask_id).double().exp().cpu()
+        coin_M = torch.rand(len(rate_M), generator=generator, dtype=torch.float64)
+        revealed_M = coin_M < (now - then) / now * rate_M
+        if then == 0:
+            revealed_M[:] = True
+        row_M, slot_M = (x[revealed_M] for x in place_M)
+        token_M, confidence_M = draw_tokens(
+            logits_MV[revealed_M.to(logits_MV.device)],
+            config.mask_id,
+            self.setting.filters,
+            generator,
+        )
+        self.undecided_RS[row_M, slot_M] = False
+        return Changes(row_M, slot_M, token_M, confidence_M)
+
+
+# --- D3PM with uniform noise --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UniformReverse:
+    """D3PM's ancestral sampler for uniform noise: T steps of p(x_s | x_t), all tokens in each.
+
+    With `steps` = T it is the chain whose bound is measured; with fewer it takes longer steps of
+    the same noise, by the same formula (`objectives.uniform_reverse`), and is another law. Filters
+    act on p(x_0 | x_t).
+    """
+
+    steps: int
+    schedule: Schedule = field(default_factory=Linear)
+    name: str = "ancestral"
+
+    def __post_init__(self) -> None:
+        _check_steps(self.name, self.steps)
+
+    def begin(self, open_RS: torch.Tensor, setting: Setting) -> Course:
+        """See `Process`."""
+        return _UniformCourse(open_RS, _falling(self.schedule, self.steps), setting)
+
+
+class _UniformCourse:
+    def __init__(self, open_RS: torch.Tensor, prob: list[float], setting: Setting):
+        self.open_RS, self.undecided_RS = open_RS, open_RS.clone()
+        self.prob, self.setting = prob, setting
+        self.step = 0
+
+    def fill(self, block_RS: torch.Tensor) -> torch.Tensor:
+        config = self.setting.config
+        noise_RS = uniform_tokens(
+            block_RS.shape, config.vocab_size, config.mask_id, self.setting.generator
+        )
+        device = block_RS.device
+        return torch.where(self.open_RS.to(device), noise_RS.to(device), block_RS)
+
+    def sigma_R(self) -> torch.Tensor | None:
+        return _same_for_all(self.prob[self.step], self.open_RS, self.setting)
+
+    def wanted_RS(self) -> torch.Tensor:
+        return self.open_RS
+
+    def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
+        mask_id = self.setting.config.mask_id
+        now, then = self.prob[self.step], self.prob[self.step + 1]
+        prob_MV = exclude_mask_token_(logits_MV, mask_id).softmax(-1)
+        clean_MV = filtered_probs(prob_MV, self.setting.filters)
+        reverse_MV = uniform_reverse(clean_MV, ids_M, 1 - now, 1 - then, mask_id)
+        token_M = draw_columns(reverse_MV, self.setting.generator)
+        confidence_M = prob_MV.gather(-1, token_M[:, None])[:, 0]
+        told_M = (token_M != ids_M) | (self.step == 0)
+        self.step += 1
+        if then == 0:
+            self.undecided_RS[:] = False
+        on_cpu_M = told_M.cpu()
+        row_M, slot_M = (x[on_cpu_M] for x in place_M)
+        return Changes(row_M, slot_M, token_M[told_M], confidence_M[told_M])
+
+
+def _same_for_all(prob: float, open_RS: torch.Tensor, setting: Setting) -> torch.Tensor | None:
+    if not setting.config.time_conditioning:
+        return None
+    level = noise_level(torch.tensor(prob, dtype=torch.float64)).float()
+    return level.expand(len(open_RS)).to(setting.device)
+
+
+def _falling(schedule: Schedule, steps: int) -> list[float]:
+    """p at the `steps` times of the grid, the last first, and 0."""
+    grid = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    return [*schedule.mask_prob(grid).tolist(), 0.0]
+
+
+# --- which for which network --------------------------------------------------------------------
+
+
+def as_process(policy: Policy | Process) -> Process:
+    """A policy as the process that carries out its plans; a process as it is."""
+    return policy if isinstance(policy, Process) else Planned(policy)
+
+
+def make_process(
+    config: Any, policy: str | None = None, steps: int | None = None, schedule: str | None = None
+) -> Policy | Process:
+    """The process called `policy`, or the usual one, of a network of this configuration.
+
+    Args:
+        steps: passes of a block. schedule: how they are spread over the noise.
+
+    Raises:
+        UserError: the network's objective has no such process, or not with these settings.
+    """
+    name = None if policy is None else policy.replace("_", "-")
+    return _MAKERS[config.objective](config, name, steps, schedule)
+
+
+def _masked(
+    config: Any, name: str | None, steps: int | None, schedule: str | None
+) -> Policy | Process:
+    return make_policy("first-hitting" if name is None else name, steps, schedule)
+
+
+def _score_entropy(
+    config: Any, name: str | None, steps: int | None, schedule: str | None
+) -> Policy | Process:
+    if name not in (None, "analytic"):
+        raise UserError(
+            f"policy is {name}, but a network of score entropy (SEDD) is sampled by its scores; "
+            "use analytic"
+        )
+    steps = config.block_size if steps is None else steps
+    return Analytic(steps, make_schedule(schedule or "linear"))
+
+
+def _d3pm(
+    config: Any, name: str | None, steps: int | None, schedule: str | None
+) -> Policy | Process:
+    if name not in (None, "ancestral"):
+        raise UserError(
+            f"policy is {name}, but a d3pm network is sampled by its own steps; use ancestral"
+        )
+    if schedule is not None:
+        raise UserError(
+            f"schedule is {schedule}, but a d3pm network has its own ({config.noise_schedule}); "
+            "leave it out"
+        )
+    kind = UniformReverse if config.transition == "uniform" else Ancestral
+    return kind(config.timesteps if steps is None else steps, DiscreteTime(config).schedule)
+
+
+_MAKERS = {"block_diffusion": _masked, "score_entropy": _score_entropy, "d3pm": _d3pm}
+
+
+def _check_steps(name: str, steps: int) -> None:
+    if steps < 1:
+        raise UserError(f"the {name} sampler needs at least 1 step, not {steps}")
