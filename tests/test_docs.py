@@ -167,7 +167,7 @@ def test_a_command_line_is_understood(page, words):
     elif name == "variance":
         VarianceOptions(estimators=tuple(values["estimators"] or ("count",)))
     elif name == "sample":
-        make_policy(values["policy"], values["steps"])
+        make_policy(values["policy"] or "first-hitting", values["steps"])
         Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)})
 
 

@@ -269,10 +269,18 @@ def sample(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples to draw.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after the prompt.")] = 256,
-    policy: Annotated[str, typer.Option(help="first-hitting or ancestral.")] = "first-hitting",
+    policy: Annotated[
+        str | None, typer.Option(help="first-hitting (the default) or ancestral.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps per block, for ancestral.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Models of one block: new tokens of each slide beyond L; L/2 by default."
+        ),
     ] = None,
     top_p: Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")] = 1.0,
     top_p_rule: Annotated[
@@ -316,6 +324,7 @@ def sample(
         policy=policy,
         steps=steps,
         schedule=schedule,
+        stride=stride,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -10,6 +10,7 @@ import torch
 
 from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
 from blockdiffusion.errors import UserError
+from blockdiffusion.sampling.autoregressive import sample_next_tokens
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import (
     BlockEvent,
@@ -20,6 +21,7 @@ from blockdiffusion.sampling.loop import (
     sample_events,
 )
 from blockdiffusion.sampling.policies import Policy, make_policy
+from blockdiffusion.sampling.sliding import has_one_block, sample_sliding
 
 __all__ = [
     "BlockEvent",
@@ -84,9 +86,10 @@ def stream(
     *,
     bos: bool | None = None,
     eos: bool = True,
-    policy: str | Policy = "first-hitting",
+    policy: str | Policy | None = None,
     steps: int | None = None,
     schedule: str | None = None,
+    stride: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -106,8 +109,10 @@ def stream(
             the model's configuration says, and none where it says nothing. False: position 0 is
             sampled like any other.
         eos: whether a sampled EOS ends a row (where the model has an EOS).
-        policy: "first-hitting" or "ancestral" (with `steps` and, if not the linear one, a noise
-            `schedule`), or a `Policy`.
+        policy: "first-hitting" (the default) or "ancestral" (with `steps` and, if not the linear
+            one, a noise `schedule`), or a `Policy`.
+        stride: for models of one block (S = L): new tokens of each slide where the text goes beyond
+            L, half of L by default; see `sampling.sliding`.
         temperature, top_k, top_p, top_p_rule: see `Filters`.
         use_cache: keep keys and values of finished blocks; the same law and logits without.
         window: a token sees the last `window` tokens, its own block included; None = all.
@@ -117,24 +122,14 @@ def stream(
         `StepEvent` for each pass, `BlockEvent` for each block, then one `DoneEvent`.
 
     Raises:
-        UserError: for an autoregressive model, options out of range, foreign ids, or a prompt
+        UserError: for options out of range or not of this kind of model, foreign ids, or a prompt
             longer than the window.
     """
     if is_autoregressive(model):
-        raise UserError(
-            "this model is autoregressive, and there is no sampler for such models yet; sample "
-            "from a block diffusion model (block_size 1 goes token by token)"
-        )
-    if not isinstance(policy, str):
-        if steps is not None or schedule is not None:
-            raise UserError(
-                "steps and schedule go with a policy's name; this policy object has its own"
-            )
-    else:
-        policy = make_policy(policy, steps, schedule)
+        _refuse_masks(policy=policy, steps=steps, schedule=schedule, stride=stride)
     sampling = SamplingOptions(
         max_new_tokens=max_new_tokens,
-        policy=policy,
+        policy=_policy(policy, steps, schedule),
         filters=Filters(temperature=temperature, top_k=top_k, top_p=top_p, top_p_rule=top_p_rule),
         eos_id=model.config.eos_id if eos else None,
         window=window,
@@ -143,9 +138,14 @@ def stream(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    yield from sample_events(
-        model, prepare_prompts(model, prompts, num_samples, bos), sampling, generator
-    )
+    rows = prepare_prompts(model, prompts, num_samples, bos)
+    longest = max(map(len, rows), default=0) + max_new_tokens
+    if is_autoregressive(model):
+        yield from sample_next_tokens(model, rows, sampling, generator)
+    elif stride is not None or (has_one_block(model) and longest > model.config.seq_len):
+        yield from sample_sliding(model, rows, sampling, generator, stride)
+    else:
+        yield from sample_events(model, rows, sampling, generator)
 
 
 def collect(model: Denoiser, done: DoneEvent) -> Generation:
@@ -181,6 +181,26 @@ def prepare_prompts(
         first = bos_id(model)
         rows = [row if row[:1] == [first] else [first, *row] for row in rows]
     return [row for row in rows for _ in range(num_samples)]
+
+
+def _policy(policy: str | Policy | None, steps: int | None, schedule: str | None) -> Policy:
+    if policy is None or isinstance(policy, str):
+        return make_policy(policy or "first-hitting", steps, schedule)
+    if steps is not None or schedule is not None:
+        raise UserError(
+            "steps and schedule go with a policy's name; this policy object has its own"
+        )
+    return policy
+
+
+def _refuse_masks(**options: object) -> None:
+    """What says how masks are revealed means nothing where there are none."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(
+                f"{name} is given, but this model is autoregressive: it writes one token after the "
+                "other and has no masks to reveal; leave it out"
+            )
 
 
 def _as_list(prompts: Any) -> list[Any]:
