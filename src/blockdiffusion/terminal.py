@@ -25,6 +25,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from blockdiffusion.data.packing import Progress as Stages
+    from blockdiffusion.evaluate.lengths import DocumentLengths
     from blockdiffusion.evaluate.likelihood import Likelihood
     from blockdiffusion.evaluate.variance_table import Measured, VarianceRow, VarianceTable
     from blockdiffusion.sampling import Event
@@ -259,6 +260,24 @@ def _how(result: Likelihood) -> str:
         return "all mask sets of every block enumerated"
     cut = "" if result.t_min is None else f", t cut at {result.t_min:g}"
     return f"{result.estimator}: {result.samples} draws, {result.copies} noisy copies a row{cut}"
+
+
+def length_lines(result: DocumentLengths, what: str) -> list[str]:
+    """Lengths of documents in words, and their histogram."""
+    bins = result.histogram()
+    most = max(documents for _, _, documents in bins)
+    lines = [
+        what,
+        f"  tokens until EOS    median {result.median:,.6g}, max {result.maximum:,}, "
+        f"mean {result.mean:,.1f}",
+        f"  {len(result.lengths):,} documents, {100 * result.share_cut:.1f} % cut at "
+        f"{result.max_new_tokens:,} tokens; {result.tokens_per_forward:.2f} tokens per pass; "
+        f"{result.seconds:.1f} s",
+    ]
+    for low, high, documents in bins:
+        bar = "█" * math.ceil(50 * documents / most)
+        lines.append(f"  {f'{low:,} to {high - 1:,}':>20}  {bar} {documents:,}")
+    return lines
 
 
 def variance_lines(table: VarianceTable, what: str) -> list[str]:
