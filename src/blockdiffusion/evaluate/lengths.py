@@ -114,7 +114,7 @@ def document_lengths(
     cut: list[bool] = []
     nfe = 0
     for batch, first in enumerate(range(0, num_samples, batch_size)):
-        found = None if kept is None else kept.get(str(batch))
+        found: dict[str, Any] | None = None if kept is None else kept.get(str(batch))
         if found is None:
             result = generate(
                 model,
