@@ -1,13 +1,14 @@
 """A long document: time per token over the position, and peak memory over the length.
 
-    python -m benchmarks.long_document [MODEL ...] [--tokens 8192] [--window 128]
-        [--json FILE] [--plot FILE]
+    python -m benchmarks.long_document [NAME=MODEL ...] [--tokens 8192] [--window 128]
+        [--cpu-time] [--json FILE] [--plot FILE]
 
-Every model writes one document with the sliding window and one without, and shorter ones with the
-window for the peak memory at each length. Without a MODEL a network of the demo's size with random
-weights does. Every document is made by a process of its own, whose peak resident memory is read at
-its end. Models of one block (S = L) slide their block over the text and have no other window. What
-the file of --json holds already is not measured again.
+Every model writes documents of several lengths with the sliding window, and without. Without a
+MODEL a network of the demo's size with random weights does. Every document is made by a process of
+its own, whose peak resident memory is read at its end. --cpu-time counts the time of the process on
+the processor, which says more than the clock where other work shares it. Models of one block slide
+their block over the text and have no other window. What the file of --json holds already is not
+measured again.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class Written:
 # --- in a process of its own ---------------------------------------------------------------------
 
 
-def write_document(model: str | None, window: int | None, tokens: int) -> dict[str, object]:
+def write_document(
+    model: str | None, window: int | None, tokens: int, cpu_time: bool
+) -> dict[str, object]:
     """Samples one document of `tokens` tokens and measures it."""
     import torch
 
@@ -74,7 +77,7 @@ def write_document(model: str | None, window: int | None, tokens: int) -> dict[s
     from blockdiffusion.models.formats import load
     from blockdiffusion.sampling import BlockEvent, Event, stream
 
-    network = demo_network() if model is None else load(model)
+    network = demo_network() if model is None else load(path_of(model))
 
     def sample(length: int) -> Iterator[Event]:
         generator = torch.Generator().manual_seed(0)
@@ -83,11 +86,12 @@ def write_document(model: str | None, window: int | None, tokens: int) -> dict[s
     list(sample(32))  # libraries make their own buffers once
     base = resident_memory()
     forget_peak_memory()  # that of loading
-    ends, times = [0], [time.perf_counter()]
+    clock = time.process_time if cpu_time else time.perf_counter
+    ends, times = [0], [clock()]
     for event in sample(tokens):
         if isinstance(event, BlockEvent):
             ends.append(int(event.ends[0]))
-            times.append(time.perf_counter())
+            times.append(clock())
     return {
         "curve": list(_binned(ends, times, max(1, ends[-1] // BINS))),
         "base_mb": base,
@@ -141,10 +145,11 @@ def forget_peak_memory() -> None:
 # --- all documents -------------------------------------------------------------------------------
 
 
-def measure(model: str | None, window: int | None, tokens: int) -> Written:
+def measure(model: str | None, window: int | None, tokens: int, cpu_time: bool) -> Written:
     """`write_document` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.long_document", "--child"]
-    command += ["--tokens", str(tokens), "--window", str(window or 0), *([model] if model else [])]
+    command += ["--tokens", str(tokens), "--window", str(window or 0)]
+    command += [*(["--cpu-time"] if cpu_time else []), *([model] if model else [])]
     found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     return Written(model=name_of(model), window=window, tokens=tokens, **found)
 
@@ -155,17 +160,17 @@ def has_one_block(model: str | None) -> bool:
     from blockdiffusion.models.formats import load
     from blockdiffusion.sampling.sliding import has_one_block
 
-    return has_one_block(load(model))
+    return has_one_block(load(path_of(model)))
 
 
 def documents(
-    models: Sequence[str | None], window: int, tokens: int, file: Path | None
+    models: Sequence[str | None], window: int, tokens: int, cpu_time: bool, file: Path | None
 ) -> Iterator[Written]:
     """All documents; those that `file` holds are taken from there, the others are added to it."""
     lines = file.read_text().splitlines() if file is not None and file.exists() else []
     known = [Written(**json.loads(line)) for line in lines]
     for model in models:
-        lengths = (tokens // 8, tokens // 4, tokens // 2, tokens)
+        lengths = (tokens // 8, tokens // 2, tokens)
         settings = [(None, n) for n in lengths]
         if not has_one_block(model):
             settings = [*((window, n) for n in lengths), *settings]
@@ -173,7 +178,7 @@ def documents(
             key = (name_of(model), chosen, length)
             document = next((d for d in known if (d.model, d.window, d.tokens) == key), None)
             if document is None:
-                document = measure(model, chosen, length)
+                document = measure(model, chosen, length, cpu_time)
                 if file is not None:
                     with open(file, "a") as stream:
                         stream.write(json.dumps(asdict(document)) + "\n")
@@ -182,7 +187,12 @@ def documents(
 
 
 def name_of(model: str | None) -> str:
-    return "random" if model is None else Path(model).name
+    return "random" if model is None else model.partition("=")[0]
+
+
+def path_of(model: str) -> str:
+    """Of NAME=MODEL, or of a model that is its own name."""
+    return model.partition("=")[2] or model
 
 
 HEADER = (
@@ -235,18 +245,23 @@ def picture(found: Sequence[Written]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=[None], metavar="MODEL")
+    parser.add_argument("models", nargs="*", default=[None], metavar="NAME=MODEL")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--window", type=int, default=128)
+    parser.add_argument("--cpu-time", action="store_true", help="not the time of the clock")
     parser.add_argument("--json", type=Path, help="JSON lines of what was measured")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(write_document(args.models[0], args.window or None, args.tokens)))
+        print(
+            json.dumps(
+                write_document(args.models[0], args.window or None, args.tokens, args.cpu_time)
+            )
+        )
         return
     print(HEADER)
-    found = list(documents(args.models, args.window, args.tokens, args.json))
+    found = list(documents(args.models, args.window, args.tokens, args.cpu_time, args.json))
     print(f"\n{found[0].machine}")
     if args.plot is not None:
         args.plot.write_text(picture(found))
