@@ -14,6 +14,7 @@ measured again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -154,13 +155,15 @@ def measure(model: str | None, window: int | None, tokens: int, cpu_time: bool) 
     return Written(model=name_of(model), window=window, tokens=tokens, **found)
 
 
-def has_one_block(model: str | None) -> bool:
+def only_window(model: str | None) -> int | None:
+    """L of a model of one block, which is the window that it slides; None for others."""
     if model is None:
-        return False
+        return None
     from blockdiffusion.models.formats import load
     from blockdiffusion.sampling.sliding import has_one_block
 
-    return has_one_block(load(path_of(model)))
+    network = load(path_of(model))
+    return network.config.seq_len if has_one_block(network) else None
 
 
 def documents(
@@ -171,10 +174,9 @@ def documents(
     known = [Written(**json.loads(line)) for line in lines]
     for model in models:
         lengths = (tokens // 8, tokens // 2, tokens)
-        settings = [(None, n) for n in lengths]
-        if not has_one_block(model):
-            settings = [*((window, n) for n in lengths), *settings]
-        for chosen, length in settings:
+        own = only_window(model)
+        windows = (window, None) if own is None else (own,)
+        for chosen, length in itertools.product(windows, lengths):
             key = (name_of(model), chosen, length)
             document = next((d for d in known if (d.model, d.window, d.tokens) == key), None)
             if document is None:

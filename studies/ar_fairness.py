@@ -173,7 +173,8 @@ def train_one(job: Job) -> None:
         return likelihood(network, batch.ids_BL, valid=batch.valid_BL)
 
     def on_the_way(network: Any) -> dict[str, float]:
-        return {"valid_bound": score(network, recipe.eval.rows).nats_per_token}
+        found = score(network, recipe.eval.rows)
+        return {"valid_bound": found.nats_per_token, "valid_perplexity": found.perplexity}
 
     def at_the_end(network: Any) -> dict[str, float]:
         found = score(network, None)

@@ -193,6 +193,8 @@ class _SampleView:
         A token's text may depend on the token before it (a space, a character of two tokens), so
         what was added last is decoded once more and compared.
         """
+        if len(self.finished) == self.known:
+            return
         before = self.decode(self.finished[self.context : self.known])
         now = self.decode(self.finished[self.context :])
         if last or not now.endswith("\ufffd"):

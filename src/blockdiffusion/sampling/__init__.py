@@ -115,7 +115,8 @@ def stream(
             L, half of L by default; see `sampling.sliding`.
         temperature, top_k, top_p, top_p_rule: see `Filters`.
         use_cache: keep keys and values of finished blocks; the same law and logits without.
-        window: a token sees the last `window` tokens, its own block included; None = all.
+        window: a token sees the last `window` tokens, its own block included; None = all. Beyond L
+            a model of one block has the window L and no other.
         generator: source of randomness (CPU); a fresh, unseeded one by default.
 
     Yields:
