@@ -214,12 +214,12 @@ def test_report_writes_the_page(place, tmp_path):
     assert page.startswith("<!DOCTYPE html>") and "validation" in page
 
 
-def test_an_autoregressive_run_is_trained_evaluated_and_reported(place, tmp_path):
+def test_an_autoregressive_run_goes_through_all_commands(place, tmp_path):
     out = tmp_path / "ar"
     trained = blockdiff("train", place / "recipe.yaml", f"out={out}", "objective.name=ar",
                         "model.cond_dim=128")  # fmt: skip
     assert trained.returncode == 0, trained.stderr
-    assert "no sampler yet" in trained.stderr and "step 6: validation 5." in trained.stderr
+    assert "step 6: validation 5." in trained.stderr
     assert "bound" not in trained.stderr and "<=" not in trained.stderr
     run = blockdiff("eval", out, "--data", place / "data", "--json", out / "eval.json")
     assert run.returncode == 0, run.stderr
@@ -228,11 +228,29 @@ def test_an_autoregressive_run_is_trained_evaluated_and_reported(place, tmp_path
     assert made.returncode == 0, made.stderr
     page = (out / "report.html").read_text()
     assert "Perplexity, exact" in page and "Perplexity, bound" not in page
-    for name, expected in (("sample", "no sampler"), ("eval", "exact in one pass")):
-        wrong = ["--data", place / "data", "--estimator", "count"] if name == "eval" else []
+    options = ("sample", out, "--max-new-tokens", 24, "--window", 16, "--seed", 3)
+    options += ("--prompt", "the ")
+    whole, stream = blockdiff(*options, "--json"), blockdiff(*options, "--stream")
+    assert whole.returncode == 0, whole.stderr
+    values = json.loads(whole.stdout)
+    assert values["nfe"] == len(values["ids"]) - 4 + 1 and values["text"].startswith("the ")
+    assert stream.stdout.strip() == values["text"].strip()
+    for name, wrong, expected in (
+        ("sample", ["--policy", "ancestral", "--steps", "4"], "no masks to reveal"),
+        ("eval", ["--data", place / "data", "--estimator", "count"], "exact in one pass"),
+    ):
         refused = blockdiff(name, out, *wrong)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
         assert expected in refused.stderr
+
+
+def test_a_model_of_one_block_writes_beyond_its_row(place, tmp_path):
+    out = tmp_path / "mdlm"
+    trained = blockdiff("train", place / "recipe.yaml", f"out={out}", "model.block_size=32")
+    assert trained.returncode == 0, trained.stderr
+    options = ("sample", out, "--max-new-tokens", 64, "--no-eos", "--json", "--seed", 1)
+    rows = [json.loads(blockdiff(*options, *more).stdout) for more in ((), ("--stride", 16))]
+    assert rows[0] == rows[1] and len(rows[0]["ids"]) == rows[0]["nfe"] == 64
 
 
 def test_an_existing_run_is_kept(place):
@@ -285,6 +303,7 @@ MISTAKES = {
     "no model": (["sample", "{folder}/nothing/here"], "does not exist"),
     "top p": (["sample", "{run}", "--top-p", "1.5"], "(0, 1]"),
     "steps": (["sample", "{run}", "--steps", "4"], "ancestral"),
+    "slide": (["sample", "{run}", "--stride", "4"], "models of one block"),
     "policy": (["sample", "{run}", "--policy", "best"], "first-hitting"),
     "window": (["sample", "{run}", "--window", "8", "--prompt", "ten letters"], "window"),
     "two prompts": (["sample", "{run}", "--prompt", "a", "--prompt-file", "b"], "one of them"),

@@ -1,6 +1,15 @@
-"""What commands show where there is no terminal."""
+"""What commands show, with and without a terminal."""
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
 
 from blockdiffusion import terminal
+from blockdiffusion.data.tokenizers import byte_tokenizer
+from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
 
 
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch, capsys):
@@ -17,3 +26,76 @@ def test_what_is_done_soon_prints_nothing(capsys):
     with terminal.progress_bar("prepare") as report:
         report("tokenise", 5, None)
     assert capsys.readouterr().err == ""
+
+
+# --- a sample while it is made --------------------------------------------------------------------
+
+
+def told(ids, prompt=(), size=4):
+    """The events of a text of these ids, block by block, each decided backwards."""
+    ids = [*prompt, *ids]
+    for start in range(len(prompt) // size * size, len(ids), size):
+        block = ids[start : start + size]
+        for step, position in enumerate(
+            reversed(range(max(start, len(prompt)), start + len(block)))
+        ):
+            one = torch.tensor([ids[position]])
+            yield StepEvent(step, torch.zeros(1), torch.tensor([position]), one, torch.ones(1))
+        padded = torch.tensor([block + [0] * (size - len(block))])  # what is cut
+        ends = torch.tensor([start + len(block)])
+        yield BlockEvent(torch.zeros(1), torch.tensor([start]), padded, ends)
+    whole = torch.tensor([ids])
+    lengths = torch.tensor([len(ids)])
+    yield DoneEvent(whole, lengths, torch.tensor([len(prompt)]), lengths)
+
+
+TEXT = "naïve – 深い学習 \U0001f600\tand so on.\n\nA second one"
+
+
+@pytest.mark.parametrize("data", [TEXT.encode(), TEXT.encode()[:-30], b"ab\xed\xa0", b"\xff\xffab"])
+def test_printed_blocks_are_the_whole_text(data, capsys):
+    """Characters of several tokens, across blocks; half a one at the end; what is no character."""
+    tokenizer, ids = byte_tokenizer(), list(data)
+    terminal.show_stream(told(ids[3:], ids[:3]), tokenizer, ids[:3])
+    assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self):
+        self.decoded = 0
+        self.inner = byte_tokenizer()
+
+    def decode(self, ids, **options):
+        self.decoded += len(ids)
+        return self.inner.decode(ids, **options)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_long_text_costs_no_more_per_token(is_terminal, monkeypatch):
+    monkeypatch.setattr(
+        terminal,
+        "Console",
+        lambda: Console(file=io.StringIO(), force_terminal=is_terminal, width=80),
+    )
+    work = []
+    for length in (400, 4000):
+        tokenizer = Counting()
+        terminal.show_stream(told([97] * length), tokenizer, [])
+        work.append(tokenizer.decoded / length)
+    assert work[1] == pytest.approx(work[0], rel=0.05) and work[1] < 10
+
+
+def test_a_terminal_keeps_the_lines_of_a_long_text(monkeypatch):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=60)
+    monkeypatch.setattr(terminal, "LIVE_CHARACTERS", 40)
+    monkeypatch.setattr(terminal, "Console", lambda: console)
+    lines = [f"line {n} of many" for n in range(30)]
+    ids = list("\n".join(lines).encode())
+    terminal.show_stream(told(ids[7:], ids[:7]), byte_tokenizer(), ids[:7])
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())  # without colours and movements
+    places = [shown.rindex(line) for line in lines]
+    assert places == sorted(places)
+    assert shown.count(lines[10]) < 40  # drawn anew only until it was settled

@@ -43,6 +43,10 @@ STEPS = Annotated[int | None, typer.Option(help="Steps per block, for ancestral 
 SCHEDULE = Annotated[
     str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
 ]
+STRIDE = Annotated[
+    int | None,
+    typer.Option(help="Models of one block: new tokens of each slide beyond L; L/2 by default."),
+]
 TOP_P = Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")]
 TOP_P_RULE = Annotated[
     str, typer.Option(help="transformers (keeps the token that crosses) or authors (drops it).")
@@ -414,6 +418,7 @@ def sample(
     policy: POLICY = None,
     steps: STEPS = None,
     schedule: SCHEDULE = None,
+    stride: STRIDE = None,
     top_p: TOP_P = 1.0,
     top_p_rule: TOP_P_RULE = "transformers",
     top_k: TOP_K = None,
@@ -452,6 +457,7 @@ def sample(
         policy=policy,
         steps=steps,
         schedule=schedule,
+        stride=stride,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -459,8 +459,6 @@ def run_training(
     notes = []
     if recipe.model.init_from is not None and not (resume and latest(out)):
         notes.append(_start_weights(recipe.model.init_from, out, model))
-    if recipe.objective.name == "ar" and recipe.sample.every is not None:
-        notes.append("no samples: an autoregressive model has no sampler yet")
     saved = shlex.quote(str(out / "config.yaml"))
     return train(
         model,
@@ -596,7 +594,7 @@ def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
 
 
 def _sampling(recipe: Recipe) -> list[Periodic]:
-    if recipe.sample.every is None or recipe.objective.name == "ar":  # which has no sampler yet
+    if recipe.sample.every is None:
         return []
     from blockdiffusion.sampling import generate
     from blockdiffusion.seeding import generator

@@ -16,8 +16,8 @@ from blockdiffusion.objectives import subs_nll, weighted_subs_nll
 class Denoiser(Protocol):
     """A network that predicts the tokens behind the masks of a block, given the clean past.
 
-    `config` has `block_size`, `mask_id`, `vocab_size` and `objective`. `tokenizer` is a Hugging
-    Face tokenizer or None.
+    `config` has `block_size`, `seq_len`, `mask_id`, `vocab_size` and `objective`. `tokenizer` is a
+    Hugging Face tokenizer or None.
     """
 
     config: Any
@@ -69,10 +69,11 @@ class Denoiser(Protocol):
 class NextTokenModel(Protocol):
     """A network that predicts each token from those before it: the autoregressive baseline.
 
-    `config` is that of a `Denoiser`, with the objective "autoregressive".
+    `config` is that of a `Denoiser`, with the objective "autoregressive" and blocks of one token.
     """
 
     config: Any
+    tokenizer: Any
 
     @property
     def device(self) -> torch.device: ...
@@ -87,6 +88,15 @@ class NextTokenModel(Protocol):
         """Logits (..., V) of hidden states (..., D), the mask token included."""
         ...
 
+    def make_cache(self, batch: int, capacity: int) -> BlockCache:
+        """An empty cache for `batch` rows of at most `capacity` tokens at a time."""
+        ...
+
+    def decode_causal(
+        self, ids_BT: torch.Tensor, cache: BlockCache, window: int | None = None
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D) of the tokens that follow the cache, for the caller to commit."""
+
     @property
     def output(self) -> torch.nn.Linear:
         """The layer behind `head`, for losses that take its logits piece by piece."""
@@ -98,15 +108,21 @@ def is_autoregressive(model: Any) -> TypeGuard[NextTokenModel]:
     return model.config.objective == "autoregressive"
 
 
-def bos_id(model: Denoiser) -> int:
-    """Id of the BOS token, as the configuration or else the tokenizer names it.
-
-    Raises:
-        UserError: neither does.
-    """
+def find_bos_id(model: Denoiser | NextTokenModel) -> int | None:
+    """Id of the BOS token, as the configuration or else the tokenizer names it, or None."""
     found = model.config.bos_id
     if found is None and model.tokenizer is not None:
         found = model.tokenizer.bos_token_id
+    return found
+
+
+def bos_id(model: Denoiser | NextTokenModel) -> int:
+    """The same where there has to be one.
+
+    Raises:
+        UserError: neither names one.
+    """
+    found = find_bos_id(model)
     if found is None:
         raise UserError("bos=True needs a BOS token, and this model names none; use bos=False")
     return found

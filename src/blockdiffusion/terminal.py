@@ -26,12 +26,14 @@ from rich.text import Text
 if TYPE_CHECKING:
     from blockdiffusion.data.packing import Progress as Stages
     from blockdiffusion.evaluate.generation_table import Result
+    from blockdiffusion.evaluate.lengths import DocumentLengths
     from blockdiffusion.evaluate.likelihood import Likelihood
     from blockdiffusion.evaluate.variance_table import Measured, VarianceRow, VarianceTable
     from blockdiffusion.sampling import Event
 
 HIDDEN = "░"
 SECONDS_BETWEEN_LINES = 30.0
+LIVE_CHARACTERS = 4000  # of a sample that are drawn anew with every token
 
 
 def error_console() -> Console:
@@ -90,7 +92,7 @@ def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> E
     """Draws one sample while it is denoised; returns the last event.
 
     On a terminal the current block fills in token by token; elsewhere the text of each finished
-    block is printed.
+    block is printed. A long text costs no more per token than a short one.
     """
     from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
 
@@ -102,14 +104,18 @@ def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> E
         view.text(), console=console, refresh_per_second=30, vertical_overflow="visible"
     ) as live:
         for event in events:
+            settled = None
             if isinstance(event, StepEvent):
                 view.decide(event)
-                live.update(view.text())
             elif isinstance(event, BlockEvent):
                 view.finish(event)
+                settled = view.settle()
             elif isinstance(event, DoneEvent):
-                view.cut(int(event.lengths[0]))
-                live.update(view.text())
+                view.end()
+            live.update(view.text(), refresh=settled is not None)
+            if settled is not None:
+                console.print(settled)  # above what is still drawn anew
+            if isinstance(event, DoneEvent):
                 return event
     raise AssertionError("the block loop always ends with a DoneEvent")
 
@@ -117,55 +123,87 @@ def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> E
 def _print_blocks(events: Iterator[Event], view: _SampleView) -> Event:
     from blockdiffusion.sampling import BlockEvent, DoneEvent
 
-    printed = 0
     for event in events:
         if isinstance(event, BlockEvent):
             view.finish(event)
-            view.cut(int(event.ends[0]))
-            text = view.plain().rstrip("\ufffd")  # half a character waits for its other half
-            sys.stdout.write(text[printed:])  # as it is: a console would turn tabs into spaces
-            sys.stdout.flush()
-            printed = len(text)
         elif isinstance(event, DoneEvent):
+            view.end()
+        sys.stdout.write(view.take())  # as it is: a console would turn tabs into spaces
+        sys.stdout.flush()
+        if isinstance(event, DoneEvent):
             sys.stdout.write("\n")
             return event
     raise AssertionError("the block loop always ends with a DoneEvent")
 
 
 class _SampleView:
-    """The first row's tokens as text: given, finished, just decided, hidden."""
+    """The first row's tokens as text: given, finished, just decided, hidden.
+
+    `shown` is the text of the finished tokens but for what was taken or settled before. The text
+    grows by decoding the last tokens only.
+    """
 
     def __init__(self, tokenizer: Any, prompt: list[int]):
         self.tokenizer = tokenizer
         self.finished = list(prompt)
-        self.num_given = len(prompt)
         self.block: dict[int, int] = {}
+        self.context = self.known = 0  # tokens: decoded again, and with their text in `shown`
+        self.shown = ""
+        self._grow()
+        self.given = len(self.shown)  # characters of the prompt in `shown`
 
     def decide(self, event: Any) -> None:
         for position, token in zip(event.positions.tolist(), event.ids.tolist(), strict=True):
             self.block[position] = token
 
     def finish(self, event: Any) -> None:
-        start = int(event.starts[0])
-        self.finished = self.finished[:start] + event.ids[0].tolist()
+        """Adds a block, up to where the kept text ends."""
+        start, end = int(event.starts[0]), int(event.ends[0])
+        del self.finished[start:]
+        self.finished += event.ids[0].tolist()[: end - start]
+        self.block = {}
+        self._grow()
+
+    def end(self) -> None:
+        """There is no more: what waited for the rest of its character is shown as it is."""
+        self._grow(last=True)
         self.block = {}
 
-    def cut(self, length: int) -> None:
-        self.finished = self.finished[:length]
+    def take(self) -> str:
+        """The shown text, which is shown no more."""
+        taken, self.shown = self.shown, ""
+        return taken
+
+    def settle(self) -> Text | None:
+        """Gives up the lines of a long text that will not change any more."""
+        cut = max(self.shown.rfind("\n"), 0) or self.shown.rfind(" ")
+        if len(self.shown) <= LIVE_CHARACTERS or cut <= 0:
+            return None
+        lines = _styled(self.shown[:cut], self.given)
+        self.shown, self.given = self.shown[cut + 1 :], max(self.given - cut - 1, 0)
+        return lines
 
     def decode(self, ids: list[int]) -> str:
         if self.tokenizer is None:
             return "".join(f"{token} " for token in ids)
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def plain(self) -> str:
-        return self.decode(self.finished)
+    def _grow(self, last: bool = False) -> None:
+        """Adds the text of new finished tokens; half a character waits for its other half.
+
+        A token's text may depend on the token before it (a space, a character of two tokens), so
+        what was added last is decoded once more and compared.
+        """
+        if len(self.finished) == self.known:
+            return
+        before = self.decode(self.finished[self.context : self.known])
+        now = self.decode(self.finished[self.context :])
+        if last or not now.endswith("\ufffd"):
+            self.shown += now[len(before) :]
+            self.context, self.known = self.known, len(self.finished)
 
     def text(self) -> Text:
-        given = self.decode(self.finished[: self.num_given])
-        whole = self.decode(self.finished)
-        out = Text(given, style="bold")
-        out.append(whole[len(given) :])
+        out = _styled(self.shown, self.given)
         if self.block:
             last = max(self.block)
             for position in range(len(self.finished), last + 1):
@@ -175,6 +213,11 @@ class _SampleView:
                     out.append(HIDDEN, style="dim")
             out.append(HIDDEN, style="dim")
         return out
+
+
+def _styled(text: str, given: int) -> Text:
+    """Text whose first `given` characters are those of the prompt."""
+    return Text().append(text[:given], style="bold").append(text[given:])
 
 
 def likelihood_lines(result: Likelihood, what: str) -> list[str]:
@@ -220,6 +263,24 @@ def _how(result: Likelihood) -> str:
         return "all mask sets of every block enumerated"
     cut = "" if result.t_min is None else f", t cut at {result.t_min:g}"
     return f"{result.estimator}: {result.samples} draws, {result.copies} noisy copies a row{cut}"
+
+
+def length_lines(result: DocumentLengths, what: str) -> list[str]:
+    """Lengths of documents in words, and their histogram."""
+    bins = result.histogram()
+    most = max(documents for _, _, documents in bins)
+    lines = [
+        what,
+        f"  tokens until EOS    median {result.median:,.6g}, max {result.maximum:,}, "
+        f"mean {result.mean:,.1f}",
+        f"  {len(result.lengths):,} documents, {100 * result.share_cut:.1f} % cut at "
+        f"{result.max_new_tokens:,} tokens; {result.tokens_per_forward:.2f} tokens per pass; "
+        f"{result.seconds:.1f} s",
+    ]
+    for low, high, documents in bins:
+        bar = "█" * math.ceil(50 * documents / most)
+        lines.append(f"  {f'{low:,} to {high - 1:,}':>20}  {bar} {documents:,}")
+    return lines
 
 
 def variance_lines(table: VarianceTable, what: str) -> list[str]:

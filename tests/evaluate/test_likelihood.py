@@ -386,8 +386,3 @@ def test_rows_of_an_autoregressive_model_do_not_see_each_other(make_ar, random_i
 def test_masks_are_refused_for_an_autoregressive_model(make_ar, random_ids, estimator):
     with pytest.raises(UserError, match=f"estimator is {estimator}, but .* exact in one pass"):
         blockdiffusion.likelihood(make_ar(), random_ids(1, 8), estimator)
-
-
-def test_an_autoregressive_model_has_no_sampler_yet(make_ar):
-    with pytest.raises(UserError, match="autoregressive, and there is no sampler"):
-        blockdiffusion.generate(make_ar())

@@ -242,6 +242,19 @@ def test_padding_changes_nothing_for_the_causal_network_either(make_ar, random_i
     assert torch.allclose(before[:1, :5], whole, atol=1e-12)
 
 
+@torch.no_grad()
+def test_causal_steps_equal_one_pass(make_ar, random_ids):
+    """Token by token and in parts of three, against all tokens at once: every logit."""
+    model, ids = make_ar(), random_ids(2, 15)
+    expected = model.head(model.encode_causal(ids))
+    for part in (1, 3):
+        cache = model.make_cache(2, 15)
+        for start in range(0, 15, part):
+            hidden = model.decode_causal(ids[:, start : start + part], cache)
+            assert torch.allclose(model.head(hidden), expected[:, start : start + part], atol=1e-10)
+            cache.commit(part)
+
+
 def test_a_network_is_used_for_its_own_objective_only(make_model, make_ar, random_ids):
     clean = random_ids(1, 16)
     with pytest.raises(UserError, match="made to predict the next token, not to denoise blocks"):
@@ -250,6 +263,8 @@ def test_a_network_is_used_for_its_own_objective_only(make_model, make_ar, rando
         make_ar().decode(clean, 0, make_ar().make_cache(1, 16))
     with pytest.raises(UserError, match="made to denoise blocks, not to predict the next token"):
         make_model().encode_causal(clean)
+    with pytest.raises(UserError, match="made to denoise blocks"):
+        make_model().decode_causal(clean, make_model().make_cache(1, 16))
 
 
 # --- the PreTrainedModel -----------------------------------------------------------------------

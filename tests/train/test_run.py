@@ -100,14 +100,14 @@ def test_data_without_a_split_for_validation(recipe_file, tmp_path, no_valid_spl
 
 
 def test_an_autoregressive_run(recipe_file, prepared, tmp_path):
-    overrides = [*AR, "eval.every=8", "eval.rows=4", "sample.every=12"]
+    overrides = [*AR, "eval.every=8", "eval.rows=4", "sample.every=12", "sample.num=2"]
     recipe = load_recipe(recipe_file, overrides)
     run_training(recipe)
     out = tmp_path / "run"
     lines = read_metrics(out / "metrics.jsonl")
-    notes = [n["note"] for n in lines if "note" in n]
-    assert notes == ["no samples: an autoregressive model has no sampler yet"]
-    assert not any("samples" in n for n in lines)
+    assert not any("note" in n for n in lines)
+    (texts,) = [n["samples"] for n in lines if "samples" in n]
+    assert len(texts) == 2 and all(texts)
     assert yaml.safe_load((out / "config.yaml").read_text())["model"]["block_size"] == 1
     assert load_recipe(out / "config.yaml") == recipe
     run_training(load_recipe(out / "config.yaml"), resume=True)
@@ -121,10 +121,11 @@ def test_an_autoregressive_run(recipe_file, prepared, tmp_path):
     assert "valid_perplexity_bound" not in values and values["valid_stderr_noise"] == 0
 
     page = report_run(out).read_text()
-    for words in ("An autoregressive language model", "No sample was drawn", "no denoising trace"):
+    for words in ("An autoregressive language model", "left to right", "network passes"):
         assert words in page
+    assert "enoising" not in page.partition("<main>")[2].partition("</main>")[0]
     assert "validation loss, exact" in page and "validation bound" not in page
-    assert "blockdiff sample" not in page and "masked diffusion" not in page
+    assert "blockdiff sample" in page and "masked diffusion" not in page
 
 
 # --- other diffusions -----------------------------------------------------------------------------

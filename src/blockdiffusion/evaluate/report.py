@@ -160,7 +160,7 @@ def render_report(contents: ReportContents) -> str:
     sections = [
         ("curves", "Learning", curves_section(contents.curves)),
         *_search(contents),
-        ("trace", "Denoising", trace_section(contents.trace, contents.facts.block_size)),
+        *_denoising(contents),
         ("samples", "Samples", _samples_section(contents.samples, contents.curves.samples)),
         ("mask", "Attention mask", _mask_section(contents.facts)),
         ("run", "The run", _run_section(contents.facts)),
@@ -186,6 +186,13 @@ def render_report(contents: ReportContents) -> str:
         f'<div id="tip" role="status" hidden></div><script>{_asset("report.js")}</script>'
         "</body></html>\n"
     )
+
+
+def _denoising(contents: ReportContents) -> list[tuple[str, str, str]]:
+    """The section about how a sample came to be, where that is not from left to right."""
+    if contents.facts.autoregressive:
+        return []
+    return [("trace", "Denoising", trace_section(contents.trace, contents.facts.block_size))]
 
 
 def _search(contents: ReportContents) -> list[tuple[str, str, str]]:

@@ -50,7 +50,7 @@ def report_run(
         evaluation: JSON of `blockdiff eval --json`; `eval.json` of the run where it exists.
         out: the page; `report.html` of the run by default.
         num_samples, max_new_tokens, seed: fresh samples for the page; the first one is the trace.
-            An autoregressive model has none, and the page says so.
+            An autoregressive model has samples only.
 
     Raises:
         UserError: `run` holds no run, or the evaluation cannot be read.
@@ -58,9 +58,7 @@ def report_run(
     run = Path(run)
     config = _read_config(run)
     model = load(run)
-    trace, samples = None, []
-    if not is_autoregressive(model):  # which has no sampler yet
-        trace, samples = _draw(model, num_samples, max_new_tokens, seed)
+    trace, samples = _draw(model, num_samples, max_new_tokens, seed)
     page = Path(out) if out is not None else run / "report.html"
     curves = read_metrics(run)
     speeds = [speed for _, speed in curves.tokens_per_second]
@@ -74,7 +72,7 @@ def report_run(
             trace=trace,
             samples=samples,
             config=config,
-            commands=_commands(run, config, can_sample=not is_autoregressive(model)),
+            commands=_commands(run, config),
         ),
     )
     return page
@@ -147,7 +145,8 @@ def _draw(
         done = events[-1]
         assert isinstance(done, DoneEvent)
         result = collect(model, done)
-        if trace is None and model.tokenizer is not None:
+        replayed = number == 0 and not is_autoregressive(model)
+        if replayed and model.tokenizer is not None:
             trace = trace_of_events(
                 events, model.tokenizer, block_size=model.config.block_size, prompt_ids=prompts[0]
             )
@@ -156,7 +155,7 @@ def _draw(
             Sample(
                 text=" ".join(map(str, ids)) if result.texts is None else result.texts[0],
                 seed=seed,
-                policy=as_process(make_process(model.config)).name,
+                policy=_way(model),
                 nfe=int(result.nfe[0]),
                 tokens_per_forward=float(result.tokens_per_forward[0]),
                 num_tokens=int(result.lengths[0] - result.prompt_lengths[0]),
@@ -165,13 +164,17 @@ def _draw(
     return trace, samples
 
 
-def _commands(run: Path, config: Mapping[str, Any], can_sample: bool) -> list[Command]:
+def _way(model: BlockDiffusionModel) -> str:
+    if is_autoregressive(model):
+        return "left to right"
+    return as_process(make_process(model.config)).name
+
+
+def _commands(run: Path, config: Mapping[str, Any]) -> list[Command]:
     place, data = shlex.quote(str(run)), shlex.quote(str(config["data"]["path"]))
-    commands = [
+    return [
         Command(purpose="Train it again", command=f"blockdiff train {place}/config.yaml out=again"),
         Command(purpose="Go on training", command=f"blockdiff train {place}/config.yaml --resume"),
         Command(purpose="Measure it", command=f"blockdiff eval {place} --data {data}"),
+        Command(purpose="Read it", command=f"blockdiff sample {place} --stream"),
     ]
-    if can_sample:
-        commands.append(Command(purpose="Read it", command=f"blockdiff sample {place} --stream"))
-    return commands

@@ -5,6 +5,7 @@ Read from top to bottom: configuration, small parts, a layer, the model with its
 * `encode`: one training pass over [noisy_1; ...; noisy_N; clean] (paper, section 3.2),
 * `encode_causal`: one pass of the autoregressive baseline, each token seeing those before it,
 * `decode`: new tokens against a cache of clean blocks (section 3.3),
+* `decode_causal`: the same for the autoregressive baseline,
 * `denoise_logits`: logits of a whole noisy sequence, for evaluation and tests.
 
 The arithmetic is that of the published checkpoints, to the digit. Two things are done differently
@@ -558,6 +559,30 @@ class BlockDiffusionModel(PreTrainedModel):
             sigma_B: time of the noisy block, for time-conditioned networks.
         """
         self._require(autoregressive=False)
+        return self._decode(ids_BT, num_clean, cache, window, sigma_B)
+
+    def decode_causal(
+        self, ids_BT: torch.Tensor, cache: BlockCache, window: int | None = None
+    ) -> torch.Tensor:
+        """Hidden states (B, T, D) of the tokens that follow each row's cached ones, one after the
+        other: those of `encode_causal` over the whole row.
+
+        Args:
+            ids_BT: tokens that the caller may commit afterwards.
+            window: a token sees the last `window` tokens, itself included; None = all.
+        """
+        self._require(autoregressive=True)
+        # Clean blocks of one token: a token sees those up to itself.
+        return self._decode(ids_BT, ids_BT.shape[1], cache, window, None)
+
+    def _decode(
+        self,
+        ids_BT: torch.Tensor,
+        num_clean: int | torch.Tensor,
+        cache: BlockCache,
+        window: int | None,
+        sigma_B: torch.Tensor | None,
+    ) -> torch.Tensor:
         config = self.config
         batch, tokens = ids_BT.shape
         place = cache.place(tokens)

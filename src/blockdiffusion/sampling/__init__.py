@@ -10,6 +10,7 @@ import torch
 
 from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
 from blockdiffusion.errors import UserError
+from blockdiffusion.sampling.autoregressive import sample_next_tokens
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import (
     BlockEvent,
@@ -19,8 +20,9 @@ from blockdiffusion.sampling.loop import (
     StepEvent,
     sample_events,
 )
-from blockdiffusion.sampling.policies import Policy
+from blockdiffusion.sampling.policies import FirstHitting, Policy
 from blockdiffusion.sampling.processes import Process, make_process
+from blockdiffusion.sampling.sliding import has_one_block, sample_sliding
 
 __all__ = [
     "BlockEvent",
@@ -88,6 +90,7 @@ def stream(
     policy: str | Policy | Process | None = None,
     steps: int | None = None,
     schedule: str | None = None,
+    stride: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -112,33 +115,26 @@ def stream(
             one, a noise `schedule`); for score entropy "analytic" (with `steps` per block, as many
             as its tokens by default); for d3pm "ancestral" (by default in its own T steps). Or a
             `Policy` or `Process`.
+        stride: for models of one block (S = L): new tokens of each slide where the text goes beyond
+            L, half of L by default; see `sampling.sliding`.
         temperature, top_k, top_p, top_p_rule: see `Filters`.
         use_cache: keep keys and values of finished blocks; the same law and logits without.
-        window: a token sees the last `window` tokens, its own block included; None = all.
+        window: a token sees the last `window` tokens, its own block included; None = all. Beyond L
+            a model of one block has the window L and no other.
         generator: source of randomness (CPU); a fresh, unseeded one by default.
 
     Yields:
         `StepEvent` for each pass, `BlockEvent` for each block, then one `DoneEvent`.
 
     Raises:
-        UserError: for an autoregressive model, options out of range, foreign ids, or a prompt
+        UserError: for options out of range or not of this kind of model, foreign ids, or a prompt
             longer than the window.
     """
     if is_autoregressive(model):
-        raise UserError(
-            "this model is autoregressive, and there is no sampler for such models yet; sample "
-            "from a block diffusion model (block_size 1 goes token by token)"
-        )
-    if not isinstance(policy, str | None):
-        if steps is not None or schedule is not None:
-            raise UserError(
-                "steps and schedule go with a policy's name; this policy object has its own"
-            )
-    else:
-        policy = make_process(model.config, policy, steps, schedule)
+        _refuse_masks(policy=policy, steps=steps, schedule=schedule, stride=stride)
     sampling = SamplingOptions(
         max_new_tokens=max_new_tokens,
-        policy=policy,
+        policy=_policy(model, policy, steps, schedule),
         filters=Filters(temperature=temperature, top_k=top_k, top_p=top_p, top_p_rule=top_p_rule),
         eos_id=model.config.eos_id if eos else None,
         window=window,
@@ -147,9 +143,14 @@ def stream(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    yield from sample_events(
-        model, prepare_prompts(model, prompts, num_samples, bos), sampling, generator
-    )
+    rows = prepare_prompts(model, prompts, num_samples, bos)
+    longest = max(map(len, rows), default=0) + max_new_tokens
+    if is_autoregressive(model):
+        yield from sample_next_tokens(model, rows, sampling, generator)
+    elif stride is not None or (has_one_block(model) and longest > model.config.seq_len):
+        yield from sample_sliding(model, rows, sampling, generator, stride)
+    else:
+        yield from sample_events(model, rows, sampling, generator)
 
 
 def collect(model: Denoiser, done: DoneEvent) -> Generation:
@@ -185,6 +186,30 @@ def prepare_prompts(
         first = bos_id(model)
         rows = [row if row[:1] == [first] else [first, *row] for row in rows]
     return [row for row in rows for _ in range(num_samples)]
+
+
+def _policy(
+    model: Denoiser, policy: str | Policy | Process | None, steps: int | None, schedule: str | None
+) -> Policy | Process:
+    if is_autoregressive(model):
+        return FirstHitting()  # not read
+    if isinstance(policy, str | None):
+        return make_process(model.config, policy, steps, schedule)
+    if steps is not None or schedule is not None:
+        raise UserError(
+            "steps and schedule go with a policy's name; this policy object has its own"
+        )
+    return policy
+
+
+def _refuse_masks(**options: object) -> None:
+    """What says how masks are revealed means nothing where there are none."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(
+                f"{name} is given, but this model is autoregressive: it writes one token after the "
+                "other and has no masks to reveal; leave it out"
+            )
 
 
 def _as_list(prompts: Any) -> list[Any]:

@@ -1,10 +1,16 @@
-"""The clean past of a batch, as the block loop sees it: cached, or computed anew each time."""
+"""The clean past of a batch, as the samplers see it: cached, or computed anew each time.
+
+Two of each: for the block loop, and (`...Past`) for the autoregressive baseline.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.cache import BlockCache
+from blockdiffusion.denoiser import Denoiser, NextTokenModel
 
 PREFILL_TOKENS = 512  # prompt tokens of one pass: bounds the memory of its attention mask
 
@@ -25,15 +31,11 @@ class CachedContext:
         each row took part in."""
         size = self.model.config.block_size
         step = max(size, PREFILL_TOKENS // size * size)
-        passes_R = torch.zeros_like(lengths_R)
-        for first in range(0, int(lengths_R.max()), step):
-            part = ids_RT[:, first : min(first + step, int(lengths_R.max()))]
-            todo_R = (lengths_R - first).clamp(0, part.shape[1])
-            # Rows without tokens left commit nothing: what the pass writes lies beyond their end.
-            self.model.decode(part, part.shape[1], self.cache, self.window)
-            self.cache.commit(todo_R)
-            passes_R += todo_R > 0
-        return passes_R
+
+        def read(part_RT: torch.Tensor) -> None:
+            self.model.decode(part_RT, part_RT.shape[1], self.cache, self.window)
+
+        return _prefill(self.cache, read, ids_RT, lengths_R, step)
 
     def denoise(self, noisy_RS: torch.Tensor, sigma_R: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states (R, S, D) of the block that follows the past; `sigma_R` is its time, for
@@ -90,3 +92,82 @@ class RecomputedContext:
     def keep(self, rows: torch.Tensor) -> None:
         self.past_RT = self.past_RT[rows.to(self.past_RT.device)]
         self.lengths_R = self.lengths_R[rows]
+
+
+# --- the autoregressive baseline ----------------------------------------------------------------
+
+
+class CachedPast:
+    """Keys and values of all tokens that were read are kept."""
+
+    def __init__(self, model: NextTokenModel, rows: int, longest: int, window: int | None):
+        self.model, self.window = model, window
+        # A token's keys may take the place of those that have just left its window.
+        self.cache = model.make_cache(rows, longest if window is None else min(longest, window))
+
+    def prefill(self, ids_RT: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        """Reads the first `lengths_R` tokens of every row; returns the passes each row took part
+        in."""
+
+        def read(part_RT: torch.Tensor) -> None:
+            self.model.decode_causal(part_RT, self.cache, self.window)
+
+        return _prefill(self.cache, read, ids_RT, lengths_R, PREFILL_TOKENS)
+
+    def read(self, ids_R: torch.Tensor) -> torch.Tensor:
+        """Reads one more token of every row; its hidden states (R, D)."""
+        hidden_R1D = self.model.decode_causal(ids_R[:, None], self.cache, self.window)
+        self.cache.commit(1)
+        return hidden_R1D[:, 0]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all rows but `rows`."""
+        self.cache.keep(rows)
+
+
+class RecomputedPast:
+    """All tokens are read again in every pass: slow, and the reference for the cache."""
+
+    def __init__(self, model: NextTokenModel, rows: int, longest: int, window: int | None):
+        self.model, self.window = model, window
+        self.past_RT = torch.zeros(rows, longest, dtype=torch.long, device=model.device)
+        self.lengths_R = torch.zeros(rows, dtype=torch.long)
+
+    def prefill(self, ids_RT: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
+        self.past_RT[:, : ids_RT.shape[1]] = ids_RT
+        self.lengths_R = lengths_R
+        return torch.zeros_like(lengths_R)
+
+    def read(self, ids_R: torch.Tensor) -> torch.Tensor:
+        row_R = torch.arange(len(ids_R))
+        self.past_RT[row_R, self.lengths_R] = ids_R
+        self.lengths_R = self.lengths_R + 1
+        total = int(self.lengths_R.max())
+        cache = self.model.make_cache(len(ids_R), total)
+        hidden_RTD = self.model.decode_causal(self.past_RT[:, :total], cache, self.window)
+        return hidden_RTD[row_R, self.lengths_R - 1]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.past_RT = self.past_RT[rows.to(self.past_RT.device)]
+        self.lengths_R = self.lengths_R[rows]
+
+
+def _prefill(
+    cache: BlockCache,
+    read: Callable[[torch.Tensor], None],
+    ids_RT: torch.Tensor,
+    lengths_R: torch.Tensor,
+    step: int,
+) -> torch.Tensor:
+    """Commits the first `lengths_R` tokens of every row, `step` of them in a pass; returns the
+    passes each row took part in."""
+    passes_R = torch.zeros_like(lengths_R)
+    longest = int(lengths_R.max())
+    for first in range(0, longest, step):
+        part_RT = ids_RT[:, first : min(first + step, longest)]
+        todo_R = (lengths_R - first).clamp(0, part_RT.shape[1])
+        # Rows without tokens left commit nothing: what the pass writes lies beyond their end.
+        read(part_RT)
+        cache.commit(todo_R)
+        passes_R += todo_R > 0
+    return passes_R

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.denoiser import Denoiser, NextTokenModel
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.context import CachedContext, RecomputedContext
 from blockdiffusion.sampling.logits import Filters
@@ -209,7 +209,9 @@ class _Batch:
         return BlockEvent(rows, starts_R, block_RS, ends_R)
 
 
-def _check(model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingOptions) -> None:
+def _check(
+    model: Denoiser | NextTokenModel, prompts: Sequence[Sequence[int]], options: SamplingOptions
+) -> None:
     config = model.config
     if not len(prompts):
         raise UserError("there is no prompt; give at least one, which may be empty")
