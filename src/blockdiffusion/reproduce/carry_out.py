@@ -158,19 +158,24 @@ class _Conductor:
     def collect(self) -> bool:
         """Takes note of what has ended; whether anything has."""
         ended = [(one, code) for one in self.running if (code := one.process.poll()) is not None]
+        self.running = [one for one in self.running if all(one is not found for found, _ in ended)]
         for one, code in ended:
-            self.running.remove(one)
+            if code == 0:
+                self.finish(one)
+        for one, code in ended:  # only now, so that what has succeeded is kept
             if code != 0:
                 raise UserError(_failure(one, code))
-            self.kept.finish(one.step)
-            self.done.add(one.step.name)
-            seconds = time.monotonic() - one.began
-            left = len(self.waiting) + len(self.running)
-            self.say(f"{one.step.name}: done in {seconds:.0f} s; {left} steps left")
         if time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES and self.running:
             self.spoke = time.monotonic()
             self.say("; ".join(map(self.how_far, self.running)))
         return bool(ended)
+
+    def finish(self, one: _Running) -> None:
+        self.kept.finish(one.step)
+        self.done.add(one.step.name)
+        seconds = time.monotonic() - one.began
+        left = len(self.waiting) + len(self.running)
+        self.say(f"{one.step.name}: done in {seconds:.0f} s; {left} steps left")
 
     def how_far(self, one: _Running) -> str:
         minutes = (time.monotonic() - one.began) / 60
