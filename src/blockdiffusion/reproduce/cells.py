@@ -232,4 +232,4 @@ def _generated_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
         f"{judge['context']} tokens.",
         *warnings,
     ]
-    return cells, notes
+    return cells, [note.replace(f"{plan.out}/", "") for note in notes]

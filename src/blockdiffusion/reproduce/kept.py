@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,8 +118,6 @@ class Kept:
 
     def _write(self, step: Step, *, done: bool) -> None:
         values = {"identity": self.identity(step), "done": done, "command": step.command}
-        if step.run is not None:
-            values["run"] = asdict(step.run)
         write(self._file(step), (json.dumps(values, indent=2) + "\n").encode())
 
 

@@ -28,6 +28,7 @@ class Comparison:
     """Two neighbours of the paper's order; `lower` has the smaller figure there.
 
     Attributes:
+        is_equal: whether the paper has the same figure for both.
         difference: ours of `upper` less that of `lower`: positive where the order is the paper's.
         stderr: of the difference; None where it is not known.
         unit: of the difference.
@@ -36,6 +37,7 @@ class Comparison:
 
     lower: str
     upper: str
+    is_equal: bool
     difference: float
     stderr: float | None
     unit: str
@@ -43,17 +45,22 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the order is the paper's, by more than the error bars."""
+        """Whether the order is the paper's, by more than the error bars.
+
+        What is equal in the paper is to be equal within the error bars.
+        """
         if abs(self.difference) <= ERROR_BARS * (self.stderr or 0.0):
-            return "within error"
+            return "holds" if self.is_equal else "within error"
+        if self.is_equal:
+            return "broken"
         return "holds" if self.difference > 0 else "broken"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
-            "lower": self.lower, "upper": self.upper, "difference": self.difference,
-            "stderr": self.stderr, "unit": self.unit, "is_paired": self.is_paired,
-            "verdict": self.verdict,
+            "lower": self.lower, "upper": self.upper, "is_equal": self.is_equal,
+            "difference": self.difference, "stderr": self.stderr, "unit": self.unit,
+            "is_paired": self.is_paired, "verdict": self.verdict,
         }  # fmt: skip
 
 
@@ -78,7 +85,7 @@ def check_orders(table: PaperTable, cells: Cells) -> list[Order]:
         for chain in table.expected(column):
             names = [name for name in chain if (name, column) in cells]
             pairs = pairwise(names)
-            compared = [_compare(low, high, column, cells) for low, high in pairs]
+            compared = [_compare(table, low, high, column, cells) for low, high in pairs]
             if compared:
                 orders.append(
                     Order(column=column, systems=tuple(names), comparisons=tuple(compared))
@@ -86,7 +93,8 @@ def check_orders(table: PaperTable, cells: Cells) -> list[Order]:
     return orders
 
 
-def _compare(lower: str, upper: str, column: str, cells: Cells) -> Comparison:
+def _compare(table: PaperTable, lower: str, upper: str, column: str, cells: Cells) -> Comparison:
+    figures = [table.row(name).figures[column].value for name in (lower, upper)]
     low, high = cells[lower, column], cells[upper, column]
     if low.nats is None or high.nats is None:
         difference, unit = high.value - low.value, ""
@@ -99,6 +107,7 @@ def _compare(lower: str, upper: str, column: str, cells: Cells) -> Comparison:
     return Comparison(
         lower=lower,
         upper=upper,
+        is_equal=figures[0] == figures[1],
         difference=difference,
         stderr=stderr,
         unit=unit,
@@ -126,23 +135,28 @@ def _added(one: float | None, other: float | None) -> float | None:
 
 
 def order_sentence(table: PaperTable, order: Order) -> str:
-    """What became of an order, in one sentence."""
+    """What became of an order, in one sentence; error bars are `ERROR_BARS` standard errors."""
     label = {row.system: row.label for row in table.rows}
-    expected = " < ".join(label[name] for name in order.systems)
-    broken = [one for one in order.comparisons if one.verdict == "broken"]
-    unclear = [one for one in order.comparisons if one.verdict == "within error"]
-    said = "holds" if not broken else "is broken " + _listed(broken, label, "more")
-    if unclear:
-        said += "; it cannot be told " + _listed(unclear, label, "less")
+    expected = label[order.systems[0]]
+    for one in order.comparisons:
+        expected += f" {'=' if one.is_equal else '<'} {label[one.upper]}"
+    others = [one for one in order.comparisons if one.verdict != "holds"]
+    broken = _listed([one for one in others if one.is_equal or one.difference < 0], label)
+    narrow = [one for one in others if not one.is_equal and one.difference >= 0]
+    said = f"is broken {broken}" if broken else "holds"
+    if narrow:
+        said += f"{'; it holds' if broken else ', but'} {_listed(narrow, label)}"
     head = "" if len(table.columns) == 1 else f"{table.columns[order.column]}: "
     return f"{head}{expected}: {said}."
 
 
-def _listed(found: Sequence[Comparison], label: dict[str, str], than: str) -> str:
-    parts = [
-        f"between {label[one.lower]} and {label[one.upper]} ({_difference(one)})" for one in found
-    ]
-    return f"{', '.join(parts)}, by {than} than {ERROR_BARS:g} standard errors"
+def _listed(found: Sequence[Comparison], label: dict[str, str]) -> str:
+    parts = []
+    for one in found:
+        than = "less" if one.verdict == "within error" else "more"
+        between = f"between {label[one.lower]} and {label[one.upper]}"
+        parts.append(f"{between} by {than} than the error bars ({_difference(one)})")
+    return ", ".join(parts)
 
 
 def _difference(one: Comparison) -> str:

@@ -13,9 +13,16 @@ import transformers
 
 import blockdiffusion
 from blockdiffusion.reproduce.cells import Cell, Cells, read_cells
-from blockdiffusion.reproduce.order import Order, check_orders, length_sentences, order_sentence
+from blockdiffusion.reproduce.order import (
+    ERROR_BARS,
+    Order,
+    check_orders,
+    length_sentences,
+    order_sentence,
+)
 from blockdiffusion.reproduce.paper import PaperRow, PaperTable
 from blockdiffusion.reproduce.plan import Plan
+from blockdiffusion.reproduce.scales import Steps
 
 # What stands beside a value, by table: the head, and how it is shown.
 Shown = tuple[str, Callable[[Cell], str]]
@@ -55,25 +62,36 @@ def machine() -> dict[str, Any]:
 
 
 def _conventions(plan: Plan, table: PaperTable) -> list[str]:
-    scale, model = plan.scale, plan.scale.model
-    steps = scale.steps
-    tokens = scale.train["batch_size"] * plan.text(table).seq_len
+    scale, model, text = plan.scale, plan.scale.model, plan.text(table)
+    tokens = scale.train["batch_size"] * text.seq_len
     notes = [
-        f"Networks of {model['num_layers']} layers and width {model['width']}; {steps.base:,} "
-        f"updates at S = L, then {steps.fine_tune:,} at each block size and of MDLM itself; models "
-        f"from scratch {steps.base + steps.fine_tune:,}, the same number of tokens "
-        f"({tokens:,} an update).",
+        f"Networks of {model['num_layers']} layers and width {model['width']}; an update reads "
+        f"{tokens:,} tokens. {_budget(scale.steps, table.name)}",
         f"Seed {scale.train['seed']}, one run each: errors are of the noise and of the text, not "
         "of training again.",
     ]
-    if table.corpus == "owt" and plan.text(table).data_set != "openwebtext":
-        notes.append(f"{plan.text(table).data_set} stands for OpenWebText at this scale.")
-    if table.corpus == "lm1b" and plan.text(table).data_set != "lm1b":
-        notes.append(f"{plan.text(table).data_set} stands for LM1B at this scale.")
+    named = {"lm1b": "LM1B", "owt": "OpenWebText"}[table.corpus]
+    if text.data_set not in ("lm1b", "openwebtext"):
+        notes.append(f"{text.data_set} stands for {named} at this scale.")
     found = machine()
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     where = found["machine"] + ("" if found["gpu"] is None else f", {found['gpu']}")
     return [*notes, f"{where}; {versions}."]
+
+
+def _budget(steps: Steps, table: str) -> str:
+    base = f"{steps.base:,} at S = L, then {steps.fine_tune:,}"
+    match table:
+        case "T1":
+            return f"{steps.single_token:,} updates each, from scratch."
+        case "T2":
+            return f"Updates: {base} more, then {steps.clips:,} of each row from there."
+        case "T8":
+            return f"Updates: {base} more, then {steps.schedules:,} of each row from there."
+    return (
+        f"Updates: {base} at each block size and of MDLM itself; of models from scratch "
+        f"{steps.base + steps.fine_tune:,}, the same number of tokens."
+    )
 
 
 def _values(
@@ -118,7 +136,6 @@ def _values(
         ],
         "said": said,
         "notes": notes,
-        "judge": plan.judge if table.name == "T7" else None,
         **machine(),
     }
 
@@ -126,16 +143,23 @@ def _values(
 # --- Markdown ------------------------------------------------------------------------------------
 
 
+READ = (
+    "Ours is ± one standard error (of a perplexity, the larger of those of noise and data); <= "
+    "marks bounds."
+)
+OTHER_DATA = "The paper's figures are of other data and sizes: compare the order, not the values."
+
+
 def _page(plan: Plan, table: PaperTable, cells: Cells, said: list[str], notes: list[str]) -> str:
+    explained = READ if plan.scale.name == "paper" else f"{READ} {OTHER_DATA}"
+    bars = f"Neighbours of the paper's order; error bars are {ERROR_BARS:g} standard errors."
+    quoted = [f"* {row.label}: {row.quoted}." for row in table.rows if row.quoted is not None]
     lines = [
         f"# {table.name} at the scale {plan.scale.name}: {table.title}", "",
-        *_table(table, cells), "",
-        "Ours is ± one standard error (of a perplexity, the larger of those of noise and data); <= "
-        "marks bounds. The paper's column is other data at another scale: compare the order, not "
-        "the values." if plan.scale.name != "paper" else "Ours is ± one standard error.", "",
+        *_table(table, cells), "", explained, "",
+        "## The order", "", *([] if table.name == "T6" else [bars, ""]),
+        *(f"* {sentence}" for sentence in said), "",
     ]  # fmt: skip
-    quoted = [f"* {row.label}: {row.quoted}." for row in table.rows if row.quoted is not None]
-    lines += ["## The order", "", *(f"* {sentence}" for sentence in said), ""]
     if quoted:
         lines += ["## Quoted rows", "", *quoted, ""]
     return "\n".join([*lines, "## Conditions", "", *(f"* {note}" for note in notes), ""])
@@ -157,13 +181,15 @@ def _table(table: PaperTable, cells: Cells) -> list[str]:
             cell = cells.get((row.system, column))
             line.append("" if cell is None else shown(cell, table, column))
             line += ["" if cell is None else show(cell) for _, show in more[column]]
-            line.append(_figure(row, column))
+            line.append(_figure(row, column, table.places))
         lines.append(line)
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _figure(row: PaperRow, column: str) -> str:
-    return str(row.figures[column]) if column in row.figures else ""
+def _figure(row: PaperRow, column: str, places: int) -> str:
+    if (figure := row.figures.get(column)) is None:
+        return ""
+    return f"{'<= ' if figure.is_bound else ''}{figure.value:,.{places}f}"
 
 
 def shown(cell: Cell, table: PaperTable, column: str) -> str:

@@ -20,9 +20,6 @@ class Figure:
     value: float
     is_bound: bool = False
 
-    def __str__(self) -> str:
-        return f"{'<= ' if self.is_bound else ''}{self.value:,.10g}"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PaperRow:
@@ -49,6 +46,7 @@ class PaperTable:
         corpus: which of a scale's corpora it is about, "lm1b" or "owt".
         budget: what the paper trained with, in words.
         columns: column -> its head.
+        places: of the paper's figures, after the point.
         chains: groups of systems whose order is compared, per column; by default all of them.
     """
 
@@ -57,6 +55,7 @@ class PaperTable:
     corpus: str
     budget: str
     columns: dict[str, str]
+    places: int = 2
     rows: tuple[PaperRow, ...]
     chains: tuple[tuple[str, ...], ...] = ()
 
@@ -70,18 +69,12 @@ class PaperTable:
         return next(row for row in self.rows if row.system == system)
 
     def expected(self, column: str) -> list[list[str]]:
-        """Systems from the smallest figure of a column to the largest, for every group of them.
-
-        Of equal figures only the first is kept: the paper puts them in no order.
-        """
+        """Systems from the smallest figure of a column to the largest, for every group of them."""
         chains = []
         for names in self.chains or (tuple(row.system for row in self.built),):
-            found: dict[float, str] = {}
-            for name in names:
-                if (figure := self.row(name).figures.get(column)) is not None:
-                    found.setdefault(figure.value, name)
-            if len(found) > 1:
-                chains.append([found[value] for value in sorted(found)])
+            figures = {name: self.row(name).figures.get(column) for name in names}
+            known = {name: figure.value for name, figure in figures.items() if figure is not None}
+            chains.append(sorted(known, key=lambda name: known[name]))
         return chains
 
 
@@ -127,7 +120,7 @@ def _noise_rows(
     return [
         PaperRow(
             system=f"{table}-s{block}-{key}",
-            label=f"S = {'L (128)' if block == 'L' else block}, {label}",
+            label=f"S = {block}, {label}",
             figures=_noise(perplexity, variance),
         )
         for key, label, perplexity, variance in figures
@@ -296,6 +289,7 @@ _T6 = PaperTable(
     corpus="owt",
     budget="500 documents of at most 131K tokens; models of 524B tokens",
     columns={"median": "median length", "max": "longest"},
+    places=0,
     rows=(
         PaperRow(
             system="data",
@@ -313,10 +307,11 @@ _T6 = PaperTable(
 SSD_LM = "SSD-LM is quoted: its network and noise are not rebuilt"
 _T7 = PaperTable(
     name="T7",
-    title="generative perplexity of 300 samples under GPT-2 Large",
+    title="generative perplexity (in the paper of 300 samples, L = 1024, under GPT-2 Large)",
     corpus="owt",
     budget="524B tokens",
-    columns={"L": "L tokens (1024)", "2L": "2L tokens (2048)"},
+    columns={"L": "L tokens", "2L": "2L tokens"},
+    places=1,
     rows=(
         PaperRow(system="ar", label="AR", figures={"L": Figure(14.1), "2L": Figure(13.2)}),
         PaperRow(system="sedd", label="SEDD", figures={"L": Figure(52.0)}),

@@ -165,7 +165,7 @@ TINY = Scale(
     model={"num_layers": 4, "width": 128, "num_heads": 4, "cond_dim": 64, "dropout": 0.0},
     train={"batch_size": 16, "seed": 1, "device": "cpu", "threads": 1},
     optim={"lr": 2e-3, "betas": [0.9, 0.99], "warmup_steps": 50, "ema_decay": 0.99},
-    evaluation={"every": 250, "rows": 128, "samples": 4},
+    evaluation={"every": 500, "rows": 128, "samples": 4},
     checkpoint={"every": 100, "keep": 1},
     objective={"estimator": "complement"},
     num_noisy=2,
@@ -184,11 +184,11 @@ TINY = Scale(
         seq_len=256,
         model={"num_layers": 6, "width": 256, "num_heads": 8, "dropout": 0.0},
         batch_size=8,
-        steps=1500,
+        steps=1200,
     ),
     jobs=2,
     threads=1,
-    flops=1.5e10,
+    flops=3e10,
 )
 
 _PAPER_OPTIM = {
