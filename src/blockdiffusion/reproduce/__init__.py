@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.reproduce.carry_out import Launch, Say, carry_out, launch
+from blockdiffusion.reproduce.conductor import Launch, Say, carry_out, launch
 from blockdiffusion.reproduce.kept import write
 from blockdiffusion.reproduce.page import table_result
 from blockdiffusion.reproduce.paper import find_table
