@@ -189,10 +189,13 @@ def test_processes_are_of_their_own_and_can_be_interrupted(tmp_path, monkeypatch
     process.interrupt()  # nothing is left to be interrupted
 
 
-def test_notes_do_not_depend_on_the_place(tmp_path):
-    def note(out):
-        plan = plan_of(out, measure(out, "a", words=("--json", str(out / "x.json"))))
+def test_notes_do_not_depend_on_the_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def note(out, option="--out"):
+        plan = plan_of(out, measure(out, "a", words=(option, str(out / "x.json"))))
         carry_out(plan, lambda line: None, Fakes(plan))
         return json.loads((Path(out) / "steps" / "a.json").read_text())["identity"]
 
-    assert note(tmp_path / "one") == note(tmp_path / "other")
+    assert note(tmp_path / "one") == note(Path("out"))
+    assert note(tmp_path / "one", "--json") != note(tmp_path / "two")

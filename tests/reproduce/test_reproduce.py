@@ -5,7 +5,10 @@ import signal
 from dataclasses import replace
 
 import pytest
+import yaml
 
+from blockdiffusion.data import named
+from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.errors import UserError
@@ -14,7 +17,9 @@ from blockdiffusion.reproduce.cells import document_tokens
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.paper import TABLES
 from blockdiffusion.reproduce.plan import make_plan
+from blockdiffusion.reproduce.scales import PAPER, SMALL
 from blockdiffusion.train.loop import BatchOrder
+from tests.evaluate.judges import save_gpt2
 from tests.reproduce.toy import DOCS, TOY, InProcess, write_pages
 
 
@@ -182,6 +187,69 @@ def test_a_measurement_follows_its_run_and_options(made, data):
     assert {name for name, state in states.items() if state == "out of date"} == {
         step.name for step in other.steps if step.kind == "measure"
     }
+
+
+def reduced(scale, tokenizer):
+    """`small` or `paper` with its own recipe, at the sizes of the toy and on the toy's text."""
+    lm1b = replace(scale.texts["lm1b"], tokenizer=tokenizer, seq_len=32)
+    owt = replace(lm1b, name="owt", row_bos=False, row_eos=False)  # also on the sentences
+    half = {"batch_size": 4, "micro_batch_size": 2, "device": "cpu"}
+    measure = replace(
+        scale.measure, variance_batch=2, variance_batches=2, documents=2, longest=40, generated=2,
+        batch=2, samples=2,
+    )  # fmt: skip
+    return replace(
+        scale,
+        texts={"lm1b": lm1b, "owt": owt},
+        model={**TOY.model, "dropout": scale.model["dropout"]},
+        train={**scale.train, **half},
+        optim={**scale.optim, "warmup_steps": 2},
+        evaluation={"every": 2, "rows": 4},
+        checkpoint={"every": 2},
+        search={"every": 2, "rows": 8, "replicates": 2},
+        steps=TOY.steps,
+        measure=measure,
+        threads=1,
+    )
+
+
+def made_reduced(scale, tables, folder, judge=None):
+    """(plan, tables by name) of a reduced scale, on sentences of this project's pages."""
+    sentences = [s for s in (DOCS / "concepts.md").read_text().split("\n") if len(s) > 60]
+    (folder / "lm1b").mkdir()
+    for split, part in (("train", sentences[:80]), ("test", sentences[80:100])):
+        (folder / "lm1b" / f"{split}.txt").write_text("\n".join(part))
+    local = [f"lm1b={folder / 'lm1b'}"]
+    plan = make_plan(tables, reduced(scale, "byte"), folder / "out", local, judge)
+    return plan, {one.name: one for one in reproduce(plan, lambda line: None, InProcess())}
+
+
+def test_the_commands_of_small_at_reduced_size(tmp_path):
+    judge = save_gpt2(tmp_path / "judge")
+    tables = [few("T3", "s4"), few("T6", "mdlm"), few("T7", "s4")]
+    plan, found = made_reduced(SMALL, tables, tmp_path, str(judge))
+    run = plan.out / "runs" / "lm1b-s4"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("clip_grid" in line for line in lines)  # the schedule search
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["dtype"] == "bf16"
+    assert "causal language model" in " ".join(found["T7"].values["notes"])
+    assert len(found["T6"].values["said"]) == 1
+
+
+def test_the_commands_of_paper_at_reduced_size(tmp_path, monkeypatch):
+    def unreachable(data_set, split):
+        raise UserError(f"cannot reach the hub for {data_set.name}")
+
+    monkeypatch.setattr(named, "fetch_split", unreachable)
+    tables = [few("T3", "ar", "s4"), few("T5", "ar"), few("T1", "t1-linear")]
+    plan, found = made_reduced(PAPER, tables, tmp_path)
+    rows = Manifest.load(plan.out / "data" / "lm1b").splits["valid"].rows
+    told = found["T3"].values["notes"][0]
+    assert f"lm1b, {rows} rows of 32 tokens" in told and "a BOS given" in told
+    t5 = found["T5"].values
+    assert list(t5["rows"][0]["ours"]) == ["lm1b"]
+    assert any("ptb is missing: cannot reach the hub" in note for note in t5["notes"])
+    assert column(found["T1"], "variance")["t1-linear"]["value"] > 0
 
 
 def test_interrupted_and_resumed_is_as_uninterrupted(made, data, tmp_path, monkeypatch):

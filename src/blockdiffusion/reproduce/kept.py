@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,21 +75,27 @@ class Kept:
     def identity(self, step: Step) -> str:
         """A hash of everything that the result of a step depends on."""
         parts: list[Any] = [
-            [self._portable(word) for word in step.command],
+            self._portable(step.command),
             [_signature(file) for file in step.files],
             [self._content(self.plan.step(name).product) for name in step.needs],
             [self._content(Path(model)) for model in step.models if Path(model).exists()],
         ]
         if step.run is not None:
-            decisive = {name: step.run.recipe.get(name) for name in DECISIVE}
-            parts.append(self._portable(json.dumps(decisive, sort_keys=True)))
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            parts.append({name: self._portable(step.run.recipe.get(name)) for name in DECISIVE})
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _portable(self, text: str) -> str:
-        """Without the places of this machine: everything may be moved."""
-        for name, path in self.plan.data.items():
-            text = text.replace(str(path), f"DATA:{name}")
-        return text.replace(str(self.plan.out), "OUT")
+    def _portable(self, value: Any) -> Any:
+        """Words without the places of this machine: everything may be moved."""
+        if isinstance(value, Mapping):
+            return {name: self._portable(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._portable(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        places = {"OUT": self.plan.out} | {f"DATA:{n}": p for n, p in self.plan.data.items()}
+        for name, path in places.items():
+            value = re.sub(rf"(^|=){re.escape(str(path))}(?=/|$)", rf"\g<1>{name}", value)
+        return value
 
     def _content(self, product: Path) -> str | None:
         """A hash of prepared data (its manifest) or of a model's weights; None: not there yet."""
