@@ -6,13 +6,14 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.reproduce import conductor as module
-from blockdiffusion.reproduce.conductor import carry_out, launch
+from blockdiffusion.reproduce.conductor import carry_out, launch, places
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.plan import Plan, Step
 from tests.reproduce.toy import TOY
@@ -64,13 +65,13 @@ class Fakes:
         self.plan, self.settings, self.began, self.most = plan, settings, [], 0
         self.made = {}
 
-    def __call__(self, command, log, threads):
+    def __call__(self, command, log, environment):
         step = self.plan.step(log.stem)
         self.began.append(step.name)
         self.made[step.name] = Fake(step.product, **self.settings.get(step.name, {}))
         running = [fake for fake in self.made.values() if fake.looks > 0]
         self.most = max(self.most, len(running))
-        assert threads == 1
+        assert environment == {"OMP_NUM_THREADS": "1"}
         return self.made[step.name]
 
 
@@ -106,7 +107,7 @@ def test_what_was_interrupted_keeps_its_journal(tmp_path):
     plan = plan_of(tmp_path, measure(tmp_path, "a"))
     journal = tmp_path / "results" / "a.json.journal"
 
-    def killed(command, log, threads):
+    def killed(command, log, environment):
         journal.write_text("half")
         raise KeyboardInterrupt
 
@@ -121,12 +122,12 @@ def test_a_failure_is_the_steps_own_sentence_and_the_other_is_kept(tmp_path):
     plan = plan_of(tmp_path, measure(tmp_path, "a"), measure(tmp_path, "b"))
 
     class Telling(Fakes):
-        def __call__(self, command, log, threads):
+        def __call__(self, command, log, environment):
             log.parent.mkdir(exist_ok=True)
             if log.stem == "b":
                 with open(log, "a") as file:
                     file.write(f"Traceback\nblockdiff: error: no room left ({len(self.began)})\n")
-            return super().__call__(command, log, threads)
+            return super().__call__(command, log, environment)
 
     for _ in range(2):  # the sentence is that of this time, not of an earlier one in the log
         fakes = Telling(plan, b={"code": 2})
@@ -176,11 +177,11 @@ def test_processes_are_of_their_own_and_can_be_interrupted(tmp_path, monkeypatch
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     log = tmp_path / "logs" / "a.log"
-    process = launch(["train", "x.yaml"], log, 1)
+    process = launch(["train", "x.yaml"], log, {"OMP_NUM_THREADS": "3"})
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert log.read_text() == "['-m', 'blockdiffusion.cli', 'train', 'x.yaml'] 1 True\n"
+    assert log.read_text() == "['-m', 'blockdiffusion.cli', 'train', 'x.yaml'] 3 True\n"
     assert process.poll() is None
     process.interrupt()
     while process.poll() is None and time.monotonic() < deadline:
@@ -199,3 +200,14 @@ def test_notes_do_not_depend_on_the_place(tmp_path, monkeypatch):
 
     assert note(tmp_path / "one") == note(Path("out"))
     assert note(tmp_path / "one", "--json") != note(tmp_path / "two")
+
+
+def test_a_step_for_each_gpu(monkeypatch):
+    gpus = replace(TOY, jobs=None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count, expected in ((0, [{}]), (2, [{"CUDA_VISIBLE_DEVICES": n} for n in "01"])):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        assert places(gpus) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert places(gpus) == [{"CUDA_VISIBLE_DEVICES": n} for n in "57"]
+    assert places(TOY) == [{"OMP_NUM_THREADS": "1"}] * 2

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from blockdiffusion.data import named
+from blockdiffusion.data.files import locked
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
@@ -46,14 +47,15 @@ def data(tmp_path_factory):
 
 
 def few(name, *systems):
-    """A table with a few of its rows."""
+    """A table with a few of its rows, and the quoted ones."""
     table = TABLES[name]
-    rows = tuple(row for row in table.rows if row.system in systems)
+    rows = tuple(row for row in table.rows if row.system in systems or row.quoted)
     return replace(table, rows=rows, chains=(systems,))
 
 
 SMALLER = [
-    *(TABLES[name] for name in ("T3", "T5", "T6", "T7")),
+    *(TABLES[name] for name in ("T3", "T5", "T6")),
+    few("T7", "ar", "s4", "mdlm", "sedd"),
     few("T1", "t1-ar", "t1-linear", "t1-tuned"),
     few("T2", "t2-sL-0.3-0.8", "t2-sL-0-1"),
     few("T8", "t8-s4-0.45-0.95", "t8-s4-log"),
@@ -170,6 +172,15 @@ def test_what_is_made_is_left_alone(made, data):
     assert [one.values for one in repeated] == [one.values for one in found.values()]
 
 
+def test_two_processes_do_not_work_in_one_place(made):
+    plan = made[0]
+    with (
+        locked(plan.out / "lock", "taken"),
+        pytest.raises(UserError, match=r"another process is at work in .*; wait for it, or choose"),
+    ):
+        reproduce(plan, lambda line: None, InProcess())
+
+
 def test_another_recipe_never_overwrites_a_run(made, data):
     plan = made[0]
     faster = replace(TOY, optim={**TOY.optim, "lr": 2e-2})
@@ -209,7 +220,6 @@ def reduced(scale, tokenizer):
         search={"every": 2, "rows": 8, "replicates": 2},
         steps=TOY.steps,
         measure=measure,
-        threads=1,
     )
 
 
@@ -264,12 +274,12 @@ def test_interrupted_and_resumed_is_as_uninterrupted(made, data, tmp_path, monke
         return indices(self, step)
 
     class Stopping(InProcess):
-        def __call__(self, command, log, threads):
+        def __call__(self, command, log, environment):
             if "pages-base" not in command[1]:
-                return super().__call__(command, log, threads)
+                return super().__call__(command, log, environment)
             with monkeypatch.context() as patch:
                 patch.setattr(BatchOrder, "indices", interrupted)
-                return super().__call__(command, log, threads)
+                return super().__call__(command, log, environment)
 
     steps = iter([None, None, 3])
     with pytest.raises(UserError, match="the step train-pages-base failed: it ended with code 130"):

@@ -86,7 +86,7 @@ class InProcess:
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
 
-    def __call__(self, command, log: Path, threads: int | None) -> Finished:
+    def __call__(self, command, log: Path, environment) -> Finished:
         self.commands.append(list(command))
         ended = blockdiff(*command)
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blockdiffusion.data.files import locked, storage_error
 from blockdiffusion.reproduce.conductor import Launch, Say, carry_out, launch
 from blockdiffusion.reproduce.kept import write
 from blockdiffusion.reproduce.page import table_result
-from blockdiffusion.reproduce.paper import find_table
+from blockdiffusion.reproduce.paper import PaperTable, find_table
 from blockdiffusion.reproduce.plan import Plan, make_plan
 from blockdiffusion.reproduce.scales import Scale, find_scale
 
@@ -60,12 +62,26 @@ def reproduce(plan: Plan, say: Say, launch: Launch = launch) -> list[Reproduced]
         UserError: a step failed.
         KeyboardInterrupt: it was interrupted; the same call goes on.
     """
-    carry_out(plan, say, launch)
-    made = []
-    for table in plan.tables:
-        values, page = table_result(plan, table)
-        markdown, plain = plan.out / f"{table.name}.md", plan.out / f"{table.name}.json"
-        write(markdown, page.encode())
-        write(plain, (json.dumps(values, indent=2) + "\n").encode())
-        made.append(Reproduced(name=table.name, values=values, markdown=markdown, json=plain))
-    return made
+    with _claimed(plan.out):
+        carry_out(plan, say, launch)
+        return [_write_table(plan, table) for table in plan.tables]
+
+
+@contextmanager
+def _claimed(out: Path) -> Iterator[None]:
+    """Locked against a second process."""
+    taken = f"another process is at work in {out}; wait for it, or choose another --out"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out / "lock", taken):
+            yield
+    except OSError as error:
+        raise storage_error(error, out) from error
+
+
+def _write_table(plan: Plan, table: PaperTable) -> Reproduced:
+    values, page = table_result(plan, table)
+    markdown, plain = plan.out / f"{table.name}.md", plan.out / f"{table.name}.json"
+    write(markdown, page.encode())
+    write(plain, (json.dumps(values, indent=2) + "\n").encode())
+    return Reproduced(name=table.name, values=values, markdown=markdown, json=plain)

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from blockdiffusion.data.files import storage_error
 from blockdiffusion.errors import UserError
 from blockdiffusion.reproduce.kept import Kept, write
 from blockdiffusion.reproduce.plan import Plan, Step, recipe_text
+from blockdiffusion.reproduce.scales import Scale
 from blockdiffusion.train import checkpoint as checkpoints
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -38,7 +41,8 @@ class Process(Protocol):
         ...
 
 
-Launch = Callable[[Sequence[str], Path, int | None], Process]
+Environment = dict[str, str]
+Launch = Callable[[Sequence[str], Path, Environment], Process]
 
 
 class _Subprocess:
@@ -56,15 +60,12 @@ class _Subprocess:
             self._process.send_signal(signal.SIGINT)
 
 
-def launch(command: Sequence[str], log: Path, threads: int | None) -> Process:
-    """Starts `blockdiff COMMAND`; what it says is added to `log`.
+def launch(command: Sequence[str], log: Path, environment: Environment) -> Process:
+    """Starts `blockdiff COMMAND` with some more environment; what it says is added to `log`.
 
     Raises:
         UserError: the log cannot be written.
     """
-    environment = dict(os.environ)
-    if threads is not None:
-        environment |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
@@ -73,7 +74,7 @@ def launch(command: Sequence[str], log: Path, threads: int | None) -> Process:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env=environment,
+                env={**os.environ, **environment},
                 start_new_session=True,
             )
     except OSError as error:
@@ -81,17 +82,31 @@ def launch(command: Sequence[str], log: Path, threads: int | None) -> Process:
     return _Subprocess(process)
 
 
-@dataclass
+def places(scale: Scale) -> list[Environment]:
+    """Where steps run side by side: the environment of each place.
+
+    On the CPU as many as the scale says, of so many threads each; else one for each GPU.
+    """
+    if scale.jobs is not None:
+        return [{"OMP_NUM_THREADS": str(scale.threads)}] * scale.jobs
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
+
+
+@dataclass(eq=False)
 class _Running:
     step: Step
     process: Process
+    place: Environment
     log: Path
     log_size: int
     began: float
 
 
 def carry_out(plan: Plan, say: Say, launch: Launch = launch) -> None:
-    """Performs every step that is not done, `plan.scale.jobs` at a time.
+    """Performs every step that is not done, one in each of the `places`.
 
     What is finished is left alone and what was interrupted goes on. SIGINT and SIGTERM are passed
     on to the running steps, which save; the same call later goes on there.
@@ -113,6 +128,7 @@ class _Conductor:
         self.kept = Kept(plan)
         self.waiting = list(plan.steps)
         self.running: list[_Running] = []
+        self.free = places(plan.scale)
         self.done: set[str] = set()
         self.spoke = time.monotonic()
 
@@ -136,11 +152,11 @@ class _Conductor:
                 self.waiting.remove(step)
                 self.done.add(step.name)
                 self.say(f"{step.name}: done before")
-            elif len(self.running) < self.plan.scale.jobs:
+            elif self.free:
                 self.waiting.remove(step)
-                self.start(step)
+                self.start(step, self.free.pop(0))
 
-    def start(self, step: Step) -> None:
+    def start(self, step: Step, place: Environment) -> None:
         again = self.kept.state(step) == "interrupted"
         self.kept.begin(step)
         command = list(step.command)
@@ -152,14 +168,15 @@ class _Conductor:
         step.product.parent.mkdir(parents=True, exist_ok=True)
         self.say(f"{step.name}: {'goes on' if again else 'begins'}")
         size = log.stat().st_size if log.exists() else 0
-        process = self.launch(command, log, self.plan.scale.threads)
-        self.running.append(_Running(step, process, log, size, time.monotonic()))
+        process = self.launch(command, log, place)
+        self.running.append(_Running(step, process, place, log, size, time.monotonic()))
 
     def collect(self) -> bool:
         """Takes note of what has ended; whether anything has."""
         ended = [(one, code) for one in self.running if (code := one.process.poll()) is not None]
-        self.running = [one for one in self.running if all(one is not found for found, _ in ended)]
         for one, code in ended:
+            self.running.remove(one)
+            self.free.append(one.place)
             if code == 0:
                 self.finish(one)
         for one, code in ended:  # only now, so that what has succeeded is kept

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import shlex
 
+from blockdiffusion.reproduce.conductor import places
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.plan import Plan, Run, Step
 
 
 def plan_lines(plan: Plan) -> list[str]:
     """Every step with its command, state, sizes and estimated cost; the sum at the end."""
-    kept, scale = Kept(plan), plan.scale
+    kept, scale, jobs = Kept(plan), plan.scale, len(places(plan.scale))
     names = ", ".join(table.name for table in plan.tables)
     budget = "; ".join(f"{table.name}: {table.budget}" for table in plan.tables)
     lines = [
         f"{names} at the scale {scale.name}: {scale.about}",
         f"  in the paper    {budget}",
-        f"  everything in   {plan.out}, {scale.jobs} at a time",
+        f"  everything in   {plan.out}, {jobs} at a time",
         "",
     ]
     left = 0.0
@@ -34,8 +35,8 @@ def plan_lines(plan: Plan) -> list[str]:
         "",
         f"{len(plan.steps)} steps, {done} done; {len(runs)} runs of "
         f"{amount(sum(run.tokens for run in runs))} tokens in all",
-        f"training that is left: {left:.2g} FLOP, about {_time(left / scale.flops / scale.jobs)} "
-        f"({scale.jobs} at a time, each at {scale.flops:.2g} FLOP/s); measuring comes besides",
+        f"training that is left: {left:.2g} FLOP, about {_time(left / scale.flops / jobs)} "
+        f"({jobs} at a time, each at {scale.flops:.2g} FLOP/s); measuring comes besides",
     ]
     return lines
 

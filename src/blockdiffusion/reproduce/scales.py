@@ -108,8 +108,7 @@ class Scale:
         num_noisy: noisy copies that D3PM draws: as many as the others.
         search: of the clip, for the short blocks; empty: none.
         judge: a Hugging Face id, or one that is trained here.
-        jobs: runs at a time.
-        threads: of every run; None: what PyTorch chooses.
+        jobs: steps at a time, of `threads` CPU threads each; None: one for each GPU.
         flops: per second and run that the hours of a plan are estimated with.
     """
 
@@ -127,8 +126,8 @@ class Scale:
     steps: Steps
     measure: Measurements
     judge: str | TrainedJudge
-    jobs: int = 1
-    threads: int | None = None
+    jobs: int | None = None
+    threads: int = 1
     flops: float
 
 
