@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from blockdiffusion.evaluate import generation
-from blockdiffusion.evaluate.generation import (
+from blockdiffusion.evaluate.generation import metrics
+from blockdiffusion.evaluate.generation.metrics import (
     distinct,
     histogram,
     longest_repeat,
@@ -106,7 +106,7 @@ def test_self_bleu_by_hand():
 
 def test_self_bleu_of_many_samples_uses_some_of_them(monkeypatch):
     texts = random_texts(60, 12, 3, seed=2)
-    monkeypatch.setattr(generation, "SELF_BLEU_SAMPLES", 10)
+    monkeypatch.setattr(metrics, "SELF_BLEU_SAMPLES", 10)
     some = self_bleu(texts, seed=1)
     assert some == self_bleu(texts, seed=1) != self_bleu(texts, seed=2)
     drawn = random.Random(1).sample([t for t in texts if t], 10)

@@ -15,7 +15,7 @@ import yaml
 from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.report import (
+from blockdiffusion.evaluate.report.page import (
     Command,
     LikelihoodNumbers,
     ReportContents,
@@ -24,7 +24,7 @@ from blockdiffusion.evaluate.report import (
     read_metrics,
     write_report,
 )
-from blockdiffusion.evaluate.trace import Trace, trace_of_events
+from blockdiffusion.evaluate.report.trace import Trace, trace_of_events
 from blockdiffusion.models.formats import load
 from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.sampling import DoneEvent, collect, prepare_prompts, stream

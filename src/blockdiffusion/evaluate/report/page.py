@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockdiffusion.data.files import storage_error, written_aside
-from blockdiffusion.evaluate import pictures
-from blockdiffusion.evaluate.curves import (
+from blockdiffusion.evaluate.report import pictures
+from blockdiffusion.evaluate.report.curves import (
     ClipSearch,
     Curves,
     ValidationPoint,
@@ -26,8 +26,14 @@ from blockdiffusion.evaluate.curves import (
     read_metrics,
     search_section,
 )
-from blockdiffusion.evaluate.markup import count, duration, missing, perplexity_of, two_digits
-from blockdiffusion.evaluate.trace import Trace, TraceStep, trace_section
+from blockdiffusion.evaluate.report.markup import (
+    count,
+    duration,
+    missing,
+    perplexity_of,
+    two_digits,
+)
+from blockdiffusion.evaluate.report.trace import Trace, TraceStep, trace_section
 
 if TYPE_CHECKING:
     from blockdiffusion.masks import CleanAttention
@@ -178,12 +184,12 @@ def render_report(contents: ReportContents) -> str:
         '<meta name="color-scheme" content="light dark">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f"<title>{title} · blockdiffusion</title><style>{_asset('report.css')}</style></head>"
+        f"<title>{title} · blockdiffusion</title><style>{_asset('page.css')}</style></head>"
         f'<body><header><p class="kicker">blockdiffusion · training report</p><h1>{title}</h1>'
         f'<p class="summary">{escape(contents.summary) or _summary(contents.facts)}</p>'
         f"{_likelihood_cards(contents.likelihood)}{_key_facts(contents.facts)}</header>"
         f"<nav>{links}</nav><main>{body}</main>"
-        f'<div id="tip" role="status" hidden></div><script>{_asset("report.js")}</script>'
+        f'<div id="tip" role="status" hidden></div><script>{_asset("page.js")}</script>'
         "</body></html>\n"
     )
 
@@ -204,7 +210,7 @@ def _search(contents: ReportContents) -> list[tuple[str, str, str]]:
 
 
 def _asset(name: str) -> str:
-    return files("blockdiffusion.evaluate").joinpath(name).read_text(encoding="utf-8")
+    return files("blockdiffusion.evaluate.report").joinpath(name).read_text(encoding="utf-8")
 
 
 # --- the header

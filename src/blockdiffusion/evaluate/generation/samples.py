@@ -16,7 +16,7 @@ from typing import Any
 
 from blockdiffusion.data.files import storage_error
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation import lowest_window_entropy
+from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule

@@ -15,18 +15,8 @@ import pytest
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.markup import count, duration, script_json, two_digits
-from blockdiffusion.evaluate.pictures import (
-    drawn_blocks,
-    evenly_spread,
-    mask_picture,
-    mask_rows,
-    nice_ticks,
-    running_mean,
-    thin_out,
-    tick_label,
-)
-from blockdiffusion.evaluate.report import (
+from blockdiffusion.evaluate.report.markup import count, duration, script_json, two_digits
+from blockdiffusion.evaluate.report.page import (
     ClipSearch,
     Command,
     Curves,
@@ -39,7 +29,17 @@ from blockdiffusion.evaluate.report import (
     render_report,
     write_report,
 )
-from blockdiffusion.evaluate.trace import Trace, TraceStep, token_texts, trace_of_events
+from blockdiffusion.evaluate.report.pictures import (
+    drawn_blocks,
+    evenly_spread,
+    mask_picture,
+    mask_rows,
+    nice_ticks,
+    running_mean,
+    thin_out,
+    tick_label,
+)
+from blockdiffusion.evaluate.report.trace import Trace, TraceStep, token_texts, trace_of_events
 from blockdiffusion.masks import Streams, dense_mask
 from blockdiffusion.sampling.loop import DoneEvent, StepEvent
 

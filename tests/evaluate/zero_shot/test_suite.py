@@ -12,11 +12,11 @@ import torch
 from blockdiffusion.data.detokenizers import detokenize_ptb
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate import scoring, zero_shot
+from blockdiffusion.evaluate import scoring
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.scoring import ScoreOptions
-from blockdiffusion.evaluate.zero_shot import SUITES, ZeroShotOptions, measure_zero_shot
-from blockdiffusion.evaluate.zero_shot_table import (
+from blockdiffusion.evaluate.zero_shot.suite import SUITES, ZeroShotOptions, measure_zero_shot
+from blockdiffusion.evaluate.zero_shot.table import (
     zero_shot_csv,
     zero_shot_lines,
     zero_shot_markdown,
@@ -265,7 +265,7 @@ def test_options_that_cannot_be(changes, sentence):
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_read(
     make_model, make_ar, monkeypatch
 ):
-    monkeypatch.setattr(zero_shot.NamedSet, "source", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(suite.NamedSet, "source", lambda *_: pytest.fail("read"))
     small = make_model()
     for model, options, sentence in [
         (small, ZeroShotOptions(), "has no tokenizer"),

@@ -15,11 +15,15 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generate_eval import GenerateEval, generate_and_judge, samples_file
-from blockdiffusion.evaluate.generation import distinct, self_bleu, token_entropy
-from blockdiffusion.evaluate.generation_picture import generation_picture
-from blockdiffusion.evaluate.generation_result import Conditions, evaluate_samples
-from blockdiffusion.evaluate.generation_table import (
+from blockdiffusion.evaluate.generation.judge import CausalJudge, DiffusionJudge, load_judge
+from blockdiffusion.evaluate.generation.mauve_score import mauve_score
+from blockdiffusion.evaluate.generation.metrics import distinct, self_bleu, token_entropy
+from blockdiffusion.evaluate.generation.picture import generation_picture
+from blockdiffusion.evaluate.generation.reference import reference_samples
+from blockdiffusion.evaluate.generation.result import Conditions, evaluate_samples
+from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge, samples_file
+from blockdiffusion.evaluate.generation.samples import Drawn, DrawOptions, Sample
+from blockdiffusion.evaluate.generation.table import (
     check_comparable,
     columns,
     csv_text,
@@ -28,10 +32,6 @@ from blockdiffusion.evaluate.generation_table import (
     read_result,
     with_error,
 )
-from blockdiffusion.evaluate.judge import CausalJudge, DiffusionJudge, load_judge
-from blockdiffusion.evaluate.mauve_score import mauve_score
-from blockdiffusion.evaluate.reference import reference_samples
-from blockdiffusion.evaluate.samples import Drawn, DrawOptions, Sample
 from blockdiffusion.terminal import generation_lines
 from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
 

@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.lengths import DocumentLengths, document_lengths
+from blockdiffusion.evaluate.generation.lengths import DocumentLengths, document_lengths
 from blockdiffusion.terminal import length_lines
 
 FALSE_ALARM = 1e-4
@@ -62,7 +62,7 @@ def test_a_measurement_that_was_stopped_goes_on(geometric, tmp_path, monkeypatch
         document_lengths(model, journal=journal, progress=stop, **options)
     assert told == [("documents", 4, 10), ("documents", 8, 10)] and journal.exists()
     sampled = []
-    import blockdiffusion.evaluate.lengths as module
+    import blockdiffusion.evaluate.generation.lengths as module
 
     generate = module.generate
     monkeypatch.setattr(

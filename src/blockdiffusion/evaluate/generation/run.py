@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation_result import (
+from blockdiffusion.evaluate.generation.independence import check_judge
+from blockdiffusion.evaluate.generation.judge import Judge, load_judge, window_sizes
+from blockdiffusion.evaluate.generation.mauve_score import require_mauve
+from blockdiffusion.evaluate.generation.reference import reference_samples
+from blockdiffusion.evaluate.generation.result import (
     Conditions,
     GenerationResult,
     Progress,
     evaluate_samples,
 )
-from blockdiffusion.evaluate.independence import check_judge
-from blockdiffusion.evaluate.judge import Judge, load_judge, window_sizes
-from blockdiffusion.evaluate.mauve_score import require_mauve
-from blockdiffusion.evaluate.reference import reference_samples
-from blockdiffusion.evaluate.samples import (
+from blockdiffusion.evaluate.generation.samples import (
     Drawn,
     DrawOptions,
     EntropyGuard,

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from blockdiffusion.evaluate.generation_table import conventions, number, real_label
+from blockdiffusion.evaluate.generation.table import conventions, number, real_label
 from blockdiffusion.evaluate.likelihood import Z95
-from blockdiffusion.evaluate.pictures import STANDALONE_STYLE, Frame, nice_ticks, tick_label
+from blockdiffusion.evaluate.report.pictures import STANDALONE_STYLE, Frame, nice_ticks, tick_label
 
 WIDTH, LEFT, RIGHT = 760, 66, 24
 HEAD, PLOT, LEGEND_LINE = 88, 320, 22

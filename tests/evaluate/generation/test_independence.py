@@ -10,8 +10,8 @@ from blockdiffusion.config import load_recipe, run_training
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.independence import check_judge
-from blockdiffusion.evaluate.judge import CausalJudge, load_judge
+from blockdiffusion.evaluate.generation.independence import check_judge
+from blockdiffusion.evaluate.generation.judge import CausalJudge, load_judge
 from blockdiffusion.models.formats import load
 from tests.conftest import GOLDEN
 from tests.evaluate.judges import save_gpt2

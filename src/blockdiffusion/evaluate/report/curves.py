@@ -10,8 +10,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.evaluate import pictures
-from blockdiffusion.evaluate.markup import duration, missing, perplexity_of, script_json
+from blockdiffusion.evaluate.report import pictures
+from blockdiffusion.evaluate.report.markup import duration, missing, perplexity_of, script_json
 from blockdiffusion.train.loggers import read_metrics as read_lines
 
 MOST_POINTS = 900  # of a curve in the page: more would only make the file larger

@@ -12,8 +12,8 @@ from blockdiffusion.corruption import Bernoulli, Count, make_estimator
 from blockdiffusion.data.loader import Batch
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.prepared import HeldOutText
-from blockdiffusion.evaluate.variance_picture import variance_picture
-from blockdiffusion.evaluate.variance_table import (
+from blockdiffusion.evaluate.variance.picture import variance_picture
+from blockdiffusion.evaluate.variance.table import (
     DEFAULT_ESTIMATORS,
     EXACT,
     PAPER,

@@ -15,7 +15,16 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation import (
+from blockdiffusion.evaluate.generation.judge import (
+    Judge,
+    JudgeFacts,
+    JudgeTokens,
+    judge_features,
+    judge_samples,
+    window_sizes,
+)
+from blockdiffusion.evaluate.generation.mauve_score import mauve_score, require_mauve
+from blockdiffusion.evaluate.generation.metrics import (
     distinct,
     histogram,
     longest_repeat,
@@ -24,20 +33,11 @@ from blockdiffusion.evaluate.generation import (
     self_bleu,
     token_entropy,
 )
+from blockdiffusion.evaluate.generation.samples import Drawn, Sample
 from blockdiffusion.evaluate.journal import fingerprint
-from blockdiffusion.evaluate.judge import (
-    Judge,
-    JudgeFacts,
-    JudgeTokens,
-    judge_features,
-    judge_samples,
-    window_sizes,
-)
 from blockdiffusion.evaluate.likelihood import Z95
-from blockdiffusion.evaluate.markup import perplexity_of
-from blockdiffusion.evaluate.mauve_score import mauve_score, require_mauve
 from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
-from blockdiffusion.evaluate.samples import Drawn, Sample
+from blockdiffusion.evaluate.report.markup import perplexity_of
 
 FORMAT = "blockdiffusion-generation-1"
 DISTINCT = (1, 2, 3, 4)

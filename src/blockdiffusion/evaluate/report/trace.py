@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
-from blockdiffusion.evaluate.markup import missing
+from blockdiffusion.evaluate.report.markup import missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

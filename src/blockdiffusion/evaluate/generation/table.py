@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation_result import DISTINCT, FORMAT, REPETITION
+from blockdiffusion.evaluate.generation.result import DISTINCT, FORMAT, REPETITION
 
 Result = Mapping[str, Any]  # what `GenerationResult.to_dict` gives
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate import judge as judging
-from blockdiffusion.evaluate.judge import (
+from blockdiffusion.evaluate.generation import judge as judging
+from blockdiffusion.evaluate.generation.judge import (
     AutoregressiveJudge,
     DiffusionJudge,
     judge_features,

@@ -1,7 +1,7 @@
 """The report's pictures as inline SVG: curves and heat maps over steps, the attention mask.
 
 Every picture is a string that stands alone in a page: no script is needed to read it. Colours are
-CSS variables with a fallback, so that a page's light or dark scheme (`report.css`) reaches into
+CSS variables with a fallback, so that a page's light or dark scheme (`page.css`) reaches into
 them. The mask is drawn from `blockdiffusion.masks`, never from a second description of it.
 """
 
@@ -41,7 +41,7 @@ WIDEST_CELL = 184  # of a heat map
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One curve: `points` are (step, value) by rising step; `css` is a class of `report.css`."""
+    """One curve: `points` are (step, value) by rising step; `css` is a class of `page.css`."""
 
     points: Points
     css: str
@@ -163,7 +163,7 @@ def curve_picture(
 ) -> str:
     """Curves and error bars in a frame with ticks and labels, as one `<svg>`.
 
-    `chart` names the page's data for this picture: `report.js` shows the values under the pointer.
+    `chart` names the page's data for this picture: `page.js` shows the values under the pointer.
     """
     clip = f"clip-{chart}-{frame.width}"
     plot_width = frame.width - frame.left - frame.right
@@ -358,7 +358,7 @@ def mask_picture(
     cell = side / len(rows)
     height = top + side + (92 if standalone else 8)
     width = left + side + (26 if standalone else 8)
-    # What `report.js` reads to name the cell under the pointer; a file of its own has no script.
+    # What `page.js` reads to name the cell under the pointer; a file of its own has no script.
     data = (
         ' xmlns="http://www.w3.org/2000/svg"'
         if standalone

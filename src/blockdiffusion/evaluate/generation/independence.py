@@ -12,7 +12,7 @@ import yaml
 
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.judge import Judge
+from blockdiffusion.evaluate.generation.judge import Judge
 from blockdiffusion.train.checkpoint import latest, read_state
 
 

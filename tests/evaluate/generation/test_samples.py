@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate import samples as sampling
-from blockdiffusion.evaluate.generation import token_entropy
-from blockdiffusion.evaluate.samples import (
+from blockdiffusion.evaluate.generation import samples as sampling
+from blockdiffusion.evaluate.generation.metrics import token_entropy
+from blockdiffusion.evaluate.generation.samples import (
     DrawOptions,
     EntropyGuard,
     documents_of,

@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from blockdiffusion.evaluate.pictures import STANDALONE_STYLE, Frame, tick_label
-from blockdiffusion.evaluate.variance_table import PAPER, Measured, VarianceRow, VarianceTable
+from blockdiffusion.evaluate.report.pictures import STANDALONE_STYLE, Frame, tick_label
+from blockdiffusion.evaluate.variance.table import PAPER, Measured, VarianceRow, VarianceTable
 
 PLOT, BETWEEN, RIGHT = 330, 34, 24
 LETTER = 7.2  # width of a letter of a label, amply

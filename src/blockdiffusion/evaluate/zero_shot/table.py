@@ -7,7 +7,7 @@ import io
 import textwrap
 
 from blockdiffusion.evaluate.likelihood import Likelihood
-from blockdiffusion.evaluate.zero_shot import ZeroShotRow, ZeroShotTable
+from blockdiffusion.evaluate.zero_shot.suite import ZeroShotRow, ZeroShotTable
 
 HEADS = (
     "set", "perplexity", "± noise", "± data", "exact", "bits/byte", "tokens", "documents",
