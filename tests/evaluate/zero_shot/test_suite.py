@@ -15,6 +15,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate import scoring
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.scoring import ScoreOptions
+from blockdiffusion.evaluate.zero_shot import suite
 from blockdiffusion.evaluate.zero_shot.suite import SUITES, ZeroShotOptions, measure_zero_shot
 from blockdiffusion.evaluate.zero_shot.table import (
     zero_shot_csv,
