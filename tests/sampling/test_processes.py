@@ -11,7 +11,7 @@ from blockdiffusion.sampling.policies import FirstHitting
 from blockdiffusion.sampling.processes import Analytic, Planned, UniformReverse, make_process
 from tests import noise_oracles as oracles
 
-DRAWS = 10_000
+DRAWS = 6_000
 FALSE_ALARM = 1e-4  # of each test here
 KINDS = {
     "sedd": dict(objective="score_entropy"),
