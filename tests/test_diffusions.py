@@ -47,7 +47,7 @@ def estimate(model, estimator, samples, rows=ROWS, **options):
 
 @pytest.mark.parametrize("block_size", [2, 4])
 def test_the_bound_of_sedd_is_the_integral_of_the_score_entropy(make_tiny, block_size):
-    """All mask sets, quadrature in time; within 4 standard errors (false alarm 6e-5), below 1.5 %"""
+    """All mask sets, quadrature in time; within 4 standard errors (false alarm 6e-5) of 1.5 %."""
     model = make_tiny("score_entropy", block_size=block_size)
     whole = sum(oracles.sedd_bound(model, row) for row in ROWS) / 8
     result = estimate(model, "auto", 400)
