@@ -85,7 +85,7 @@ def test_a_sampler_has_the_law_of_its_chain(make, kind, use_cache):
 
 
 def test_every_step_of_uniform_noise_draws_from_equation_4(make, monkeypatch):
-    """Exactly, where the chi-square test has little power: the law that each token is drawn from."""
+    """Exactly, where a chi-square test has little power: the law that each token is drawn from."""
     model, steps = make("uniform", noise_schedule="square"), 4
     probs = [((i + 1) / steps) ** 2 for i in range(steps)]
     taken = []
