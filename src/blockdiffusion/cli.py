@@ -664,6 +664,9 @@ def convert(
     mask_id: Annotated[
         int | None, typer.Option(help="Mask token of a .ckpt, where it is not the last id.")
     ] = None,
+    noise_eps: Annotated[
+        float | None, typer.Option(help="Of a sedd .ckpt: 0.001 for the published weights.")
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Name or path; by default what the source holds.")
     ] = None,
@@ -683,6 +686,7 @@ def convert(
         seq_len=seq_len,
         num_heads=num_heads,
         mask_id=mask_id,
+        noise_eps=noise_eps,
     )
     made = run(
         source,
