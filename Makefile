@@ -30,11 +30,14 @@ demo: $(STAMP)
 	$(BIN)/blockdiff report $(DEMO)
 	@echo "Open $(DEMO)/report.html in a browser."
 
+# A process per core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadscope
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -m ''
+	$(PYTEST) -m ''
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -123,6 +123,10 @@ def gpt2(config: Any) -> Any:
         def head(self, hidden: torch.Tensor) -> torch.Tensor:
             return self.network.lm_head(hidden)
 
+        @property
+        def output(self) -> torch.nn.Linear:
+            return self.network.lm_head
+
         def save_pretrained(self, folder: Path) -> None:
             self.network.save_pretrained(folder)
 

@@ -65,6 +65,14 @@ def step_matrices(model, transition, probs):
     return matrices
 
 
+def product(matrices, size=4):
+    """Q_1 ... Q_t; the identity where there is none."""
+    out = torch.eye(size, dtype=torch.float64)
+    for matrix in matrices:
+        out = out @ matrix
+    return out
+
+
 def posterior(from_zero, step, probs_0, x_t):
     """Austin et al., equation 4: sum over x_0 of q(x_{t-1}, x_t | x_0) p(x_0), normalised."""
     joint = (probs_0 @ from_zero) * step[:, x_t]
@@ -82,9 +90,7 @@ def divergence(from_zero, step, guess, x_0, x_t):
 def d3pm_kl(model, transition, probs, step, logits, x_0, x_t):
     """The term of time step + 1 for one token."""
     matrices = step_matrices(model, transition, probs)
-    from_zero = torch.eye(model.config.vocab_size, dtype=torch.float64)
-    for matrix in matrices[:step]:
-        from_zero = from_zero @ matrix
+    from_zero = product(matrices[:step], model.config.vocab_size)
     return divergence(from_zero, matrices[step], denoised(model, logits), x_0, x_t)
 
 
@@ -113,9 +119,7 @@ def d3pm_bound(model, clean, transition, probs):
 def d3pm_step(model, transition, probs, step):
     """p(x_{t-1} | x_t) of single tokens, as a function for `chain_law`: x_t and guess -> (V,)."""
     matrices = step_matrices(model, transition, probs)
-    from_zero = torch.eye(model.config.vocab_size, dtype=torch.float64)
-    for matrix in matrices[:step]:
-        from_zero = from_zero @ matrix
+    from_zero = product(matrices[:step], model.config.vocab_size)
     return lambda logits, x_t: posterior(from_zero, matrices[step], denoised(model, logits), x_t)
 
 

@@ -47,17 +47,17 @@ def estimate(model, estimator, samples, rows=ROWS, **options):
 
 @pytest.mark.parametrize("block_size", [2, 4])
 def test_the_bound_of_sedd_is_the_integral_of_the_score_entropy(make_tiny, block_size):
-    """All mask sets, quadrature in time; within 4 standard errors (false alarm 6e-5), below 1 %."""
+    """All mask sets, quadrature in time; within 4 standard errors (false alarm 6e-5) of 1.5 %."""
     model = make_tiny("score_entropy", block_size=block_size)
     whole = sum(oracles.sedd_bound(model, row) for row in ROWS) / 8
-    result = estimate(model, "auto", 800)
+    result = estimate(model, "auto", 400)
     assert result.estimator == "complement" and result.is_bound and result.t_min is None
-    assert result.stderr_noise / whole < 0.01
+    assert result.stderr_noise / whole < 0.015
     assert abs(result.nats_per_token - whole) < 4 * result.stderr_noise
     cut = sum(oracles.sedd_bound(model, row, low=T_MIN) for row in ROWS) / 8
     assert 0 < whole - cut < 2e-3 * whole
-    result = estimate(model, "bernoulli", 800, t_min=T_MIN)
-    assert result.t_min == T_MIN and result.stderr_noise / whole < 0.05
+    result = estimate(model, "bernoulli", 400, t_min=T_MIN)
+    assert result.t_min == T_MIN and result.stderr_noise / whole < 0.07
     assert abs(result.nats_per_token - cut) < 4 * result.stderr_noise
 
 
@@ -69,8 +69,8 @@ def test_noise_that_ends_early_has_a_prior(make_tiny):
     cut = sum(oracles.sedd_bound(plain, row, low=T_MIN) for row in ROWS)
     beyond = sum(oracles.sedd_bound(plain, row, low=0.7) for row in ROWS)
     expected = (cut - beyond) / 8 + 0.3 * math.log(3)
-    result = estimate(model, "auto", 800)
-    assert result.estimator == "bernoulli" and result.stderr_noise / expected < 0.06
+    result = estimate(model, "auto", 400)
+    assert result.estimator == "bernoulli" and result.stderr_noise / expected < 0.09
     assert abs(result.nats_per_token - expected) < 4 * result.stderr_noise
     with pytest.raises(UserError, match=r"noise_eps is 0\.3; take bernoulli"):
         estimate(model, "count", 1)
@@ -126,11 +126,11 @@ def test_the_draws_of_masks_do_not_depend_on_whether_times_are_drawn():
 def test_masked_diffusion_that_reads_the_time(make_tiny):
     """`complement` and `bernoulli` estimate the same bound; 4 standard errors of the difference."""
     model = make_tiny("block_diffusion")
-    pairs = estimate(model, "auto", 800)
+    pairs = estimate(model, "auto", 400)
     assert pairs.estimator == "complement"
-    drawn = estimate(model, "bernoulli:cosine", 800)
+    drawn = estimate(model, "bernoulli:cosine", 400)
     error = math.hypot(pairs.stderr_noise, drawn.stderr_noise)
-    assert error / pairs.nats_per_token < 0.03
+    assert error / pairs.nats_per_token < 0.05
     assert abs(pairs.nats_per_token - drawn.nats_per_token) < 4 * error
     for name in ("exact", "orders"):
         with pytest.raises(UserError, match="reads no time; use auto"):
@@ -161,13 +161,13 @@ def test_the_bound_of_d3pm_is_that_of_the_matrices(
     make_tiny, transition, timesteps, name, schedule
 ):
     """Equations 1 and 4 with matrices Q_t, every x_t enumerated; the estimate lies within 4
-    standard errors (false alarm 6e-5) and 3 %. At T = 1 it has little noise or none."""
+    standard errors (false alarm 6e-5) and 6 %. At T = 1 it has little noise or none."""
     model = make_tiny("d3pm", transition=transition, timesteps=timesteps, noise_schedule=name)
     probs = probabilities(timesteps, schedule)
     expected = sum(oracles.d3pm_bound(model, row, transition, probs) for row in ROWS) / 8
-    result = estimate(model, "auto", 800)
+    result = estimate(model, "auto", 400)
     assert result.estimator == "timesteps" and result.is_bound and result.t_min is None
-    assert result.stderr_noise / expected < 0.03
+    assert result.stderr_noise / expected < 0.06
     assert abs(result.nats_per_token - expected) < 4 * result.stderr_noise + 1e-9
 
 
@@ -219,9 +219,9 @@ def test_absorbing_d3pm_tends_to_masked_diffusion(make_tiny):
     ratios = [a / b for a, b in itertools.pairwise(away)]
     assert all(abs(ratio - 2) < 0.05 for ratio in ratios)
     many = make_tiny("d3pm", time_conditioning=False, timesteps=2000)
-    result = estimate(many, "auto", 1600, rows=ROWS[:1])
+    result = estimate(many, "auto", 800, rows=ROWS[:1])
     expected = (limit + away[-1] * 16 / 2000) / 4
-    assert result.stderr_noise / expected < 0.05
+    assert result.stderr_noise / expected < 0.06
     assert abs(result.nats_per_token - expected) < 4 * result.stderr_noise
 
 

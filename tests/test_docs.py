@@ -29,17 +29,17 @@ from blockdiffusion.config import (
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
-from blockdiffusion.evaluate.generation_result import (
+from blockdiffusion.evaluate.generation.judge import JudgeFacts
+from blockdiffusion.evaluate.generation.result import (
     Cost,
     GenerationResult,
     Lengths,
     TextNumbers,
 )
-from blockdiffusion.evaluate.judge import JudgeFacts
+from blockdiffusion.evaluate.generation.samples import Sample
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
-from blockdiffusion.evaluate.samples import Sample
-from blockdiffusion.evaluate.variance_table import VarianceOptions
-from blockdiffusion.evaluate.zero_shot import ZeroShotOptions
+from blockdiffusion.evaluate.variance.table import VarianceOptions
+from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
 from blockdiffusion.models.bd3lm import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.sampling.logits import Filters

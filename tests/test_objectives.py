@@ -1,12 +1,7 @@
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from blockdiffusion.corruption import Corrupted
 from blockdiffusion.denoiser import masked_nll
-from blockdiffusion.diffusions import diffusion_of
-from blockdiffusion.models.bd3lm import our_name
-from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.objectives import (
     log_score,
     prior_kl,
@@ -16,8 +11,6 @@ from blockdiffusion.objectives import (
     uniform_reverse,
     weighted_subs_nll,
 )
-from blockdiffusion.schedules import noise_level
-from tests.conftest import GOLDEN
 from tests.oracles import subs_log_prob
 
 
@@ -93,34 +86,6 @@ def test_the_loss_in_pieces_of_nothing_is_zero():
 
 
 # --- SEDD and D3PM ------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def sedd() -> BlockDiffusionModel:
-    """The averaged weights of the authors' SEDD network, under their names."""
-    published = load_file(GOLDEN / "sedd" / "average.safetensors")
-    config = BlockDiffusionConfig(
-        vocab_size=101, seq_len=32, block_size=32, mask_id=100, width=64, num_layers=2, num_heads=4,
-        cond_dim=32, objective="score_entropy", time_conditioning=True,
-    )  # fmt: skip
-    model = BlockDiffusionModel(config).eval()
-    model.load_state_dict({our_name(name): tensor for name, tensor in published.items()})
-    return model
-
-
-@torch.no_grad()
-def test_golden_sedd_scores_and_loss(sedd):
-    expected = load_file(GOLDEN / "sedd" / "expected.safetensors")
-    clean, noisy, t, sigma = (expected[name] for name in ("x0", "xt", "t", "sigma"))
-    assert torch.allclose(noise_level(t[:, :1]), sigma)
-    logits = sedd.denoise_logits(noisy, sigma=sigma[:, 0])
-    assert (logits - expected["logits"]).abs().max() < 1e-4
-    score = log_score(logits.flatten(0, 1), noisy.flatten(), sigma.expand_as(noisy).flatten())
-    assert (score.view_as(logits) - expected["log_score"]).abs().max() < 1e-4
-    drawn = Corrupted(noisy[:, None], torch.ones(3, 1, 32), t[:, None, :1])
-    loss = diffusion_of(sedd.config).terms(sedd, drawn, clean)[:, 0] / t
-    assert (loss - expected["loss_per_token"]).abs().max() < 1e-4
-    assert torch.equal(loss == 0, noisy != 100)
 
 
 def test_score_entropy_is_the_published_formula():

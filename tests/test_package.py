@@ -20,8 +20,8 @@ for name in names:
     __import__(name)
 for name in blockdiffusion.__all__:
     getattr(blockdiffusion, name)
-from blockdiffusion.evaluate.report import _asset
-_asset("report.css"), _asset("report.js")
+from blockdiffusion.evaluate.report.page import _asset
+_asset("page.css"), _asset("page.js")
 print(len(names))
 """
 

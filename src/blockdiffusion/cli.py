@@ -296,8 +296,8 @@ def zero_shot(
 ) -> None:
     """Zero-shot perplexity on the paper's sets, with error bars and conventions."""
     from blockdiffusion.evaluate.scoring import ScoreOptions
-    from blockdiffusion.evaluate.zero_shot import ZeroShotOptions, measure_zero_shot
-    from blockdiffusion.evaluate.zero_shot_table import (
+    from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions, measure_zero_shot
+    from blockdiffusion.evaluate.zero_shot.table import (
         zero_shot_csv,
         zero_shot_lines,
         zero_shot_markdown,
@@ -427,8 +427,8 @@ def variance(
 ) -> None:
     """Variance of the bound and of its gradient, for many estimators and block sizes."""
     from blockdiffusion.evaluate.prepared import read_rows
-    from blockdiffusion.evaluate.variance_picture import variance_picture
-    from blockdiffusion.evaluate.variance_table import (
+    from blockdiffusion.evaluate.variance.picture import variance_picture
+    from blockdiffusion.evaluate.variance.table import (
         DEFAULT_ESTIMATORS,
         VarianceOptions,
         measure_variance,
@@ -593,8 +593,8 @@ def generate_eval(
     dtype: DTYPE = "auto",
 ) -> None:
     """Generated text under a judge: perplexity, entropy, diversity, repetition, length, cost."""
-    from blockdiffusion.evaluate.generate_eval import GenerateEval, generate_and_judge
-    from blockdiffusion.evaluate.samples import DrawOptions
+    from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
+    from blockdiffusion.evaluate.generation.samples import DrawOptions
     from blockdiffusion.terminal import generation_lines, progress_bar
 
     for path in (json_file, csv_file, markdown, plot):
@@ -657,7 +657,7 @@ def generate_compare(
     ] = None,
 ) -> None:
     """Results of generate-eval side by side; all under the same judge."""
-    from blockdiffusion.evaluate.generation_table import (
+    from blockdiffusion.evaluate.generation.table import (
         check_comparable,
         markdown_text,
         read_result,
@@ -715,7 +715,7 @@ def report(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
 ) -> None:
     """Write one self-contained page about a run: curves, mask, trace, samples, numbers."""
-    from blockdiffusion.evaluate.run_report import report_run
+    from blockdiffusion.evaluate.report.run import report_run
 
     page = report_run(
         run,
@@ -753,6 +753,9 @@ def convert(
     mask_id: Annotated[
         int | None, typer.Option(help="Mask token of a .ckpt, where it is not the last id.")
     ] = None,
+    noise_eps: Annotated[
+        float | None, typer.Option(help="Of a sedd .ckpt: 0.001 for the published weights.")
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Name or path; by default what the source holds.")
     ] = None,
@@ -772,6 +775,7 @@ def convert(
         seq_len=seq_len,
         num_heads=num_heads,
         mask_id=mask_id,
+        noise_eps=noise_eps,
     )
     made = run(
         source,
@@ -897,8 +901,8 @@ def _write_generation_tables(
     markdown: Path | None,
     plot: Path | None,
 ) -> None:
-    from blockdiffusion.evaluate.generation_picture import generation_picture
-    from blockdiffusion.evaluate.generation_table import csv_text, markdown_text
+    from blockdiffusion.evaluate.generation.picture import generation_picture
+    from blockdiffusion.evaluate.generation.table import csv_text, markdown_text
 
     if csv_file is not None:
         _write(csv_file, csv_text(results).encode())

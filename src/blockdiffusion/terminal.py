@@ -25,10 +25,10 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from blockdiffusion.data.packing import Progress as Stages
-    from blockdiffusion.evaluate.generation_table import Result
-    from blockdiffusion.evaluate.lengths import DocumentLengths
+    from blockdiffusion.evaluate.generation.lengths import DocumentLengths
+    from blockdiffusion.evaluate.generation.table import Result
     from blockdiffusion.evaluate.likelihood import Likelihood
-    from blockdiffusion.evaluate.variance_table import Measured, VarianceRow, VarianceTable
+    from blockdiffusion.evaluate.variance.table import Measured, VarianceRow, VarianceTable
     from blockdiffusion.sampling import Event
 
 HIDDEN = "░"
@@ -411,7 +411,7 @@ def short_exponent(value: float, digits: int = 2) -> str:
 
 def generation_lines(result: Result) -> list[str]:
     """The numbers of generated text, those of real text beside them, and the conventions."""
-    from blockdiffusion.evaluate.generation_table import conventions, real_label
+    from blockdiffusion.evaluate.generation.table import conventions, real_label
 
     texts = [result["text"]] + ([result["reference"]] if result["reference"] else [])
     bound = "<= " if result["judge"]["is_bound"] else ""
@@ -432,7 +432,7 @@ def generation_lines(result: Result) -> list[str]:
 
 def _generation_rows(bound: str) -> list[tuple[str, Callable[[Any], str]]]:
     """(name, what a text's numbers give) for every line."""
-    from blockdiffusion.evaluate.generation_table import number, with_error
+    from blockdiffusion.evaluate.generation.table import number, with_error
 
     def perplexity(text: Any) -> str:
         low, high = text["interval"] or (None, None)
@@ -463,7 +463,7 @@ def _generation_rows(bound: str) -> list[tuple[str, Callable[[Any], str]]]:
 
 def _drawing_lines(result: Result) -> list[str]:
     """Lengths and cost, where the samples say them."""
-    from blockdiffusion.evaluate.generation_table import number
+    from blockdiffusion.evaluate.generation.table import number
 
     lines = []
     if (lengths := result["lengths"]) is not None:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from blockdiffusion.evaluate import variance_table
 from blockdiffusion.evaluate.journal import Journal, fingerprint
-from blockdiffusion.evaluate.variance_table import measure_variance
-from tests.evaluate.test_variance_table import options_of, text_of
+from blockdiffusion.evaluate.variance import table
+from blockdiffusion.evaluate.variance.table import measure_variance
+from tests.evaluate.variance.test_table import options_of, text_of
 
 
 def test_results_survive_and_a_line_cut_short_does_not(tmp_path):
@@ -42,7 +42,7 @@ def test_an_interrupted_measurement_goes_on(make_model, random_ids, tmp_path, mo
     model, text = make_model(), text_of(random_ids(4, 16))
     options, path = options_of("count", "complement"), tmp_path / "v.journal"
     whole = measure_variance(model, text, options)
-    real, calls = variance_table.batch_moments, []
+    real, calls = table.batch_moments, []
 
     def interrupted(*args, **more):
         calls.append(1)
@@ -50,7 +50,7 @@ def test_an_interrupted_measurement_goes_on(make_model, random_ids, tmp_path, mo
             raise KeyboardInterrupt
         return real(*args, **more)
 
-    monkeypatch.setattr(variance_table, "batch_moments", interrupted)
+    monkeypatch.setattr(table, "batch_moments", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure_variance(model, text, options, journal=path)
     assert path.exists() and len(calls) == 4

@@ -9,11 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 import blockdiffusion
+from blockdiffusion.corruption import Corrupted
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.denoiser import causal_nll, masked_nll
+from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.formats import copy_weights, find_model
 from blockdiffusion.models.lightning import LightningOptions, read_lightning
+from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.objectives import log_score
+from blockdiffusion.schedules import noise_level
 from tests.conftest import GOLDEN
 from tests.models.lightning_files import lightning, save_with_settings, settings
 from tests.models.test_unpickling import Calls
@@ -35,8 +40,7 @@ def golden(kind, **options):
     assert (config.width, config.num_layers, config.num_heads) == (64, 2, 4)
     assert (config.vocab_size, config.mask_id) == (101, sizes["mask_index"])
     assert (config.block_size, config.seq_len) == (sizes["block_size"], sizes["length"])
-    arrays = GOLDEN / "ar" if kind == "ar" else folder
-    return found.model, load_file(arrays / "expected.safetensors")
+    return found.model, load_file(folder / "expected.safetensors")
 
 
 def far(ours, theirs):
@@ -55,12 +59,37 @@ def test_golden_mdlm_logits_and_loss():
 
 
 @torch.no_grad()
-def test_golden_sedd_logits():
+def test_golden_sedd_logits_scores_and_loss():
     model, expected = golden("sedd")
-    assert model.config.time_conditioning
-    sigma = expected["sigma"][:, 0]
-    assert not far(model.denoise_logits(expected["xt"], sigma=sigma), expected["logits"])
-    assert far(model.denoise_logits(expected["xt"], sigma=sigma + 1), expected["logits"])
+    assert model.config.time_conditioning and model.config.objective == "score_entropy"
+    clean, noisy, t, sigma = (expected[name] for name in ("x0", "xt", "t", "sigma"))
+    assert torch.allclose(noise_level(t[:, :1]), sigma)
+    logits = model.denoise_logits(noisy, sigma=sigma[:, 0])
+    assert not far(logits, expected["logits"])
+    assert far(model.denoise_logits(noisy, sigma=sigma[:, 0] + 1), expected["logits"])
+    score = log_score(logits.flatten(0, 1), noisy.flatten(), sigma.expand_as(noisy).flatten())
+    assert not far(score.view_as(logits), expected["log_score"])
+    drawn = Corrupted(noisy[:, None], torch.ones(3, 1, 32), t[:, None, :1])
+    loss = diffusion_of(model.config).terms(model, drawn, clean)[:, 0] / t
+    assert not far(loss, expected["loss_per_token"])
+    assert torch.equal(loss == 0, noisy != 100)
+
+
+def test_the_end_of_a_sedd_networks_noise(tmp_path):
+    """As the option says, or the authors' flag; 0 where neither does."""
+    golden_file = GOLDEN / "sedd-lightning" / "last.ckpt"
+    for eps in (None, 1e-3):
+        options = LightningOptions(kind="sedd", seq_len=32, noise_eps=eps)
+        assert find_model(golden_file, options).config.noise_eps == (eps or 0)
+    config = BlockDiffusionConfig(
+        vocab_size=11, seq_len=16, block_size=16, width=16, num_layers=1, num_heads=2, cond_dim=8,
+        objective="score_entropy", time_conditioning=True,
+    )  # fmt: skip
+    model = BlockDiffusionModel(config)
+    said = settings("sedd", model)
+    said["algo"]["mdlm_loss_scale"] = True
+    save_with_settings(tmp_path / "last.ckpt", lightning(model), said, None)
+    assert find_model(tmp_path / "last.ckpt").config.noise_eps == 1e-3
 
 
 @torch.no_grad()

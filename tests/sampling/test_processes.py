@@ -6,12 +6,13 @@ from scipy import stats
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+from blockdiffusion.objectives import uniform_reverse
+from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent, processes
 from blockdiffusion.sampling.policies import FirstHitting
 from blockdiffusion.sampling.processes import Analytic, Planned, UniformReverse, make_process
 from tests import noise_oracles as oracles
 
-DRAWS = 10_000
+DRAWS = 6_000
 FALSE_ALARM = 1e-4  # of each test here
 KINDS = {
     "sedd": dict(objective="score_entropy"),
@@ -81,6 +82,28 @@ def test_a_sampler_has_the_law_of_its_chain(make, kind, use_cache):
     assert p_value(result, exact_law(model, kind, 3)) > FALSE_ALARM
     assert p_value(result, exact_law(model, kind, 1)) < 1e-10  # it tells laws apart
     assert result.nfe.max() <= 6
+
+
+def test_every_step_of_uniform_noise_draws_from_equation_4(make, monkeypatch):
+    """Exactly, where a chi-square test has little power: the law that each token is drawn from."""
+    model, steps = make("uniform", noise_schedule="square"), 4
+    probs = [((i + 1) / steps) ** 2 for i in range(steps)]
+    taken = []
+
+    def remember(clean, noisy, *rest):
+        drawn_from = uniform_reverse(clean, noisy, *rest)
+        taken.append((clean, noisy, drawn_from / drawn_from.sum(-1, keepdim=True)))
+        return drawn_from
+
+    monkeypatch.setattr(processes, "uniform_reverse", remember)
+    draw(model, draws=5, new=2, steps=steps)
+    matrices = oracles.step_matrices(model, "uniform", probs)
+    assert len(taken) == steps
+    for index, (clean, noisy, drawn_from) in zip(reversed(range(steps)), taken, strict=True):
+        from_zero = oracles.product(matrices[:index])
+        for guess, x_t, law in zip(clean, noisy.tolist(), drawn_from, strict=True):
+            expected = oracles.posterior(from_zero, matrices[index], guess, x_t)
+            assert (law - expected).abs().max() < 1e-12
 
 
 def test_the_steps_of_a_model_are_the_usual_ones(make):

@@ -48,6 +48,7 @@ def check_files(out: Path) -> None:
         ".json": lambda path: json.loads(path.read_text()),
         ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
         ".safetensors": load_file,
+        ".md": lambda path: yaml.safe_load(path.read_text().split("---")[1])["library_name"],
     }
     for path in out.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(out).parts)
@@ -62,6 +63,8 @@ def final_files(out: Path) -> dict[str, bytes]:
     steps = sorted((out / "checkpoints").glob("step-*"))[-1:]
     paths = [path for folder in [*steps, out / "model"] for path in sorted(folder.iterdir())]
     files = {str(p.relative_to(out)): p.read_bytes() for p in paths if p.name != "state.json"}
+    for card in ("model/card.json", "model/README.md"):  # they tell the run's name
+        files[card] = files[card].replace(out.name.encode(), b"NAME")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [n for n in lines if "note" not in n and n.keys() != {"step", "clip"}]  # of a resume
     timed = {"seconds", "tokens_per_second", "search_seconds"}

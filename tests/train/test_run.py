@@ -12,7 +12,7 @@ from blockdiffusion.config import build_model, load_recipe, run_training, to_dic
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import likelihood
-from blockdiffusion.evaluate.run_report import report_run
+from blockdiffusion.evaluate.report.run import report_run
 from blockdiffusion.seeding import generator
 from blockdiffusion.train import checkpoint
 from blockdiffusion.train.loggers import read_metrics

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeGuard
 
 import torch
 
@@ -30,16 +30,15 @@ Weights = Literal["ema", "raw"]
 class Kind:
     """What one of the authors' algorithms makes of the network."""
 
-    objective: str
+    objective: Objective
     time_conditioning: bool = False
     has_blocks: bool = False
 
 
-SCORE_ENTROPY = "score_entropy" if "score_entropy" in get_args(Objective) else "block_diffusion"
 # The authors' algo.name -> ours.
 KINDS = {
     "mdlm": Kind(objective="block_diffusion"),
-    "sedd": Kind(objective=SCORE_ENTROPY, time_conditioning=True),
+    "sedd": Kind(objective="score_entropy", time_conditioning=True),
     "ar": Kind(objective="autoregressive"),
     "bd3lm": Kind(objective="block_diffusion", has_blocks=True),
 }
@@ -60,6 +59,8 @@ class LightningOptions:
     seq_len: int | None = None
     num_heads: int | None = None
     mask_id: int | None = None
+    noise_eps: float | None = None
+    """0.001 for weights that were trained with sigma = -log(1 - 0.999 t), as the published SEDD."""
 
     def __post_init__(self) -> None:
         if self.weights not in ("ema", "raw"):
@@ -204,10 +205,12 @@ def _configuration(
     if isinstance(dropout, int | float):
         sizes["dropout"] = float(dropout)
     kind = KINDS[kind_name]
+    scaled = settings.flag("algo.mdlm_loss_scale") is True and kind_name == "sedd"
     config = BlockDiffusionConfig(
         **sizes,
         objective=kind.objective,
         time_conditioning=kind.time_conditioning or settings.flag("algo.time_conditioning") is True,
+        noise_eps=options.noise_eps if options.noise_eps is not None else 1e-3 * scaled,
         # The authors' AR is given its first token, and so are the others with `ignore_bos`.
         bos=True if kind_name == "ar" or settings.flag("algo.ignore_bos") else None,
     )

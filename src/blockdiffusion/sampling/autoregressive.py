@@ -20,7 +20,7 @@ from blockdiffusion.sampling.loop import (
     Event,
     SamplingOptions,
     StepEvent,
-    _check,
+    check_request,
 )
 
 
@@ -37,7 +37,7 @@ def sample_next_tokens(
     (`bos` is false in its configuration). `options.policy` is not read; with a window a token sees
     the last `window` tokens, itself and the start symbol included.
     """
-    _check(model, prompts, options)
+    check_request(model, prompts, options)
     state = _Rows(model, prompts, options)
     while state.active.numel():
         logits_RV = model.head(state.past.read(state.last_R))

@@ -99,16 +99,16 @@ def sample_events(
     generator: torch.Generator,
 ) -> Iterator[Event]:
     """Samples a continuation of every prompt (ids; may be empty or ragged)."""
-    _check(model, prompts, options)
-    state = _Batch(model, prompts, options)
+    check_request(model, prompts, options)
+    state = BlockBatch(model, prompts, options)
     while state.active.numel():
-        yield from _denoise_block(model, state, options, generator)
+        yield from denoise_block(model, state, options, generator)
         yield state.finish_block(options.eos_id)
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
 
 
-def _denoise_block(
-    model: Denoiser, state: _Batch, options: SamplingOptions, generator: torch.Generator
+def denoise_block(
+    model: Denoiser, state: BlockBatch, options: SamplingOptions, generator: torch.Generator
 ) -> Iterator[StepEvent]:
     """Takes the current block of all active rows from noise to text."""
     block_RS, open_RS, kept_RS = state.open_block()
@@ -153,7 +153,7 @@ def _decided_up_to_eos(
     return (is_eos_RS & ~undecided_before_RS).any(1)
 
 
-class _Batch:
+class BlockBatch:
     """Where every row stands. R counts the active rows, B all of them."""
 
     def __init__(self, model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingOptions):
@@ -209,7 +209,7 @@ class _Batch:
         return BlockEvent(rows, starts_R, block_RS, ends_R)
 
 
-def _check(
+def check_request(
     model: Denoiser | NextTokenModel, prompts: Sequence[Sequence[int]], options: SamplingOptions
 ) -> None:
     config = model.config

@@ -19,13 +19,13 @@ from blockdiffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.context import CachedContext
 from blockdiffusion.sampling.loop import (
+    BlockBatch,
     BlockEvent,
     DoneEvent,
     Event,
     SamplingOptions,
-    _Batch,
-    _check,
-    _denoise_block,
+    check_request,
+    denoise_block,
 )
 
 
@@ -68,10 +68,10 @@ def sample_sliding(
             f"the window is {options.window}, but a model of one block writes longer texts by "
             f"sliding that block, so that a token sees at most its {size} tokens; leave window out"
         )
-    _check(model, prompts, replace(options, window=None))
+    check_request(model, prompts, replace(options, window=None))
     state = _SlidingBatch(model, prompts, options, stride)
     while state.active.numel():
-        yield from _denoise_block(model, state, options, generator)
+        yield from denoise_block(model, state, options, generator)
         yield state.finish_block(options.eos_id)
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
 
@@ -83,7 +83,7 @@ class _Frame(CachedContext):
         pass
 
 
-class _SlidingBatch(_Batch):
+class _SlidingBatch(BlockBatch):
     """Where the frame of every row stands: `starts_R`, and up to `ends_B` its text is decided."""
 
     def __init__(

@@ -1,0 +1,164 @@
+"""`blockdiff generate-eval` from its options to its result: loads, checks, draws, judges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.evaluate.generation.independence import check_judge
+from blockdiffusion.evaluate.generation.judge import Judge, load_judge, window_sizes
+from blockdiffusion.evaluate.generation.mauve_score import require_mauve
+from blockdiffusion.evaluate.generation.reference import reference_samples
+from blockdiffusion.evaluate.generation.result import (
+    Conditions,
+    GenerationResult,
+    Progress,
+    evaluate_samples,
+)
+from blockdiffusion.evaluate.generation.samples import (
+    Drawn,
+    DrawOptions,
+    EntropyGuard,
+    Sample,
+    draw_samples,
+    read_samples,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateEval:
+    """What to evaluate.
+
+    Attributes:
+        model: directory or id of the model under test; may be None where samples are given.
+        judge: see `judge.load_judge`.
+        draw: how samples are drawn; not read where they are given.
+        min_entropy, entropy_window: of the guard, see `samples.EntropyGuard`; None: no guard.
+        samples_from: JSON lines file with samples to judge instead of drawn ones.
+        reference: real text, see `reference.reference_samples`; `split` of prepared data.
+        mauve, context, stride: see `generation_result.evaluate_samples`.
+        label: what the result is called; the model or the samples file by default.
+    """
+
+    model: str | None
+    judge: str
+    draw: DrawOptions = field(default_factory=DrawOptions)
+    min_entropy: float | None = None
+    entropy_window: int = 256
+    samples_from: Path | None = None
+    reference: tuple[str, ...] = ()
+    split: str = "valid"
+    mauve: bool = False
+    context: int | None = None
+    stride: int | None = None
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.samples_from is None:
+            raise UserError("there is nothing to judge; give a model, or samples (--samples-from)")
+        if self.min_entropy is not None:
+            EntropyGuard(min_entropy=self.min_entropy, window=self.entropy_window)
+        if self.mauve and not self.reference:
+            raise UserError("MAUVE compares with real text; give --reference, or leave it out")
+
+
+def generate_and_judge(
+    options: GenerateEval,
+    *,
+    load_model: Callable[[str], Any],
+    device: torch.device | str | None = None,
+    beside: Path | None = None,
+    progress: Progress | None = None,
+) -> GenerationResult:
+    """Draws the samples (or reads them) and evaluates them.
+
+    Args:
+        load_model: loads the model under test by its name.
+        device: of the judge.
+        beside: where the result will be written: finished samples are kept beside it in
+            `NAME.samples.jsonl`, and finished passes of the judge in `NAME.journal`, so that the
+            same call goes on after a kill. None: nothing is kept.
+
+    Raises:
+        UserError: whatever does not fit is refused before samples are drawn, as far as it can be.
+    """
+    if options.mauve:
+        require_mauve()
+    model = None if options.model is None else load_model(options.model)
+    judge = load_judge(options.judge, device=device)
+    window_sizes(judge, options.context, options.stride)
+    warnings = check_judge(options.model, model, judge)
+    drawn = _samples(options, model, beside, progress)
+    reference = None
+    if options.reference:
+        reference = _reference(options, drawn, model, judge)
+    own = options.samples_from is None
+    return evaluate_samples(
+        drawn,
+        judge,
+        Conditions(
+            label=options.label or options.model or str(options.samples_from),
+            model=options.model,
+            sampling=asdict(options.draw) if own else None,
+            guard=(
+                None
+                if options.min_entropy is None
+                else {"min_entropy": options.min_entropy, "window": options.entropy_window}
+            ),
+            reference_source=", ".join(options.reference) or None,
+            warnings=tuple(warnings),
+            seed=options.draw.seed,
+        ),
+        context=options.context,
+        stride=options.stride,
+        reference=reference,
+        mauve=options.mauve,
+        progress=progress,
+        journal=beside and beside.with_name(f"{beside.name}.journal"),
+    )
+
+
+def _samples(
+    options: GenerateEval, model: Any, beside: Path | None, progress: Progress | None
+) -> Drawn:
+    guard = None
+    if options.min_entropy is not None:
+        guard = EntropyGuard(
+            min_entropy=options.min_entropy,
+            window=options.entropy_window,
+            step=1 if model is None else model.config.block_size,
+        )
+    if options.samples_from is not None:
+        samples = read_samples(options.samples_from)
+        accepted = [sample for sample in samples if guard is None or guard.accepts(sample)]
+        return Drawn(accepted, len(samples), len(samples) - len(accepted))
+    assert model is not None
+    return draw_samples(
+        model,
+        options.draw,
+        file=beside and samples_file(beside),
+        guard=guard,
+        progress=None if progress is None else lambda done, total: progress("sample", done, total),
+    )
+
+
+def samples_file(result: Path) -> Path:
+    """Where the samples of the result `result` are kept: a.json -> a.samples.jsonl."""
+    return result.with_name(f"{result.stem}.samples.jsonl")
+
+
+def _reference(options: GenerateEval, drawn: Drawn, model: Any, judge: Judge) -> list[Sample]:
+    """As many pieces of real text as samples, as long as samples may be."""
+    most = options.draw.max_new_tokens
+    lengths = [s.length for s in drawn.samples if s.length is not None]
+    if options.samples_from is not None and lengths:
+        most = max(lengths)
+    tokenizer = judge.tokenizer if model is None or model.tokenizer is None else model.tokenizer
+    return reference_samples(
+        options.reference, len(drawn.samples), max(most, 1), tokenizer, options.split
+    )

@@ -1,0 +1,397 @@
+"""Samples for an evaluation: drawn in batches that can be repeated, kept in a JSON lines file.
+
+A batch is drawn from a random stream that is named by the number of its first sample, and is
+written when it is finished. So a killed run goes on with the first batch that is missing, and the
+result is what it would have been.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from blockdiffusion.data.files import storage_error
+from blockdiffusion.errors import UserError
+from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
+from blockdiffusion.evaluate.journal import fingerprint
+from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
+from blockdiffusion.sampling.logits import Filters, TopPRule
+from blockdiffusion.seeding import derive_seed, generator
+
+STREAM = "generate-eval"
+MOST_TRIES = 10  # samples drawn for each one that a guard lets through
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """How samples are drawn, from nothing (or a BOS); see `sampling.stream`.
+
+    Attributes:
+        num_samples: samples to have; only those of a last, short batch depend on it.
+        policy: None: the usual one of the network.
+        batch_size: samples drawn together. They share a random stream, so a sample depends on it.
+    """
+
+    num_samples: int = 64
+    max_new_tokens: int = 256
+    batch_size: int = 16
+    seed: int = 0
+    bos: bool | None = None
+    eos: bool = True
+    policy: str | None = None
+    steps: int | None = None
+    schedule: str | None = None
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    top_p_rule: TopPRule = "transformers"
+    use_cache: bool = True
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        Filters(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            top_p_rule=self.top_p_rule,
+        )
+
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `sampling.stream` that change the law or the draw."""
+        own = {"num_samples", "batch_size", "seed", "bos"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One text.
+
+    Attributes:
+        text: decoded, without special tokens.
+        documents: the text, cut where an EOS was sampled before its end.
+        ids: the model's tokens, BOS included; None for a text from elsewhere.
+        length: new tokens without the EOS that ended it; None for a text from elsewhere.
+        ended: whether a sampled EOS ended it; None where not known.
+        nfe: network passes it took part in; None where not known.
+        seconds: its share of the time of its batch; None where not known.
+        seed: of the generator that its batch was drawn with; None where not known.
+    """
+
+    text: str
+    documents: tuple[str, ...]
+    ids: tuple[int, ...] | None = None
+    length: int | None = None
+    ended: bool | None = None
+    nfe: int | None = None
+    seconds: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyGuard:
+    """Rejects samples that repeat themselves; the authors' rule is that of the defaults.
+
+    Their samplers draw a sample anew, whatever was asked for, once the entropy of its last 256
+    tokens falls below 4 nats, checked after every block. Here it is an option.
+
+    Attributes:
+        min_entropy: nats, of the model's tokens.
+        window: tokens that are looked at; samples that are not longer always pass.
+        step: the check is made at multiples of it and at the end: the block size.
+    """
+
+    min_entropy: float = 4.0
+    window: int = 256
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.min_entropy > 0 or self.window < 1:
+            raise UserError(
+                f"the guard asks for an entropy of {self.min_entropy} nats over {self.window} "
+                "tokens; both must be above 0"
+            )
+
+    def accepts(self, sample: Sample) -> bool:
+        """Whether the sample passes.
+
+        Raises:
+            UserError: the sample has no token ids.
+        """
+        if sample.ids is None:
+            raise UserError(
+                "the entropy guard looks at the model's tokens, and these samples have no ids; "
+                "leave it out, or draw the samples here"
+            )
+        lowest = lowest_window_entropy(sample.ids, self.window, self.step)
+        return lowest is None or lowest >= self.min_entropy
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Accepted samples in their order, how many were drawn for them, how many a guard rejected."""
+
+    samples: list[Sample]
+    drawn: int
+    rejected: int
+
+
+def draw_samples(
+    model: Any,
+    options: DrawOptions,
+    *,
+    file: Path | None = None,
+    guard: EntropyGuard | None = None,
+    progress: Progress | None = None,
+) -> Drawn:
+    """Draws `options.num_samples` samples that the guard accepts.
+
+    Args:
+        model: any model that `sampling.stream` takes, with a tokenizer.
+        file: JSON lines that keep every finished sample, rejected ones too; what it has already is
+            not drawn again.
+        guard: rejected samples are counted and replaced by further ones; None: none is rejected.
+        progress: called with (done, total) tokens.
+
+    Raises:
+        UserError: the model has no tokenizer; `file` holds samples of something else; or the guard
+            rejects nearly everything.
+    """
+    if model.tokenizer is None:
+        raise UserError(
+            "this model's directory has no tokenizer, so its samples cannot be given to a judge; "
+            "put its tokenizer.json there"
+        )
+    kept = SampleFile(file, identity(model, options)) if file is not None else None
+    accepted: list[Sample] = []
+    drawn = 0
+    for first, rows in _batches(options.num_samples, options.batch_size):
+        if len(accepted) >= options.num_samples:
+            break
+        if drawn >= options.num_samples * MOST_TRIES:
+            raise UserError(
+                f"the guard accepted {len(accepted)} of {drawn} samples, too few to go on; lower "
+                "its minimum entropy, or leave it out"
+            )
+        found = None if kept is None else kept.batch(first, rows)
+        if found is None:
+            expected = drawn + max(options.num_samples - len(accepted), rows)
+            advance = _advance(progress, drawn, expected, options.max_new_tokens)
+            found = _draw_batch(model, options, first, rows, advance)
+            if kept is not None:
+                kept.add(first, found)
+        drawn += rows
+        accepted += [s for s in found if guard is None or guard.accepts(s)]
+    return Drawn(accepted[: options.num_samples], drawn, drawn - len(accepted))
+
+
+def _advance(
+    progress: Progress | None, drawn: int, expected: int, max_new_tokens: int
+) -> Callable[[int], None]:
+    def advance(tokens: int) -> None:
+        if progress is not None:
+            progress(drawn * max_new_tokens + tokens, expected * max_new_tokens)
+
+    return advance
+
+
+def _batches(num_samples: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """(first, rows) of the batches: those of the samples asked for, then whole ones without end."""
+    for first in range(0, num_samples, batch_size):
+        yield first, min(batch_size, num_samples - first)
+    first = num_samples
+    while True:
+        yield first, batch_size
+        first += batch_size
+
+
+def _draw_batch(
+    model: Any, options: DrawOptions, first: int, rows: int, advance: Callable[[int], None]
+) -> list[Sample]:
+    begin, tokens = time.perf_counter(), 0
+    advance(0)
+    prompts = prepare_prompts(model, None, rows, options.bos)
+    events = stream(
+        model,
+        prompts,
+        bos=False,  # already in the prompts
+        generator=generator(options.seed, STREAM, first),
+        **options.sampling(),
+    )
+    for event in events:
+        if isinstance(event, BlockEvent):
+            tokens += int((event.ends - event.starts).sum())
+            advance(min(tokens, rows * options.max_new_tokens))
+        elif isinstance(event, DoneEvent):
+            return _samples(model, options, event, first, time.perf_counter() - begin)
+    raise AssertionError("the block loop always ends with a DoneEvent")
+
+
+def _samples(
+    model: Any, options: DrawOptions, done: DoneEvent, first: int, seconds: float
+) -> list[Sample]:
+    result = collect(model, done)
+    assert result.texts is not None
+    eos_id = model.config.eos_id if options.eos else None
+    samples = []
+    for row, text in enumerate(result.texts):
+        ids = result.sequences[row, : int(result.lengths[row])].tolist()
+        given = int(result.prompt_lengths[row])
+        ended = len(ids) > given and ids[-1] == eos_id
+        samples.append(
+            Sample(
+                text=text,
+                documents=documents_of(ids[given:], model.config.eos_id, model.tokenizer),
+                ids=tuple(ids),
+                length=len(ids) - given - ended,
+                ended=ended,
+                nfe=int(result.nfe[row]),
+                seconds=seconds / len(result.texts),
+                seed=derive_seed(options.seed, STREAM, first),
+            )
+        )
+    return samples
+
+
+def documents_of(ids: Sequence[int], eos_id: int | None, tokenizer: Any) -> tuple[str, ...]:
+    """The texts between the EOS of `ids`; those without a token are left out."""
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token == eos_id:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return tuple(tokenizer.decode(part, skip_special_tokens=True) for part in parts if part)
+
+
+# --- The file -------------------------------------------------------------------------------------
+
+
+def identity(model: Any, options: DrawOptions) -> str:
+    """Everything that a sample depends on but its number, as a hash."""
+    bos = model.config.bos if options.bos is None else options.bos
+    return fingerprint(model, options.sampling(), options.seed, options.batch_size, bool(bos))
+
+
+class SampleFile:
+    """Finished batches, one JSON line a sample; lines are added and never removed.
+
+    Args:
+        identity: of what is drawn; see `identity`.
+
+    Raises:
+        UserError: the file holds something else, or samples of another model or other options.
+    """
+
+    def __init__(self, path: Path, identity: str):
+        self.path, self.identity = path, identity
+        self._found: dict[tuple[int, int], dict[int, Sample]] = {}
+        content = path.read_bytes() if path.exists() else b""
+        self._cut_short = bool(content) and not content.endswith(b"\n")
+        for line in content.split(b"\n"):
+            try:
+                record = json.loads(line)
+                place, row = tuple(record["batch"]), record["index"]
+            except ValueError:  # blank, or cut short by a kill
+                continue
+            except (KeyError, TypeError):
+                raise self._foreign() from None
+            if record["identity"] != identity:
+                raise self._foreign()
+            self._found.setdefault(place, {})[row] = _from_record(record)
+
+    def _foreign(self) -> UserError:
+        return UserError(
+            f"{self.path} holds samples of another model or of other options; choose another place "
+            "for the result, or remove that file"
+        )
+
+    def batch(self, first: int, rows: int) -> list[Sample] | None:
+        """The samples `first` .. `first + rows - 1`, if drawn together and all there."""
+        found = self._found.get((first, rows), {})
+        return [found[first + row] for row in range(rows)] if len(found) == rows else None
+
+    def add(self, first: int, samples: Sequence[Sample]) -> None:
+        """Adds a finished batch; it survives a kill from here on.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        lines = [
+            _to_record(sample, self.identity, first, len(samples), first + row)
+            for row, sample in enumerate(samples)
+        ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        try:
+            with open(self.path, "ab") as file:
+                file.write(("\n" * self._cut_short + text).encode())
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        self._cut_short = False
+
+
+def _to_record(sample: Sample, identity: str, first: int, rows: int, index: int) -> dict[str, Any]:
+    values = asdict(sample)
+    return {"identity": identity, "batch": [first, rows], "index": index} | values
+
+
+def _from_record(record: dict[str, Any]) -> Sample:
+    values = {f.name: record[f.name] for f in fields(Sample)}
+    for name in ("documents", "ids"):
+        values[name] = tuple(values[name])
+    return Sample(**values)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples of a JSON lines file: one of ours, of `blockdiff sample --json`, or any with a
+    `text` in every line.
+
+    Raises:
+        UserError: there is no such file, no sample in it, or a line without a text.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read the samples {path}: {error.strerror}") from error
+    samples: dict[Any, tuple[int, Sample]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise UserError(
+                f"line {number} of {path} is no sample; each line must be a JSON object with a text"
+            )
+        if not {"identity", "index", "batch", *(f.name for f in fields(Sample))} <= record.keys():
+            samples["line", number] = (0, _from_elsewhere(record))
+            continue
+        # A last batch that was short is drawn again, whole, when more samples are asked for.
+        index, rows = record["index"], record["batch"][1]
+        if index not in samples or rows > samples[index][0]:
+            samples[index] = (rows, _from_record(record))
+    if not samples:
+        raise UserError(f"there is no sample in {path}; give a file with a JSON object a line")
+    return [sample for _, sample in samples.values()]
+
+
+def _from_elsewhere(record: dict[str, Any]) -> Sample:
+    text, ids, given = record["text"], record.get("ids"), record.get("prompt_tokens")
+    known = isinstance(ids, list) and isinstance(given, int)
+    return Sample(
+        text=text,
+        documents=(text,) if text else (),
+        ids=tuple(ids) if isinstance(ids, list) else None,
+        length=len(ids) - given if known else None,
+        nfe=record.get("nfe"),
+        seed=record.get("seed"),
+    )
