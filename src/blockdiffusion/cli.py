@@ -366,7 +366,7 @@ def lengths(
     dtype: DTYPE = "auto",
 ) -> None:
     """How long documents become: tokens until a sampled EOS."""
-    from blockdiffusion.evaluate.lengths import document_lengths
+    from blockdiffusion.evaluate.generation.lengths import document_lengths
     from blockdiffusion.terminal import length_lines, progress_bar
 
     if json_file is not None:

@@ -18,8 +18,9 @@ from blockdiffusion.reproduce.cells import document_tokens
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.paper import TABLES
 from blockdiffusion.reproduce.plan import make_plan
-from blockdiffusion.reproduce.scales import PAPER, SMALL
+from blockdiffusion.reproduce.scales import PAPER, SCALES, SMALL
 from blockdiffusion.train.loop import BatchOrder
+from tests.command import blockdiff
 from tests.evaluate.judges import save_gpt2
 from tests.reproduce.toy import DOCS, TOY, InProcess, write_pages
 
@@ -172,6 +173,20 @@ def test_what_is_made_is_left_alone(made, data):
     assert [one.values for one in repeated] == [one.values for one in found.values()]
 
 
+def test_the_command_shows_the_page(made, data, monkeypatch):
+    plan, found, _ = made
+    monkeypatch.setitem(SCALES, "toy", TOY)
+    options = [word for entry in data for word in ("--data", entry)]
+    ended = blockdiff("reproduce", "t3", "--scale", "toy", "--out", plan.out, *options)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == found["T3"].markdown.read_text().strip()
+    assert ended.stderr.count(": done before") == 16
+    listed = blockdiff(
+        "reproduce", "t3", "--scale", "toy", "--out", plan.out, *options, "--dry-run"
+    )
+    assert "16 steps, 16 done" in listed.stdout and "is left: 0 FLOP" in listed.stdout
+
+
 def test_two_processes_do_not_work_in_one_place(made):
     plan = made[0]
     with (
@@ -202,9 +217,9 @@ def test_a_measurement_follows_its_run_and_options(made, data):
 
 def reduced(scale, tokenizer):
     """`small` or `paper` with its own recipe, at the sizes of the toy and on the toy's text."""
-    lm1b = replace(scale.texts["lm1b"], tokenizer=tokenizer, seq_len=32)
+    sizes = dict(seq_len=32, batch_size=4, micro_batch_size=2)
+    lm1b = replace(scale.texts["lm1b"], tokenizer=tokenizer, **sizes)
     owt = replace(lm1b, name="owt", row_bos=False, row_eos=False)  # also on the sentences
-    half = {"batch_size": 4, "micro_batch_size": 2, "device": "cpu"}
     measure = replace(
         scale.measure, variance_batch=2, variance_batches=2, documents=2, longest=40, generated=2,
         batch=2, samples=2,
@@ -213,7 +228,7 @@ def reduced(scale, tokenizer):
         scale,
         texts={"lm1b": lm1b, "owt": owt},
         model={**TOY.model, "dropout": scale.model["dropout"]},
-        train={**scale.train, **half},
+        train={**scale.train, "device": "cpu"},
         optim={**scale.optim, "warmup_steps": 2},
         evaluation={"every": 2, "rows": 4},
         checkpoint={"every": 2},

@@ -15,6 +15,7 @@ TEXT = Text(
     is_local=True,
     tested="test",
     seq_len=32,
+    batch_size=4,
     tokenizer="bpe:300",
 )
 TOY = Scale(
@@ -22,7 +23,7 @@ TOY = Scale(
     about="seconds",
     texts={"lm1b": TEXT, "owt": TEXT},
     model={"num_layers": 1, "width": 16, "num_heads": 2, "cond_dim": 8, "dropout": 0.0},
-    train={"batch_size": 4, "seed": 1, "device": "cpu", "threads": 1},
+    train={"seed": 1, "device": "cpu", "threads": 1},
     optim={"lr": 1e-2, "warmup_steps": 2, "ema_decay": 0.9},
     evaluation={"every": None},
     checkpoint={"every": 2, "keep": 1},

@@ -62,7 +62,7 @@ def _sizes(run: Run, flops: float) -> list[str]:
 
 def amount(number: int) -> str:
     """65B, 3.1M: three digits."""
-    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= limit:
             return f"{number / limit:.3g}{letter}"
     return str(number)

@@ -63,7 +63,7 @@ def machine() -> dict[str, Any]:
 
 def _conventions(plan: Plan, table: PaperTable) -> list[str]:
     scale, model, text = plan.scale, plan.scale.model, plan.text(table)
-    tokens = scale.train["batch_size"] * text.seq_len
+    tokens = text.batch_size * text.seq_len
     notes = [
         f"Networks of {model['num_layers']} layers and width {model['width']}; an update reads "
         f"{tokens:,} tokens. {_budget(scale.steps, table.name)}",

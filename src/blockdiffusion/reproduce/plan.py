@@ -134,7 +134,7 @@ def make_plan(
 
 def zero_shot_names() -> list[str]:
     """The sets of table 5."""
-    from blockdiffusion.evaluate.zero_shot import SUITES
+    from blockdiffusion.evaluate.zero_shot.suite import SUITES
 
     return [task.name for task in SUITES["paper"]]
 
@@ -263,7 +263,11 @@ class _Planner:
             model=model,
             objective=system.objective,
             search=system.search,
-            train={**self.scale.train, "steps": system.steps},
+            train={
+                "steps": system.steps,
+                "batch_size": text.batch_size,
+                "micro_batch_size": text.micro_batch_size,
+            },
             size=_Size(
                 text.seq_len, text.tokenizer, system.streams(text.seq_len), system.noisy_copies
             ),
@@ -286,7 +290,7 @@ class _Planner:
             "data": {"path": data},
             "model": dict(model),
             "objective": dict(objective),
-            "train": dict(train),
+            "train": {**self.scale.train, **train},
             "optim": dict(self.scale.optim),
             "eval": dict(self.scale.evaluation),
             "sample": {"every": None},
@@ -332,7 +336,6 @@ class _Planner:
                 files=(self.data[JUDGE],),
             )
         )  # fmt: skip
-        train = {**self.scale.train, "steps": spec.steps, "batch_size": spec.batch_size}
         trained = self._add_run(
             JUDGE,
             [prepared],
@@ -340,7 +343,7 @@ class _Planner:
             model=spec.model,
             objective={"name": "ar"},
             search={},
-            train=train,
+            train={"steps": spec.steps, "batch_size": spec.batch_size},
             size=_Size(spec.seq_len, spec.tokenizer, 1, 1),
         )
         self.judge = self._run_of(JUDGE)

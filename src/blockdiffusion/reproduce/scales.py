@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from blockdiffusion.errors import UserError
@@ -21,6 +21,8 @@ class Text:
         is_local: whether they must be given: this scale downloads nothing.
         tested: the split that is tested on, where it is not the one that the set holds out.
         seq_len: L.
+        batch_size: rows of an update of the weights.
+        micro_batch_size: rows of one pass; None: all of them.
         tokenizer, row_bos, row_eos: see `data.options.PrepareOptions`. An EOS stands after every
             document.
     """
@@ -31,6 +33,8 @@ class Text:
     is_local: bool = False
     tested: str | None = None
     seq_len: int
+    batch_size: int
+    micro_batch_size: int | None = None
     tokenizer: str
     row_bos: bool = False
     row_eos: bool = False
@@ -102,8 +106,8 @@ class Scale:
     Attributes:
         about: for whom it is.
         texts: "lm1b" and "owt" -> what stands for them.
-        model, train, optim, evaluation, checkpoint: sections of every recipe; `train` without its
-            number of steps.
+        model, train, optim, evaluation, checkpoint: sections of every recipe; `train` without steps
+            and batches.
         objective: of masked diffusion, where a table does not ask for another noise.
         num_noisy: noisy copies that D3PM draws: as many as the others.
         search: of the clip, for the short blocks; empty: none.
@@ -154,6 +158,7 @@ _WIKITEXT2 = Text(
     is_local=True,
     tested="test",
     seq_len=128,
+    batch_size=16,
     tokenizer="bpe:2048",
 )
 
@@ -162,7 +167,7 @@ TINY = Scale(
     about="two CPU cores; tables 3 to 7 together take about two hours",
     texts={"lm1b": _WIKITEXT2, "owt": _WIKITEXT2},
     model={"num_layers": 4, "width": 128, "num_heads": 4, "cond_dim": 64, "dropout": 0.0},
-    train={"batch_size": 16, "seed": 1, "device": "cpu", "threads": 1},
+    train={"seed": 1, "device": "cpu", "threads": 1},
     optim={"lr": 2e-3, "betas": [0.9, 0.99], "warmup_steps": 50, "ema_decay": 0.99},
     evaluation={"every": 500, "rows": 128, "samples": 4},
     checkpoint={"every": 100, "keep": 1},
@@ -171,12 +176,14 @@ TINY = Scale(
     steps=Steps(base=1500, fine_tune=600, single_token=1200, clips=300, schedules=300),
     measure=Measurements(
         rows=1024,
-        zero_shot_rows=768,
+        samples=4,
+        zero_shot_rows=512,
         variance_batch=16,
         variance_batches=32,
+        documents=200,
         longest=4096,
-        generated=128,
-        batch=32,
+        generated=100,
+        batch=50,
     ),
     judge=TrainedJudge(
         tokenizer="bpe:4096",
@@ -198,20 +205,31 @@ _LM1B = Text(
     data_set="lm1b",
     option="lm1b",
     seq_len=128,
+    batch_size=512,
+    micro_batch_size=128,
     tokenizer="bert-base-uncased",
     row_bos=True,  # as the authors pack it
     row_eos=True,
 )
 _OWT = Text(
-    name="owt", data_set="openwebtext", option="openwebtext", seq_len=1024, tokenizer="gpt2"
+    name="owt",
+    data_set="openwebtext",
+    option="openwebtext",
+    seq_len=1024,
+    batch_size=512,
+    micro_batch_size=16,
+    tokenizer="gpt2",
 )
 
 SMALL = Scale(
     name="small",
     about="one GPU for hours: the paper's data, a network a fifth as large, 1.6B tokens a model",
-    texts={"lm1b": _LM1B, "owt": _OWT},
+    texts={
+        "lm1b": replace(_LM1B, batch_size=256),
+        "owt": replace(_OWT, batch_size=32),
+    },
     model={"num_layers": 6, "width": 512, "num_heads": 8, "cond_dim": 128, "dropout": 0.1},
-    train={"batch_size": 256, "dtype": "bf16", "micro_batch_size": 32, "seed": 1},
+    train={"dtype": "bf16", "seed": 1},
     optim=_PAPER_OPTIM
     | {"lr": 1e-3, "betas": [0.9, 0.99], "warmup_steps": 1000, "ema_decay": 0.9995},
     evaluation={"every": 2500, "rows": 512},
@@ -236,7 +254,7 @@ PAPER = Scale(
     about="the paper's recipe: 110M parameters, 65B tokens of LM1B, 524B of OpenWebText a model",
     texts={"lm1b": _LM1B, "owt": _OWT},
     model={"num_layers": 12, "width": 768, "num_heads": 12, "cond_dim": 128, "dropout": 0.1},
-    train={"batch_size": 512, "dtype": "bf16", "micro_batch_size": 64, "seed": 1},
+    train={"dtype": "bf16", "seed": 1},
     optim=_PAPER_OPTIM,
     evaluation={"every": 10_000, "rows": 1024},
     checkpoint={"every": 5000},
