@@ -78,17 +78,8 @@ def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
 
 def test_eval_keeps_the_rows_where_it_is_asked_to(place, tmp_path):
     file = tmp_path / "eval.json"
-    options = (
-        "eval",
-        place / "run",
-        "--data",
-        place / "data",
-        "--rows",
-        4,
-        "--bos",
-        "--json",
-        file,
-    )
+    options = ("eval", place / "run", "--data", place / "data", "--rows", 4, "--bos")
+    options += ("--json", file)
     assert blockdiff(*options).returncode == 0
     assert "nats_per_row" not in json.loads(file.read_text())
     assert blockdiff(*options, "--per-row").returncode == 0

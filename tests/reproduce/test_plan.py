@@ -34,6 +34,8 @@ def test_every_step_stands_after_those_that_it_needs(scale, local, tmp_path):
     for step in plan.steps:
         assert done.issuperset(step.needs), step.name
         done.add(step.name)
+        if step.kind == "measure":  # of another text, and it is made anew
+            assert step.needs[1] == f"prepare-{step.name.partition('-')[0]}"
     assert len(done) == len(plan.steps) == len({step.product for step in plan.steps})
 
 
@@ -61,6 +63,11 @@ def test_tables_share_the_base_and_the_runs(local, tmp_path):
     together = plan_of(TINY, local, tmp_path, ["T3", "T4", "T5", "T6", "T7"])
     more = {step.name for step in together.steps if step.kind == "train"} - set(trained)
     assert more == {"train-judge"}
+
+
+def test_a_table_that_is_named_twice_is_made_once(tmp_path):
+    plan = plan_tables(["T3", "t3"], PAPER, tmp_path)
+    assert [table.name for table in plan.tables] == ["T3"]
 
 
 def test_models_from_scratch_see_as_many_tokens(local, tmp_path):

@@ -48,7 +48,8 @@ def plan_tables(
         UserError: see `find_table`, `find_scale` and `make_plan`.
     """
     sizes = find_scale(scale) if isinstance(scale, str) else scale
-    return make_plan([find_table(name) for name in tables], sizes, out, data, judge)
+    found = {table.name: table for table in map(find_table, tables)}
+    return make_plan(list(found.values()), sizes, out, data, judge)
 
 
 def reproduce(plan: Plan, say: Say, launch: Launch = launch) -> list[Reproduced]:

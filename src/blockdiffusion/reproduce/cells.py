@@ -103,6 +103,8 @@ def _likelihood_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
                 f"Test text: {plan.text(table).name}, {values['num_rows']:,} rows of "
                 f"{plan.text(table).seq_len} tokens, {values['num_tokens']:,} counted; {given}."
             )
+        if row.system == "d3pm":
+            notes.append("D3PM has absorbing noise, T = 1,000 steps and the linear schedule.")
         if "variance" in row.figures:
             cells[row.system, "variance"] = _variance_cell(plan, table, row.system)
     return cells, notes
@@ -225,9 +227,9 @@ def _generated_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
     judge, length = values["judge"], plan.text(table).seq_len
     notes = [
         f"{plan.scale.measure.generated} samples a cell, of L = {length} and 2L = {2 * length} "
-        "tokens with the given BOS; EOS does not end them; nucleus 0.9 by the authors' rule; no "
-        "sample is rejected. Values are means over samples of each sample's perplexity, as the "
-        "paper's.",
+        "tokens with the given BOS; EOS does not end them; nucleus 0.9 by the authors' rule; one "
+        "token a pass (SEDD: as many analytic steps as tokens); no sample is rejected. Values are "
+        "means over samples of each sample's perplexity, as the paper's.",
         f"Judge: {judge['name']}, {judge['kind']}, {judge['parameters']:,} parameters, windows of "
         f"{judge['context']} tokens.",
         *warnings,

@@ -130,6 +130,7 @@ class _Conductor:
         self.running: list[_Running] = []
         self.free = places(plan.scale)
         self.done: set[str] = set()
+        self.missing: set[str] = set()  # steps that were looked at, and have to be performed
         self.spoke = time.monotonic()
 
     def run(self) -> None:
@@ -148,11 +149,13 @@ class _Conductor:
         for step in list(self.waiting):
             if not self.done.issuperset(step.needs):
                 continue
-            if self.kept.state(step) == "done":
+            if step.name not in self.missing and self.kept.state(step) == "done":
                 self.waiting.remove(step)
                 self.done.add(step.name)
                 self.say(f"{step.name}: done before")
-            elif self.free:
+                continue
+            self.missing.add(step.name)
+            if self.free:
                 self.waiting.remove(step)
                 self.start(step, self.free.pop(0))
 

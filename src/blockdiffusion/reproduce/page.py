@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from blockdiffusion.reproduce.order import (
 from blockdiffusion.reproduce.paper import PaperRow, PaperTable
 from blockdiffusion.reproduce.plan import Plan
 from blockdiffusion.reproduce.scales import Steps
+
+PAPERS_DATA = ("lm1b", "openwebtext")
 
 # What stands beside a value, by table: the head, and how it is shown.
 Shown = tuple[str, Callable[[Cell], str]]
@@ -71,7 +74,7 @@ def _conventions(plan: Plan, table: PaperTable) -> list[str]:
         "of training again.",
     ]
     named = {"lm1b": "LM1B", "owt": "OpenWebText"}[table.corpus]
-    if text.data_set not in ("lm1b", "openwebtext"):
+    if text.data_set not in PAPERS_DATA:
         notes.append(f"{text.data_set} stands for {named} at this scale.")
     found = machine()
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -136,6 +139,7 @@ def _values(
         ],
         "said": said,
         "notes": notes,
+        "sizes": asdict(plan.scale),
         **machine(),
     }
 
@@ -147,11 +151,14 @@ READ = (
     "Ours is ± one standard error (of a perplexity, the larger of those of noise and data); <= "
     "marks bounds."
 )
-OTHER_DATA = "The paper's figures are of other data and sizes: compare the order, not the values."
+OTHER_SIZES = "The paper's models are larger and were trained for longer{}: compare the order."
 
 
 def _page(plan: Plan, table: PaperTable, cells: Cells, said: list[str], notes: list[str]) -> str:
-    explained = READ if plan.scale.name == "paper" else f"{READ} {OTHER_DATA}"
+    explained = READ
+    if plan.scale.name != "paper":
+        elsewhere = plan.text(table).data_set not in PAPERS_DATA
+        explained += f" {OTHER_SIZES.format(', on other data' if elsewhere else '')}"
     bars = f"Neighbours of the paper's order; error bars are {ERROR_BARS:g} standard errors."
     quoted = [f"* {row.label}: {row.quoted}." for row in table.rows if row.quoted is not None]
     lines = [

@@ -388,7 +388,7 @@ class _Planner:
                 name=name,
                 kind="measure",
                 command=(command, self._run_of(run), *others, "--json", str(product)),
-                needs=(trained, *more_needs),
+                needs=(trained, self._prepare(text), *more_needs),
                 product=product,
                 **step,
             )
