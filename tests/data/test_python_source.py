@@ -41,9 +41,7 @@ def test_files_in_other_encodings_are_read_and_broken_ones_left_out(tmp_path, mo
     (tmp_path / "package" / "test" / "more.py").write_text("test = 1\n")
     (tmp_path / "copy.py").write_bytes(b"one = 1\n")
     (tmp_path / "_sysconfigdata_here.py").write_text("prefix = 1\n")
-    monkeypatch.setattr(
-        python_library.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)}
-    )
+    monkeypatch.setattr(python_library.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     assert list(library_modules()) == [
         ("copy", "one = 1\n"),
         ("package", "one = 1\n"),
