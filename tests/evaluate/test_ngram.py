@@ -133,6 +133,12 @@ def test_every_symbol_has_a_probability_and_they_sum_to_one():
             assert law_KV.sum(1) == pytest.approx(np.ones(5), abs=1e-12)
 
 
+def test_orders_that_no_row_is_long_enough_for_are_left_out():
+    model = fit([[0, 1, 0], [1, 1, 2]], order=5)
+    nats_KRL = model.nats(np.array([[0, 1, 2, 3, 0, 1]]))
+    assert nats_KRL.shape == (3, 1, 6) and np.isfinite(nats_KRL).all()
+
+
 def test_longer_contexts_help_on_real_text(data_folder):
     text = (data_folder / "tinyshakespeare" / "input.txt").read_bytes()
     ids_RL = np.frombuffer(text[:600_000], dtype=np.uint8).astype(np.int64).reshape(-1, 100)

@@ -108,6 +108,8 @@ def count_ngrams(
 ) -> NGramModel:
     """The models of the orders 1 to `order`, from grams that lie within a row.
 
+    Orders that no row is long enough for are left out.
+
     Args:
         ids_RL: the training rows.
         counted_RL: False where a symbol is given (a BOS): it stands in contexts but is no event.
@@ -120,6 +122,8 @@ def count_ngrams(
     for k in range(1, order + 1):
         context_RL = _contexts(ended_RL, k)
         here_RL = valid_RL & (context_RL >= 0)
+        if not here_RL.any():  # no row is so long
+            break
         keys_P = context_RL[here_RL] * vocab_size + ids_RL[here_RL]
         keys_G, first_G, gram_P = np.unique(keys_P, return_index=True, return_inverse=True)
         counts_G = np.bincount(gram_P, counted_RL[here_RL], len(keys_G)).astype(np.int64)
