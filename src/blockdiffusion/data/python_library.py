@@ -7,9 +7,9 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-# Installed packages, which are no part of the library; its tests, nearly twice as large as the rest,
-# with fixtures that are broken on purpose; tables of character sets, written by a program, each
-# nearly a copy of the next; and the texts of `help()` in one string.
+# Installed packages, which are no part of the library; its tests, nearly twice as large as the
+# rest, with fixtures that are broken on purpose; tables of character sets, written by a program,
+# each nearly a copy of the next; and the texts of `help()` in one string.
 EXCLUDED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     | {"encodings", "pydoc_data", "__pycache__"}
