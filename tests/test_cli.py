@@ -56,7 +56,7 @@ def test_help_answers_within_a_second_and_names_every_command():
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert shown.returncode == 0 and min(times) < 1
     for command in (
-        "prepare", "datasets", "train", "eval", "zero-shot", "variance", "sample",
+        "prepare", "datasets", "train", "eval", "zero-shot", "variance", "references", "sample",
         "generate-eval", "generate-compare", "report", "convert", "push", "lengths", "reproduce",
     ):  # fmt: skip
         assert command in shown.stdout
@@ -121,6 +121,22 @@ def test_zero_shot_prints_the_table_and_writes_three_files(place, tmp_path, monk
     assert files[1].read_text().count("\n") == 3
     names = {path.name for path in (tmp_path / "new").iterdir()}
     assert names == {"z.csv", "z.json", "z.md", "z.json.journal"}  # for when lm1b can be fetched
+
+
+def test_references_prints_the_table_and_writes_two_files(place, tmp_path):
+    files = [tmp_path / "new" / f"r.{end}" for end in ("json", "md")]
+    run = blockdiff(
+        "references", place / "data", "--model", place / "run", "--rows", 4, "--order", 3,
+        "--estimator", "exact", "--json", files[0], "--markdown", files[1],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == files[1].read_text()
+    values = json.loads(files[0].read_text())
+    assert values["data"] == str(place / "data") and values["num_tokens"] == 128
+    names = [coder["coder"] for coder in values["coders"]]
+    assert len(names) == 3 + 2 * 3 + 2 and names[-1] == f"{place / 'run'}, exact"
+    assert all(f"{coder['bits_per_byte']:.4f}" in run.stdout for coder in values["coders"])
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"r.json", "r.md"}
 
 
 def test_datasets_lists_them():
@@ -316,6 +332,11 @@ MISTAKES = {
     "many rows": (["variance", "{run}", "--data", "{data}", "--batches", "5000"], "fewer batches"),
     "plot": (["variance", "{run}", "--data", "{data}", "--plot", "{recipe}/a.svg"], "recipe.yaml"),
     "plot folder": (["variance", "{run}", "--data", "{data}", "--plot", "{folder}"], "directory"),
+    "order": (["references", "{data}", "--order", "0"], "order is 0"),
+    "coded split": (["references", "{data}", "--split", "train"], "split is train"),
+    "train rows": (["references", "{data}", "--train-rows", "0"], "train_rows is 0"),
+    "no references": (["references", "{folder}"], "no prepared data"),
+    "other symbols": (["references", "{data}", "--model", "{golden}"], "V = 258"),
     "no set": (["prepare", "lambada", "--out", "{new}"], "no split 'train'"),
     "no suite": (["zero-shot", "{run}", "--suite", "all"], "must be one of paper"),
     "no task": (["zero-shot", "{run}", "--only", "wiki"], "ptb, wikitext, lm1b"),

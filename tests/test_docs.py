@@ -39,6 +39,7 @@ from blockdiffusion.evaluate.generation.result import (
 )
 from blockdiffusion.evaluate.generation.samples import Sample
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
+from blockdiffusion.evaluate.references.coders import CoderOptions, CoderRow, CoderTable
 from blockdiffusion.evaluate.variance.table import VarianceOptions
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
 from blockdiffusion.models.bd3lm import BD3LM_NAMES
@@ -198,6 +199,10 @@ def test_a_command_line_is_understood(page, words):
         load_recipe(ROOT / recipe, values["overrides"] or [])
     elif name == "eval":
         choose_estimator(values["estimator"], BlockDiffusionConfig())  # refuses an unknown one
+    elif name == "references":
+        known = {field.name for field in dataclasses.fields(CoderOptions)}
+        CoderOptions(**{key: value for key, value in values.items() if key in known})
+        choose_estimator(values["estimator"], BlockDiffusionConfig())
     elif name == "variance":
         VarianceOptions(estimators=tuple(values["estimators"] or ("count",)))
     elif name == "zero-shot":
@@ -327,6 +332,9 @@ def test_everything_that_is_written_is_explained(place):
     explained = set(re.findall(r"`(\w+)`", (HOW_TO / "evaluate.md").read_text()))
     fields = {f.name for f in dataclasses.fields(Likelihood) if not f.name.endswith("per_row")}
     assert fields | {"perplexity", "exact_perplexity", "interval"} <= explained
+    explained = set(re.findall(r"`(\w+)`", (HOW_TO / "references.md").read_text()))
+    for kind in (CoderRow, CoderTable, CoderOptions):
+        assert {field.name for field in dataclasses.fields(kind)} - {"options"} <= explained
     explained = set(re.findall(r"`(\w+)`", (HOW_TO / "generate-eval.md").read_text()))
     for kind in (GenerationResult, TextNumbers, Lengths, Cost, JudgeFacts, Sample):
         assert {field.name for field in dataclasses.fields(kind)} <= explained

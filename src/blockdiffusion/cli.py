@@ -83,7 +83,7 @@ def prepare(
         list[str],
         typer.Argument(
             help="Text files, folders, .jsonl, .parquet, a set by name (blockdiff datasets) or "
-            "NAME=PATH, Hugging Face data sets, or python-docs."
+            "NAME=PATH, Hugging Face data sets, python-docs or python-source."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the prepared data.")],
@@ -341,6 +341,63 @@ def zero_shot(
     if markdown is not None:
         _write(markdown, zero_shot_markdown(table, model).encode())
     typer.echo("\n".join(zero_shot_lines(table, model)))
+
+
+@app.command()
+def references(
+    data: Annotated[Path, typer.Argument(help="Directory that `blockdiff prepare` made.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="Model or run to put beside them; may be repeated."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split whose rows are coded.")] = "valid",
+    rows: Annotated[int | None, typer.Option(help="Code only the first rows.")] = None,
+    order: Annotated[int, typer.Option(help="Longest n-gram; shorter ones are listed too.")] = 6,
+    train_rows: Annotated[
+        int | None, typer.Option(help="Learn from the first training rows only.")
+    ] = None,
+    bos: BOS = None,
+    estimator: Annotated[
+        str, typer.Option(help="Of models: auto, exact, orders or a law of masks, as for eval.")
+    ] = "auto",
+    samples: Annotated[int, typer.Option(help="Independent draws of the masks.")] = 8,
+    orders: Annotated[int, typer.Option(help="K of the K-order bound, for orders.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Bits per byte of n-gram models and compressors on held-out rows, beside a model's."""
+    from blockdiffusion.evaluate.references.coders import CoderOptions, compare_coders
+    from blockdiffusion.evaluate.references.table import coders_markdown
+    from blockdiffusion.evaluate.scoring import ScoreOptions
+    from blockdiffusion.terminal import progress_bar
+
+    options = CoderOptions(
+        split=split,
+        rows=rows,
+        order=order,
+        train_rows=train_rows,
+        bos=bos,
+        score=ScoreOptions(estimator=estimator, samples=samples, orders=orders, seed=seed),
+    )
+    for path in (json_file, markdown):
+        if path is not None:
+            _check_place(path)
+    journal = json_file and json_file.with_name(f"{json_file.name}.journal")
+    networks = {name: _load(name, device, dtype) for name in models or ()}
+    with progress_bar("references") as report:
+        table = compare_coders(data, options, networks, report, journal)
+    page = coders_markdown(table, f"{data} ({split})")
+    if json_file is not None:
+        _write_json(json_file, table.to_dict() | {"data": str(data)})
+    if markdown is not None:
+        _write(markdown, page.encode())
+    typer.echo(page, nl=False)
 
 
 @app.command()

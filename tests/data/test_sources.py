@@ -109,7 +109,7 @@ def test_a_folder_is_read_recursively_by_name_without_hidden_files(tmp_path):
 def test_a_file_comes_before_a_built_in_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert open_sources(["python-docs"], field="text", documents="auto", document_bytes=64) == [
-        sources.PythonDocs()
+        sources.BuiltIn("python-docs")
     ]
     write(tmp_path / "python-docs", "mine")
     assert read("python-docs") == ["mine"]

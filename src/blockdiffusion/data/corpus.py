@@ -91,8 +91,8 @@ class Corpus:
         if self.draws and self.first_draw == 1:
             raise UserError(
                 "the sources hold one document, which cannot be split into training and "
-                "validation: name validation sources, cut it smaller (documents=blank-line, or a "
-                "smaller document_bytes), or set valid_fraction=0"
+                "validation: cut it into documents by --documents blank-line or a smaller "
+                "--document-bytes, name --valid sources, or give --valid-fraction 0"
             )
 
     def is_valid(self, number: int) -> bool:

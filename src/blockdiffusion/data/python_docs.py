@@ -11,18 +11,13 @@ import ast
 import functools
 import importlib
 import inspect
-import sysconfig
-import tokenize
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
-# Folders of the library that hold no documentation of it: tests and their broken fixtures,
-# installed packages, an editor, bundled wheels, tables of character sets.
-EXCLUDED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"}
-    | {"turtledemo", "encodings", "ensurepip", "pydoc_data", "__pycache__", "_bundled"}
-)
+from blockdiffusion.data.python_library import library_modules
+
+# Programs within the library: what they document is themselves.
+EXCLUDED_PROGRAMS = frozenset({"idlelib", "lib2to3", "turtledemo", "ensurepip"})
 MIN_CHARACTERS = 200  # a module with less says nothing but its name
 
 
@@ -34,24 +29,19 @@ def python_docs() -> tuple[str, ...]:
 
 
 def _module_documents() -> Iterator[str]:
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        relative = path.relative_to(library)
-        if EXCLUDED_FOLDERS.isdisjoint(relative.parts) and not path.name.startswith("_sysconfig"):
-            parts = relative.with_suffix("").parts
-            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            text = "\n\n".join(_docstrings(path, name))
-            if len(text) >= MIN_CHARACTERS:
-                yield text + "\n"
+    for name, source in library_modules(EXCLUDED_PROGRAMS):
+        text = "\n\n".join(_docstrings(source, name))
+        if len(text) >= MIN_CHARACTERS:
+            yield text + "\n"
 
 
-def _docstrings(path: Path, name: str) -> Iterator[str]:
+def _docstrings(source: str, name: str) -> Iterator[str]:
     """`name` with its docstring, then the same for every class and function, in source order."""
     try:
-        with tokenize.open(path) as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(file.read())
-    except (SyntaxError, UnicodeDecodeError):  # some distributions ship templates as .py
+            tree = ast.parse(source)
+    except SyntaxError:  # a template
         return
     yield from _node_docstrings(tree, name)
 

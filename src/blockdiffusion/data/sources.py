@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from blockdiffusion.data.python_docs import python_docs
+from blockdiffusion.data.python_source import python_source
 from blockdiffusion.errors import UserError
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
-BUILT_IN = ("python-docs",)
+BUILT_IN = {"python-docs": python_docs, "python-source": python_source}
 DOCUMENT_RULES = ("auto", "file", "line", "blank-line")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 # What is surely meant as a file, so that a misspelt path is never looked up on the hub.
@@ -64,8 +66,9 @@ def open_sources(
 
     Args:
         names: paths of text (any UTF-8), JSON lines, parquet files, or of folders of them (read
-            recursively, by name, without hidden ones); `python-docs`; or Hugging Face data sets as
-            `owner/name[:configuration[:split]]`. A path that exists comes before a name.
+            recursively, by name, without hidden ones); `python-docs`, `python-source`; or Hugging
+            Face data sets as `owner/name[:configuration[:split]]`. A path that exists comes before
+            a name.
         field: where JSON lines, parquet files and data sets have the text.
         documents: how text files are cut, see `TextFile`.
         document_bytes: see `TextFile`.
@@ -94,14 +97,14 @@ def open_sources(
                 raise UserError(f"the file {name} is empty: name one that has text in it")
             opened.append(open_file(path, name))
         elif name in BUILT_IN:
-            opened.append(PythonDocs())
+            opened.append(BuiltIn(name))
         elif HUB_NAME.fullmatch(name) and not name.lower().endswith(FILE_SUFFIXES):
             opened.append(HubDataset(name, field))
         else:
             raise UserError(
                 f"there is no file or folder {name!r}: give a path that exists, "
-                f"{' or '.join(BUILT_IN)}, a set that `blockdiff datasets` lists, or a Hugging "
-                "Face data set as owner/name"
+                f"{', '.join(BUILT_IN)}, a set that `blockdiff datasets` lists, or a Hugging Face "
+                "data set as owner/name"
             )
     return opened
 
@@ -461,16 +464,14 @@ class HubDataset:
 
 
 @dataclass(frozen=True, slots=True)
-class PythonDocs:
-    """The built-in corpus, see `python_docs`."""
+class BuiltIn:
+    """One of the built-in corpora, see `python_docs` and `python_source`."""
 
-    name: str = "python-docs"
+    name: str
 
     @property
     def size(self) -> int | None:
-        from blockdiffusion.data.python_docs import python_docs
-
-        return sum(len(text.encode()) for text in python_docs())
+        return sum(len(text.encode()) for text in self.documents())
 
     def signature(self) -> dict[str, Any]:
         import platform
@@ -478,9 +479,7 @@ class PythonDocs:
         return {"name": self.name, "python": platform.python_version()}
 
     def documents(self) -> Iterator[str]:
-        from blockdiffusion.data.python_docs import python_docs
-
-        yield from python_docs()
+        yield from BUILT_IN[self.name]()
 
 
 def _is_unicode(text: str) -> bool:
