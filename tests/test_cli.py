@@ -57,7 +57,7 @@ def test_help_answers_within_a_second_and_names_every_command():
     assert shown.returncode == 0 and min(times) < 1
     for command in (
         "prepare", "datasets", "train", "eval", "zero-shot", "variance", "references", "sample",
-        "generate-eval", "generate-compare", "report", "convert", "push",
+        "generate-eval", "generate-compare", "report", "convert", "push", "lengths", "reproduce",
     ):  # fmt: skip
         assert command in shown.stdout
 
@@ -74,6 +74,31 @@ def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
     assert f"<= {values['perplexity']:.2f}" in run.stdout
     # One token of the byte tokenizer is one byte (but for the EOS of documents).
     assert values["bits_per_byte"] == pytest.approx(values["nats_per_token"] / 0.6931, rel=0.02)
+
+
+def test_eval_keeps_the_rows_where_it_is_asked_to(place, tmp_path):
+    file = tmp_path / "eval.json"
+    options = ("eval", place / "run", "--data", place / "data", "--rows", 4, "--bos")
+    options += ("--json", file)
+    assert blockdiff(*options).returncode == 0
+    assert "nats_per_row" not in json.loads(file.read_text())
+    assert blockdiff(*options, "--per-row").returncode == 0
+    values = json.loads(file.read_text())
+    assert values["tokens_per_row"] == [31] * 4
+    assert sum(values["nats_per_row"]) / 124 == pytest.approx(values["nats_per_token"])
+
+
+def test_lengths_are_measured_and_kept(place, tmp_path):
+    file = tmp_path / "new" / "lengths.json"
+    run = blockdiff(
+        "lengths", place / "run", "--num-samples", 3, "--max-new-tokens", 20, "--batch-size", 2,
+        "--window", 16, "--bos", "--top-p", 0.9, "--top-p-rule", "authors", "--json", file,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    values = json.loads(file.read_text())
+    assert "tokens until EOS" in run.stdout and values["model"] == str(place / "run")
+    assert len(values["lengths"]) == 3 and values["maximum"] == max(values["lengths"]) <= 20
+    assert [path.name for path in file.parent.iterdir()] == ["lengths.json"]  # no journal is left
 
 
 def test_zero_shot_prints_the_table_and_writes_three_files(place, tmp_path, monkeypatch):
@@ -335,6 +360,9 @@ MISTAKES = {
     "clipped": (["eval", "{run}", "--data", "{data}", "--estimator", "count[0.3,0.8]"], "clipped"),
     "pairs": (["eval", "{run}", "--data", "{data}", "--estimator", "complementx3"], "even"),
     "target": (["eval", "{run}", "--data", "{data}", "--target-stderr", "0"], "target_stderr"),
+    "rows of what": (["eval", "{run}", "--data", "{data}", "--per-row"], "give --json FILE"),
+    "no lengths": (["lengths", "{run}", "--num-samples", "0"], "num_samples is 0"),
+    "no table": (["reproduce", "T0", "--scale", "tiny"], "there are T1, T2"),
     "not a run": (["report", "{data}"], "config.yaml"),
     "option": (["sample", "{run}", "--tempreature", "1"], "--temperature"),
     "missing text": (["prepare", "{folder}/no.txt", "--out", "{new}"], "no.txt"),

@@ -28,6 +28,7 @@ from blockdiffusion.config import (
 )
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
+from blockdiffusion.data.registry import DATA_SETS
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.evaluate.generation.judge import JudgeFacts
 from blockdiffusion.evaluate.generation.result import (
@@ -43,6 +44,8 @@ from blockdiffusion.evaluate.variance.table import VarianceOptions
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
 from blockdiffusion.models.bd3lm import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
+from blockdiffusion.reproduce.paper import TABLES, find_table
+from blockdiffusion.reproduce.scales import find_scale
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.processes import make_process
 from tests.evaluate.judges import save_gpt2
@@ -207,6 +210,12 @@ def test_a_command_line_is_understood(page, words):
         ZeroShotOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
                            if k in known and v is not None})  # fmt: skip
         choose_estimator(values["estimator"], BlockDiffusionConfig())
+    elif name == "reproduce":
+        find_scale(values["scale"])
+        for table in values["tables"]:
+            find_table(table)
+        known = {"judge", *DATA_SETS, *TABLES["T5"].columns}
+        assert all(entry.partition("=")[0] in known for entry in values["data"] or ())
     elif name in ("sample", "generate-eval"):
         make_process(
             CONFIGS.get(values["policy"], CONFIGS[None]), values["policy"], values["steps"]

@@ -21,6 +21,7 @@ LAYERS = [
     ["release"],
     ["terminal"],
     ["config"],
+    ["reproduce"],
     ["cli"],
 ]
 PURE = {"schedules", "masks", "corruption", "objectives"}

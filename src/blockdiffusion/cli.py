@@ -199,6 +199,9 @@ def evaluate(
     bos: BOS = None,
     seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    per_row: Annotated[
+        bool, typer.Option("--per-row", help="Each row's value in --json, to compare in pairs.")
+    ] = False,
     card: Annotated[bool, typer.Option("--card", help="Put it into the model's card.")] = False,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
@@ -211,6 +214,8 @@ def evaluate(
     from blockdiffusion.seeding import generator
     from blockdiffusion.terminal import likelihood_lines, progress_bar
 
+    if per_row and json_file is None:
+        raise UserError("--per-row says what --json holds; give --json FILE, too")
     if card:
         check_card(model)
     network = _load(model, device, dtype)
@@ -230,9 +235,10 @@ def evaluate(
             progress=lambda done, total: report(estimator, done, total),
         )
     if json_file is not None:
-        _write_json(
-            json_file, result.to_dict() | {"model": model, "data": str(data), "split": split}
-        )
+        values = result.to_dict(rows=per_row)
+        if per_row:
+            values["tokens_per_row"] = text.free_tokens().tolist()
+        _write_json(json_file, values | {"model": model, "data": str(data), "split": split})
     if card:
         facts = evaluation_facts(result, Manifest.load(data), data, split, seed=seed)
         record_evaluation(model, facts)
@@ -392,6 +398,56 @@ def references(
     if markdown is not None:
         _write(markdown, page.encode())
     typer.echo(page, nl=False)
+
+
+@app.command()
+def lengths(
+    model: MODEL,
+    num_samples: Annotated[int, typer.Option(help="Documents to sample.")] = 500,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a document, at most.")] = 131_072,
+    batch_size: Annotated[
+        int, typer.Option(help="Documents drawn together; a document depends on it.")
+    ] = 16,
+    top_p: TOP_P = 1.0,
+    top_p_rule: TOP_P_RULE = "transformers",
+    top_k: TOP_K = None,
+    temperature: TEMPERATURE = 1.0,
+    window: WINDOW = None,
+    bos: BOS = None,
+    seed: Annotated[int, typer.Option(help="Of the documents.")] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
+    ] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """How long documents become: tokens until a sampled EOS."""
+    from blockdiffusion.evaluate.generation.lengths import document_lengths
+    from blockdiffusion.terminal import length_lines, progress_bar
+
+    if json_file is not None:
+        _check_place(json_file)
+    network = _load(model, device, dtype)
+    with progress_bar("lengths") as report:
+        found = document_lengths(
+            network,
+            num_samples,
+            max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            journal=json_file and json_file.with_name(f"{json_file.name}.journal"),
+            progress=report,
+            bos=bos,
+            top_p=top_p,
+            top_p_rule=top_p_rule,
+            top_k=top_k,
+            temperature=temperature,
+            window=window,
+        )
+    if json_file is not None:
+        _write_json(json_file, found.to_dict() | {"model": model})
+    typer.echo("\n".join(length_lines(found, model)))
 
 
 @app.command()
@@ -668,6 +724,39 @@ def generate_compare(
     notes = check_comparable(read, [str(path) for path in results])
     _write_generation_tables(read, notes, csv_file, markdown, plot)
     typer.echo(markdown_text(read, notes), nl=False)
+
+
+@app.command()
+def reproduce(
+    tables: Annotated[list[str], typer.Argument(metavar="TABLE...", help="T1 to T8.")],
+    scale: Annotated[
+        str, typer.Option(help="tiny (two CPU cores), small (one GPU for hours) or paper.")
+    ],
+    data: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH, a set's local files; may be repeated.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="For T7: a causal language model instead of the scale's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for everything; runs/reproduce-SCALE by default.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the steps, their sizes and what is there.")
+    ] = False,
+) -> None:
+    """Rebuild tables of the paper: train, measure and compare; goes on where it was stopped."""
+    from blockdiffusion.reproduce import plan_tables
+    from blockdiffusion.reproduce import reproduce as run
+    from blockdiffusion.reproduce.listing import plan_lines
+
+    place = Path("runs") / f"reproduce-{scale}" if out is None else out
+    plan = plan_tables(tables, scale, place, data or (), judge)
+    if dry_run:
+        typer.echo("\n".join(plan_lines(plan)))
+        return
+    for made in run(plan, lambda line: typer.echo(line, err=True)):
+        typer.echo(made.markdown.read_text())
 
 
 @app.command()

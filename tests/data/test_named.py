@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from blockdiffusion.data.named import NamedSet, articles, parse_named, pieces
+from blockdiffusion.data.named import NamedSet, articles, paragraphs, parse_named, pieces
 from blockdiffusion.data.registry import CharacterRanges, LastDocuments, find_set
 from blockdiffusion.errors import UserError
 
@@ -129,6 +129,22 @@ def test_wikitext_lines_become_articles(tmp_path):
     assert read(f"wikitext2={write(tmp_path / 'wiki.train.tokens', text)}") == expected
     rows = ["", " = One = \n", "", " First . \n", " = = Part = = \n", " More . \n", ""]
     assert list(articles([*rows, " = Two = \n", " Second . \n"])) == expected  # the hub's rows
+
+
+def test_wikitext_paragraphs_take_their_titles_with_them():
+    rows = ["", " = One = \n", "", " First . \n", " Second . ", " = = Part = = \n",
+            " = = = A = = = \n", " Third . \n", " = Two = \n"]  # fmt: skip
+    assert list(paragraphs(rows)) == [
+        " = One = \n First . \n", " Second . \n", " = = Part = = \n = = = A = = = \n Third . \n",
+        " = Two = \n",
+    ]  # fmt: skip
+
+
+def test_real_wikitext_in_short_documents_is_the_same_text(data_folder):
+    short = read(f"wikitext2-paragraphs:validation={data_folder / 'wikitext-2'}")
+    assert len(short) > 1800
+    assert short[0].startswith(" = Homarus gammarus = \n Homarus gammarus ,")
+    assert "".join(short) == "".join(read(f"wikitext2:validation={data_folder / 'wikitext-2'}"))
 
 
 def test_real_wikitext_has_its_60_articles(data_folder):

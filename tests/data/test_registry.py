@@ -5,8 +5,9 @@ from blockdiffusion.data.registry import SETS, find_set, set_lines
 from blockdiffusion.errors import UserError
 
 NAMES = {
-    "lm1b", "openwebtext", "wikitext2", "wikitext103", "ptb", "lambada", "ag_news",
-    "scientific_papers_pubmed", "scientific_papers_arxiv", "text8", "fineweb-edu",
+    "lm1b", "openwebtext", "wikitext2", "wikitext2-paragraphs", "wikitext103", "ptb",
+    "lambada", "ag_news", "scientific_papers_pubmed", "scientific_papers_arxiv", "text8",
+    "fineweb-edu",
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from blockdiffusion.errors import UserError
 PIECE_CHARACTERS = 65_536
 NO_TEXT = {".md", ".bin", ".len"}  # what is about a set, and what `prepare` writes
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # " = Title = "; a section has two signs or more
+HEADING = re.compile(r"\s*= .* =\s*")  # both
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +132,8 @@ class NamedSplit:
         rows = self._rows()
         if self.data_set.documents == "article":
             return articles(rows)
+        if self.data_set.documents == "paragraph":
+            return paragraphs(rows)
         if self.data_set.documents == "piece":
             return chain.from_iterable(map(pieces, rows))
         return rows
@@ -241,6 +244,24 @@ def articles(rows: Iterable[str]) -> Iterator[str]:
             yield "".join(lines)
             lines = []
         lines.append(row if row.endswith("\n") else f"{row}\n")
+    if lines:
+        yield "".join(lines)
+
+
+def paragraphs(rows: Iterable[str]) -> Iterator[str]:
+    """WikiText's paragraphs, each with the titles right before it; blank rows are left out.
+
+    Each row keeps its line end, or gets one. Titles that no paragraph follows go to the next one,
+    or are the last document.
+    """
+    lines: list[str] = []
+    for row in rows:
+        if not row.strip():
+            continue
+        lines.append(row if row.endswith("\n") else f"{row}\n")
+        if not HEADING.fullmatch(row):
+            yield "".join(lines)
+            lines = []
     if lines:
         yield "".join(lines)
 

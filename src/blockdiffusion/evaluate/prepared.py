@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from blockdiffusion.data.loader import Batch, TokenRows
 from blockdiffusion.data.manifest import Manifest
@@ -14,7 +15,7 @@ from blockdiffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import Likelihood
 from blockdiffusion.models.card import public_name
-from blockdiffusion.train.loop import data_fingerprint
+from blockdiffusion.train.loop import data_fingerprint, free_tokens
 
 # What a model card keeps of a likelihood.
 MEASURED = (
@@ -47,6 +48,10 @@ class HeldOutText:
     batch: Batch
     num_bytes: float
     bos: bool
+
+    def free_tokens(self) -> torch.Tensor:
+        """int64 (B,): the counted tokens of every row, so neither padding nor a given BOS."""
+        return free_tokens(self.batch, self.bos).sum(1)
 
 
 def read_rows(

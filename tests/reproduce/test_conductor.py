@@ -1,0 +1,213 @@
+"""Steps are carried out in order, some at a time; failures and signals lose nothing."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.reproduce import conductor as module
+from blockdiffusion.reproduce.conductor import carry_out, launch, places
+from blockdiffusion.reproduce.kept import Kept
+from blockdiffusion.reproduce.plan import Plan, Step
+from tests.reproduce.toy import TOY
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch):
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_LOOKS", 0.01)
+
+
+def measure(out, name, *needs, words=()):
+    return Step(
+        name=name,
+        kind="measure",
+        command=("measure", *words),
+        needs=needs,
+        product=out / "results" / f"{name}.json",
+    )
+
+
+def plan_of(out, *steps):
+    return Plan(tables=(), scale=TOY, out=out, data={}, judge=None, steps=steps)
+
+
+class Fake:
+    """A process that ends when it was looked at a few times, and writes its product."""
+
+    def __init__(self, product, code=0, looks=3):
+        self.product, self.code, self.looks, self.interrupted = product, code, looks, False
+
+    def poll(self):
+        self.looks -= 1
+        if self.interrupted:
+            return 130
+        if self.looks > 0:
+            return None
+        if self.code == 0:
+            self.product.write_text("{}")
+        return self.code
+
+    def interrupt(self):
+        self.interrupted = True
+
+
+class Fakes:
+    """Starts fakes; the codes and durations of some are given by step."""
+
+    def __init__(self, plan, **settings):
+        self.plan, self.settings, self.began, self.most = plan, settings, [], 0
+        self.made = {}
+
+    def __call__(self, command, log, environment):
+        step = self.plan.step(log.stem)
+        self.began.append(step.name)
+        self.made[step.name] = Fake(step.product, **self.settings.get(step.name, {}))
+        running = [fake for fake in self.made.values() if fake.looks > 0]
+        self.most = max(self.most, len(running))
+        assert environment == {"OMP_NUM_THREADS": "1"}
+        return self.made[step.name]
+
+
+def test_steps_wait_for_their_needs_and_two_run_at_a_time(tmp_path):
+    steps = [measure(tmp_path, "a"), measure(tmp_path, "b", "a"), measure(tmp_path, "c"),
+             measure(tmp_path, "d"), measure(tmp_path, "e", "b", "d")]  # fmt: skip
+    plan, said = plan_of(tmp_path, *steps), []
+    fakes = Fakes(plan)
+    carry_out(plan, said.append, fakes)
+    assert fakes.began[:2] == ["a", "c"] and fakes.began[-1] == "e" and fakes.most == 2
+    assert sorted(fakes.began) == ["a", "b", "c", "d", "e"]
+    assert any(line.startswith("e: done in") and line.endswith("0 steps left") for line in said)
+
+    again = Fakes(plan)
+    carry_out(plan, said.append, again)
+    assert again.began == [] and said[-1] == "e: done before"
+
+
+def test_a_measurement_is_repeated_when_it_is_another_or_its_result_is_gone(tmp_path):
+    plan = plan_of(tmp_path, measure(tmp_path, "a"), measure(tmp_path, "b"))
+    carry_out(plan, lambda line: None, Fakes(plan))
+    (tmp_path / "results" / "a.json").unlink()
+    leftover = tmp_path / "results" / "b.json.journal"
+    leftover.write_text("of other options")
+    changed = plan_of(tmp_path, plan.steps[0], measure(tmp_path, "b", words=("--rows", "2")))
+    assert [Kept(changed).state(step) for step in changed.steps] == ["interrupted", "out of date"]
+    fakes = Fakes(changed)
+    carry_out(changed, lambda line: None, fakes)
+    assert fakes.began == ["a", "b"] and not leftover.exists()
+
+
+def test_what_was_interrupted_keeps_its_journal(tmp_path):
+    plan = plan_of(tmp_path, measure(tmp_path, "a"))
+    journal = tmp_path / "results" / "a.json.journal"
+
+    def killed(command, log, environment):
+        journal.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, lambda line: None, killed)
+    said = []
+    carry_out(plan, said.append, Fakes(plan))
+    assert journal.read_text() == "half" and said[0] == "a: goes on"
+
+
+def test_a_failure_is_the_steps_own_sentence_and_the_other_is_kept(tmp_path):
+    plan = plan_of(tmp_path, measure(tmp_path, "a"), measure(tmp_path, "b"))
+
+    class Telling(Fakes):
+        def __call__(self, command, log, environment):
+            log.parent.mkdir(exist_ok=True)
+            if log.stem == "b":
+                with open(log, "a") as file:
+                    file.write(f"Traceback\nblockdiff: error: no room left ({len(self.began)})\n")
+            return super().__call__(command, log, environment)
+
+    for _ in range(2):  # the sentence is that of this time, not of an earlier one in the log
+        fakes = Telling(plan, b={"code": 2})
+        with pytest.raises(
+            UserError, match=r"^the step b failed: no room left \((1|0)\)$"
+        ) as error:
+            carry_out(plan, lambda line: None, fakes)
+        assert str(len(fakes.began) - 1) in str(error.value)
+    assert fakes.began == ["b"]  # a had succeeded at the same moment
+
+    silent = Fakes(plan, b={"code": -9})
+    (tmp_path / "logs" / "b.log").unlink()
+    with pytest.raises(UserError, match=r"it ended with code -9, see .*b\.log"):
+        carry_out(plan, lambda line: None, silent)
+
+
+def test_a_failure_stops_the_others(tmp_path):
+    plan = plan_of(tmp_path, measure(tmp_path, "a"), measure(tmp_path, "b"))
+    fakes, said = Fakes(plan, a={"looks": 10**9}, b={"code": 1}), []
+    with pytest.raises(UserError, match="step b failed"):
+        carry_out(plan, said.append, fakes)
+    assert fakes.made["a"].interrupted and said[-1].startswith("stopping a;")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_passed_on_once(tmp_path, number):
+    plan = plan_of(tmp_path, measure(tmp_path, "a"))
+    fakes = Fakes(plan, a={"looks": 10**9})
+    timer = threading.Timer(0.3, os.kill, [os.getpid(), number])
+    timer.start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(plan, lambda line: None, fakes)
+    timer.join()
+    assert fakes.made["a"].interrupted and signal.getsignal(signal.SIGTERM) is before
+    assert Kept(plan).state(plan.steps[0]) == "interrupted"
+
+
+def test_processes_are_of_their_own_and_can_be_interrupted(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!{sys.executable}\nimport os, sys, time\n"
+        "threads, leads = os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid()\n"
+        "print(sys.argv[1:], threads, leads, flush=True)\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    log = tmp_path / "logs" / "a.log"
+    process = launch(["train", "x.yaml"], log, {"OMP_NUM_THREADS": "3"})
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert log.read_text() == "['-m', 'blockdiffusion.cli', 'train', 'x.yaml'] 3 True\n"
+    assert process.poll() is None
+    process.interrupt()
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.poll() == 130
+    process.interrupt()  # nothing is left to be interrupted
+
+
+def test_notes_do_not_depend_on_the_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def note(out, option="--out"):
+        plan = plan_of(out, measure(out, "a", words=(option, str(out / "x.json"))))
+        carry_out(plan, lambda line: None, Fakes(plan))
+        return json.loads((Path(out) / "steps" / "a.json").read_text())["identity"]
+
+    assert note(tmp_path / "one") == note(Path("out"))
+    assert note(tmp_path / "one", "--json") != note(tmp_path / "two")
+
+
+def test_a_step_for_each_gpu(monkeypatch):
+    gpus = replace(TOY, jobs=None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for count, expected in ((0, [{}]), (2, [{"CUDA_VISIBLE_DEVICES": n} for n in "01"])):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        assert places(gpus) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert places(gpus) == [{"CUDA_VISIBLE_DEVICES": n} for n in "57"]
+    assert places(TOY) == [{"OMP_NUM_THREADS": "1"}] * 2
