@@ -353,6 +353,7 @@ def hub(monkeypatch):
             if state.fails is not None:
                 raise state.fails
             state.repositories.setdefault(repo_id, {"private": private, "files": []})
+            return f"hub://{repo_id}"
 
         def model_info(self, repo_id):
             return type("Info", (), {"private": state.repositories[repo_id]["private"]})
@@ -377,7 +378,7 @@ def test_push_sends_the_model_its_tokenizer_and_a_true_card(run, tmp_path, hub):
     (copy / "model" / "config.json").write_text(json.dumps(config | {"bos": None}))
     (copy / "model" / "README.md").write_text(f"{MARK}\nold words")
     sent = blockdiff("push", copy, "owner/name", "--private")
-    assert sent.returncode == 0 and sent.stdout == "https://huggingface.co/owner/name\n"
+    assert sent.returncode == 0 and sent.stdout == "hub://owner/name\n"
     repository = hub.repositories["owner/name"]
     assert repository["private"] and repository["files"] == [
         "README.md", "card.json", "config.json", "model.safetensors", "tokenizer.json",

@@ -298,7 +298,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False) -> str:
         )
     api = huggingface_hub.HfApi()
     try:
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        address = str(api.create_repo(repo_id, private=private, exist_ok=True))
         if private and not api.model_info(repo_id).private:
             raise UserError(
                 f"{repo_id} exists and is public, so nothing was sent; make it private on the hub, "
@@ -314,7 +314,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False) -> str:
         raise
     except Exception as error:  # the hub client has no common base class for its failures
         raise UserError(_hub_failure(repo_id, error)) from error
-    return f"https://huggingface.co/{repo_id}"
+    return address
 
 
 def _hub_failure(repo_id: str, error: Exception) -> str:
