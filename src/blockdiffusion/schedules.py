@@ -57,6 +57,9 @@ class Unclipped:
     is_bound = True
     t_range = (0.0, 1.0)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
 
 class Linear(Unclipped):
     """p(t) = t, w(t) = 1/t: the paper's schedule (log-linear in alpha)."""
