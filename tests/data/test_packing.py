@@ -326,7 +326,7 @@ def test_a_second_process_in_the_same_directory_is_refused(source, tmp_path):
     ("text", "changes", "sentence"),
     [
         ("short", {"valid_fraction": 0}, "training text has 6 tokens, fewer than the 32"),
-        ("one document only " * 9, {}, "one document, which cannot be split .*valid_fraction=0"),
+        ("one document only " * 9, {}, "one document, which cannot be split .*--valid-fraction 0"),
         ("x" * 90 + "\nv" * 2, {"documents": "line"}, "validation text has 2 tokens"),
         (" \n\n \n", {}, "training text has 0 tokens"),
     ],
