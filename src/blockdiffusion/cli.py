@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from blockdiffusion.data.files import storage_error, write_whole
 from blockdiffusion.errors import UserError
 
 app = typer.Typer(
@@ -33,6 +34,14 @@ BOS = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
 ]
+# Of measurements.
+JSON_FILE = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
+]
+SAMPLES = Annotated[int, typer.Option(help="Independent draws of the masks.")]
+ORDERS = Annotated[int, typer.Option(help="K of the K-order bound, for orders.")]
+MASK_SEED = Annotated[int, typer.Option(help="Of the masks.")]
 
 # How to sample: of `sample` and `generate-eval`.
 POLICY = Annotated[
@@ -190,14 +199,14 @@ def evaluate(
             "a law of masks: complement, count, bernoulli, bernoulli:cosine, ..."
         ),
     ] = "auto",
-    samples: Annotated[int, typer.Option(help="Independent draws of the masks.")] = 8,
-    orders: Annotated[int, typer.Option(help="K of the K-order bound, for orders.")] = 8,
+    samples: SAMPLES = 8,
+    orders: ORDERS = 8,
     target_stderr: Annotated[
         float | None, typer.Option(help="Draw on until the noise error is at most this.")
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     bos: BOS = None,
-    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    seed: MASK_SEED = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     per_row: Annotated[
         bool, typer.Option("--per-row", help="Each row's value in --json, to compare in pairs.")
@@ -276,25 +285,23 @@ def zero_shot(
     estimator: Annotated[
         str, typer.Option(help="auto, exact, orders or a law of masks, as for eval.")
     ] = "auto",
-    samples: Annotated[int, typer.Option(help="Independent draws of the masks.")] = 8,
-    orders: Annotated[int, typer.Option(help="K of the K-order bound, for orders.")] = 8,
+    samples: SAMPLES = 8,
+    orders: ORDERS = 8,
     target_stderr: Annotated[
         float | None, typer.Option(help="Draw on until a set's noise error is at most this.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    seed: MASK_SEED = 0,
     tokenizer: Annotated[
         str | None, typer.Option(help="For a model without one: a Hugging Face name or path.")
     ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
-    ] = None,
+    json_file: JSON_FILE = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a table here.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
 ) -> None:
     """Zero-shot perplexity on the paper's sets, with error bars and conventions."""
+    from blockdiffusion.evaluate.journal import journal_beside
     from blockdiffusion.evaluate.scoring import ScoreOptions
     from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions, measure_zero_shot
     from blockdiffusion.evaluate.zero_shot.table import (
@@ -323,10 +330,8 @@ def zero_shot(
             seed=seed,
         ),
     )
-    for path in (json_file, csv_file, markdown):
-        if path is not None:
-            _check_place(path)
-    journal = json_file and json_file.with_name(f"{json_file.name}.journal")
+    _check_places(json_file, csv_file, markdown)
+    journal = journal_beside(json_file)
     network = _load(model, device, dtype)
     if tokenizer is not None:
         from blockdiffusion.data.tokenizers import load_tokenizer
@@ -337,9 +342,9 @@ def zero_shot(
     if json_file is not None:
         _write_json(json_file, table.to_dict() | {"model": model})
     if csv_file is not None:
-        _write(csv_file, zero_shot_csv(table).encode())
+        write_whole(csv_file, zero_shot_csv(table).encode())
     if markdown is not None:
-        _write(markdown, zero_shot_markdown(table, model).encode())
+        write_whole(markdown, zero_shot_markdown(table, model).encode())
     typer.echo("\n".join(zero_shot_lines(table, model)))
 
 
@@ -360,18 +365,16 @@ def references(
     estimator: Annotated[
         str, typer.Option(help="Of models: auto, exact, orders or a law of masks, as for eval.")
     ] = "auto",
-    samples: Annotated[int, typer.Option(help="Independent draws of the masks.")] = 8,
-    orders: Annotated[int, typer.Option(help="K of the K-order bound, for orders.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
-    ] = None,
+    samples: SAMPLES = 8,
+    orders: ORDERS = 8,
+    seed: MASK_SEED = 0,
+    json_file: JSON_FILE = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
 ) -> None:
     """Bits per byte of n-gram models and compressors on held-out rows, beside a model's."""
+    from blockdiffusion.evaluate.journal import journal_beside
     from blockdiffusion.evaluate.references.coders import CoderOptions, compare_coders
     from blockdiffusion.evaluate.references.table import coders_markdown
     from blockdiffusion.evaluate.scoring import ScoreOptions
@@ -385,10 +388,8 @@ def references(
         bos=bos,
         score=ScoreOptions(estimator=estimator, samples=samples, orders=orders, seed=seed),
     )
-    for path in (json_file, markdown):
-        if path is not None:
-            _check_place(path)
-    journal = json_file and json_file.with_name(f"{json_file.name}.journal")
+    _check_places(json_file, markdown)
+    journal = journal_beside(json_file)
     networks = {name: _load(name, device, dtype) for name in models or ()}
     with progress_bar("references") as report:
         table = compare_coders(data, options, networks, report, journal)
@@ -396,7 +397,7 @@ def references(
     if json_file is not None:
         _write_json(json_file, table.to_dict() | {"data": str(data)})
     if markdown is not None:
-        _write(markdown, page.encode())
+        write_whole(markdown, page.encode())
     typer.echo(page, nl=False)
 
 
@@ -415,19 +416,16 @@ def lengths(
     window: WINDOW = None,
     bos: BOS = None,
     seed: Annotated[int, typer.Option(help="Of the documents.")] = 0,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
-    ] = None,
+    json_file: JSON_FILE = None,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
 ) -> None:
     """How long documents become: tokens until a sampled EOS."""
     from blockdiffusion.evaluate.generation.lengths import document_lengths
+    from blockdiffusion.evaluate.journal import journal_beside
     from blockdiffusion.terminal import length_lines, progress_bar
 
-    if json_file is not None:
-        _check_place(json_file)
+    _check_places(json_file)
     network = _load(model, device, dtype)
     with progress_bar("lengths") as report:
         found = document_lengths(
@@ -436,7 +434,7 @@ def lengths(
             max_new_tokens,
             batch_size=batch_size,
             seed=seed,
-            journal=json_file and json_file.with_name(f"{json_file.name}.journal"),
+            journal=journal_beside(json_file),
             progress=report,
             bos=bos,
             top_p=top_p,
@@ -472,17 +470,15 @@ def variance(
     batches: Annotated[int, typer.Option(help="Batches of different rows.")] = 4,
     replicates: Annotated[int, typer.Option(help="Draws of the masks of every batch.")] = 16,
     gradients: Annotated[bool, typer.Option(help="Measure the gradient, too.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the masks.")] = 0,
+    seed: MASK_SEED = 0,
     bos: BOS = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
-    ] = None,
+    json_file: JSON_FILE = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the table here, as SVG.")] = None,
     device: DEVICE = "auto",
     dtype: DTYPE = "auto",
 ) -> None:
     """Variance of the bound and of its gradient, for many estimators and block sizes."""
+    from blockdiffusion.evaluate.journal import journal_beside
     from blockdiffusion.evaluate.prepared import read_rows
     from blockdiffusion.evaluate.variance.picture import variance_picture
     from blockdiffusion.evaluate.variance.table import (
@@ -501,10 +497,8 @@ def variance(
         gradients=gradients,
         seed=seed,
     )
-    for path in (json_file, plot):
-        if path is not None:
-            _check_place(path)
-    journal = json_file and json_file.with_name(f"{json_file.name}.journal")
+    _check_places(json_file, plot)
+    journal = journal_beside(json_file)
     network = _load(model, device, dtype)
     text = read_rows(data, split, network, options.rows, bos)
     with progress_bar("variance") as report:
@@ -515,7 +509,7 @@ def variance(
             json_file, table.to_dict() | {"model": model, "data": str(data), "split": split}
         )
     if plot is not None:
-        _write(plot, variance_picture(table, what).encode())
+        write_whole(plot, variance_picture(table, what).encode())
     typer.echo("\n".join(variance_lines(table, what)))
 
 
@@ -654,9 +648,7 @@ def generate_eval(
     from blockdiffusion.evaluate.generation.samples import DrawOptions
     from blockdiffusion.terminal import generation_lines, progress_bar
 
-    for path in (json_file, csv_file, markdown, plot):
-        if path is not None:
-            _check_place(path)
+    _check_places(json_file, csv_file, markdown, plot)
     options = GenerateEval(
         model=model,
         judge=judge,
@@ -935,20 +927,19 @@ def _sizes(text: str) -> tuple[int, ...]:
         ) from None
 
 
-def _check_place(path: Path) -> None:
-    """Fails now, not after the measurement, where `path` cannot be written."""
+def _check_places(*paths: Path | None) -> None:
+    """Fails now, not after the measurement, where one of the files cannot be written."""
     import tempfile
 
-    from blockdiffusion.data.files import storage_error
-
-    if path.is_dir():
-        raise UserError(f"{path} is a directory; give the name of a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise storage_error(error, path) from error
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; give the name of a file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise storage_error(error, path) from error
 
 
 def _write_generation_tables(
@@ -962,28 +953,17 @@ def _write_generation_tables(
     from blockdiffusion.evaluate.generation.table import csv_text, markdown_text
 
     if csv_file is not None:
-        _write(csv_file, csv_text(results).encode())
+        write_whole(csv_file, csv_text(results).encode())
     if markdown is not None:
-        _write(markdown, markdown_text(results, notes).encode())
+        write_whole(markdown, markdown_text(results, notes).encode())
     if plot is not None:
-        _write(plot, generation_picture(results).encode())
+        write_whole(plot, generation_picture(results).encode())
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     import json
 
-    _write(path, (json.dumps(values, indent=2) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    from blockdiffusion.data.files import storage_error, written_aside
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise storage_error(error, path) from error
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def main() -> None:

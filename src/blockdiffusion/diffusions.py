@@ -113,6 +113,20 @@ def diffusion_of(config: Any) -> Diffusion:
     return _KINDS[config.objective](config)
 
 
+class _SummedTerms:
+    """The loss of a diffusion is taken from all of its terms at once."""
+
+    def loss(
+        self: Diffusion,
+        model: Denoiser,
+        drawn: Corrupted,
+        clean_BL: torch.Tensor,
+        valid_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Diffusion`."""
+        return (drawn.weight_BNL * self.terms(model, drawn, clean_BL, valid_BL)).sum()
+
+
 # --- masks --------------------------------------------------------------------------------------
 
 
@@ -179,7 +193,7 @@ class MaskedDiffusion:
 
 
 @dataclass(frozen=True)
-class ScoreEntropy(MaskedDiffusion):
+class ScoreEntropy(_SummedTerms, MaskedDiffusion):
     """SEDD: the same noise, and a network that estimates its ratios by score entropy.
 
     Its bound (Lou et al. 2024, theorem 3.6) integrates dsigma/dt times the score entropy; see
@@ -239,22 +253,12 @@ class ScoreEntropy(MaskedDiffusion):
             _sigma(model, drawn),
         )
 
-    def loss(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Diffusion`."""
-        return (drawn.weight_BNL * self.terms(model, drawn, clean_BL, valid_BL)).sum()
-
 
 # --- discrete time -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class DiscreteTime:
+class DiscreteTime(_SummedTerms):
     """D3PM: T steps of noise, and a network that predicts x_0, reading sigma_t = -log(1 - p_t).
 
     Q_t keeps a token with probability (1 - p_t) / (1 - p_{t-1}) and otherwise makes it the mask
@@ -343,16 +347,6 @@ class DiscreteTime:
             )
 
         return scored_terms(model, drawn.noisy_BNL, clean_BL, scored_BNL, term, valid_BL, sigma_BNK)
-
-    def loss(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Diffusion`."""
-        return (drawn.weight_BNL * self.terms(model, drawn, clean_BL, valid_BL)).sum()
 
 
 def _timed(law: Estimator) -> Estimator:

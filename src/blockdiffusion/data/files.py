@@ -37,6 +37,20 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole, and makes the folders above it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
 @contextmanager
 def locked(path: Path, taken: str) -> Iterator[None]:
     """Holds the lock file `path` until the block ends; the system frees it if the process dies.

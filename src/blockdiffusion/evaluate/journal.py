@@ -58,6 +58,11 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
+def journal_beside(result: Path | None) -> Path | None:
+    """The journal of a measurement whose result goes into the file `result`; None without one."""
+    return None if result is None else result.with_name(f"{result.name}.journal")
+
+
 def fingerprint(model: Any, *others: Any) -> str:
     """A hash of a model's configuration and weights, and of tensors and plain values."""
     digest = hashlib.sha256(repr(sorted(model.config.to_dict().items(), key=str)).encode())

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.data.files import locked, storage_error
+from blockdiffusion.data.files import locked, storage_error, write_whole
 from blockdiffusion.reproduce.conductor import Launch, Say, carry_out, launch
-from blockdiffusion.reproduce.kept import write
 from blockdiffusion.reproduce.page import table_result
 from blockdiffusion.reproduce.paper import PaperTable, find_table
 from blockdiffusion.reproduce.plan import Plan, make_plan
@@ -83,6 +82,6 @@ def _claimed(out: Path) -> Iterator[None]:
 def _write_table(plan: Plan, table: PaperTable) -> Reproduced:
     values, page = table_result(plan, table)
     markdown, plain = plan.out / f"{table.name}.md", plan.out / f"{table.name}.json"
-    write(markdown, page.encode())
-    write(plain, (json.dumps(values, indent=2) + "\n").encode())
+    write_whole(markdown, page.encode())
+    write_whole(plain, (json.dumps(values, indent=2) + "\n").encode())
     return Reproduced(name=table.name, values=values, markdown=markdown, json=plain)

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from blockdiffusion.data.files import storage_error
+from blockdiffusion.data.files import storage_error, write_whole
 from blockdiffusion.errors import UserError
-from blockdiffusion.reproduce.kept import Kept, write
+from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.plan import Plan, Step, recipe_text
 from blockdiffusion.reproduce.scales import Scale
 from blockdiffusion.train import checkpoint as checkpoints
@@ -164,7 +164,7 @@ class _Conductor:
         self.kept.begin(step)
         command = list(step.command)
         if step.run is not None:
-            write(Path(command[1]), recipe_text(step.run))
+            write_whole(Path(command[1]), recipe_text(step.run))
             if checkpoints.holds_run(step.product):
                 command.append("--resume")
         log = self.plan.out / "logs" / f"{step.name}.log"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from blockdiffusion.data.files import storage_error, written_aside
+from blockdiffusion.data.files import write_whole
 from blockdiffusion.data.manifest import MANIFEST_FILE
 from blockdiffusion.errors import UserError
 from blockdiffusion.reproduce.plan import Plan, Step
@@ -126,21 +126,7 @@ class Kept:
 
     def _write(self, step: Step, *, done: bool) -> None:
         values = {"identity": self.identity(step), "done": done, "command": step.command}
-        write(self._file(step), (json.dumps(values, indent=2) + "\n").encode())
-
-
-def write(file: Path, content: bytes) -> None:
-    """Writes a file whole, and the folders above it.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(file) as opened:
-            opened.write(content)
-    except OSError as error:
-        raise storage_error(error, file) from error
+        write_whole(self._file(step), (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _is_there(step: Step) -> bool:

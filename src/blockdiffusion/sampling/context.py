@@ -6,6 +6,7 @@ Two of each: for the block loop, and (`...Past`) for the autoregressive baseline
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -60,10 +61,10 @@ class CachedContext:
             self.pending_RS = self.pending_RS[rows.to(self.pending_RS.device)]
 
 
-class RecomputedContext:
-    """The past is read again in every pass: slow, and the reference for the cache."""
+class _Reread:
+    """A past of which only the tokens are kept."""
 
-    def __init__(self, model: Denoiser, rows: int, longest: int, window: int | None):
+    def __init__(self, model: Any, rows: int, longest: int, window: int | None):
         self.model, self.window = model, window
         self.past_RT = torch.zeros(rows, longest, dtype=torch.long, device=model.device)
         self.lengths_R = torch.zeros(rows, dtype=torch.long)
@@ -72,6 +73,14 @@ class RecomputedContext:
         self.past_RT[:, : ids_RT.shape[1]] = ids_RT
         self.lengths_R = lengths_R
         return torch.zeros_like(lengths_R)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.past_RT = self.past_RT[rows.to(self.past_RT.device)]
+        self.lengths_R = self.lengths_R[rows]
+
+
+class RecomputedContext(_Reread):
+    """The past is read again in every pass: slow, and the reference for the cache."""
 
     def denoise(self, noisy_RS: torch.Tensor, sigma_R: torch.Tensor | None = None) -> torch.Tensor:
         rows, size = noisy_RS.shape
@@ -88,10 +97,6 @@ class RecomputedContext:
         slots_RS = (self.lengths_R[:, None] + torch.arange(size)).to(clean_RS.device)
         self.past_RT.scatter_(1, slots_RS, clean_RS)
         self.lengths_R = self.lengths_R + size
-
-    def keep(self, rows: torch.Tensor) -> None:
-        self.past_RT = self.past_RT[rows.to(self.past_RT.device)]
-        self.lengths_R = self.lengths_R[rows]
 
 
 # --- the autoregressive baseline ----------------------------------------------------------------
@@ -125,18 +130,8 @@ class CachedPast:
         self.cache.keep(rows)
 
 
-class RecomputedPast:
+class RecomputedPast(_Reread):
     """All tokens are read again in every pass: slow, and the reference for the cache."""
-
-    def __init__(self, model: NextTokenModel, rows: int, longest: int, window: int | None):
-        self.model, self.window = model, window
-        self.past_RT = torch.zeros(rows, longest, dtype=torch.long, device=model.device)
-        self.lengths_R = torch.zeros(rows, dtype=torch.long)
-
-    def prefill(self, ids_RT: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        self.past_RT[:, : ids_RT.shape[1]] = ids_RT
-        self.lengths_R = lengths_R
-        return torch.zeros_like(lengths_R)
 
     def read(self, ids_R: torch.Tensor) -> torch.Tensor:
         row_R = torch.arange(len(ids_R))
@@ -146,10 +141,6 @@ class RecomputedPast:
         cache = self.model.make_cache(len(ids_R), total)
         hidden_RTD = self.model.decode_causal(self.past_RT[:, :total], cache, self.window)
         return hidden_RTD[row_R, self.lengths_R - 1]
-
-    def keep(self, rows: torch.Tensor) -> None:
-        self.past_RT = self.past_RT[rows.to(self.past_RT.device)]
-        self.lengths_R = self.lengths_R[rows]
 
 
 def _prefill(

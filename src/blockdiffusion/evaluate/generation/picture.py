@@ -17,19 +17,14 @@ from typing import Any
 
 from blockdiffusion.evaluate.generation.table import conventions, number, real_label
 from blockdiffusion.evaluate.likelihood import Z95
-from blockdiffusion.evaluate.report.pictures import STANDALONE_STYLE, Frame, nice_ticks, tick_label
+from blockdiffusion.evaluate.report.pictures import CHART_STYLE, Frame, nice_ticks, tick_label
 
 WIDTH, LEFT, RIGHT = 760, 66, 24
 HEAD, PLOT, LEGEND_LINE = 88, 320, 22
 BAND, BAND_GAP = 62, 30
 LETTER = 5.9  # width of a letter of a note
 LONGEST_LABEL = 58
-STYLE = STANDALONE_STYLE + (
-    "svg{--rule:#e5e2dc;--strong-rule:#b9b5ad;--accent:#34679c;--warm:#bf5b33}"
-    "@media (prefers-color-scheme:dark){svg{--rule:#2d3136;--strong-rule:#565b63;"
-    "--accent:#7db0e3;--warm:#e58a5f}}"
-    ".grid{stroke:var(--rule)}.axis{stroke:var(--strong-rule)}.tick,.note{fill:var(--muted);"
-    "font-size:11px}.end{text-anchor:end}.title{font-size:15px;font-weight:600}"
+STYLE = CHART_STYLE + (
     ".name{font-size:12px}.error{stroke:var(--accent);stroke-width:1.5}"
     ".dot{fill:var(--accent);stroke:var(--accent);stroke-width:1.6}"
     ".error.real{stroke:var(--warm)}.dot.real{fill:var(--paper);stroke:var(--warm)}"

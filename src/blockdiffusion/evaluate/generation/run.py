@@ -28,6 +28,7 @@ from blockdiffusion.evaluate.generation.samples import (
     draw_samples,
     read_samples,
 )
+from blockdiffusion.evaluate.journal import journal_beside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def generate_and_judge(
         reference=reference,
         mauve=options.mauve,
         progress=progress,
-        journal=beside and beside.with_name(f"{beside.name}.journal"),
+        journal=journal_beside(beside),
     )
 
 

@@ -495,3 +495,11 @@ svg{--paper:#fdfcfa;--unseen:#f3f1ec;--ink:#22252a;--muted:#6d7178;
 .stream{font-size:13px;font-weight:600}.block-name{fill:var(--muted);font-size:11px}
 .legend{font-size:10.5px;fill:var(--muted)}.strong{fill:var(--ink);font-weight:600}
 """.replace("\n", "")
+# The same for charts, with axes and two colours.
+CHART_STYLE = STANDALONE_STYLE + (
+    "svg{--rule:#e5e2dc;--strong-rule:#b9b5ad;--accent:#34679c;--warm:#bf5b33}"
+    "@media (prefers-color-scheme:dark){svg{--rule:#2d3136;--strong-rule:#565b63;"
+    "--accent:#7db0e3;--warm:#e58a5f}}"
+    ".grid{stroke:var(--rule)}.axis{stroke:var(--strong-rule)}.tick,.note{fill:var(--muted);"
+    "font-size:11px}.end{text-anchor:end}.title{font-size:15px;font-weight:600}"
+)

@@ -11,19 +11,14 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from blockdiffusion.evaluate.report.pictures import STANDALONE_STYLE, Frame, tick_label
+from blockdiffusion.evaluate.report.pictures import CHART_STYLE, Frame, tick_label
 from blockdiffusion.evaluate.variance.table import PAPER, Measured, VarianceRow, VarianceTable
 
 PLOT, BETWEEN, RIGHT = 330, 34, 24
 LETTER = 7.2  # width of a letter of a label, amply
 LINE = 21
 HEAD, BAND_HEAD, BAND_FOOT, FOOT = 104, 30, 38, 58
-STYLE = STANDALONE_STYLE + (
-    "svg{--rule:#e5e2dc;--strong-rule:#b9b5ad;--accent:#34679c;--warm:#bf5b33}"
-    "@media (prefers-color-scheme:dark){svg{--rule:#2d3136;--strong-rule:#565b63;"
-    "--accent:#7db0e3;--warm:#e58a5f}}"
-    ".grid{stroke:var(--rule)}.axis{stroke:var(--strong-rule)}.tick,.note{fill:var(--muted);"
-    "font-size:11px}.end{text-anchor:end}.title{font-size:15px;font-weight:600}"
+STYLE = CHART_STYLE + (
     ".size{font-size:13px;font-weight:600}.paper-line{stroke:var(--warm);stroke-dasharray:2 3}"
     ".dot{fill:var(--accent);stroke:var(--accent);stroke-width:1.6}.bar{stroke:var(--accent);"
     "stroke-width:1.6}.hollow{fill:var(--paper)}.of-paper{stroke:var(--warm)}"
