@@ -33,13 +33,14 @@ class Arm:
     """One way to train: its overrides of the recipe.
 
     `cost` is what a step costs against one noisy copy and a clean stream; `tier` 1 comes after all
-    arms of tier 0.
+    arms of tier 0. `more_steps`: beyond those of its part.
     """
 
     name: str
     overrides: tuple[str, ...]
     cost: float = 1.0
     tier: int = 0
+    more_steps: int = 0
 
     @property
     def folder(self) -> str:
@@ -77,6 +78,7 @@ ESTIMATORS = (
 # Without blocks and conditioning, whose sizes are then the defaults.
 AUTOREGRESSIVE = ("objective.name=ar", "model.block_size=1", "model.cond_dim=128")
 FROM_BASE = ("model.init_from={base}", BERNOULLI)
+PAIRS = ("model.init_from={base}", COMPLEMENT)
 PARTS = (
     Part(
         "s4",
@@ -110,14 +112,22 @@ PARTS = (
         "gap",
         "the bound and the exact value along training, from the base",
         480,
-        (*FROM_BASE[:1], COMPLEMENT, "eval.every=120", "eval.rows=64"),
+        ("eval.every=120", "eval.rows=64"),
         (
-            Arm("S = 2", ("model.block_size=2", "eval.estimator=exact"), 1.5),
-            Arm("S = 4", ("model.block_size=4", "eval.estimator=exact"), 1.5),
-            Arm("S = 8", ("model.block_size=8", "eval.estimator=exact"), 1.5),
+            # From scratch, over as many tokens as the base and the arm together.
+            Arm(
+                "autoregressive",
+                (*AUTOREGRESSIVE, BERNOULLI, "eval.every=40"),
+                0.5,
+                more_steps=BASE_STEPS,
+            ),
+            Arm("S = 2", (*PAIRS, "model.block_size=2", "eval.estimator=exact"), 1.5),
+            Arm("S = 4", (*PAIRS, "model.block_size=4", "eval.estimator=exact"), 1.5),
+            Arm("S = 8", (*PAIRS, "model.block_size=8", "eval.estimator=exact"), 1.5),
             Arm(
                 "S = 16",
                 (
+                    *PAIRS,
                     "model.block_size=16",
                     "eval.estimator=orders",
                     "eval.orders=16",
@@ -157,14 +167,15 @@ def jobs(runs: Path, names: Sequence[str], seeds: int) -> Iterator[Job]:
                 for arm in part.arms:
                     if arm.tier != tier:
                         continue
-                    settings = (*part.common, *arm.overrides, f"train.steps={part.steps}")
+                    steps = part.steps + arm.more_steps
+                    settings = (*part.common, *arm.overrides, f"train.steps={steps}")
                     if not any(setting.startswith("eval.every=") for setting in settings):
                         # Where the arm has cost as much as the reference in all.
                         settings += (f"eval.every={at_equal_compute(part, arm)}",)
                     settings += (f"train.seed={seed + 1}",)
                     yield Job(
                         folder_of(runs, part, arm, seed),
-                        part.steps,
+                        steps,
                         tuple(s.format(base=runs / "base") for s in settings),
                     )
 
@@ -236,16 +247,23 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 
 def gaps(runs: Path, part: Part) -> Iterator[str]:
-    """A Markdown table: bound, exact value (or the tighter bound) and their distance."""
-    yield "| S | step | bound | exact (S = 16: 16-order bound) | distance |"
-    yield "|---|---|---|---|---|"
-    for arm in part.arms:
+    """A Markdown table: how far each size is from the autoregressive model of as many tokens.
+
+    The distance is split into the bound's (bound less exact value) and the model's (exact value
+    less autoregressive); at S = 16 the tighter bound stands for the exact value.
+    """
+    reference, *sizes = part.arms
+    theirs = evaluations(folder_of(runs, part, reference, 0))
+    yield "| S | step | bound | exact | autoregressive | the bound's part | the model's part |"
+    yield "|---|---|---|---|---|---|---|"
+    for arm in sizes:
         for step, value in evaluations(folder_of(runs, part, arm, 0)).items():
-            tighter = value.get("valid_exact", value.get("valid_orders"))
-            if tighter is not None:
+            exact = value.get("valid_exact", value.get("valid_orders"))
+            other = theirs.get(step + reference.more_steps, {}).get("valid_bound")
+            if exact is not None and other is not None:
                 bound = value["valid_bound"]
-                numbers = f"{bound:.4f} | {tighter:.4f} | {bound - tighter:.4f}"
-                yield f"| {arm.name} | {step} | {numbers} |"
+                numbers = (bound, exact, other, bound - exact, exact - other)
+                yield f"| {arm.name} | {step} | " + " | ".join(f"{x:.4f}" for x in numbers) + " |"
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ def all_jobs(runs):
 
 def test_every_run_of_the_variance_study_is_a_valid_recipe(tmp_path):
     found = all_jobs(tmp_path)
-    assert len({job.out for job in found}) == len(found) == 2 * 2 * 11 + 2 * 3 + 4
+    assert len({job.out for job in found}) == len(found) == 2 * 2 * 11 + 2 * 3 + 5
     for job in found:
         recipe = load_recipe(study.RECIPE, [f"out={job.out}", *job.overrides])
         assert recipe.train.steps == job.steps
@@ -49,3 +49,19 @@ def test_equal_compute_is_a_whole_step_that_is_evaluated(cost):
     part = study.PARTS[0]
     step = study.at_equal_compute(part, study.Arm("x", (), cost))
     assert step * cost == pytest.approx(part.steps)
+
+
+def test_the_distance_to_the_autoregressive_model_is_split_at_as_many_tokens(tmp_path):
+    part = next(part for part in study.PARTS if part.name == "gap")
+    reference, smallest, *_ = part.arms
+    for arm, line in (
+        (reference, {"step": study.BASE_STEPS + 120, "valid_bound": 4.0}),
+        (smallest, {"step": 120, "valid_bound": 4.75, "valid_exact": 4.5}),
+        (smallest, {"step": 240, "valid_bound": 4.7, "valid_exact": 4.4}),
+    ):
+        out = study.folder_of(tmp_path, part, arm, 0)
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    rows = list(study.gaps(tmp_path, part))[2:]
+    assert rows == ["| S = 2 | 120 | 4.7500 | 4.5000 | 4.0000 | 0.2500 | 0.5000 |"]
