@@ -26,6 +26,13 @@ from pathlib import Path
 
 RECIPE = Path(__file__).with_name("variance.yaml")
 BASE_STEPS = 1000  # as in the recipe
+FULL_SIZE = (
+    "model.num_layers=6",
+    "model.width=192",
+    "model.num_heads=6",
+    "model.cond_dim=128",
+    "train.batch_size=32",
+)
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,18 @@ class Arm:
 
 @dataclass(frozen=True)
 class Part:
-    """Arms that are compared with each other; the first is the reference."""
+    """Arms that are compared with each other; the first is the reference.
+
+    `seeds`: at most so many; `base`: the run with S = L that the arms start from.
+    """
 
     name: str
     title: str
     steps: int
     common: tuple[str, ...]
     arms: tuple[Arm, ...]
+    seeds: int | None = None
+    base: str = "base"
 
 
 BERNOULLI = "objective.estimator=bernoulli"
@@ -76,7 +88,12 @@ ESTIMATORS = (
     Arm("complement, N = 4", (COMPLEMENT, "objective.num_noisy=4"), 2.5, tier=1),
 )
 # Without blocks and conditioning, whose sizes are then the defaults.
-AUTOREGRESSIVE = ("objective.name=ar", "model.block_size=1", "model.cond_dim=128")
+AUTOREGRESSIVE = (
+    "objective.name=ar",
+    "objective.estimator=null",
+    "model.block_size=1",
+    "model.cond_dim=128",
+)
 FROM_BASE = ("model.init_from={base}", BERNOULLI)
 PAIRS = ("model.init_from={base}", COMPLEMENT)
 PARTS = (
@@ -100,7 +117,7 @@ PARTS = (
         900,
         ("eval.estimator=exact", "eval.every=300"),
         (
-            Arm("autoregressive", (*AUTOREGRESSIVE, BERNOULLI), 0.5),
+            Arm("autoregressive", AUTOREGRESSIVE, 0.5),
             Arm("S = 1, linear", ("model.block_size=1", BERNOULLI)),
             Arm(
                 "S = 1, everything masked",
@@ -117,7 +134,7 @@ PARTS = (
             # From scratch, over as many tokens as the base and the arm together.
             Arm(
                 "autoregressive",
-                (*AUTOREGRESSIVE, BERNOULLI, "eval.every=40"),
+                (*AUTOREGRESSIVE, "eval.every=40"),
                 0.5,
                 more_steps=BASE_STEPS,
             ),
@@ -136,6 +153,16 @@ PARTS = (
                 1.5,
             ),
         ),
+        seeds=1,
+    ),
+    Part(
+        "full",
+        "S = 4, a larger network",
+        300,
+        (*FROM_BASE, *FULL_SIZE, "model.block_size=4", "eval.estimator=exact"),
+        ESTIMATORS[:4],
+        seeds=1,
+        base="base-full",
     ),
 )
 
@@ -157,13 +184,25 @@ def folder_of(runs: Path, part: Part, arm: Arm, seed: int) -> Path:
     return runs / part.name / arm.folder / f"seed{seed}"
 
 
+def bases(runs: Path, names: Sequence[str]) -> Iterator[Job]:
+    """The runs with S = L that the chosen parts start from."""
+    wanted = {part.base for part in PARTS if part.name in names}
+    if "base" in wanted:
+        yield Job(runs / "base", BASE_STEPS, ())
+    if "base-full" in wanted:
+        steps = 500
+        yield Job(
+            runs / "base-full", steps, (*FULL_SIZE, f"train.steps={steps}", "train.threads=2")
+        )
+
+
 def jobs(runs: Path, names: Sequence[str], seeds: int) -> Iterator[Job]:
-    """All runs of the chosen parts, the important ones first; `gap` is one seed."""
+    """All runs of the chosen parts from their bases, the important ones first."""
     for tier in (0, 1):
         for part in PARTS:
             if part.name not in names:
                 continue
-            for seed in range(1 if part.name == "gap" else seeds):
+            for seed in range(min(seeds, part.seeds or seeds)):
                 for arm in part.arms:
                     if arm.tier != tier:
                         continue
@@ -176,7 +215,7 @@ def jobs(runs: Path, names: Sequence[str], seeds: int) -> Iterator[Job]:
                     yield Job(
                         folder_of(runs, part, arm, seed),
                         steps,
-                        tuple(s.format(base=runs / "base") for s in settings),
+                        tuple(s.format(base=runs / part.base) for s in settings),
                     )
 
 
@@ -199,7 +238,8 @@ def perform(job: Job) -> None:
 
 
 def run(runs: Path, names: Sequence[str], seeds: int, workers: int) -> None:
-    perform(Job(runs / "base", BASE_STEPS, ()))
+    for job in bases(runs, names):
+        perform(job)
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(perform, jobs(runs, names, seeds)))
 

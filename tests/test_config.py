@@ -166,10 +166,27 @@ def test_what_an_objective_does_not_read_is_refused(write, name, override, messa
 @pytest.mark.parametrize("more", ["objective.clip=[0.3,0.8]", "search.every=5"])
 def test_sedd_has_clips_with_bernoulli_only(write, more):
     recipe = write(MINIMAL | {"objective": {"name": "sedd"}})
-    load_recipe(recipe, [more])
-    message = r"estimator is count, which draws .* bernoulli|the estimator count, which has no clip"
-    with pytest.raises(UserError, match=message):
+    load_recipe(recipe, [more, "objective.estimator=bernoulli"])
+    message = r"estimator is {0}, which draws .* bernoulli|the estimator {0}, which has no clip"
+    with pytest.raises(UserError, match=message.format("count")):
         load_recipe(recipe, [more, "objective.estimator=count"])
+    with pytest.raises(UserError, match=message.format("complement")):
+        load_recipe(recipe, [more])
+
+
+@pytest.mark.parametrize("override", ["objective.schedule=cosine", "objective.t_min=0.01"])
+def test_times_belong_to_estimators_that_draw_them(write, override):
+    recipe = write(MINIMAL)
+    load_recipe(recipe, [override, "objective.estimator=bernoulli"])
+    for more in ([], ["objective.estimator=count"], ["objective.name=sedd"]):
+        with pytest.raises(UserError, match=r"draws no times; .*estimator=bernoulli"):
+            load_recipe(recipe, [override, *more])
+
+
+def test_the_schedule_matters_to_the_weights_of_a_clip(write):
+    clipped = ["objective.clip=[0.3,0.8]", "objective.schedule=cosine"]
+    assert load_recipe(write(MINIMAL), clipped).objective.kind == "complement"
+    assert load_recipe(write(MINIMAL), ["objective.name=d3pm"]).objective.schedule == "linear"
 
 
 def test_the_usual_block_size(write):

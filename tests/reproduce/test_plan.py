@@ -88,7 +88,10 @@ def test_the_paper_scale_has_the_papers_sizes(tmp_path):
     assert amount(runs["lm1b-t8-s4-log"].tokens) == "3.01B"
     assert runs["owt-base"].steps == 850_000 and runs["owt-s4"].steps == 150_000
     s4 = runs["owt-s4"].recipe
-    assert s4["search"] == {"every": 5000} and s4["objective"] == {"name": "bd3lm"}
+    assert s4["search"] == {"every": 5000} and s4["objective"] == {
+        "name": "bd3lm",
+        "estimator": "bernoulli",
+    }
     assert s4["optim"]["lr"] == 3e-4 and s4["train"]["batch_size"] == 512
     # 110M parameters, 170M with input and output embeddings, without conditioning's.
     assert amount(runs["owt-ar"].parameters) == "162M"
@@ -106,7 +109,10 @@ def test_a_dry_run_tells_the_sizes_and_writes_nothing(tmp_path):
     text = ended.stdout
     assert "prepare-owt: to do" in text and "blockdiff prepare openwebtext --out" in text
     assert "850,000 updates of 512 rows, 446B tokens" in text
-    assert "bd3lm, S = 4; from" in text and "12 layers, width 768, 162M parameters" in text
+    assert (
+        "bd3lm, S = 4 (estimator bernoulli); from" in text
+        and "12 layers, width 768, 162M parameters" in text
+    )
     assert "14 steps, 0 done; 7 runs of" in text and "days" in text.splitlines()[-1]
 
 

@@ -31,8 +31,8 @@ SMALL = SearchOptions(
     every=4, widths=(0.5, 1.0), offset_step=0.5, rows=5, batch_size=3, replicates=3
 )
 OVERRIDES = [
-    "search.every=4", "search.widths=[0.5, 0.8]", "search.offset_step=0.25", "search.rows=4",
-    "search.batch_size=2", "search.replicates=2",
+    "objective.estimator=bernoulli", "search.every=4", "search.widths=[0.5, 0.8]",
+    "search.offset_step=0.25", "search.rows=4", "search.batch_size=2", "search.replicates=2",
 ]  # fmt: skip
 
 
@@ -169,7 +169,9 @@ def brute_force(model, rows, clip, base, options, step, seed):
 @pytest.mark.parametrize("by", ["loss", "gradient"])
 def test_variances_are_those_of_the_definition(make_network, valid, by, schedule):
     model, options = make_network(), replace(SMALL, by=by)
-    search = ScheduleSearch(options, ObjectiveOptions(schedule=schedule), valid, 4, seed=5)
+    search = ScheduleSearch(
+        options, ObjectiveOptions(estimator="bernoulli", schedule=schedule), valid, 4, seed=5
+    )
     found = search.run(model, step=8)
     assert all(parameter.grad is None for parameter in model.parameters())
     base = {"linear": Linear, "cosine": Cosine}[schedule]()
@@ -214,7 +216,7 @@ def test_all_clips_see_the_same_numbers_and_other_steps_others(
 
 def test_equal_clips_have_equal_variances_thanks_to_common_numbers(make_network, valid):
     """A clip of width one and no clip are one law: the noise of the search cancels."""
-    objective = ObjectiveOptions(t_min=0.0)
+    objective = ObjectiveOptions(estimator="bernoulli", t_min=0.0)
     search = ScheduleSearch(SMALL, objective, valid, 4, seed=0)
     model = make_network()
     clipped = search.run(model, 4).variances[0.0, 1.0]
@@ -235,7 +237,8 @@ def test_the_state_of_the_network_and_of_the_global_stream_do_not_matter(make_ne
 
 def test_blocks_of_one_token_find_that_everything_is_to_be_masked(make_network, valid):
     options = replace(SMALL, widths=(0.5, 0.9))
-    found = ScheduleSearch(options, ObjectiveOptions(), valid, 1, seed=0).run(make_network(1), 4)
+    objective = ObjectiveOptions(estimator="bernoulli")
+    found = ScheduleSearch(options, objective, valid, 1, seed=0).run(make_network(1), 4)
     assert found.clip == (1.0, 1.0)
     assert found.variances[1.0, 1.0] == 0.0
     assert all(v > 1e-4 for clip, v in found.variances.items() if clip != (1.0, 1.0))
@@ -317,7 +320,8 @@ def test_every_step_is_trained_with_the_clip_found_last(recipe_file, tmp_path, m
 
 def test_training_is_unclipped_until_the_first_search(recipe_file, tmp_path):
     run_training(load_recipe(recipe_file, [*OVERRIDES, "out=" + str(tmp_path / "plain")]))
-    run_training(load_recipe(recipe_file, ["out=" + str(tmp_path / "never")]))
+    unclipped = [OVERRIDES[0], "out=" + str(tmp_path / "never")]
+    run_training(load_recipe(recipe_file, unclipped))
     plain, never = (
         [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
         for name in ("plain", "never")

@@ -124,7 +124,7 @@ class Scale:
     optim: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     checkpoint: Mapping[str, Any]
-    objective: Mapping[str, Any] = field(default_factory=dict)
+    objective: Mapping[str, Any]
     num_noisy: int = 1
     search: Mapping[str, Any] = field(default_factory=dict)
     steps: Steps
@@ -234,6 +234,7 @@ SMALL = Scale(
     | {"lr": 1e-3, "betas": [0.9, 0.99], "warmup_steps": 1000, "ema_decay": 0.9995},
     evaluation={"every": 2500, "rows": 512},
     checkpoint={"every": 1000},
+    objective={"estimator": "bernoulli"},
     search={"every": 1000},
     steps=Steps(base=40_000, fine_tune=10_000, single_token=20_000, clips=5000, schedules=5000),
     measure=Measurements(
@@ -258,6 +259,7 @@ PAPER = Scale(
     optim=_PAPER_OPTIM,
     evaluation={"every": 10_000, "rows": 1024},
     checkpoint={"every": 5000},
+    objective={"estimator": "bernoulli"},
     search={"every": 5000},
     steps=Steps(
         base=850_000, fine_tune=150_000, single_token=244_000, clips=150_000, schedules=46_000

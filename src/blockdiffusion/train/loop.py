@@ -70,12 +70,14 @@ class ObjectiveKind:
     Attributes:
         network: what the configuration of such a network says.
         stored: what it remembers of the options: its name there -> the name of the option.
+        usual_estimator: what `estimator` null means.
         reads: the options that mean something.
         why_not: why the others do not.
     """
 
     network: Mapping[str, Any]
     stored: Mapping[str, str] = field(default_factory=dict)
+    usual_estimator: EstimatorName = "complement"
     reads: tuple[str, ...] = ("estimator", "schedule", "clip", "num_noisy", "t_min", "stratify")
     why_not: str = "which has no such choice"
 
@@ -89,6 +91,7 @@ OBJECTIVES = {
         stored={
             "transition": "transition", "timesteps": "timesteps", "noise_schedule": "schedule",
         },
+        usual_estimator="bernoulli",  # which `Diffusion.fitted` turns into `Timesteps`
         reads=("schedule", "num_noisy", "stratify", "transition", "timesteps"),
         why_not="whose time is discrete",
     ),
@@ -107,10 +110,11 @@ class ObjectiveOptions:
     name: Literal["bd3lm", "mdlm", "sedd", "d3pm", "ar"] = "bd3lm"
     """bd3lm: masked diffusion in blocks; mdlm: the same, one block a row; sedd, d3pm: score entropy
     and discrete time in blocks; ar: the autoregressive baseline. See `OBJECTIVES`."""
-    estimator: EstimatorName = "bernoulli"
-    """How masks are drawn, and what they weigh; see docs/concepts.md."""
+    estimator: EstimatorName | None = None
+    """How masks are drawn, and what they weigh; null: complement. The paper's is bernoulli. See
+    docs/concepts.md."""
     schedule: str = "linear"
-    """linear, cosine, square, sqrt or log; it matters to bernoulli, to d3pm and to a clip."""
+    """linear, cosine, square, sqrt or log; of bernoulli, resampled, d3pm and clips."""
     clip: tuple[float, float] | None = None
     """Mask probabilities are kept in this interval; null: all of (0, 1]."""
     num_noisy: int | None = None
@@ -131,12 +135,18 @@ class ObjectiveOptions:
         if self.timesteps < 1:
             raise UserError(f"objective.timesteps is {self.timesteps}; it must be at least 1")
         self.make_estimator()
+        self._refuse_times_where_none_is_drawn()
         if self.clip is not None and not self.allows_clip:
             raise UserError(
-                f"objective.clip is {self.clip}, but objective.estimator is {self.estimator}, "
+                f"objective.clip is {self.clip}, but objective.estimator is {self.kind}, "
                 f"which draws the number of masked tokens before the time that {self.name} reads; "
                 "leave the clip out or take bernoulli"
             )
+
+    @property
+    def kind(self) -> EstimatorName:
+        """The estimator that masks are drawn with."""
+        return self.estimator or OBJECTIVES[self.name].usual_estimator
 
     @property
     def of_network(self) -> dict[str, Any]:
@@ -149,7 +159,7 @@ class ObjectiveOptions:
     def allows_clip(self) -> bool:
         """Whether mask probabilities can be kept in an interval."""
         kind = OBJECTIVES[self.name]
-        times_first = self.estimator in ("bernoulli", "resampled")
+        times_first = self.kind in ("bernoulli", "resampled")
         reads_time = kind.network.get("time_conditioning", False)
         return "clip" in kind.reads and (times_first or not reads_time)
 
@@ -163,10 +173,23 @@ class ObjectiveOptions:
                     f"{kind.why_not}; leave it out, or at {'null' if default is None else default}"
                 )
 
+    def _refuse_times_where_none_is_drawn(self) -> None:
+        if self.name == "ar" or self.kind not in ("count", "complement"):
+            return
+        for name, value, default in (
+            ("schedule", self.schedule if self.clip is None else "linear", "linear"),
+            ("t_min", self.t_min, T_MIN),
+        ):
+            if value != default:
+                raise UserError(
+                    f"objective.{name} is {value}, but objective.estimator is {self.kind}, which "
+                    f"draws no times; leave it out, or set objective.estimator=bernoulli"
+                )
+
     def make_estimator(self) -> Estimator:
         """The law of the masks that the options name; `Diffusion.fitted` makes it the network's."""
         return build_estimator(
-            self.estimator,
+            self.kind,
             schedule=self.schedule,
             clip=self.clip,
             num_noisy=self.num_noisy,
@@ -320,7 +343,9 @@ def train(
     reporting = _reporting(out, loggers, config, state.step + 1)
 
     with checkpoints.claimed(out), reporting as report, _StopSignals() as stop:
-        for start_note in [*notes, *([estimator_note] if estimator_note else [])]:
+        if estimator_note is not None and objective.estimator is not None:
+            notes = [*notes, estimator_note]
+        for start_note in notes:
             report(state.step, {"note": start_note})
         if note is not None:
             report(state.step, {"note": note})
