@@ -1,0 +1,92 @@
+"""The command `blockdiff`: its commands by what they are about, put together here.
+
+Only light modules are imported at the top; each command imports what it needs, so that `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from blockdiffusion.cli.data import datasets, prepare
+from blockdiffusion.cli.generating import generate_compare, generate_eval, lengths, sample
+from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
+from blockdiffusion.cli.releasing import convert, push
+from blockdiffusion.cli.training import report, reproduce, train
+from blockdiffusion.errors import UserError
+
+app = typer.Typer(
+    name="blockdiff",
+    help="Train, measure and sample block diffusion language models.",
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+# In the order of --help.
+COMMANDS = {
+    "prepare": prepare,
+    "datasets": datasets,
+    "train": train,
+    "report": report,
+    "eval": evaluate,
+    "zero-shot": zero_shot,
+    "references": references,
+    "variance": variance,
+    "sample": sample,
+    "lengths": lengths,
+    "generate-eval": generate_eval,
+    "generate-compare": generate_compare,
+    "reproduce": reproduce,
+    "convert": convert,
+    "push": push,
+}
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+# An unknown option or a missing argument; newer typer versions carry their own click.
+USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from blockdiffusion import __version__
+
+        typer.echo(f"blockdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is one sentence and exit code 2."""
+    try:
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UserError as error:
+        _fail(str(error))
+    except USAGE_ERROR as error:
+        _fail(error.format_message())
+    except (typer.Abort, KeyboardInterrupt):
+        typer.echo("blockdiff: stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except PermissionError as error:
+        _fail(f"no permission for {error.filename}: choose another place or change its rights")
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"blockdiff: error: {message}", err=True)
+    sys.exit(2)

@@ -1,0 +1,92 @@
+"""Commands about data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text files, folders, .jsonl, .parquet, a set by name (blockdiff datasets) or "
+            "NAME=PATH, Hugging Face data sets, python-docs or python-source."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for the prepared data.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="bpe:SIZE (trained here), byte, or a Hugging Face name or path.")
+    ] = "bpe:2048",
+    seq_len: Annotated[int, typer.Option(help="L, tokens of a row.")] = 128,
+    packing: Annotated[
+        str, typer.Option(help="wrap (documents one after another) or document (one a row).")
+    ] = "wrap",
+    row_bos: Annotated[
+        bool, typer.Option(help="Begin every row with a BOS, which is given.")
+    ] = False,
+    row_eos: Annotated[bool, typer.Option(help="End every row with an EOS.")] = False,
+    document_eos: Annotated[bool, typer.Option(help="Put an EOS after every document.")] = True,
+    valid: Annotated[
+        list[str] | None, typer.Option(help="Source of the validation split; may be repeated.")
+    ] = None,
+    valid_fraction: Annotated[
+        float, typer.Option(help="Share of documents held out where no --valid is given.")
+    ] = 0.05,
+    field: Annotated[
+        str, typer.Option(help="Field of the text in JSON lines and tables.")
+    ] = "text",
+    documents: Annotated[
+        str, typer.Option(help="Documents of a text file: auto, file, line or blank-line.")
+    ] = "auto",
+    document_bytes: Annotated[
+        int, typer.Option(help="Size above which auto cuts a text file at a blank line.")
+    ] = 65536,
+    detokenize: Annotated[
+        str,
+        typer.Option(
+            help="none (a set by name brings its own), wikitext, wikitext-paper, ptb, lm1b, "
+            "lambada or scientific-papers."
+        ),
+    ] = "none",
+    seed: Annotated[int, typer.Option(help="Of the train/validation split.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes; 0 for one per core.")] = 0,
+) -> None:
+    """Tokenise text and pack it into rows for training; goes on where it was stopped."""
+    from blockdiffusion.data.options import PrepareOptions
+    from blockdiffusion.data.packing import prepare as run
+    from blockdiffusion.terminal import progress_bar
+
+    options = PrepareOptions(
+        seq_len=seq_len,
+        tokenizer=tokenizer,
+        packing=packing,
+        row_bos=row_bos,
+        row_eos=row_eos,
+        document_eos=document_eos,
+        valid_fraction=valid_fraction,
+        valid=tuple(valid or ()),
+        field=field,
+        documents=documents,
+        document_bytes=document_bytes,
+        detokenize=detokenize,
+        seed=seed,
+        num_workers=workers,
+    )
+    with progress_bar("prepare") as report:
+        manifest = run(sources, out, options, report)
+    typer.echo(f"{out}: V = {manifest.vocab_size}, L = {manifest.seq_len}")
+    for name, split in manifest.splits.items():
+        typer.echo(
+            f"  {name:<6}{split.documents:>10,} documents  {split.tokens:>13,} tokens  "
+            f"{split.bytes:>14,} bytes  {split.rows:>9,} rows"
+        )
+
+
+def datasets() -> None:
+    """List the data sets that are known by name: splits, sources, licences."""
+    from blockdiffusion.data.registry import set_lines
+
+    typer.echo("\n".join(set_lines()))

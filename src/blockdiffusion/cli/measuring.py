@@ -1,0 +1,296 @@
+"""Commands that measure likelihood and its noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockdiffusion.cli.options import (
+    BOS,
+    DEVICE,
+    DTYPE,
+    JSON_FILE,
+    MASK_SEED,
+    MODEL,
+    ORDERS,
+    SAMPLES,
+)
+from blockdiffusion.cli.shared import check_places, load_model, write_json
+from blockdiffusion.data.files import write_whole
+from blockdiffusion.errors import UserError
+
+
+def evaluate(
+    model: MODEL,
+    data: Annotated[Path, typer.Option(help="Directory that `blockdiff prepare` made.")],
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
+    estimator: Annotated[
+        str,
+        typer.Option(
+            help="auto (the least noise), exact (enumerates; S <= 8), orders (a tighter bound), or "
+            "a law of masks: complement, count, bernoulli, bernoulli:cosine, ..."
+        ),
+    ] = "auto",
+    samples: SAMPLES = 8,
+    orders: ORDERS = 8,
+    target_stderr: Annotated[
+        float | None, typer.Option(help="Draw on until the noise error is at most this.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
+    bos: BOS = None,
+    seed: MASK_SEED = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    per_row: Annotated[
+        bool, typer.Option("--per-row", help="Each row's value in --json, to compare in pairs.")
+    ] = False,
+    card: Annotated[bool, typer.Option("--card", help="Put it into the model's card.")] = False,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Likelihood of held-out text: nats per token, perplexity, bits per byte, with error bars."""
+    from blockdiffusion.data.manifest import Manifest
+    from blockdiffusion.evaluate.likelihood import likelihood
+    from blockdiffusion.evaluate.prepared import evaluation_facts, read_rows
+    from blockdiffusion.release import check_card, record_evaluation
+    from blockdiffusion.seeding import generator
+    from blockdiffusion.terminal import likelihood_lines, progress_bar
+
+    if per_row and json_file is None:
+        raise UserError("--per-row says what --json holds; give --json FILE, too")
+    if card:
+        check_card(model)
+    network = load_model(model, device, dtype)
+    text = read_rows(data, split, network, rows, bos)
+    with progress_bar("eval") as report:
+        result = likelihood(
+            network,
+            text.batch.ids_BL,
+            estimator=estimator,
+            samples=samples,
+            orders=orders,
+            target_stderr=target_stderr,
+            bos=text.bos,
+            valid=text.batch.valid_BL,
+            num_bytes=text.num_bytes,
+            generator=generator(seed, "likelihood"),
+            progress=lambda done, total: report(estimator, done, total),
+        )
+    if json_file is not None:
+        values = result.to_dict(rows=per_row)
+        if per_row:
+            values["tokens_per_row"] = text.free_tokens().tolist()
+        write_json(json_file, values | {"model": model, "data": str(data), "split": split})
+    if card:
+        facts = evaluation_facts(result, Manifest.load(data), data, split, seed=seed)
+        record_evaluation(model, facts)
+    typer.echo("\n".join(likelihood_lines(result, f"{model} on {data} ({split})")))
+
+
+def zero_shot(
+    model: MODEL,
+    suite: Annotated[str, typer.Option(help="Which sets: paper (its table 5).")] = "paper",
+    only: Annotated[
+        list[str] | None, typer.Option(help="A set of the suite; may be repeated.")
+    ] = None,
+    local: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH (or NAME:split=PATH), a set's local files; may be repeated."),
+    ] = None,
+    packing: Annotated[
+        str, typer.Option(help="wrap (rows, as the paper) or document (windows with a stride).")
+    ] = "wrap",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a row or window; by default the model's.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from window to window; half of them by default.")
+    ] = None,
+    frame: Annotated[
+        str, typer.Option(help="Ends of a row: auto (as in training), none, bos or bos-eos.")
+    ] = "auto",
+    document_eos: Annotated[bool, typer.Option(help="Put an EOS after every document.")] = False,
+    max_documents: Annotated[
+        int | None, typer.Option(help="Read only the first documents of each set.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="Score only the first rows of each set.")] = None,
+    estimator: Annotated[
+        str, typer.Option(help="auto, exact, orders or a law of masks, as for eval.")
+    ] = "auto",
+    samples: SAMPLES = 8,
+    orders: ORDERS = 8,
+    target_stderr: Annotated[
+        float | None, typer.Option(help="Draw on until a set's noise error is at most this.")
+    ] = None,
+    seed: MASK_SEED = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For a model without one: a Hugging Face name or path.")
+    ] = None,
+    json_file: JSON_FILE = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write a table here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Zero-shot perplexity on the paper's sets, with error bars and conventions."""
+    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.scoring import ScoreOptions
+    from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions, measure_zero_shot
+    from blockdiffusion.evaluate.zero_shot.table import (
+        zero_shot_csv,
+        zero_shot_lines,
+        zero_shot_markdown,
+    )
+    from blockdiffusion.terminal import progress_bar
+
+    options = ZeroShotOptions(
+        suite=suite,
+        only=tuple(only or ()),
+        local=tuple(local or ()),
+        packing=packing,
+        context=context,
+        stride=stride,
+        frame=frame,
+        document_eos=document_eos,
+        max_documents=max_documents,
+        rows=rows,
+        score=ScoreOptions(
+            estimator=estimator,
+            samples=samples,
+            orders=orders,
+            target_stderr=target_stderr,
+            seed=seed,
+        ),
+    )
+    check_places(json_file, csv_file, markdown)
+    journal = journal_beside(json_file)
+    network = load_model(model, device, dtype)
+    if tokenizer is not None:
+        from blockdiffusion.data.tokenizers import load_tokenizer
+
+        network.tokenizer = load_tokenizer(tokenizer)
+    with progress_bar("zero-shot") as report:
+        table = measure_zero_shot(network, options, report, journal)
+    if json_file is not None:
+        write_json(json_file, table.to_dict() | {"model": model})
+    if csv_file is not None:
+        write_whole(csv_file, zero_shot_csv(table).encode())
+    if markdown is not None:
+        write_whole(markdown, zero_shot_markdown(table, model).encode())
+    typer.echo("\n".join(zero_shot_lines(table, model)))
+
+
+def references(
+    data: Annotated[Path, typer.Argument(help="Directory that `blockdiff prepare` made.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="Model or run to put beside them; may be repeated."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split whose rows are coded.")] = "valid",
+    rows: Annotated[int | None, typer.Option(help="Code only the first rows.")] = None,
+    order: Annotated[int, typer.Option(help="Longest n-gram; shorter ones are listed too.")] = 6,
+    train_rows: Annotated[
+        int | None, typer.Option(help="Learn from the first training rows only.")
+    ] = None,
+    bos: BOS = None,
+    estimator: Annotated[
+        str, typer.Option(help="Of models: auto, exact, orders or a law of masks, as for eval.")
+    ] = "auto",
+    samples: SAMPLES = 8,
+    orders: ORDERS = 8,
+    seed: MASK_SEED = 0,
+    json_file: JSON_FILE = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Bits per byte of n-gram models and compressors on held-out rows, beside a model's."""
+    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.references.coders import CoderOptions, compare_coders
+    from blockdiffusion.evaluate.references.table import coders_markdown
+    from blockdiffusion.evaluate.scoring import ScoreOptions
+    from blockdiffusion.terminal import progress_bar
+
+    options = CoderOptions(
+        split=split,
+        rows=rows,
+        order=order,
+        train_rows=train_rows,
+        bos=bos,
+        score=ScoreOptions(estimator=estimator, samples=samples, orders=orders, seed=seed),
+    )
+    check_places(json_file, markdown)
+    journal = journal_beside(json_file)
+    networks = {name: load_model(name, device, dtype) for name in models or ()}
+    with progress_bar("references") as report:
+        table = compare_coders(data, options, networks, report, journal)
+    page = coders_markdown(table, f"{data} ({split})")
+    if json_file is not None:
+        write_json(json_file, table.to_dict() | {"data": str(data)})
+    if markdown is not None:
+        write_whole(markdown, page.encode())
+    typer.echo(page, nl=False)
+
+
+def variance(
+    model: MODEL,
+    data: Annotated[Path, typer.Option(help="Directory that `blockdiff prepare` made.")],
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
+    estimators: Annotated[
+        list[str] | None,
+        typer.Option(help="A law of masks, such as count or bernoulli[0.3,0.8]; may be repeated."),
+    ] = None,
+    block_sizes: Annotated[str, typer.Option(help="Every S to measure at.")] = "1,4,8,16",
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
+    batches: Annotated[int, typer.Option(help="Batches of different rows.")] = 4,
+    replicates: Annotated[int, typer.Option(help="Draws of the masks of every batch.")] = 16,
+    gradients: Annotated[bool, typer.Option(help="Measure the gradient, too.")] = True,
+    seed: MASK_SEED = 0,
+    bos: BOS = None,
+    json_file: JSON_FILE = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the table here, as SVG.")] = None,
+    device: DEVICE = "auto",
+    dtype: DTYPE = "auto",
+) -> None:
+    """Variance of the bound and of its gradient, for many estimators and block sizes."""
+    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.prepared import read_rows
+    from blockdiffusion.evaluate.variance.picture import variance_picture
+    from blockdiffusion.evaluate.variance.table import (
+        DEFAULT_ESTIMATORS,
+        VarianceOptions,
+        measure_variance,
+    )
+    from blockdiffusion.terminal import progress_bar, variance_lines
+
+    options = VarianceOptions(
+        estimators=tuple(estimators or DEFAULT_ESTIMATORS),
+        block_sizes=_sizes(block_sizes),
+        batch_size=batch_size,
+        batches=batches,
+        replicates=replicates,
+        gradients=gradients,
+        seed=seed,
+    )
+    check_places(json_file, plot)
+    journal = journal_beside(json_file)
+    network = load_model(model, device, dtype)
+    text = read_rows(data, split, network, options.rows, bos)
+    with progress_bar("variance") as report:
+        table = measure_variance(network, text, options, report, journal)
+    what = f"{model} on {data} ({split})"
+    if json_file is not None:
+        write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
+    if plot is not None:
+        write_whole(plot, variance_picture(table, what).encode())
+    typer.echo("\n".join(variance_lines(table, what)))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--block-sizes is {text!r}; give whole numbers with commas between, as in 1,4,16"
+        ) from None

@@ -1,0 +1,49 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
+DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+DTYPE = Annotated[str, typer.Option(help="Weights: auto (as saved), float32, float64 or bf16.")]
+BOS = Annotated[
+    bool | None,
+    typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
+]
+# Of measurements.
+JSON_FILE = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
+]
+SAMPLES = Annotated[int, typer.Option(help="Independent draws of the masks.")]
+ORDERS = Annotated[int, typer.Option(help="K of the K-order bound, for orders.")]
+MASK_SEED = Annotated[int, typer.Option(help="Of the masks.")]
+
+# How to sample: of `sample` and `generate-eval`.
+POLICY = Annotated[
+    str | None,
+    typer.Option(help="first-hitting or ancestral; SEDD: analytic; by default the model's."),
+]
+STEPS = Annotated[int | None, typer.Option(help="Steps per block, for ancestral and analytic.")]
+SCHEDULE = Annotated[
+    str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
+]
+STRIDE = Annotated[
+    int | None,
+    typer.Option(help="Models of one block: new tokens of each slide beyond L; L/2 by default."),
+]
+TOP_P = Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")]
+TOP_P_RULE = Annotated[
+    str, typer.Option(help="transformers (keeps the token that crosses) or authors (drops it).")
+]
+TOP_K = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")]
+TEMPERATURE = Annotated[float, typer.Option(help="Above 0.")]
+WINDOW = Annotated[
+    int | None, typer.Option(help="A token sees the last WINDOW tokens; constant memory.")
+]
+EOS = Annotated[bool, typer.Option(help="End at a sampled EOS.")]
+CACHE = Annotated[bool, typer.Option(help="Keep keys and values of finished blocks.")]

@@ -1,0 +1,52 @@
+"""What several commands do: load the network, check places, write files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from blockdiffusion.data.files import storage_error, write_whole
+from blockdiffusion.errors import UserError
+
+
+def device_of(name: str) -> Any:
+    from blockdiffusion.devices import select_device
+
+    return select_device(name, "--device")
+
+
+def load_model(model: str, device: str, dtype: str) -> Any:
+    import torch
+
+    from blockdiffusion.models.formats import load
+
+    dtypes = {
+        "auto": None,
+        "float32": torch.float32,
+        "float64": torch.float64,
+        "bf16": torch.bfloat16,
+    }
+    if dtype not in dtypes:
+        raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(dtypes)}")
+    return load(model, device=device_of(device), dtype=dtypes[dtype])
+
+
+def check_places(*paths: Path | None) -> None:
+    """Fails now, not after the measurement, where one of the files cannot be written."""
+    import tempfile
+
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise UserError(f"{path} is a directory; give the name of a file")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise storage_error(error, path) from error
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    import json
+
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())

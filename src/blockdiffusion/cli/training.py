@@ -1,0 +1,87 @@
+"""Commands that train, look at a run, and rebuild the paper's tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or a run's config.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, as often as you like.")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with the run in the recipe's out.")] = False,
+) -> None:
+    """Train a model as a recipe says; goes on where it was stopped with --resume."""
+    from blockdiffusion.config import load_recipe, run_training
+    from blockdiffusion.train.loop import Interrupted
+
+    parsed = load_recipe(recipe, overrides or [])
+    try:
+        state = run_training(parsed, resume=resume)
+    except Interrupted as stop:
+        typer.echo(str(stop), err=True)
+        raise typer.Exit(stop.exit_code) from None
+    typer.echo(
+        f"{parsed.out}: {state.step} steps in {state.seconds:.0f} s; model in {parsed.out}/model"
+    )
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Directory of a training run.")],
+    evaluation: Annotated[
+        Path | None,
+        typer.Option(help="What `blockdiff eval --json` wrote; RUN/eval.json if there."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html by default.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Samples to draw for the page.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each sample.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+) -> None:
+    """Write one self-contained page about a run: curves, mask, trace, samples, numbers."""
+    from blockdiffusion.evaluate.report.run import report_run
+
+    page = report_run(
+        run,
+        evaluation=evaluation,
+        out=out,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+    typer.echo(f"{page}")
+
+
+def reproduce(
+    tables: Annotated[list[str], typer.Argument(metavar="TABLE...", help="T1 to T8.")],
+    scale: Annotated[
+        str, typer.Option(help="tiny (two CPU cores), small (one GPU for hours) or paper.")
+    ],
+    data: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH, a set's local files; may be repeated.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="For T7: a causal language model instead of the scale's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for everything; runs/reproduce-SCALE by default.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the steps, their sizes and what is there.")
+    ] = False,
+) -> None:
+    """Rebuild tables of the paper: train, measure and compare; goes on where it was stopped."""
+    from blockdiffusion.reproduce import plan_tables
+    from blockdiffusion.reproduce import reproduce as run
+    from blockdiffusion.reproduce.listing import plan_lines
+
+    place = Path("runs") / f"reproduce-{scale}" if out is None else out
+    plan = plan_tables(tables, scale, place, data or (), judge)
+    if dry_run:
+        typer.echo("\n".join(plan_lines(plan)))
+        return
+    for made in run(plan, lambda line: typer.echo(line, err=True)):
+        typer.echo(made.markdown.read_text())
