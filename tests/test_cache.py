@@ -80,3 +80,51 @@ def test_positions_of_a_ring():
     cache.commit(4)
     assert cache.place(2).slots_BT.tolist() == [[2, 3]]
     assert cache.positions(2)[0].tolist() == [6, 7, 8, 9, 4, 5]
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("clean_attention", ["block", "causal"])
+def test_a_ragged_pass_equals_single_rows(make_model, random_ids, window, clean_attention):
+    """A prompt of three blocks, a block with the one before it, and a block alone, in one pass."""
+    model, ids = make_model(clean_attention=clean_attention), random_ids(3, 16)
+    capacity = 16 if window is None else window + 4
+    lengths, tokens, clean = [0, 4, 8], [16, 8, 4], [12, 4, 0]
+    together = model.make_cache(3, capacity)
+    expected, flat = [], []
+    with torch.no_grad():
+        for row, start in enumerate(lengths):
+            new = ids[row : row + 1, start : start + tokens[row]]
+            alone = model.make_cache(1, capacity)
+            if start:
+                model.decode(ids[row : row + 1, :start], start, alone, window)
+                alone.commit(start)
+            for stored, found in ((together.keys, alone.keys), (together.values, alone.values)):
+                for layer in range(len(stored)):
+                    stored[layer][row] = found[layer][0]
+            expected.append(model.decode(new, clean[row], alone, window)[0])
+            flat.append(new[0])
+        together.commit(torch.tensor(lengths))
+        found = model.decode_ragged(
+            torch.cat(flat), torch.tensor(tokens), torch.tensor(clean), together, window
+        )
+    assert torch.allclose(found, torch.cat(expected), atol=1e-10)
+
+
+def test_the_last_row_takes_the_place_of_one_that_leaves(make_model, random_ids):
+    model, ids = make_model(), random_ids(3, 12)
+    cache = model.make_cache(3, 16)
+    with torch.no_grad():
+        model.decode(ids[:, :8], 8, cache)
+        cache.commit(torch.tensor([8, 4, 8]))
+        block = ids[2:, 8:]
+        expected = model.decode_ragged(
+            torch.cat([ids[0, 8:], ids[1, 8:], block[0]]),
+            torch.tensor([4, 4, 4]), torch.zeros(3, dtype=torch.long), cache,
+        )[8:]  # fmt: skip
+        cache.close_row(0)
+        assert cache.lengths_B.tolist() == [8, 4]
+        four, none = torch.tensor([4, 4]), torch.tensor([0, 0])
+        found = model.decode_ragged(torch.cat([block[0], ids[1, 8:]]), four, none, cache)[:4]
+        assert torch.allclose(found, expected, atol=1e-12)
+        cache.close_row(1)
+        assert cache.open_row() == 1 and cache.lengths_B.tolist() == [8, 0]

@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
     from blockdiffusion.models.formats import load
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
-    from blockdiffusion.sampling import Generation, generate, stream
+    from blockdiffusion.sampling import Engine, Generation, generate, stream
 
 _HOMES = {
     "BlockDiffusionConfig": "blockdiffusion.models.transformer",
     "BlockDiffusionModel": "blockdiffusion.models.transformer",
+    "Engine": "blockdiffusion.sampling",
     "Generation": "blockdiffusion.sampling",
     "Likelihood": "blockdiffusion.evaluate.likelihood",
     "UserError": "blockdiffusion.errors",
@@ -37,6 +38,7 @@ _HOMES = {
 __all__ = [
     "BlockDiffusionConfig",
     "BlockDiffusionModel",
+    "Engine",
     "Generation",
     "Likelihood",
     "UserError",

@@ -14,12 +14,14 @@ Shape suffixes: B batch, H heads, E head width, T tokens of all streams, Q queri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 
+from blockdiffusion.cache import offsets_in_rows
 from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, dense_mask, stream_predicate
 
@@ -70,6 +72,72 @@ def attend_cached(
     """Attention of new tokens over the keys of a cache; `mask_BTK` True = visible, None = all."""
     mask = None if mask_BTK is None else mask_BTK[:, None]
     return F.scaled_dot_product_attention(q_BHTE, k_BHKE, v_BHKE, attn_mask=mask)
+
+
+class RaggedGroup(NamedTuple):
+    """Rows that go through one call of attention, padded to the same number T of queries.
+
+    Attributes:
+        rows: which rows.
+        tokens: T.
+        index_M: which tokens of the pass (P) are theirs.
+        place_M: row (of these rows) and column (of T) of each.
+        mask_RTK: visible keys of every query.
+    """
+
+    rows: slice
+    tokens: int
+    index_M: torch.Tensor
+    place_M: tuple[torch.Tensor, torch.Tensor]
+    mask_RTK: torch.Tensor
+
+
+def ragged_groups(
+    tokens_B: torch.Tensor, few: int, visible: Callable[[slice, int], torch.Tensor]
+) -> list[RaggedGroup]:
+    """The groups of a pass with `tokens_B` tokens of each row.
+
+    Rows of at most `few` tokens go together (all rows take part, so that their keys need not be
+    copied), longer ones alone. `visible(rows, tokens)` is a group's mask.
+    """
+    rows_P = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
+    offset_P = offsets_in_rows(tokens_B)
+    is_long_B = tokens_B > few
+
+    def group(rows: slice, tokens: int, mine_P: torch.Tensor) -> RaggedGroup:
+        index_M = mine_P.nonzero().flatten()
+        place_M = (rows_P[index_M] - rows.start, offset_P[index_M])
+        return RaggedGroup(rows, tokens, index_M, place_M, visible(rows, tokens))
+
+    groups = []
+    if not is_long_B.all():
+        longest = int(tokens_B[~is_long_B].max())
+        groups.append(group(slice(0, len(tokens_B)), longest, ~is_long_B[rows_P]))
+    for row in is_long_B.nonzero().flatten().tolist():
+        groups.append(group(slice(row, row + 1), int(tokens_B[row]), rows_P == row))
+    return groups
+
+
+def attend_ragged(
+    q_1HPE: torch.Tensor,
+    k_BHKE: torch.Tensor,
+    v_BHKE: torch.Tensor,
+    groups: Sequence[RaggedGroup],
+) -> torch.Tensor:
+    """`attend_cached` for rows of different numbers of tokens, one after another; (1, H, P, E)."""
+    q_PHE = q_1HPE[0].transpose(0, 1)
+    out_PHE = torch.empty_like(q_PHE)
+    for group in groups:
+        queries_RTHE = q_PHE.new_zeros(len(group.mask_RTK), group.tokens, *q_PHE.shape[1:])
+        queries_RTHE[group.place_M] = q_PHE[group.index_M]
+        found_RHTE = F.scaled_dot_product_attention(
+            queries_RTHE.transpose(1, 2),
+            k_BHKE[group.rows],
+            v_BHKE[group.rows],
+            attn_mask=group.mask_RTK[:, None],
+        )
+        out_PHE[group.index_M] = found_RHTE.transpose(1, 2)[group.place_M]
+    return out_PHE.transpose(0, 1)[None]
 
 
 def attend_causal(

@@ -22,8 +22,19 @@ class Placement(NamedTuple):
     used: int
 
 
+class RaggedPlacement(NamedTuple):
+    """Row and slot of each of the P tokens of a pass whose rows have different numbers of them."""
+
+    rows_P: torch.Tensor
+    slots_P: torch.Tensor
+    used: int
+
+
 class BlockCache:
     """Keys and values (batch, heads, capacity, head width) of every layer.
+
+    All rows are in use, unless the cache is emptied with `clear`: then rows come and go with
+    `open_row` and `close_row`, and B below is how many there are at the moment.
 
     Attributes:
         lengths_B: committed tokens of every row, int64 on the CPU.
@@ -60,9 +71,15 @@ class BlockCache:
         straight_slice = slice(first, last + 1) if straight else None
         return Placement(slots_BT, straight_slice, self._used(num_tokens))
 
-    def _used(self, num_tokens: int) -> int:
-        """Slots in use by any row once `num_tokens` more are written."""
-        return min(self.capacity, int(self.lengths_B.max()) + num_tokens)
+    def place_ragged(self, tokens_B: torch.Tensor) -> RaggedPlacement:
+        """Where a pass over the next `tokens_B` positions of each row puts its keys."""
+        rows_P = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
+        slots_P = (self.lengths_B[rows_P] + offsets_in_rows(tokens_B)) % self.capacity
+        return RaggedPlacement(rows_P, slots_P, self._used(tokens_B))
+
+    def _used(self, num_tokens_B: int | torch.Tensor) -> int:
+        """Slots in use by any row once so many more are written."""
+        return min(self.capacity, int((self.lengths_B + num_tokens_B).max()))
 
     def write(
         self, layer: int, k_BHTE: torch.Tensor, v_BHTE: torch.Tensor, place: Placement
@@ -78,13 +95,23 @@ class BlockCache:
             values[row_B1, :, place.slots_BT] = v_BHTE.transpose(1, 2)
         return keys[:, :, : place.used], values[:, :, : place.used]
 
-    def positions(self, num_tokens: int) -> torch.Tensor:
+    def write_ragged(
+        self, layer: int, k_PHE: torch.Tensor, v_PHE: torch.Tensor, place: RaggedPlacement
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`write` for rows of different numbers of tokens, one after another."""
+        rows = len(self.lengths_B)
+        keys, values = self.keys[layer][:rows], self.values[layer][:rows]
+        keys[place.rows_P, :, place.slots_P] = k_PHE
+        values[place.rows_P, :, place.slots_P] = v_PHE
+        return keys[:, :, : place.used], values[:, :, : place.used]
+
+    def positions(self, num_tokens_B: int | torch.Tensor) -> torch.Tensor:
         """Position held by every used slot, (B, used); -1 where a row's slot is empty.
 
-        Positions are those after the next `num_tokens` tokens were written.
+        Positions are those after the next `num_tokens_B` tokens were written.
         """
-        slot = torch.arange(self._used(num_tokens))
-        end_B1 = (self.lengths_B + num_tokens)[:, None]
+        slot = torch.arange(self._used(num_tokens_B))
+        end_B1 = (self.lengths_B + num_tokens_B)[:, None]
         latest = end_B1 - 1 - (end_B1 - 1 - slot) % self.capacity
         return latest.clamp(min=-1)
 
@@ -92,8 +119,35 @@ class BlockCache:
         """Makes the first `num_tokens_B` of the tokens just written part of the cache."""
         self.lengths_B = self.lengths_B + num_tokens_B
 
+    def clear(self) -> None:
+        """Leaves no row in use."""
+        self.lengths_B = self.lengths_B[:0]
+
+    def open_row(self) -> int:
+        """Takes an empty row, the last, into use; returns its index."""
+        rows = len(self.lengths_B)
+        assert rows < len(self.keys[0]), "the cache has no row left"
+        self.lengths_B = torch.cat([self.lengths_B, torch.zeros(1, dtype=torch.long)])
+        return rows
+
+    def close_row(self, row: int) -> None:
+        """Gives a row back; the last one takes its place."""
+        last = len(self.lengths_B) - 1
+        if row != last:
+            held = min(self.capacity, int(self.lengths_B[last]))
+            for stored in (*self.keys, *self.values):
+                stored[row, :, :held] = stored[last, :, :held]
+            self.lengths_B[row] = self.lengths_B[last]
+        self.lengths_B = self.lengths_B[:last]
+
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all rows of the batch but `rows` (indices)."""
         self.keys = [x[rows.to(x.device)] for x in self.keys]
         self.values = [x[rows.to(x.device)] for x in self.values]
         self.lengths_B = self.lengths_B[rows]
+
+
+def offsets_in_rows(tokens_B: torch.Tensor) -> torch.Tensor:
+    """0, 1, ... within each row, for rows of `tokens_B` tokens one after another; (P,)."""
+    ends_B = tokens_B.cumsum(0)
+    return torch.arange(int(ends_B[-1])) - (ends_B - tokens_B).repeat_interleave(tokens_B)

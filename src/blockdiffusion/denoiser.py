@@ -65,6 +65,18 @@ class Denoiser(Protocol):
         """
         ...
 
+    def decode_ragged(
+        self,
+        ids_P: torch.Tensor,
+        tokens_B: torch.Tensor,
+        clean_B: torch.Tensor,
+        cache: BlockCache,
+        window: int | None = None,
+        sigma_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`decode` for rows of different numbers of tokens: hidden states (P, D)."""
+        ...
+
 
 class NextTokenModel(Protocol):
     """A network that predicts each token from those before it: the autoregressive baseline.

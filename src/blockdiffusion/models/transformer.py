@@ -27,8 +27,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from blockdiffusion.attention import attend, attend_cached, attend_causal, resolve_backend
-from blockdiffusion.cache import BlockCache
+from blockdiffusion.attention import (
+    attend,
+    attend_cached,
+    attend_causal,
+    attend_ragged,
+    ragged_groups,
+    resolve_backend,
+)
+from blockdiffusion.cache import BlockCache, offsets_in_rows
 from blockdiffusion.corruption import Transition
 from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.errors import UserError
@@ -561,6 +568,50 @@ class BlockDiffusionModel(PreTrainedModel):
         self._require(autoregressive=False)
         return self._decode(ids_BT, num_clean, cache, window, sigma_B)
 
+    def decode_ragged(
+        self,
+        ids_P: torch.Tensor,
+        tokens_B: torch.Tensor,
+        clean_B: torch.Tensor,
+        cache: BlockCache,
+        window: int | None = None,
+        sigma_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`decode` for rows of different numbers of tokens: hidden states (P, D).
+
+        Args:
+            ids_P: the tokens of all rows, one row after another.
+            tokens_B: how many of them are each row's; int64 on the CPU, as `clean_B`.
+            clean_B: how many of those, from the first, are clean.
+            window, sigma_B: as for `decode`.
+        """
+        self._require(autoregressive=False)
+        config = self.config
+        place = cache.place_ragged(tokens_B)
+        offset_P = offsets_in_rows(tokens_B)
+        position_P = cache.lengths_B[place.rows_P] + offset_P
+        clean_P = offset_P < clean_B[place.rows_P]
+        x_1PD = self.embedding(ids_P)[None]
+        cos, sin = rotary_tables(
+            position_P.to(ids_P.device), config.width // config.num_heads, x_1PD.dtype
+        )
+        sigma_1P = None if sigma_B is None else sigma_B[place.rows_P.to(sigma_B.device)][None]
+        cond = self._decode_condition(sigma_1P, clean_P[None])
+        key_BK = cache.positions(tokens_B)
+
+        def visible(rows: slice, tokens: int) -> torch.Tensor:
+            column_T = torch.arange(tokens)
+            position_RT = cache.lengths_B[rows, None] + column_T
+            return self._visible(position_RT, column_T < clean_B[rows, None], key_BK[rows], window)
+
+        groups = ragged_groups(tokens_B, 2 * config.block_size, visible)
+
+        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            k_PHE, v_PHE = k[0].transpose(0, 1), v[0].transpose(0, 1)
+            return attend_ragged(q, *cache.write_ragged(index, k_PHE, v_PHE, place), groups)
+
+        return self._run_layers(x_1PD, cond, (cos, sin), read, kept=len(ids_P))[0]
+
     def decode_causal(
         self, ids_BT: torch.Tensor, cache: BlockCache, window: int | None = None
     ) -> torch.Tensor:
@@ -596,7 +647,8 @@ class BlockDiffusionModel(PreTrainedModel):
             position_BT.to(ids_BT.device), config.width // config.num_heads, x_BTD.dtype
         )
         rotary = (cos[:, None], sin[:, None])
-        cond = self._decode_condition(sigma_B, clean_BT.expand(batch, tokens))
+        sigma_B1 = None if sigma_B is None else sigma_B[:, None]
+        cond = self._decode_condition(sigma_B1, clean_BT.expand(batch, tokens))
 
         def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             keys, values = cache.write(index, k, v, place)
@@ -605,17 +657,17 @@ class BlockDiffusionModel(PreTrainedModel):
         return self._run_layers(x_BTD, cond, rotary, read, kept=tokens)
 
     def _decode_condition(
-        self, sigma_B: torch.Tensor | None, clean_BT: torch.Tensor
+        self, sigma_BT: torch.Tensor | None, clean_BT: torch.Tensor
     ) -> torch.Tensor | None:
         if self.time is None:
             return None
         if not self.config.time_conditioning:
             return self.time(torch.zeros(1, 1, device=self.device))
-        if sigma_B is None:
+        if sigma_BT is None:
             if not clean_BT.all():
                 raise UserError("this network is conditioned on time: give sigma")
-            sigma_B = torch.zeros(len(clean_BT), device=self.device)
-        return self.time(sigma_B[:, None].masked_fill(clean_BT.to(self.device), 0.0))
+            sigma_BT = torch.zeros(1, 1, device=self.device)
+        return self.time(sigma_BT.masked_fill(clean_BT.to(self.device), 0.0))
 
     def _decode_mask(
         self,
@@ -626,13 +678,21 @@ class BlockDiffusionModel(PreTrainedModel):
     ) -> torch.Tensor | None:
         """Visible keys (B or 1, T, used slots), or None when every query sees every key."""
         rows, tokens = position_BT.shape
-        key_BK = cache.positions(tokens)[:rows]
-        mask_BTK = decode_predicate(
+        mask_BTK = self._visible(position_BT, clean_BT, cache.positions(tokens)[:rows], window)
+        return None if bool(mask_BTK.all()) else mask_BTK
+
+    def _visible(
+        self,
+        position_BT: torch.Tensor,
+        clean_BT: torch.Tensor,
+        key_BK: torch.Tensor,
+        window: int | None,
+    ) -> torch.Tensor:
+        return decode_predicate(
             position_BT[:, :, None],
             key_BK[:, None, :],
             clean_BT[:, :, None],
             block_size=self.config.block_size,
             window=window,
             clean_attention=self.config.clean_attention,
-        )
-        return None if bool(mask_BTK.all()) else mask_BTK.to(self.device)
+        ).to(self.device)

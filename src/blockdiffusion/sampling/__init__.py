@@ -1,4 +1,5 @@
-"""Sampling: `generate` for whole results, `stream` for events as they happen."""
+"""Sampling: `generate` for whole results, `stream` for events as they happen, `Engine` for many
+requests that come and go."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
-from blockdiffusion.errors import UserError
+from blockdiffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.sampling.autoregressive import sample_next_tokens
-from blockdiffusion.sampling.logits import Filters, TopPRule
+from blockdiffusion.sampling.engine import Engine
+from blockdiffusion.sampling.logits import TopPRule
 from blockdiffusion.sampling.loop import (
     BlockEvent,
     DoneEvent,
@@ -20,13 +21,20 @@ from blockdiffusion.sampling.loop import (
     StepEvent,
     sample_events,
 )
-from blockdiffusion.sampling.policies import FirstHitting, Policy
-from blockdiffusion.sampling.processes import Process, make_process
+from blockdiffusion.sampling.policies import Policy
+from blockdiffusion.sampling.processes import Process
+from blockdiffusion.sampling.requests import (
+    Prompt,
+    prepare_prompts,
+    refuse_masks,
+    sampling_options,
+)
 from blockdiffusion.sampling.sliding import has_one_block, sample_sliding
 
 __all__ = [
     "BlockEvent",
     "DoneEvent",
+    "Engine",
     "Event",
     "Generation",
     "SamplingOptions",
@@ -36,8 +44,6 @@ __all__ = [
     "prepare_prompts",
     "stream",
 ]
-
-Prompt = str | Sequence[int] | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -131,14 +137,20 @@ def stream(
             longer than the window.
     """
     if is_autoregressive(model):
-        _refuse_masks(policy=policy, steps=steps, schedule=schedule, stride=stride)
-    sampling = SamplingOptions(
+        refuse_masks(stride=stride)
+    sampling = sampling_options(
+        model,
         max_new_tokens=max_new_tokens,
-        policy=_policy(model, policy, steps, schedule),
-        filters=Filters(temperature=temperature, top_k=top_k, top_p=top_p, top_p_rule=top_p_rule),
-        eos_id=model.config.eos_id if eos else None,
-        window=window,
+        eos=eos,
+        policy=policy,
+        steps=steps,
+        schedule=schedule,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        top_p_rule=top_p_rule,
         use_cache=use_cache,
+        window=window,
     )
     if generator is None:
         generator = torch.Generator()
@@ -173,61 +185,3 @@ def collect(model: Denoiser, done: DoneEvent) -> Generation:
         nfe=done.nfe,
         tokens_per_forward=(done.lengths - done.prompt_lengths).double() / done.nfe,
     )
-
-
-def prepare_prompts(
-    model: Denoiser, prompts: Any, num_samples: int, bos: bool | None
-) -> list[list[int]]:
-    """Prompts as id lists with BOS, each repeated `num_samples` times; see `stream`."""
-    if num_samples < 1:
-        raise UserError(f"num_samples is {num_samples}; it must be at least 1")
-    rows = [_to_ids(model, prompt) for prompt in _as_list(prompts)]
-    if model.config.bos if bos is None else bos:
-        first = bos_id(model)
-        rows = [row if row[:1] == [first] else [first, *row] for row in rows]
-    return [row for row in rows for _ in range(num_samples)]
-
-
-def _policy(
-    model: Denoiser, policy: str | Policy | Process | None, steps: int | None, schedule: str | None
-) -> Policy | Process:
-    if is_autoregressive(model):
-        return FirstHitting()  # not read
-    if isinstance(policy, str | None):
-        return make_process(model.config, policy, steps, schedule)
-    if steps is not None or schedule is not None:
-        raise UserError(
-            "steps and schedule go with a policy's name; this policy object has its own"
-        )
-    return policy
-
-
-def _refuse_masks(**options: object) -> None:
-    """What says how masks are revealed means nothing where there are none."""
-    for name, value in options.items():
-        if value is not None:
-            raise UserError(
-                f"{name} is given, but this model is autoregressive: it writes one token after the "
-                "other and has no masks to reveal; leave it out"
-            )
-
-
-def _as_list(prompts: Any) -> list[Any]:
-    if prompts is None:
-        return [[]]
-    if isinstance(prompts, str):
-        return [prompts]
-    if isinstance(prompts, torch.Tensor):
-        return [prompts] if prompts.ndim == 1 else list(prompts)
-    prompts = list(prompts)
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]
-    return prompts
-
-
-def _to_ids(model: Denoiser, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        if model.tokenizer is None:
-            raise UserError("this model's directory has no tokenizer; give prompts as token ids")
-        return model.tokenizer.encode(prompt, add_special_tokens=False)
-    return [int(token) for token in prompt]

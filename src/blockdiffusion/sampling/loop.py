@@ -209,6 +209,14 @@ class BlockBatch:
         return BlockEvent(rows, starts_R, block_RS, ends_R)
 
 
+def check_window(window: int | None, block_size: int) -> None:
+    if window is not None and window < block_size:
+        raise UserError(
+            f"the window of {window} tokens is smaller than a block of {block_size}; "
+            "give at least one block"
+        )
+
+
 def check_request(
     model: Denoiser | NextTokenModel, prompts: Sequence[Sequence[int]], options: SamplingOptions
 ) -> None:
@@ -218,11 +226,7 @@ def check_request(
     if options.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
     window = options.window
-    if window is not None and window < config.block_size:
-        raise UserError(
-            f"the window of {window} tokens is smaller than a block of {config.block_size}; "
-            "give at least one block"
-        )
+    check_window(window, config.block_size)
     for prompt in prompts:
         if window is not None and len(prompt) > window:
             raise UserError(

@@ -1,0 +1,107 @@
+"""What callers ask for, checked and in the samplers' terms: prompts as ids, names as objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
+from blockdiffusion.errors import UserError
+from blockdiffusion.sampling.logits import Filters, TopPRule
+from blockdiffusion.sampling.loop import SamplingOptions
+from blockdiffusion.sampling.policies import FirstHitting, Policy
+from blockdiffusion.sampling.processes import Process, make_process
+
+Prompt = str | Sequence[int] | torch.Tensor
+
+
+def prepare_prompts(
+    model: Denoiser, prompts: Any, num_samples: int, bos: bool | None
+) -> list[list[int]]:
+    """Prompts as id lists with BOS, each repeated `num_samples` times; see `stream`."""
+    if num_samples < 1:
+        raise UserError(f"num_samples is {num_samples}; it must be at least 1")
+    rows = [_to_ids(model, prompt) for prompt in _as_list(prompts)]
+    if model.config.bos if bos is None else bos:
+        first = bos_id(model)
+        rows = [row if row[:1] == [first] else [first, *row] for row in rows]
+    return [row for row in rows for _ in range(num_samples)]
+
+
+def sampling_options(
+    model: Denoiser,
+    *,
+    max_new_tokens: int,
+    eos: bool = True,
+    policy: str | Policy | Process | None = None,
+    steps: int | None = None,
+    schedule: str | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    top_p_rule: TopPRule = "transformers",
+    use_cache: bool = True,
+    window: int | None = None,
+) -> SamplingOptions:
+    """The options of `stream` for this model.
+
+    Raises:
+        UserError: one is out of range, or not of this kind of model.
+    """
+    if is_autoregressive(model):
+        refuse_masks(policy=policy, steps=steps, schedule=schedule)
+    return SamplingOptions(
+        max_new_tokens=max_new_tokens,
+        policy=_policy(model, policy, steps, schedule),
+        filters=Filters(temperature=temperature, top_k=top_k, top_p=top_p, top_p_rule=top_p_rule),
+        eos_id=model.config.eos_id if eos else None,
+        window=window,
+        use_cache=use_cache,
+    )
+
+
+def _policy(
+    model: Denoiser, policy: str | Policy | Process | None, steps: int | None, schedule: str | None
+) -> Policy | Process:
+    if is_autoregressive(model):
+        return FirstHitting()  # not read
+    if isinstance(policy, str | None):
+        return make_process(model.config, policy, steps, schedule)
+    if steps is not None or schedule is not None:
+        raise UserError(
+            "steps and schedule go with a policy's name; this policy object has its own"
+        )
+    return policy
+
+
+def refuse_masks(**options: object) -> None:
+    """What says how masks are revealed means nothing where there are none."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(
+                f"{name} is given, but this model is autoregressive: it writes one token after the "
+                "other and has no masks to reveal; leave it out"
+            )
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    if prompts is None:
+        return [[]]
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, torch.Tensor):
+        return [prompts] if prompts.ndim == 1 else list(prompts)
+    prompts = list(prompts)
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]
+    return prompts
+
+
+def _to_ids(model: Denoiser, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise UserError("this model's directory has no tokenizer; give prompts as token ids")
+        return model.tokenizer.encode(prompt, add_special_tokens=False)
+    return [int(token) for token in prompt]

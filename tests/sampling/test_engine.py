@@ -1,0 +1,267 @@
+"""The engine against `generate` of one request, and against an exactly known law."""
+
+import random
+import tracemalloc
+from collections import Counter
+
+import pytest
+import torch
+from scipy import stats
+
+import blockdiffusion
+from blockdiffusion import Engine, UserError
+from blockdiffusion.sampling.engine import BlockDone, Finished, Revealed
+
+FALSE_ALARM = 1e-4
+TIMED = dict(time_conditioning=True)
+KINDS = {
+    "masked": {},
+    "causal": dict(clean_attention="causal"),
+    "timed": TIMED,
+    "sedd": dict(objective="score_entropy", **TIMED),
+    "absorbing": dict(objective="d3pm", timesteps=5, **TIMED),
+    "uniform": dict(objective="d3pm", transition="uniform", timesteps=3, **TIMED),
+}
+POLICIES = {
+    "masked": [{}, dict(policy="ancestral", steps=2)],
+    "sedd": [{}, dict(policy="analytic", steps=3)],
+}
+
+
+def requests(count, kind, longest_prompt=21, seed=0):
+    """Random requests: (prompt, options), some from nothing, some with long prompts."""
+    draw = random.Random(seed)
+    for number in range(count):
+        prompt = [draw.randrange(12) for _ in range(draw.choice([0, 0, 3, 4, longest_prompt]))]
+        options = dict(
+            max_new_tokens=draw.randint(1, 19),
+            temperature=draw.choice([1.0, 0.7]),
+            top_k=draw.choice([None, 3]),
+            top_p=draw.choice([1.0, 0.8]),
+            eos=draw.random() < 0.7,
+            seed=number,
+            **draw.choice(POLICIES.get(kind, [{}])),
+        )
+        yield prompt, options
+
+
+@pytest.fixture
+def make_stopping(make_model):
+    """Networks that often say EOS, which is 5."""
+
+    def make(**overrides):
+        model = make_model(eos_id=5, **overrides)
+        with torch.no_grad():
+            model.output.bias[5] += 1.5
+        return model
+
+    return make
+
+
+def alone(model, prompt, options, window=None):
+    """What `generate` gives for one request: its ids."""
+    seed = torch.Generator().manual_seed(options["seed"])
+    options = {name: value for name, value in options.items() if name != "seed"}
+    result = blockdiffusion.generate(model, [prompt], generator=seed, window=window, **options)
+    return result.sequences[0, : int(result.lengths[0])].tolist()
+
+
+def run_all(engine, wanted, arrivals=2):
+    """Submits `arrivals` requests a step, not all at once; the Finished events by id."""
+    finished, pending = {}, list(wanted)
+    while pending or engine.num_active or engine.num_waiting:
+        for prompt, options in pending[:arrivals]:
+            engine.submit(prompt, **options)
+        del pending[:arrivals]
+        for event in engine.step():
+            if isinstance(event, Finished):
+                assert event.id not in finished
+                finished[event.id] = event
+    return finished
+
+
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("kind", KINDS)
+def test_requests_that_come_and_go_are_those_of_one_alone(make_stopping, kind, window):
+    model = make_stopping(**KINDS[kind])
+    wanted = list(requests(40, kind))
+    finished = run_all(Engine(model, max_rows=5, max_tokens=40, window=window), wanted)
+    assert sorted(finished) == list(range(40))  # none lost
+    for number, (prompt, options) in enumerate(wanted):  # none mixed up
+        event = finished[number]
+        assert event.ids == alone(model, prompt, options, window)
+        assert event.ids[: event.prompt_tokens] == prompt
+        stopped = event.ids[-1] == 5 and options["eos"] and len(event.ids) > len(prompt)
+        full = len(event.ids) == len(prompt) + options["max_new_tokens"]
+        assert event.reason == ("eos" if stopped else "length") and (stopped or full)
+    reasons = Counter(event.reason for event in finished.values())
+    assert min(reasons["eos"], reasons["length"]) > 5
+
+
+def test_a_prompt_longer_than_a_pass_is_read_in_parts(make_model):
+    """And meanwhile others are denoised."""
+    model = make_model()
+    engine = Engine(model, max_rows=2, max_tokens=1300)
+    long = [n % 12 for n in range(1203)]
+    finished = run_all(engine, [([], dict(seed=0)), (long, dict(max_new_tokens=9, seed=1))])
+    assert finished[1].ids == alone(model, long, dict(max_new_tokens=9, seed=1))
+    assert finished[0].ids == alone(model, [], dict(seed=0, max_new_tokens=128))
+    # Two passes that only read, then one for each token: 1 of the first block, 4, 4.
+    assert finished[1].nfe == 2 + 1 + 4 + 4
+
+
+def test_the_engine_keeps_the_law(tiny_law, tiny_law_expected):
+    """Requests of one and of two blocks through 128 rows: those of two have the known law.
+    Chi-square with a false-alarm probability of 1e-4."""
+    engine = Engine(tiny_law, max_rows=128, max_tokens=4)
+    draws = 4000
+    for seed in range(draws):
+        engine.submit(max_new_tokens=4, bos=False, seed=seed)
+        if seed % 3 == 0:
+            engine.submit(max_new_tokens=2, bos=False, seed=seed)
+    counts = Counter(
+        tuple(event.ids)
+        for event in engine.run()
+        if isinstance(event, Finished) and len(event.ids) == 4
+    )
+    assert counts.total() == draws
+    wanted = tiny_law_expected["probabilities"] * draws
+    observed = torch.tensor(
+        [counts[tuple(row)] for row in tiny_law_expected["sequences"].tolist()]
+    ).double()
+    pooled = wanted < 5
+    observed = torch.cat([observed[~pooled], observed[pooled].sum()[None]])
+    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
+    assert len(wanted) > 50
+    scaled = wanted / wanted.sum() * draws
+    assert stats.chisquare(observed.numpy(), scaled.numpy()).pvalue > FALSE_ALARM
+
+
+def test_events_tell_all_that_is_written(make_model):
+    model = make_model()
+    engine = Engine(model, max_rows=3, max_tokens=40)
+    text, blocks = {}, {}
+    for prompt, options in requests(9, "masked", longest_prompt=9):
+        text[engine.submit(prompt, **options)] = dict(enumerate(prompt))
+    for event in engine.run():
+        if isinstance(event, Revealed):
+            assert all(0 < c <= 1 for c in event.confidences)
+            text[event.id].update(zip(event.positions, event.ids, strict=True))
+        elif isinstance(event, BlockDone):
+            whole = [text[event.id][event.start + n] for n in range(len(event.ids))]
+            assert event.ids == whole
+            blocks.setdefault(event.id, []).extend(event.ids)
+        else:
+            assert [text[event.id][n] for n in range(len(event.ids))] == event.ids
+            first = event.prompt_tokens // 4 * 4
+            assert blocks[event.id] == event.ids[first:]
+            new = len(event.ids) - event.prompt_tokens
+            assert event.tokens_per_forward == new / event.nfe > 0
+
+
+def test_cancelled_requests_leave_the_others_alone(make_model):
+    model = make_model()
+    engine = Engine(model, max_rows=2, max_tokens=40)
+    wanted = list(requests(6, "masked"))
+    for prompt, options in wanted:
+        engine.submit(prompt, **options | {"max_new_tokens": 19, "eos": False})
+    events = [event for _ in range(6) for event in engine.step()]
+    assert engine.cancel(0) and engine.cancel(4)  # one at work, one that waits
+    assert not engine.cancel(0) and not engine.cancel(17)
+    events += engine.run()
+    finished = {event.id: event for event in events if isinstance(event, Finished)}
+    assert sorted(finished) == list(range(6))
+    for number, (prompt, options) in enumerate(wanted):
+        expected = alone(model, prompt, options | {"max_new_tokens": 19, "eos": False})
+        if number in (0, 4):
+            event = finished[number]
+            assert event.reason == "cancelled" and event.ids == expected[: len(event.ids)]
+        else:
+            assert finished[number].ids == expected
+    assert len(finished[0].ids) > len(wanted[0][0])  # the blocks that it had finished
+    assert finished[4].ids == wanted[4][0]
+
+
+def test_texts_are_decoded_and_prompts_encoded(make_model):
+    class Words:
+        bos_token_id = 3
+
+        def encode(self, text, add_special_tokens):
+            return [int(word) for word in text.split()]
+
+        def decode(self, ids, skip_special_tokens):
+            return " ".join(map(str, ids))
+
+    model = make_model(bos=True, bos_id=3)
+    model.tokenizer = Words()
+    engine = Engine(model)
+    engine.submit("1 2", max_new_tokens=3, seed=0)
+    (event,) = (event for event in engine.run() if isinstance(event, Finished))
+    assert event.ids[:3] == [3, 1, 2] and event.prompt_tokens == 3
+    assert event.text == " ".join(map(str, event.ids))
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_in_flat_memory(make_stopping):
+    """None lost, none mixed up; what Python holds does not grow with the number of requests."""
+    model = make_stopping()
+    wanted = list(requests(1000, "masked"))
+    engine = Engine(model, max_rows=16, max_tokens=40)
+    run_all(engine, wanted[:100], arrivals=5)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    finished = {}
+    for first in range(0, 1000, 100):
+        found = run_all(engine, wanted[first : first + 100], arrivals=5)
+        finished |= {event.id - 100: event.ids for event in found.values()}
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 2_000_000  # the 1,000 results themselves
+    assert sorted(finished) == list(range(1000))
+    for number, (prompt, options) in enumerate(wanted):
+        assert finished[number] == alone(model, prompt, options)
+
+
+def test_without_a_seed_requests_differ(make_model):
+    engine = Engine(make_model())
+    for _ in range(2):
+        engine.submit(max_new_tokens=60)
+    one, two = (event.ids for event in engine.run() if isinstance(event, Finished))
+    assert one != two
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_rows=0), "max_rows is 0"),
+        (dict(max_tokens=0), "max_tokens is 0"),
+        (dict(window=3), "window of 3 tokens is smaller than a block of 4"),
+    ],
+)
+def test_an_engine_that_cannot_be(make_model, options, message):
+    with pytest.raises(UserError, match=message):
+        Engine(make_model(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(max_new_tokens=41), "does not fit into max_tokens = 40"),
+        (dict(max_new_tokens=0), "max_new_tokens is 0"),
+        (dict(top_p=0), "top_p is 0"),
+        (dict(policy="ancestral"), "needs a number of steps"),
+        (dict(prompt=[12]), "a prompt holds the id 12"),
+        (dict(prompt="text"), "no tokenizer"),
+        (dict(policy="analytic"), "analytic"),
+    ],
+)
+def test_requests_are_checked_when_they_are_submitted(make_model, options, message):
+    engine = Engine(make_model(), max_tokens=40)
+    with pytest.raises(UserError, match=message):
+        engine.submit(**options)
+    assert engine.num_waiting == 0 and list(engine.run()) == []
+
+
+def test_a_network_without_blocks_is_refused(make_ar):
+    with pytest.raises(UserError, match="predicts the next token; use generate"):
+        Engine(make_ar())
