@@ -186,7 +186,10 @@ def rotary_tables(
 
 def rotate(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    return _Rotation.apply(x_BHTE, cos.to(x_BHTE.dtype), sin.to(x_BHTE.dtype))
+    cos, sin = cos.to(x_BHTE.dtype), sin.to(x_BHTE.dtype)
+    if torch.is_grad_enabled():
+        return _Rotation.apply(x_BHTE, cos, sin)
+    return _rotated(x_BHTE, cos, sin)  # without autograd's overhead: most of it, for few tokens
 
 
 class _Rotation(torch.autograd.Function):
@@ -273,6 +276,16 @@ class Modulation(Linear):
         return super().forward(input).chunk(self.count, dim=-1)
 
 
+def split_heads(
+    qkv_BTD: torch.Tensor, num_heads: int, rotary: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Rotated queries and keys, and values, each (B, H, T, E), from all three (B, T, 3 H E)."""
+    both, v = qkv_BTD.unflatten(-1, (3, num_heads, -1)).split([2, 1], dim=-3)
+    cos, sin = (x.unsqueeze(1) if x.ndim == 4 else x for x in rotary)  # (B, 1, T, E/2) for rows
+    q, k = rotate(both.permute(0, 2, 3, 1, 4), cos, sin).unbind(1)
+    return q, k, v[:, :, 0].transpose(1, 2)
+
+
 class Layer(nn.Module):
     """Attention and MLP, each with its norm, its modulation and its gate."""
 
@@ -296,11 +309,12 @@ class Layer(nn.Module):
         zero, one = torch.zeros_like(self.attn_norm.weight), torch.ones_like(self.attn_norm.weight)
         return zero, zero, one, zero, zero, one
 
-    def queries_keys_values(self, h_BTD: torch.Tensor, rotary) -> tuple[torch.Tensor, ...]:
+    def queries_keys_values(
+        self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], modulation
+    ) -> tuple[torch.Tensor, ...]:
         """Rotated queries and keys, and values, each (B, H, T, E)."""
-        q, k, v = self.attn_qkv(h_BTD).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return rotate(q, *rotary), rotate(k, *rotary), v
+        h_BTD = self.attn_norm(x_BTD, modulation[0], modulation[1])
+        return split_heads(self.attn_qkv(h_BTD), self.num_heads, rotary)
 
     def finish(self, x_BTD: torch.Tensor, attended_BHTE: torch.Tensor, modulation) -> torch.Tensor:
         """The residual stream after this layer, given what attention read."""
@@ -483,8 +497,7 @@ class BlockDiffusionModel(PreTrainedModel):
         """
         for index, layer in enumerate(self.layers):
             modulation = layer.modulate(cond)
-            h_BTD = layer.attn_norm(x_BTD, modulation[0], modulation[1])
-            q, k, v = layer.queries_keys_values(h_BTD, rotary)
+            q, k, v = layer.queries_keys_values(x_BTD, rotary, modulation)
             if layer is self.layers[-1]:
                 q, x_BTD = q[:, :, :kept], x_BTD[:, :kept]
                 modulation = tuple(

@@ -14,7 +14,6 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.objectives import exclude_mask_token_
 
 TopPRule = Literal["transformers", "authors"]
-CANDIDATES = 512  # most likely tokens looked at first; a nucleus seldom needs more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,29 +88,42 @@ def filtered_probs(prob_MV: torch.Tensor, filters: Filters) -> torch.Tensor:
 
 def _filtered(prob_MV: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Unnormalised probabilities of the tokens that stay, and their ids (None = all, in order)."""
-    vocabulary = prob_MV.shape[-1]
-    if filters.top_k is None and filters.top_p == 1:
-        return prob_MV, None
-    wanted = vocabulary if filters.top_k is None else min(filters.top_k, vocabulary)
-    if filters.top_p == 1:
-        return prob_MV.topk(wanted, dim=-1)
-    # Top-p acts on the distribution that top-k left, renormalised.
-    count = min(wanted, CANDIDATES)
-    top_MC, ids_MC = prob_MV.topk(count, dim=-1)
-    total_M1 = _top_mass(prob_MV, wanted)
-    if count < wanted and bool((top_MC.sum(-1, keepdim=True) < filters.top_p * total_M1).any()):
-        top_MC, ids_MC = prob_MV.topk(wanted, dim=-1)
-    cumulative_MC = top_MC.double().cumsum(-1) / total_M1
-    if filters.top_p_rule == "transformers":
-        keep_MC = cumulative_MC - top_MC / total_M1 < filters.top_p
-    else:
-        keep_MC = cumulative_MC <= filters.top_p
-    keep_MC[:, 0] = True
-    return top_MC * keep_MC, ids_MC
+    ids_MC = None
+    if filters.top_k is not None and filters.top_k < prob_MV.shape[-1]:
+        prob_MV, ids_MC = prob_MV.topk(filters.top_k, dim=-1)
+    if filters.top_p < 1:  # of the distribution that top-k left, renormalised
+        prob_MV = prob_MV.clone()
+        for prob_V in prob_MV:
+            prob_V *= in_nucleus(prob_V, filters.top_p, filters.top_p_rule)
+    return prob_MV, ids_MC
 
 
-def _top_mass(prob_MV: torch.Tensor, wanted: int) -> torch.Tensor:
-    """Total probability (M, 1) of the `wanted` most likely tokens, float64."""
-    if wanted == prob_MV.shape[-1]:
-        return prob_MV.double().sum(-1, keepdim=True)
-    return prob_MV.topk(wanted, dim=-1).values.double().sum(-1, keepdim=True)
+def in_nucleus(prob_V: torch.Tensor, top_p: float, rule: TopPRule) -> torch.Tensor:
+    """bool (V,): the most likely tokens up to a share `top_p` of all; equal ones by their order.
+
+    The vocabulary is not sorted, which would cost more than a small network's pass. Positive floats
+    are in the order of their bits: the mass of all tokens with the same leading bits says which of
+    these bins the boundary is in, and only that bin's tokens are sorted.
+    """
+    if prob_V.dtype not in _LEADING:
+        prob_V = prob_V.float()
+    integers, shift = _LEADING[prob_V.dtype]
+    bin_V = prob_V.view(integers) >> shift
+    mass_from_top = torch.bincount(bin_V, weights=prob_V.double()).flip(0).cumsum(0)
+    limit = top_p * mass_from_top[-1]
+    from_top = int((mass_from_top < limit).sum())  # bins that lie inside as a whole
+    boundary = len(mass_from_top) - 1 - from_top
+    above = mass_from_top[from_top - 1] if from_top else mass_from_top.new_zeros(())
+    keep_V = bin_V > boundary
+    ids = (bin_V == boundary).nonzero()[:, 0]
+    prob, order = prob_V[ids].double().sort(descending=True, stable=True)
+    reached = above + prob.cumsum(0)
+    keep_V[ids[order]] = reached - prob < limit if rule == "transformers" else reached <= limit
+    if not bool(keep_V.any()):
+        keep_V[prob_V.argmax()] = True
+    return keep_V
+
+
+# Integers of the same width, and the bits of them that are not looked at: sign, exponent and seven
+# bits of the fraction are left.
+_LEADING = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 45)}

@@ -1,0 +1,178 @@
+"""A copy of a network made for sampling: the same function with less to read and to compute.
+
+* The modulation (adaLN) of a network without time input is the same for every token of every pass.
+  It is folded into the weights: into those behind each norm, with the norm's own weight, and (the
+  gates) into those before each sum. What is left is a plain pre-norm transformer.
+* With `int8` the weights of all linear layers are stored in 8 bits, one scale per output, and
+  inputs are rounded to 7 bits, one scale per pass: an approximation, for CPUs.
+
+The copy samples, and scores; it is not trained or saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.models.transformer import (
+    NORM_EPS,
+    BlockDiffusionModel,
+    Layer,
+    Linear,
+    split_heads,
+)
+
+
+@torch.no_grad()
+def sampling_copy(model: BlockDiffusionModel, *, int8: bool = False) -> BlockDiffusionModel:
+    """The copy; the embedding is shared with `model`.
+
+    Args:
+        model: with or without blocks. One that reads the time keeps its modulation.
+        int8: round weights and inputs of linear layers to 8 bits.
+
+    Raises:
+        UserError: int8 on a device, a machine or for a type that has no such products.
+    """
+    if int8:
+        _check_int8(model)
+    made = _folded(model) if not model.config.time_conditioning else _deep_copy(model)
+    if int8:
+        _quantize(made)
+    return made.eval()
+
+
+class FoldedLayer(nn.Module):
+    """A `Layer` whose norms and modulation are in the weights of its linear layers."""
+
+    def __init__(self, layer: Layer, cond: torch.Tensor | None):
+        super().__init__()
+        self.num_heads = layer.num_heads
+        modulation = (m.double().flatten() for m in layer.modulate(cond))
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        self.attn_qkv = _behind_norm(
+            layer.attn_qkv, layer.attn_norm.weight * (1 + attn_scale), attn_shift
+        )
+        self.attn_out = _gated(layer.attn_out, attn_gate)
+        self.mlp_in = _behind_norm(layer.mlp_in, layer.mlp_norm.weight * (1 + mlp_scale), mlp_shift)
+        self.mlp_out = _gated(layer.mlp_out, mlp_gate)
+
+    def modulate(self, cond: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """See `Layer`; nothing is left of it."""
+        return ()
+
+    def queries_keys_values(
+        self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], modulation
+    ) -> tuple[torch.Tensor, ...]:
+        """See `Layer`."""
+        return split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)
+
+    def finish(self, x_BTD: torch.Tensor, attended_BHTE: torch.Tensor, modulation) -> torch.Tensor:
+        """See `Layer`."""
+        x_BTD = x_BTD + self.attn_out(attended_BHTE.transpose(1, 2).flatten(2))
+        inner = F.gelu(self.mlp_in(_normed(x_BTD)), approximate="tanh")
+        return x_BTD + self.mlp_out(inner)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose products are of 8-bit integers, with a scale for each output.
+
+    Inputs are rounded to 7 bits, as products of pairs would overflow 16 bits on CPUs without
+    instructions for them.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.float()
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        rounded = torch.quantize_per_channel(
+            weight, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8
+        )
+        bias = None if linear.bias is None else linear.bias.float()
+        self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.ops.quantized.linear_dynamic(input, self.packed, True)
+
+
+def _normed(x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def _folded(model: BlockDiffusionModel) -> BlockDiffusionModel:
+    made = copy.copy(model)  # shares what is not replaced
+    made._modules = dict(model._modules)
+    made.config = copy.deepcopy(model.config)
+    made.config.adaln = False
+    cond = None if model.time is None else model.time(torch.zeros(1, 1, device=model.device))
+    made.layers = nn.ModuleList(FoldedLayer(layer, cond) for layer in model.layers)  # type: ignore
+    shift, scale = (
+        (torch.zeros((), device=model.device),) * 2
+        if model.final_modulation is None
+        else (m.flatten() for m in model.final_modulation(cond))
+    )
+    made.output = _behind_norm(
+        model.output, model.final_norm.weight * (1 + scale.double()), shift.double()
+    )
+    made.final_norm = copy.deepcopy(model.final_norm)
+    nn.init.ones_(made.final_norm.weight)
+    made.time = made.final_modulation = None
+    return made
+
+
+def _deep_copy(model: BlockDiffusionModel) -> BlockDiffusionModel:
+    tokenizer, model.tokenizer = model.tokenizer, None
+    made = copy.deepcopy(model)
+    made.tokenizer = model.tokenizer = tokenizer
+    return made
+
+
+def _behind_norm(linear: nn.Linear, scale: torch.Tensor, shift: torch.Tensor) -> Linear:
+    """`linear` after an input of x * scale + shift, as a layer that reads x; folded in float64."""
+    weight = linear.weight.double()
+    bias = weight @ shift.expand(weight.shape[1])
+    if linear.bias is not None:
+        bias = bias + linear.bias.double()
+    return _linear(weight * scale, bias, linear.weight.dtype)
+
+
+def _gated(linear: nn.Linear, gate: torch.Tensor) -> Linear:
+    """gate * `linear`."""
+    bias = None if linear.bias is None else gate * linear.bias.double()
+    return _linear(gate[:, None] * linear.weight.double(), bias, linear.weight.dtype)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+    with torch.device("meta"):
+        made = Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    return made
+
+
+def _quantize(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, Int8Linear(child))
+        else:
+            _quantize(child)
+
+
+def _check_int8(model: BlockDiffusionModel) -> None:
+    if model.device.type != "cpu":
+        raise UserError(
+            f"int8 is for CPUs, and this network is on {model.device.type}; leave the type as it is"
+        )
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise UserError(
+            f"this PyTorch has no 8-bit products for {platform.machine()} processors; leave the "
+            "type as it is"
+        )
+    if model.dtype != torch.float32:
+        raise UserError(f"int8 starts from float32 weights, not {model.dtype}; load those")
