@@ -47,6 +47,7 @@ from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.reproduce.paper import TABLES, find_table
 from blockdiffusion.reproduce.scales import find_scale
 from blockdiffusion.sampling.logits import Filters
+from blockdiffusion.sampling.policies import PolicySettings
 from blockdiffusion.sampling.processes import make_process
 from tests.evaluate.judges import save_gpt2
 from tests.models.lightning_files import lightning, save_with_settings, settings
@@ -217,9 +218,9 @@ def test_a_command_line_is_understood(page, words):
         known = {"judge", *DATA_SETS, *TABLES["T5"].columns}
         assert all(entry.partition("=")[0] in known for entry in values["data"] or ())
     elif name in ("sample", "generate-eval"):
-        make_process(
-            CONFIGS.get(values["policy"], CONFIGS[None]), values["policy"], values["steps"]
-        )
+        names = {field.name for field in dataclasses.fields(PolicySettings)}
+        settings = PolicySettings(**{name: values[name] for name in names})
+        make_process(CONFIGS.get(values["policy"], CONFIGS[None]), values["policy"], settings)
         Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)})
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling.policies import Ancestral, FirstHitting, make_policy
+from blockdiffusion.sampling.policies import Ancestral, FirstHitting
 from blockdiffusion.schedules import SCHEDULES, make_schedule
 
 
@@ -43,7 +43,7 @@ def test_ancestral_spreads_tokens_as_its_schedule_says(name):
     """Two masked tokens fall into step i of T with probability (p(t_i) - p(t_{i-1}))^2; 4.9 sigma
     (false alarm 1e-6) for their sum over the steps."""
     steps, rows = 4, 20_000
-    policy = make_policy("ancestral", steps, name)
+    policy = Ancestral(steps, make_schedule(name))
     plan = policy.plan(masked(rows, (True, True)), torch.Generator().manual_seed(2))
     grid = torch.arange(steps + 1, dtype=torch.float64) / steps
     chance = make_schedule(name).mask_prob(grid).diff().square().sum()
@@ -59,13 +59,3 @@ def test_one_step_reveals_everything_at_once():
 def test_mistakes_are_told():
     with pytest.raises(UserError, match="at least 1 step"):
         Ancestral(0)
-    with pytest.raises(UserError, match="needs a number of steps"):
-        make_policy("ancestral")
-    with pytest.raises(UserError, match="no meaning for first-hitting"):
-        make_policy("first-hitting", 5)
-    with pytest.raises(UserError, match="schedule has no meaning"):
-        make_policy("first-hitting", schedule="cosine")
-    with pytest.raises(UserError, match="unknown schedule"):
-        make_policy("ancestral", 5, "cosin")
-    with pytest.raises(UserError, match="ancestral, first-hitting"):
-        make_policy("greedy")

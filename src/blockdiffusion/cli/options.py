@@ -26,9 +26,25 @@ MASK_SEED = Annotated[int, typer.Option(help="Of the masks.")]
 # How to sample: of `sample` and `generate-eval`.
 POLICY = Annotated[
     str | None,
-    typer.Option(help="first-hitting or ancestral; SEDD: analytic; by default the model's."),
+    typer.Option(
+        help="first-hitting, ancestral, random, confidence, margin, entropy or remask; SEDD: "
+        "analytic; by default the model's."
+    ),
 ]
-STEPS = Annotated[int | None, typer.Option(help="Steps per block, for ancestral and analytic.")]
+STEPS = Annotated[
+    int | None, typer.Option(help="Steps per block, for ancestral, remask and analytic.")
+]
+TOKENS_PER_STEP = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a pass, for random, confidence, margin and entropy."),
+]
+THRESHOLD = Annotated[
+    float | None,
+    typer.Option(help="Instead: of confidence or margin in [0, 1], or of entropy in nats."),
+]
+REMASK = Annotated[
+    float | None, typer.Option(help="Share of the largest rate of remask, in [0, 1]; 1 by default.")
+]
 SCHEDULE = Annotated[
     str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
 ]

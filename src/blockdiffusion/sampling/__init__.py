@@ -96,6 +96,9 @@ def stream(
     policy: str | Policy | Process | None = None,
     steps: int | None = None,
     schedule: str | None = None,
+    tokens_per_step: int | None = None,
+    threshold: float | None = None,
+    remask: float | None = None,
     stride: int | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -117,10 +120,13 @@ def stream(
             sampled like any other.
         eos: whether a sampled EOS ends a row (where the model has an EOS).
         policy: how a block comes to be; None = the usual way of the model's objective. For masked
-            diffusion "first-hitting" (usual) or "ancestral" (with `steps` and, if not the linear
-            one, a noise `schedule`); for score entropy "analytic" (with `steps` per block, as many
-            as its tokens by default); for d3pm "ancestral" (by default in its own T steps). Or a
-            `Policy` or `Process`.
+            diffusion "first-hitting" (usual), which keeps the law, "ancestral" (with `steps` and,
+            if not the linear one, a noise `schedule`), which tends to it, or an approximation in
+            fewer passes: "random" (with `tokens_per_step`), "confidence", "margin" and "entropy"
+            (with that or a `threshold`; see `MostCertain`), "remask" (with `steps`, `schedule` and
+            a rate `remask` in [0, 1]; see `Remasking`). For score entropy "analytic" (with `steps`
+            per block, as many as its tokens by default); for d3pm "ancestral" (by default in its
+            own T steps). Or a `Policy` or `Process`.
         stride: for models of one block (S = L): new tokens of each slide where the text goes beyond
             L, half of L by default; see `sampling.sliding`.
         temperature, top_k, top_p, top_p_rule: see `Filters`.
@@ -145,6 +151,9 @@ def stream(
         policy=policy,
         steps=steps,
         schedule=schedule,
+        tokens_per_step=tokens_per_step,
+        threshold=threshold,
+        remask=remask,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

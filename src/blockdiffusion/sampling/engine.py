@@ -206,7 +206,7 @@ class Engine:
             prompt: a text or ids; None = from nothing.
             max_new_tokens, bos: as for `generate`.
             seed: of its draws; None = any.
-            options: `eos`, `policy`, `steps`, `schedule`, `temperature`, `top_k`, `top_p`,
+            options: `eos`, `policy` and its settings, `temperature`, `top_k`, `top_p`,
                 `top_p_rule`, as for `generate`.
 
         Raises:

@@ -1,19 +1,19 @@
 """Which masked tokens of a block are revealed in which pass.
 
-Both policies here draw the passes before the network runs, because the mask process of absorbing
+The policies here draw the passes before the network runs, because the mask process of absorbing
 diffusion does not depend on the tokens. A pass that would reveal nothing is skipped: what it
 predicts is thrown away, whether or not the network reads the time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.schedules import Linear, Schedule, make_schedule
+from blockdiffusion.schedules import Linear, Schedule
 
 
 class Policy(Protocol):
@@ -96,23 +96,56 @@ def in_order(prob_RS: torch.Tensor, masked_RS: torch.Tensor) -> torch.Tensor:
     return torch.where(masked_RS, ranks_RS, -1)
 
 
-def make_policy(name: str, steps: int | None = None, schedule: str | None = None) -> Policy:
-    """The policy called `name`; `steps` and `schedule` belong to "ancestral".
+@dataclass(frozen=True)
+class RandomOrder:
+    """`tokens_per_step` tokens in every pass, at positions that are uniform among the masked ones.
 
-    Raises:
-        UserError: an unknown name, ancestral without steps, or a setting of the other policy.
+    With one it is `FirstHitting`. With more, tokens that share a pass are drawn independently of
+    each other: an approximation.
     """
-    name = name.replace("_", "-")
-    if name == "first-hitting":
-        for what, given in (("steps", steps), ("schedule", schedule)):
-            if given is not None:
+
+    tokens_per_step: int
+    name: str = "random"
+
+    def __post_init__(self) -> None:
+        check_tokens_per_step(self.tokens_per_step)
+
+    def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        check_tokens_per_step(self.tokens_per_step, masked_RS.shape[1])
+        order_RS = FirstHitting().plan(masked_RS, generator)
+        return torch.where(masked_RS, order_RS // self.tokens_per_step, -1)
+
+
+def check_tokens_per_step(tokens: int, block_size: int | None = None) -> None:
+    """Refuses a number of tokens that no pass can reveal."""
+    most = "" if block_size is None else f" and at most {block_size}, the tokens of a block"
+    if tokens < 1 or (block_size is not None and tokens > block_size):
+        raise UserError(f"tokens_per_step is {tokens}; it must be at least 1{most}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """What the names of policies may need.
+
+    Attributes:
+        steps: passes of a block. schedule: how they are spread over the noise.
+        tokens_per_step: tokens that a pass reveals.
+        threshold: of what a prediction must have to be revealed.
+        remask: share of the largest possible rate at which decided tokens are masked again.
+    """
+
+    steps: int | None = None
+    schedule: str | None = None
+    tokens_per_step: int | None = None
+    threshold: float | None = None
+    remask: float | None = None
+
+    def only(self, name: str, *read: str) -> None:
+        """Refuses what the policy `name`, which reads the settings `read`, has no use for."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None and item.name not in read:
+                meant = f"it reads {' and '.join(read)}" if read else "it has no settings"
                 raise UserError(
-                    f"{what} has no meaning for first-hitting, which reveals one token per pass; "
-                    "leave it out or use the ancestral policy"
+                    f"{item.name} is {value}, which has no meaning for the policy {name}: {meant}"
                 )
-        return FirstHitting()
-    if name == "ancestral":
-        if steps is None:
-            raise UserError("the ancestral policy needs a number of steps per block: give steps")
-        return Ancestral(steps, make_schedule(schedule or "linear"))
-    raise UserError(f"unknown policy {name!r}; known: ancestral, first-hitting")

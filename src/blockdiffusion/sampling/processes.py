@@ -2,6 +2,8 @@
 
 * `Planned`: masks whose passes a `Policy` draws before the network runs (masked diffusion, and
   D3PM with absorbing noise, where the order of reveals does not depend on the tokens either),
+* `MostCertain`: the predictions say which masks are revealed: fewer passes, another law,
+* `Remasking`: decided tokens may be masked again, to be decided better (ReMDM),
 * `Analytic`: SEDD's analytic step (Lou et al. 2024, section 4; "Tweedie"), where the network
   also says how likely a token is revealed,
 * `UniformReverse`: D3PM with uniform noise (Austin et al. 2021), where every token may change in
@@ -14,8 +16,9 @@ Shape suffixes: R rows of the batch, S positions of the block, M positions of a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -26,10 +29,13 @@ from blockdiffusion.objectives import exclude_mask_token_, log_rate, uniform_rev
 from blockdiffusion.sampling.logits import Filters, draw_columns, draw_tokens, filtered_probs
 from blockdiffusion.sampling.policies import (
     Ancestral,
+    FirstHitting,
     Policy,
+    PolicySettings,
+    RandomOrder,
     TimedPolicy,
+    check_tokens_per_step,
     in_order,
-    make_policy,
 )
 from blockdiffusion.schedules import Linear, Schedule, make_schedule, noise_level
 
@@ -155,6 +161,180 @@ class _PlannedCourse:
         self.undecided_RS[place_M] = False
         self.step += 1
         return Changes(*place_M, token_M, confidence_M)
+
+
+# --- masks, as the predictions say --------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MostCertain:
+    """Each pass reveals the masked tokens whose predictions are the most certain.
+
+    An approximation: the order depends on the predictions, and tokens that share a pass are drawn
+    independently of each other. What is certain is measured on p(x0 | .) before any filter:
+
+    * "confidence": the probability of the most likely token (LLaDA, Nie et al. 2025; with a
+      threshold Fast-dLLM, Wu et al. 2025),
+    * "margin": by how much it exceeds that of the second (Kim et al. 2025),
+    * "entropy": the entropy in nats; with a threshold, as many tokens as have entropies that add
+      up, without the largest, to at most it (EB-sampler, Ben-Hamu et al. 2025).
+
+    Args:
+        tokens_per_step: reveal so many in every pass, or
+        threshold: reveal all that reach it, but at least one.
+    """
+
+    name: Literal["confidence", "margin", "entropy"]
+    tokens_per_step: int | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.tokens_per_step is None) == (self.threshold is None):
+            raise UserError(
+                f"the policy {self.name} needs either tokens_per_step or threshold; give one"
+            )
+        if self.tokens_per_step is not None:
+            check_tokens_per_step(self.tokens_per_step)
+        elif self.name == "entropy" and not self.threshold >= 0:
+            raise UserError(f"threshold is {self.threshold}; entropies are at least 0 nats")
+        elif self.name != "entropy" and not 0 <= self.threshold <= 1:
+            raise UserError(f"threshold is {self.threshold}; for {self.name} it lies in [0, 1]")
+
+    def begin(self, open_RS: torch.Tensor, setting: Setting) -> Course:
+        """See `Process`."""
+        if self.tokens_per_step is not None:
+            check_tokens_per_step(self.tokens_per_step, open_RS.shape[1])
+        return _MostCertainCourse(self, open_RS, setting)
+
+    def uncertainty(self, prob_MV: torch.Tensor) -> torch.Tensor:
+        """What the tokens of a pass are ordered by, float64 (M,): the least is revealed first."""
+        if self.name == "entropy":
+            return torch.special.entr(prob_MV.double()).sum(-1)
+        first_M2 = prob_MV.topk(2, dim=-1).values.double()
+        margin = self.name == "margin"
+        return 1 - (first_M2[:, 0] - first_M2[:, 1] if margin else first_M2[:, 0])
+
+    def revealed(self, ordered_RS: torch.Tensor) -> torch.Tensor:
+        """Which tokens are revealed, bool (R, S), given their uncertainties in rising order
+        (infinite where there is no masked token)."""
+        rank_S = torch.arange(ordered_RS.shape[1])
+        if self.tokens_per_step is not None:
+            kept_RS = (rank_S < self.tokens_per_step).expand_as(ordered_RS)
+        elif self.name == "entropy":
+            kept_RS = ordered_RS.cumsum(1) - ordered_RS <= self.threshold
+        else:
+            kept_RS = ordered_RS <= 1 - self.threshold
+        return (kept_RS | (rank_S == 0)) & ordered_RS.isfinite()
+
+
+class _MostCertainCourse:
+    def __init__(self, process: MostCertain, open_RS: torch.Tensor, setting: Setting):
+        self.process, self.setting = process, setting
+        self.open_RS, self.undecided_RS = open_RS, open_RS.clone()
+
+    def fill(self, block_RS: torch.Tensor) -> torch.Tensor:
+        return block_RS
+
+    def sigma_R(self) -> torch.Tensor | None:
+        if not self.setting.config.time_conditioning:
+            return None
+        share_R = self.undecided_RS.sum(1) / self.open_RS.sum(1).clamp(min=1)
+        return noise_level(share_R.double()).float().to(self.setting.device)
+
+    def wanted_RS(self) -> torch.Tensor:
+        return self.undecided_RS
+
+    def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
+        setting = self.setting
+        logits_MV = exclude_mask_token_(logits_MV, setting.config.mask_id)
+        uncertainty_M = self.process.uncertainty(logits_MV.softmax(-1)).cpu()
+        all_RS = torch.full(self.open_RS.shape, torch.inf, dtype=torch.float64)
+        all_RS[place_M] = uncertainty_M
+        ordered_RS, order_RS = all_RS.sort(dim=1, stable=True)
+        chosen_RS = torch.zeros_like(self.open_RS)
+        chosen_RS.scatter_(1, order_RS, self.process.revealed(ordered_RS))
+        chosen_M = chosen_RS[place_M]
+        token_M, confidence_M = draw_tokens(
+            logits_MV[chosen_M.to(logits_MV.device)],
+            setting.config.mask_id,
+            setting.filters,
+            setting.generator,
+        )
+        row_M, slot_M = (x[chosen_M] for x in place_M)
+        self.undecided_RS[row_M, slot_M] = False
+        return Changes(row_M, slot_M, token_M, confidence_M)
+
+
+# --- masks that come back -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Remasking:
+    """ReMDM (Wang et al. 2025): ancestral steps in which decided tokens may be masked again.
+
+    From mask probability p_t to p_s a decided token is masked with probability sigma, and a masked
+    one revealed with 1 - (p_s - sigma (1 - p_t)) / p_t, so that p_s of the tokens are masked then,
+    as without remasking. sigma is `remask` times the largest that allows it, min(1, p_s / (1 -
+    p_t)) ("rescale"); with `remask` 0 it is `Ancestral`, pass by pass. A network that predicts each
+    token exactly, given any others, keeps its law; for others, and few steps, it is an
+    approximation whose point is that mistakes can be mended.
+    """
+
+    steps: int
+    remask: float = 1.0
+    schedule: Schedule = field(default_factory=Linear)
+    name: str = "remask"
+
+    def __post_init__(self) -> None:
+        _check_steps(self.name, self.steps)
+        if not 0 <= self.remask <= 1:
+            raise UserError(f"remask is {self.remask}; it must lie in [0, 1]")
+
+    def begin(self, open_RS: torch.Tensor, setting: Setting) -> Course:
+        """See `Process`."""
+        return _RemaskingCourse(self, open_RS, setting)
+
+
+class _RemaskingCourse:
+    def __init__(self, process: Remasking, open_RS: torch.Tensor, setting: Setting):
+        self.open_RS, self.undecided_RS = open_RS, open_RS.clone()
+        self.prob = _falling(process.schedule, process.steps)
+        self.prob[0] = 1.0  # everything is masked at first, also where the schedule ends before
+        self.remask, self.setting = process.remask, setting
+        self.step = 0
+
+    def fill(self, block_RS: torch.Tensor) -> torch.Tensor:
+        return block_RS
+
+    def sigma_R(self) -> torch.Tensor | None:
+        return _same_for_all(self.prob[self.step], self.open_RS, self.setting)
+
+    def wanted_RS(self) -> torch.Tensor:
+        return self.open_RS  # any of them may be masked now, and any may change
+
+    def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
+        config, generator = self.setting.config, self.setting.generator
+        now, then = self.prob[self.step], self.prob[self.step + 1]
+        self.step += 1
+        keep = 1 - now
+        sigma = self.remask * min(1.0, then / keep) if keep > 0 else 0.0
+        reveal = 1 - (then - sigma * keep) / now
+        coin_M = torch.rand(len(ids_M), generator=generator, dtype=torch.float64)
+        masked_M = ids_M.cpu() == config.mask_id
+        revealed_M = masked_M & ((coin_M < reveal) | (then == 0))
+        forgotten_M = ~masked_M & (coin_M < sigma)
+        told_M = revealed_M | forgotten_M
+        token_M = torch.full_like(ids_M, config.mask_id)
+        confidence_M = torch.zeros(len(ids_M), dtype=logits_MV.dtype, device=ids_M.device)
+        on_device_M = revealed_M.to(ids_M.device)
+        token_M[on_device_M], confidence_M[on_device_M] = draw_tokens(
+            logits_MV[on_device_M], config.mask_id, self.setting.filters, generator
+        )
+        if then == 0:
+            self.undecided_RS[:] = False
+        row_M, slot_M = (x[told_M] for x in place_M)
+        told_M = told_M.to(ids_M.device)
+        return Changes(row_M, slot_M, token_M[told_M], confidence_M[told_M])
 
 
 # --- SEDD ---------------------------------------------------------------------------------------
@@ -303,52 +483,104 @@ def as_process(policy: Policy | Process) -> Process:
 
 
 def make_process(
-    config: Any, policy: str | None = None, steps: int | None = None, schedule: str | None = None
+    config: Any, policy: str | None = None, settings: PolicySettings | None = None
 ) -> Policy | Process:
     """The process called `policy`, or the usual one, of a network of this configuration.
-
-    Args:
-        steps: passes of a block. schedule: how they are spread over the noise.
 
     Raises:
         UserError: the network's objective has no such process, or not with these settings.
     """
     name = None if policy is None else policy.replace("_", "-")
-    return _MAKERS[config.objective](config, name, steps, schedule)
+    return _MAKERS[config.objective](config, name, settings or PolicySettings())
 
 
-def _masked(
-    config: Any, name: str | None, steps: int | None, schedule: str | None
-) -> Policy | Process:
-    return make_policy("first-hitting" if name is None else name, steps, schedule)
+def _masked(config: Any, name: str | None, settings: PolicySettings) -> Policy | Process:
+    name = "first-hitting" if name is None else name
+    if name not in _MASKED:
+        raise UserError(f"unknown policy {name!r}; known: {', '.join(sorted(_MASKED))}")
+    made = _MASKED[name](name, settings)
+    as_process(made).begin(  # what does not fit the network is refused here
+        torch.ones(1, config.block_size, dtype=torch.bool),
+        Setting(config, torch.device("cpu"), Filters(), torch.Generator()),
+    )
+    return made
 
 
-def _score_entropy(
-    config: Any, name: str | None, steps: int | None, schedule: str | None
-) -> Policy | Process:
+def _first_hitting(name: str, settings: PolicySettings) -> Policy:
+    settings.only(name)
+    return FirstHitting()
+
+
+def _ancestral(name: str, settings: PolicySettings) -> Policy:
+    settings.only(name, "steps", "schedule")
+    return Ancestral(_needed_steps(name, settings), make_schedule(settings.schedule or "linear"))
+
+
+def _random(name: str, settings: PolicySettings) -> Policy:
+    settings.only(name, "tokens_per_step")
+    if settings.tokens_per_step is None:
+        raise UserError(
+            "the policy random needs the number of tokens of a pass: give tokens_per_step"
+        )
+    return RandomOrder(settings.tokens_per_step)
+
+
+def _most_certain(name: str, settings: PolicySettings) -> Process:
+    settings.only(name, "tokens_per_step", "threshold")
+    return MostCertain(name, settings.tokens_per_step, settings.threshold)  # type: ignore[arg-type]
+
+
+def _remasking(name: str, settings: PolicySettings) -> Process:
+    settings.only(name, "steps", "schedule", "remask")
+    return Remasking(
+        _needed_steps(name, settings),
+        1.0 if settings.remask is None else settings.remask,
+        make_schedule(settings.schedule or "linear"),
+    )
+
+
+def _needed_steps(name: str, settings: PolicySettings) -> int:
+    if settings.steps is None:
+        raise UserError(f"the policy {name} needs a number of steps per block: give steps")
+    return settings.steps
+
+
+_MASKED: dict[str, Callable[[str, PolicySettings], Policy | Process]] = {
+    "first-hitting": _first_hitting,
+    "ancestral": _ancestral,
+    "random": _random,
+    "confidence": _most_certain,
+    "margin": _most_certain,
+    "entropy": _most_certain,
+    "remask": _remasking,
+}
+
+
+def _score_entropy(config: Any, name: str | None, settings: PolicySettings) -> Policy | Process:
     if name not in (None, "analytic"):
         raise UserError(
             f"policy is {name}, but a network of score entropy (SEDD) is sampled by its scores; "
             "use analytic"
         )
-    steps = config.block_size if steps is None else steps
-    return Analytic(steps, make_schedule(schedule or "linear"))
+    settings.only("analytic", "steps", "schedule")
+    steps = config.block_size if settings.steps is None else settings.steps
+    return Analytic(steps, make_schedule(settings.schedule or "linear"))
 
 
-def _d3pm(
-    config: Any, name: str | None, steps: int | None, schedule: str | None
-) -> Policy | Process:
+def _d3pm(config: Any, name: str | None, settings: PolicySettings) -> Policy | Process:
     if name not in (None, "ancestral"):
         raise UserError(
             f"policy is {name}, but a d3pm network is sampled by its own steps; use ancestral"
         )
-    if schedule is not None:
+    if settings.schedule is not None:
         raise UserError(
-            f"schedule is {schedule}, but a d3pm network has its own ({config.noise_schedule}); "
-            "leave it out"
+            f"schedule is {settings.schedule}, but a d3pm network has its own "
+            f"({config.noise_schedule}); leave it out"
         )
+    settings.only("ancestral", "steps")
     kind = UniformReverse if config.transition == "uniform" else Ancestral
-    return kind(config.timesteps if steps is None else steps, DiscreteTime(config).schedule)
+    steps = config.timesteps if settings.steps is None else settings.steps
+    return kind(steps, DiscreteTime(config).schedule)
 
 
 _MAKERS = {"block_diffusion": _masked, "score_entropy": _score_entropy, "d3pm": _d3pm}

@@ -11,7 +11,7 @@ from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import SamplingOptions
-from blockdiffusion.sampling.policies import FirstHitting, Policy
+from blockdiffusion.sampling.policies import FirstHitting, Policy, PolicySettings
 from blockdiffusion.sampling.processes import Process, make_process
 
 Prompt = str | Sequence[int] | torch.Tensor
@@ -36,25 +36,24 @@ def sampling_options(
     max_new_tokens: int,
     eos: bool = True,
     policy: str | Policy | Process | None = None,
-    steps: int | None = None,
-    schedule: str | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
     top_p_rule: TopPRule = "transformers",
     use_cache: bool = True,
     window: int | None = None,
+    **settings: Any,
 ) -> SamplingOptions:
-    """The options of `stream` for this model.
+    """The options of `stream` for this model; `settings` are those of `PolicySettings`.
 
     Raises:
         UserError: one is out of range, or not of this kind of model.
     """
     if is_autoregressive(model):
-        refuse_masks(policy=policy, steps=steps, schedule=schedule)
+        refuse_masks(policy=policy, **settings)
     return SamplingOptions(
         max_new_tokens=max_new_tokens,
-        policy=_policy(model, policy, steps, schedule),
+        policy=_policy(model, policy, PolicySettings(**settings)),
         filters=Filters(temperature=temperature, top_k=top_k, top_p=top_p, top_p_rule=top_p_rule),
         eos_id=model.config.eos_id if eos else None,
         window=window,
@@ -63,15 +62,15 @@ def sampling_options(
 
 
 def _policy(
-    model: Denoiser, policy: str | Policy | Process | None, steps: int | None, schedule: str | None
+    model: Denoiser, policy: str | Policy | Process | None, settings: PolicySettings
 ) -> Policy | Process:
     if is_autoregressive(model):
         return FirstHitting()  # not read
     if isinstance(policy, str | None):
-        return make_process(model.config, policy, steps, schedule)
-    if steps is not None or schedule is not None:
+        return make_process(model.config, policy, settings)
+    if settings != PolicySettings():
         raise UserError(
-            "steps and schedule go with a policy's name; this policy object has its own"
+            "steps, schedule and the like go with a policy's name; this policy object has its own"
         )
     return policy
 

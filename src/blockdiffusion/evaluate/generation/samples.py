@@ -46,6 +46,9 @@ class DrawOptions:
     policy: str | None = None
     steps: int | None = None
     schedule: str | None = None
+    tokens_per_step: int | None = None
+    threshold: float | None = None
+    remask: float | None = None
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
