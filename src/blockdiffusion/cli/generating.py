@@ -17,6 +17,7 @@ from blockdiffusion.cli.options import (
     MODEL,
     POLICY,
     REMASK,
+    SAMPLING_DTYPE,
     SCHEDULE,
     STEPS,
     STRIDE,
@@ -28,7 +29,7 @@ from blockdiffusion.cli.options import (
     TOP_P_RULE,
     WINDOW,
 )
-from blockdiffusion.cli.shared import check_places, device_of, load_model, write_json
+from blockdiffusion.cli.shared import check_places, device_of, load_model, load_sampler, write_json
 from blockdiffusion.data.files import write_whole
 from blockdiffusion.errors import UserError
 
@@ -60,7 +61,7 @@ def sample(
     stream: Annotated[bool, typer.Option("--stream", help="Show blocks as they fill in.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
     device: DEVICE = "auto",
-    dtype: DTYPE = "auto",
+    dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Generate text, from nothing or after a prompt."""
     import torch
@@ -72,7 +73,7 @@ def sample(
     if stream and (json_lines or num_samples != 1):
         raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
     text = _prompt(prompt, prompt_file)
-    network = load_model(model, device, dtype)
+    network = load_sampler(model, device, dtype)
     generator = torch.Generator()
     used_seed = generator.seed() if seed is None else seed
     generator.manual_seed(used_seed)
@@ -159,7 +160,7 @@ def lengths(
     seed: Annotated[int, typer.Option(help="Of the documents.")] = 0,
     json_file: JSON_FILE = None,
     device: DEVICE = "auto",
-    dtype: DTYPE = "auto",
+    dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """How long documents become: tokens until a sampled EOS."""
     from blockdiffusion.evaluate.generation.lengths import document_lengths
@@ -167,7 +168,7 @@ def lengths(
     from blockdiffusion.terminal import length_lines, progress_bar
 
     check_places(json_file)
-    network = load_model(model, device, dtype)
+    network = load_sampler(model, device, dtype)
     with progress_bar("lengths") as report:
         found = document_lengths(
             network,

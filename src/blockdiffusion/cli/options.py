@@ -10,6 +10,10 @@ import typer
 MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
 DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 DTYPE = Annotated[str, typer.Option(help="Weights: auto (as saved), float32, float64 or bf16.")]
+SAMPLING_DTYPE = Annotated[
+    str,
+    typer.Option(help="Weights: auto (as saved), float32, float64, bf16 or int8 (approximate)."),
+]
 BOS = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),

@@ -31,6 +31,15 @@ def load_model(model: str, device: str, dtype: str) -> Any:
     return load(model, device=device_of(device), dtype=dtypes[dtype])
 
 
+def load_sampler(model: str, device: str, dtype: str) -> Any:
+    """The network as a copy made for sampling; `dtype` may be int8, too."""
+    from blockdiffusion.models.inference import sampling_copy
+
+    int8 = dtype == "int8"
+    network = load_model(model, device, "float32" if int8 else dtype)
+    return sampling_copy(network, int8=int8)
+
+
 def check_places(*paths: Path | None) -> None:
     """Fails now, not after the measurement, where one of the files cannot be written."""
     import tempfile

@@ -1,0 +1,136 @@
+"""The copy for sampling is the same function; in 8 bits nearly."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import blockdiffusion
+from blockdiffusion.errors import UserError
+from blockdiffusion.models.inference import FoldedLayer, Int8Linear, sampling_copy
+from tests.conftest import GOLDEN
+
+KINDS = {
+    "block": {},
+    "causal past": dict(clean_attention="causal"),
+    "no modulation": dict(adaln=False),
+    "timed": dict(time_conditioning=True),
+}
+
+
+def outputs(model, ids):
+    """Logits in every way in which a copy is used: a whole row, against the cache, ragged."""
+    noisy = ids.clone()
+    noisy[:, ::3] = model.config.mask_id
+    timed = model.config.time_conditioning
+    sigma = torch.tensor([0.3, 1.0]) if timed else None
+    with torch.no_grad():
+        whole = model.denoise_logits(noisy, ids, sigma)
+        cache = model.make_cache(2, 16)
+        model.decode(ids[:, :4], 4, cache)
+        cache.commit(4)
+        cached = model.head(model.decode(noisy[:, 4:8], 0, cache, None, sigma))
+        flat = torch.cat([ids[0, 4:8], noisy[0, 8:12], noisy[1, 4:8]])
+        tokens, clean = torch.tensor([8, 4]), torch.tensor([4, 0])
+        ragged = model.head(model.decode_ragged(flat, tokens, clean, cache, None, sigma))
+    return torch.cat([x.flatten() for x in (whole, cached, ragged)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_copy_has_the_same_logits(make_model, random_ids, kind):
+    model, ids = make_model(**KINDS[kind]), random_ids(2, 16)
+    before = copy.deepcopy(model.state_dict())
+    folded = sampling_copy(model)
+    assert torch.allclose(outputs(folded, ids), outputs(model, ids), atol=1e-10)
+    single = sampling_copy(copy.deepcopy(model).float())
+    assert (outputs(single, ids) - outputs(model, ids)).abs().max() < 1e-4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(p.requires_grad for layer in folded.layers for p in layer.parameters()) or (
+        kind == "timed"
+    )
+    folds = [isinstance(layer, FoldedLayer) for layer in folded.layers]
+    assert all(folds) if kind != "timed" else not any(folds)
+
+
+def test_the_autoregressive_baseline_has_one_too(make_ar, random_ids):
+    model, ids = make_ar(), random_ids(2, 12)
+    folded = sampling_copy(model)
+    assert torch.allclose(
+        folded.head(folded.encode_causal(ids)), model.head(model.encode_causal(ids)), atol=1e-10
+    )
+
+
+def test_a_published_checkpoint_has_the_same_logits():
+    model = blockdiffusion.load(GOLDEN / "bd3lm-hf").eval()
+    length, size = 2 * model.config.block_size, model.config.vocab_size
+    ids = torch.randint(size - 1, (2, length), generator=torch.Generator().manual_seed(0))
+    noisy = ids.clone()
+    noisy[:, ::2] = model.config.mask_id
+    with torch.no_grad():
+        ours = sampling_copy(model).denoise_logits(noisy, ids)
+        assert (ours - model.denoise_logits(noisy, ids)).abs().max() < 1e-4
+
+
+def test_the_copy_is_made_for_the_same_use(make_model):
+    """Tokenizer and configuration are there; the embedding is not stored twice."""
+    model = make_model(eos_id=5)
+    model.tokenizer = object()
+    folded = sampling_copy(model)
+    assert folded.tokenizer is model.tokenizer and model.config.adaln
+    assert folded.embedding.weight is model.embedding.weight
+    assert folded.config.eos_id == 5 and not folded.training
+    seeds = (torch.Generator().manual_seed(3) for _ in range(2))
+    model.tokenizer = folded.tokenizer = None
+    one, two = (
+        blockdiffusion.generate(m, max_new_tokens=40, bos=False, generator=seed)
+        for m, seed in zip((model, folded), seeds, strict=True)
+    )
+    assert torch.equal(one.sequences, two.sequences)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_is_near(make_model, random_ids, kind):
+    """Logits differ by a few percent of their spread; every linear layer is in 8 bits."""
+    sizes = dict(width=64, num_layers=3, num_heads=2) | KINDS[kind]
+    model = make_model(**sizes).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    ids = random_ids(2, 16)
+    rounded = sampling_copy(model, int8=True)
+    rest = [name for name, part in rounded.named_modules() if isinstance(part, nn.Linear)]
+    assert all(name.startswith("time.") or name.endswith("modulation") for name in rest)
+    assert sum(isinstance(part, Int8Linear) for part in rounded.modules()) >= 4 * 3 + 1
+    expected, found = outputs(model, ids), outputs(rounded, ids)
+    difference = (found - expected).std() / expected.std()
+    assert 1e-4 < difference < 0.1
+
+
+def test_int8_rounds_weights_to_the_nearest_step():
+    linear = nn.Linear(64, 8, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
+    step = linear.weight.abs().amax(1, keepdim=True) / 127
+    nearest = (linear.weight / step).round() * step
+    # The steps 2^-6 and 1 of inputs are exact in 7 bits: what is left is the rounded weight.
+    eye = torch.eye(64)
+    assert torch.allclose(Int8Linear(linear)(eye).T, nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.double(), "starts from float32 weights, not torch.float64"),
+        (lambda model: model.float().to("meta"), "int8 is for CPUs"),
+    ],
+)
+def test_where_there_is_no_int8(make_model, change, message):
+    with pytest.raises(UserError, match=message):
+        sampling_copy(change(make_model()), int8=True)
+
+
+def test_a_machine_without_8_bit_products(make_model, monkeypatch):
+    monkeypatch.setattr(torch.backends.quantized.__class__, "supported_engines", ["none"])
+    with pytest.raises(UserError, match="no 8-bit products for"):
+        sampling_copy(make_model().float(), int8=True)
