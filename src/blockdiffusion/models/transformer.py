@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -295,6 +296,26 @@ class Layer(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return rotate(q, *rotary), rotate(k, *rotary), v
 
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        cond: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        kept: int | None = None,
+    ) -> torch.Tensor:
+        """The residual stream (B, T, D) after this layer; `read(q, k, v)` is attention.
+
+        With `kept`, that of the first `kept` tokens: the others give keys and values only.
+        """
+        modulation = self.modulate(cond)
+        h_BTD = self.attn_norm(x_BTD, modulation[0], modulation[1])
+        q, k, v = self.queries_keys_values(h_BTD, rotary)
+        if kept is not None:
+            q, x_BTD = q[:, :, :kept], x_BTD[:, :kept]
+            modulation = tuple(m[:, :kept] if m.shape[:-1].numel() > 1 else m for m in modulation)
+        return self.finish(x_BTD, read(q, k, v), modulation)
+
     def finish(self, x_BTD: torch.Tensor, attended_BHTE: torch.Tensor, modulation) -> torch.Tensor:
         """The residual stream after this layer, given what attention read."""
         _, _, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
@@ -475,15 +496,8 @@ class BlockDiffusionModel(PreTrainedModel):
         values for the tokens that are not kept, and nothing else.
         """
         for index, layer in enumerate(self.layers):
-            modulation = layer.modulate(cond)
-            h_BTD = layer.attn_norm(x_BTD, modulation[0], modulation[1])
-            q, k, v = layer.queries_keys_values(h_BTD, rotary)
-            if layer is self.layers[-1]:
-                q, x_BTD = q[:, :, :kept], x_BTD[:, :kept]
-                modulation = tuple(
-                    m[:, :kept] if m.shape[:-1].numel() > 1 else m for m in modulation
-                )
-            x_BTD = layer.finish(x_BTD, read(index, q, k, v), modulation)
+            last = kept if layer is self.layers[-1] else None
+            x_BTD = layer(x_BTD, cond, rotary, partial(read, index), last)
         if cond is not None and cond.shape[1] > 1:
             cond = cond[:, :kept]
         return self._finish(x_BTD, cond)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.ranks import whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +100,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) 
         The norm before clipping, a scalar tensor on the device of the parameters.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
     return norm
