@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import traceback
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
 
 PRELOADED = [
     "torch.distributed.fsdp",
@@ -46,6 +47,7 @@ class Running:
 
     processes: list[Any]
     folder: Path
+    store: TCPStore  # lives in this process, as it does in torchrun
 
     def end(self) -> list[Ended]:
         """Waits until all have ended; by rank."""
@@ -56,7 +58,9 @@ class Running:
             self.processes[rank].kill()
             self.processes[rank].join()
         ended = [
-            Ended(p.exitcode, *((self.folder / f"{name}{r}").read_text() for name in ("out", "err")))
+            Ended(
+                p.exitcode, *((self.folder / f"{name}{r}").read_text() for name in ("out", "err"))
+            )
             for r, p in enumerate(self.processes)
         ]
         assert not hanging, f"processes {hanging} did not end: {ended}"
@@ -67,9 +71,7 @@ def start_team(size: int, function: Callable[..., object], *arguments: Any) -> R
     """Calls `function(*arguments)`, a module's, in `size` processes; does not wait for them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder = Path(tempfile.mkdtemp())
     processes = []
     for rank in range(size):
@@ -78,12 +80,14 @@ def start_team(size: int, function: Callable[..., object], *arguments: Any) -> R
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
         }
         process = context.Process(target=_run, args=(environment, folder, function, arguments))
         process.start()
         processes.append(process)
-    return Running(processes, folder)
+    return Running(processes, folder, store)
 
 
 def team(size: int, function: Callable[..., object], *arguments: Any) -> list[Ended]:

@@ -144,7 +144,8 @@ def save(
     All processes of `team` call it. Each writes its shards; what is not sharded the first writes.
 
     Raises:
-        UserError: the disk is full; nothing is left of the new checkpoint, the earlier ones stay.
+        UserError: the disk is full; nothing is left of the new checkpoint (of one in shards, what
+            others may be writing, which the next start clears), the earlier ones stay.
     """
     final = out / "checkpoints" / f"step-{state.step:08d}"
     partial = final.with_name(f".{final.name}.partial")
@@ -156,7 +157,7 @@ def save(
     sharded = any(map(is_sharded, tensors[WEIGHTS].values()))
     if not (sharded or team.is_first):
         return final
-    with disk_full_is_user_error(f"checkpoint {final}", partial):
+    with disk_full_is_user_error(f"checkpoint {final}", None if sharded else partial):
         if team.is_first:
             partial.mkdir(parents=True)
         if sharded:

@@ -64,9 +64,7 @@ class Replicas(Spread):
 
     def __init__(self, model: BlockDiffusionModel, team: Team):
         super().__init__(model, team)
-        self._loss = nn.parallel.DistributedDataParallel(
-            _Loss(model), gradient_as_bucket_view=True
-        )
+        self._loss = nn.parallel.DistributedDataParallel(_Loss(model), gradient_as_bucket_view=True)
 
     def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
         """See `Spread`."""
