@@ -95,6 +95,11 @@ def team(size: int, function: Callable[..., object], *arguments: Any) -> list[En
     return start_team(size, function, *arguments).end()
 
 
+def assert_ended_well(ended: list[Ended]) -> None:
+    """Fails, with what they wrote, unless all exited with 0."""
+    assert [process.code for process in ended] == [0] * len(ended), ended
+
+
 def _run(
     environment: dict[str, str], folder: Path, function: Callable[..., object], arguments: Any
 ) -> None:

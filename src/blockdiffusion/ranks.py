@@ -143,6 +143,17 @@ def several_processes() -> bool:
     return all(name in os.environ for name in ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def current() -> Team:
+    """The team that this process has joined, or `ALONE`."""
+    if not several_processes():
+        return ALONE
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return ALONE
+    return Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
 @contextmanager
 def joined() -> Iterator[Team]:
     """The team of this process, met with and left again; inside another one, that one's.
@@ -154,23 +165,19 @@ def joined() -> Iterator[Team]:
         Elsewhere: another process ended; it has an exit code, and a sentence where nobody else says
             what happened.
     """
-    if not several_processes():
-        yield ALONE
+    if not several_processes() or current() is not ALONE:
+        yield current()
         return
     import torch
     import torch.distributed as dist
 
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if dist.is_initialized():
-        yield Team(dist.get_rank(), dist.get_world_size(), local_rank)
-        return
     store, rank, size = next(dist.rendezvous("env://"))
     notes = dist.PrefixStore("blockdiffusion", store)
     has_nccl = dist.is_nccl_available() and torch.cuda.is_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield Team(rank, size, local_rank)
+        yield current()
     except UserError:
         if _told_before(notes, this=True):
             raise Elsewhere("", exit_code=2) from None

@@ -20,7 +20,7 @@ from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.ranks import joined, local
 from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
-from tests.teams import Running, command, start_team, team
+from tests.teams import Running, assert_ended_well, command, start_team, team
 
 STEPS = 50
 WAYS = [(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")]
@@ -72,10 +72,6 @@ def assert_same_run(one: Path, two: Path, tolerance: float = 1e-9) -> None:
         torch.testing.assert_close(released[1][name], tensor, rtol=0, atol=1e3 * tolerance)
 
 
-def ended_well(processes) -> bool:
-    return all(process.code == 0 for process in processes) or pytest.fail(str(processes))
-
-
 def test_the_losses_do_not_depend_on_the_number_of_processes(recipe_file, tmp_path):
     one = tmp_path / "one"
     train_in_float64(recipe_file, [f"out={one}"])
@@ -83,7 +79,7 @@ def test_the_losses_do_not_depend_on_the_number_of_processes(recipe_file, tmp_pa
     for size, parallel in WAYS:
         out = tmp_path / f"{parallel}{size}"
         overrides = [f"out={out}", f"train.parallel={parallel}"]
-        assert ended_well(team(size, train_in_float64, recipe_file, overrides))
+        assert_ended_well(team(size, train_in_float64, recipe_file, overrides))
         assert_same_run(one, out)
 
 
@@ -93,12 +89,12 @@ def test_a_run_of_two_processes_goes_on_with_one_and_with_four(recipe_file, tmp_
     train_in_float64(recipe_file, [f"out={whole}"])
     overrides = [f"train.parallel={parallel}", f"out={tmp_path / 'saved'}"]
     half = [*overrides, f"train.steps={STEPS // 2}"]
-    assert ended_well(team(2, train_in_float64, recipe_file, half))
+    assert_ended_well(team(2, train_in_float64, recipe_file, half))
     for size in (1, 4):
         out = tmp_path / f"on{size}"
         shutil.copytree(tmp_path / "saved", out)
         more = [f"train.parallel={parallel}", f"out={out}"]
-        assert ended_well(team(size, train_in_float64, recipe_file, more, True))
+        assert_ended_well(team(size, train_in_float64, recipe_file, more, True))
         assert_same_run(whole, out)
         (note,) = [line["note"] for line in read_metrics(out / "metrics.jsonl") if "note" in line]
         assert f"processes changed from 2 to {size}" in note
@@ -128,7 +124,8 @@ def test_a_killed_process_ends_the_job_which_goes_on(recipe_file, tmp_path, para
     saved = checkpoint.read_state(checkpoint.latest(out)).step
     more = [*overrides, f"train.steps={saved + 3}", "--resume"]
     ended = team(2, command, "train", recipe_file, *more)
-    assert ended_well(ended) and f"resumed from step {saved}" in ended[0].err
+    assert_ended_well(ended)
+    assert f"resumed from step {saved}" in ended[0].err
     assert not list(out.rglob("*.partial"))
 
 
@@ -213,7 +210,7 @@ def test_a_full_disk_of_one_process_leaves_the_earlier_checkpoint(recipe_file, t
     assert [process.code for process in ended] == [2, 2]
     out = tmp_path / "run"
     assert checkpoint.latest(out).name == "step-00000005"
-    assert ended_well(team(2, command, "train", recipe_file, "train.steps=6", "--resume"))
+    assert_ended_well(team(2, command, "train", recipe_file, "train.steps=6", "--resume"))
 
 
 def test_the_clip_and_the_bound_are_those_of_one_process(recipe_file, tmp_path):
@@ -230,7 +227,7 @@ def test_the_clip_and_the_bound_are_those_of_one_process(recipe_file, tmp_path):
         if size == 1:
             run_training(load_recipe(recipe_file, arguments))
         else:
-            assert ended_well(team(size, command, "train", recipe_file, *arguments))
+            assert_ended_well(team(size, command, "train", recipe_file, *arguments))
         runs.append(read_metrics(out / "metrics.jsonl"))
         assert blockdiffusion.load(out).tokenizer is not None
     for other in runs[1:]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -127,12 +127,6 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Moves the average towards the weights after update `step` (from 1)."""
         torch._foreach_lerp_(list(self.average.values()), self._parameters, 1 - self.decay_at(step))
-
-    @torch.no_grad()
-    def load(self, average: Mapping[str, torch.Tensor]) -> None:
-        """Copies a saved average in; its names and shapes must be those of the model."""
-        for name, tensor in self.average.items():
-            tensor.copy_(average[name])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
