@@ -19,7 +19,9 @@ from typing import Any
 from torch.distributed import TCPStore
 
 PRELOADED = [
+    "torch._dynamo",
     "torch.distributed.fsdp",
+    "torch.distributed.tensor",
     "blockdiffusion.config",
     "blockdiffusion.cli",
     "blockdiffusion.models.transformer",

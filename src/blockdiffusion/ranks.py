@@ -187,7 +187,8 @@ def joined() -> Iterator[Team]:
             raise
         if _told_before(notes, this=False):
             raise Elsewhere("", exit_code=2) from None
-        raise Elsewhere(LOST_SENTENCE if rank < SPEAKERS else "", exit_code=1) from error
+        said = f"{LOST_SENTENCE} (noticed by process {rank}: {str(error).partition(chr(10))[0]})"
+        raise Elsewhere(said if rank < SPEAKERS else "", exit_code=1) from error
     # Not after a failure: the others may never come to part.
     dist.destroy_process_group()
 

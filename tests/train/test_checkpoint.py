@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,26 @@ def test_foreign_tensors_are_named(saved):
     save_file(tensors, folder / checkpoint.WEIGHTS)
     with pytest.raises(UserError, match=r"lacks the tensor inner\.bias"):
         load(folder, *trained())
+
+
+def test_shards_of_any_number_of_processes_are_one_checkpoint(saved):
+    folder, (model, average, _) = saved
+    for name in (checkpoint.WEIGHTS, checkpoint.AVERAGE, checkpoint.OPTIMIZER):
+        whole = load_file(folder / name)
+        for rank in range(3):  # rows 0 and 1, row 2, and none
+            part = {n: t[2 * rank :][: 2 - rank].clone() for n, t in whole.items() if t.ndim}
+            if rank == 0:
+                part |= {n: t for n, t in whole.items() if not t.ndim}
+            save_file(part, (folder / name).with_stem(f"{Path(name).stem}-0000{rank + 1}-of-00003"))
+        (folder / name).unlink()
+    other, other_average, other_optimizer = trained(seed=1)
+    assert load(folder, other, other_average, other_optimizer) == STATE
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(other.named_parameters())[name])
+        assert torch.equal(average.average[name], other_average.average[name])
+    (folder / "average-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"average\.safetensors: of the 3 files .* 2 are there"):
+        load(folder, *trained(seed=1))
 
 
 def full_disk(monkeypatch, error):

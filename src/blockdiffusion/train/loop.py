@@ -251,9 +251,6 @@ class Periodic:
         return step % self.every == 0 or step == steps
 
 
-TWICE = 2.0
-
-
 class Interrupted(Exception):
     """A signal ended the run after its step was finished and saved.
 
@@ -406,9 +403,7 @@ def train(
             loss, grad_norm = torch.stack([losses.sum(), norm]).tolist()  # waits for the device
             loss = team.sum(loss)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                where = min(team.gather(_not_finite_where(losses, loss, indices, spread, options)))[
-                    1
-                ]
+                where = _not_finite_where(losses, loss, indices, spread, options)
                 raise UserError(_not_finite_message(step, where, checkpoints.latest(out)))
 
             lr = learning_rate(optim, step, options.steps)
@@ -649,11 +644,14 @@ def _reporting(
         yield report
 
 
+TWICE = 2.0  # seconds
+
+
 class _StopSignals:
     """Remembers the first SIGINT or SIGTERM; a second one acts as usual.
 
     A process of several may get the same one twice, from who stops the job and from torchrun: what
-    comes within `TWICE` seconds is one.
+    comes within `TWICE` is one.
     """
 
     def __init__(self, team: Team) -> None:
@@ -695,11 +693,19 @@ def _farewell(number: int, state: TrainState, out: Path, resume_command: str | N
 
 def _not_finite_where(
     losses: torch.Tensor, total: float, indices: np.ndarray, spread: Spread, options: TrainOptions
-) -> tuple[int, str]:
-    """Which micro-batches, or else which parameter, a non-finite number is first seen in.
+) -> str:
+    """Which micro-batch, or else which parameter, a non-finite number is first seen in.
 
-    Of what several processes say the smallest counts.
+    All processes ask; each looks at its own.
     """
+    found = _first_not_finite(losses, total, indices, spread, options)
+    return min(spread.team.gather(found))[1]
+
+
+def _first_not_finite(
+    losses: torch.Tensor, total: float, indices: np.ndarray, spread: Spread, options: TrainOptions
+) -> tuple[int, str]:
+    """The same for one process, and a place in the order of micro-batches and parameters."""
     passes = _passes(len(indices), options, spread.team)
     for loss, (number, share) in zip(losses.tolist(), passes.items(), strict=True):
         if not math.isfinite(loss):

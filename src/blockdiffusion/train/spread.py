@@ -84,11 +84,13 @@ class Shards(Spread):
 
     def __init__(self, model: BlockDiffusionModel, team: Team):
         super().__init__(model, team)
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
+        mesh = init_device_mesh(model.device.type, (team.size,))
         for layer in model.layers:
-            fully_shard(layer)
-        self._loss: Any = fully_shard(_Loss(model))
+            fully_shard(layer, mesh=mesh)
+        self._loss: Any = fully_shard(_Loss(model), mesh=mesh)
 
     def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
         """See `Spread`."""
