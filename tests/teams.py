@@ -31,7 +31,7 @@ PRELOADED = [
     "blockdiffusion.train.display",
     "tests.command",
 ]
-SECONDS = 120  # after which a team hangs
+SECONDS = 300  # after which a team hangs
 
 
 @dataclass(frozen=True)
