@@ -9,7 +9,7 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
     ["errors", "seeding"],
-    ["devices", "schedules", "masks", "objectives", "cache"],
+    ["ranks", "devices", "schedules", "masks", "objectives", "cache"],
     ["corruption", "attention", "denoiser"],
     ["diffusions"],
     ["exact", "orders", "variance"],

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import yaml
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.ranks import Team, joined
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState, latest
 from blockdiffusion.train.loggers import LogOptions
 from blockdiffusion.train.loop import ObjectiveOptions, TrainOptions
@@ -161,7 +162,7 @@ MOST_NAMES = 20  # sources that a model card names
 
 # What a resumed run may change: nothing here touches the weights. (Data that were moved are
 # recognised by their fingerprint.)
-CHANGEABLE = ("out", "data.path", "eval.", "sample.", "checkpoint.", "log.")
+CHANGEABLE = ("out", "data.path", "eval.", "sample.", "checkpoint.", "log.", "train.parallel")
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -431,16 +432,26 @@ def run_training(
 ) -> TrainState:
     """Trains as the recipe says, with a display on standard error; see `train.loop.train`.
 
+    Started by torchrun, the processes share the work; the first of them logs and writes.
+
     Args:
         resume: go on with the run in `recipe.out`; the recipe may differ from the run's in
-            `out`, `data.path`, `eval`, `sample`, `checkpoint` and `log`, and in `train.steps` where
-            the learning rate does not depend on it.
+            `out`, `data.path`, `eval`, `sample`, `checkpoint`, `log` and `train.parallel`, and in
+            `train.steps` where the learning rate does not depend on it.
         resume_command: what an interrupted run tells its user to type; by default a command that
             resumes from the run's own config.yaml.
 
     Raises:
         UserError: see `train.loop.train`; and the recipe is not the one of the run to resume.
+        Elsewhere: another process of the job ended.
     """
+    with joined() as team:
+        return _run_training(recipe, team, resume, resume_command)
+
+
+def _run_training(
+    recipe: Recipe, team: Team, resume: bool, resume_command: str | None
+) -> TrainState:
     from blockdiffusion.data.loader import TokenRows
     from blockdiffusion.data.manifest import TOKENIZER_FOLDER
     from blockdiffusion.data.tokenizers import load_tokenizer
@@ -460,6 +471,7 @@ def run_training(
     if recipe.model.init_from is not None and not (resume and latest(out)):
         notes.append(_start_weights(recipe.model.init_from, out, model))
     saved = shlex.quote(str(out / "config.yaml"))
+    loggers = [make_display(recipe.train.steps), *make_loggers(recipe.log, out)]
     return train(
         model,
         rows,
@@ -468,15 +480,19 @@ def run_training(
         objective=recipe.objective,
         optim=recipe.optim,
         checkpoint=recipe.checkpoint,
-        search=_search(recipe, data, rows.manifest, model.config.block_size),
-        periodic=[*_evaluation(recipe, data, rows.manifest, model.config), *_sampling(recipe)],
-        loggers=[make_display(recipe.train.steps), *make_loggers(recipe.log, out)],
+        search=_search(recipe, data, rows.manifest, model.config.block_size, team),
+        periodic=[
+            *_evaluation(recipe, data, rows.manifest, model.config, team),
+            *_sampling(recipe, team),
+        ],
+        loggers=loggers if team.is_first else [],
         tokenizer=tokenizer,
         describe=lambda state: _card(recipe, rows.manifest, state),
         config=to_dict(recipe),
         notes=notes,
         resume=resume,
         resume_command=resume_command or f"blockdiff train {saved} --resume",
+        team=team,
     )
 
 
@@ -509,7 +525,7 @@ def _refuse_changes(recipe: Recipe, saved: Path) -> None:
 
 
 def _search(
-    recipe: Recipe, data: Path, manifest: Manifest, block_size: int
+    recipe: Recipe, data: Path, manifest: Manifest, block_size: int, team: Team
 ) -> ScheduleSearch | None:
     if recipe.search.every is None:
         return None
@@ -524,10 +540,13 @@ def _search(
         TokenRows(data, "valid"),
         block_size,
         recipe.train.seed,
+        team,
     )
 
 
-def _evaluation(recipe: Recipe, data: Path, manifest: Manifest, network: Any) -> list[Periodic]:
+def _evaluation(
+    recipe: Recipe, data: Path, manifest: Manifest, network: Any, team: Team
+) -> list[Periodic]:
     """The validation bound, with the same masks at every evaluation: less noise in the curve."""
     if recipe.eval.every is None:
         return []
@@ -554,6 +573,7 @@ def _evaluation(recipe: Recipe, data: Path, manifest: Manifest, network: Any) ->
             orders=recipe.eval.orders,
             valid=batch.valid_BL,
             generator=generator(recipe.train.seed, "evaluate"),
+            team=team,
         )
         tighter = {
             "valid_exact": result.exact_nats_per_token,
@@ -579,7 +599,7 @@ def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
     init_from = recipe.model.init_from
     sections["model"]["init_from"] = None if init_from is None else public_name(init_from)
     # What is of this machine tells nobody anything.
-    for name in ("steps", "device", "threads", "micro_batch_size"):
+    for name in ("steps", "device", "threads", "micro_batch_size", "parallel"):
         del sections["train"][name]
     names = [
         Path(source["name"]).name if "size" in source else source["name"].partition(":")[0]
@@ -593,7 +613,7 @@ def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
     )
 
 
-def _sampling(recipe: Recipe) -> list[Periodic]:
+def _sampling(recipe: Recipe, team: Team) -> list[Periodic]:
     if recipe.sample.every is None:
         return []
     from blockdiffusion.sampling import generate
@@ -601,6 +621,8 @@ def _sampling(recipe: Recipe) -> list[Periodic]:
     from blockdiffusion.train.loop import Periodic
 
     def sample(model: Any) -> dict[str, list[str]]:
+        if not team.is_first:
+            return {}
         result = generate(
             model,
             num_samples=recipe.sample.num,

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and that of a process that ends with others."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,17 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with code 2; no stack trace is shown.
     """
+
+
+class Elsewhere(Exception):
+    """This process ends because another one of its job did; see `ranks`.
+
+    Its text, often empty, is what there is left to say.
+
+    Attributes:
+        exit_code: of this process.
+    """
+
+    def __init__(self, message: str, *, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -45,11 +45,7 @@ def order_nll(
     size = model.config.block_size
     batch, length = clean_BL.shape
     blocks = length // size
-    score = torch.rand(
-        (batch, num_orders, blocks, size), generator=generator, dtype=torch.float64
-    ).to(clean_BL.device)
-    score = score.masked_fill(~free_BL.view(batch, 1, blocks, size), math.inf)
-    rank_BRL = score.argsort(-1).argsort(-1).flatten(2)  # when a token is revealed
+    rank_BRL = draw_orders(free_BL, size, num_orders, generator)
     total_BRK = torch.zeros(batch, num_orders, blocks, dtype=torch.float64, device=clean_BL.device)
     jobs = [(order, step) for order in range(num_orders) for step in range(size)]
     for first in range(0, len(jobs), copies):
@@ -66,6 +62,22 @@ def order_nll(
         if progress is not None:
             progress(len(part))
     return total_BRK
+
+
+def draw_orders(
+    free_BL: torch.Tensor, block_size: int, num_orders: int, generator: torch.Generator
+) -> torch.Tensor:
+    """When every token is revealed, int64 (B, R, L): its place in a random order of its block.
+
+    Free tokens come first.
+    """
+    batch, length = free_BL.shape
+    blocks = length // block_size
+    score = torch.rand(
+        (batch, num_orders, blocks, block_size), generator=generator, dtype=torch.float64
+    ).to(free_BL.device)
+    score = score.masked_fill(~free_BL.view(batch, 1, blocks, block_size), math.inf)
+    return score.argsort(-1).argsort(-1).flatten(2)
 
 
 def order_bound(nll_BRK: torch.Tensor, orders: int) -> torch.Tensor:

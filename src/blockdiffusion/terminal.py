@@ -42,11 +42,15 @@ def error_console() -> Console:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Stages]:
+def progress_bar(title: str, quiet: bool = False) -> Iterator[Stages]:
     """Gives a function (stage, done, total) that draws a bar with rate and time left.
 
-    On what is no terminal (a log file) it prints a line every `SECONDS_BETWEEN_LINES`.
+    On what is no terminal (a log file) it prints a line every `SECONDS_BETWEEN_LINES`; `quiet`,
+    for all processes of a job but the first, nothing.
     """
+    if quiet:
+        yield lambda stage, done, total: None
+        return
     console = error_console()
     if not console.is_terminal:
         yield _ProgressLines(title)

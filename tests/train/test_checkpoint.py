@@ -4,13 +4,16 @@ import errno
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.train import checkpoint
+from blockdiffusion.train import checkpoint, tensor_files
 from blockdiffusion.train.checkpoint import TrainState, latest, load, read_state, save
 from blockdiffusion.train.optim import MovingAverage, OptimOptions, make_optimizer
 
@@ -34,7 +37,7 @@ class Network(nn.Module):
 
     def save_pretrained(self, folder):
         folder.mkdir(exist_ok=True)
-        checkpoint.save_file(dict(self.named_parameters()), folder / "model.safetensors")
+        save_file(dict(self.named_parameters()), folder / "model.safetensors")
 
 
 def trained(seed=0, width=3):
@@ -148,19 +151,39 @@ def test_a_checkpoint_of_another_shape_names_the_tensor(saved):
 
 def test_foreign_tensors_are_named(saved):
     folder, _ = saved
-    tensors = checkpoint.load_file(folder / checkpoint.WEIGHTS)
-    checkpoint.save_file(tensors | {"more": torch.ones(1)}, folder / checkpoint.WEIGHTS)
+    tensors = load_file(folder / checkpoint.WEIGHTS)
+    save_file(tensors | {"more": torch.ones(1)}, folder / checkpoint.WEIGHTS)
     with pytest.raises(UserError, match="has the unexpected tensor more"):
         load(folder, *trained())
     del tensors["inner.bias"]
-    checkpoint.save_file(tensors, folder / checkpoint.WEIGHTS)
+    save_file(tensors, folder / checkpoint.WEIGHTS)
     with pytest.raises(UserError, match=r"lacks the tensor inner\.bias"):
         load(folder, *trained())
 
 
+def test_shards_of_any_number_of_processes_are_one_checkpoint(saved):
+    folder, (model, average, _) = saved
+    for name in (checkpoint.WEIGHTS, checkpoint.AVERAGE, checkpoint.OPTIMIZER):
+        whole = load_file(folder / name)
+        for rank in range(3):  # rows 0 and 1, row 2, and none
+            part = {n: t[2 * rank :][: 2 - rank].clone() for n, t in whole.items() if t.ndim}
+            if rank == 0:
+                part |= {n: t for n, t in whole.items() if not t.ndim}
+            save_file(part, (folder / name).with_stem(f"{Path(name).stem}-0000{rank + 1}-of-00003"))
+        (folder / name).unlink()
+    other, other_average, other_optimizer = trained(seed=1)
+    assert load(folder, other, other_average, other_optimizer) == STATE
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(other.named_parameters())[name])
+        assert torch.equal(average.average[name], other_average.average[name])
+    (folder / "average-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"average\.safetensors: of the 3 files .* 2 are there"):
+        load(folder, *trained(seed=1))
+
+
 def full_disk(monkeypatch, error):
     """Makes the second file that is saved fail after half of it."""
-    real, calls = checkpoint.save_file, []
+    real, calls = tensor_files.save_file, []
 
     def save_file(tensors, path):
         real(tensors, path)
@@ -170,14 +193,14 @@ def full_disk(monkeypatch, error):
                 file.truncate(path.stat().st_size // 2)
             raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(tensor_files, "save_file", save_file)
 
 
 @pytest.mark.parametrize(
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        checkpoint.SafetensorError("I/O error: No space left on device (os error 28)"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
     ],
 )
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_no_part(saved, monkeypatch, error):
@@ -204,11 +227,12 @@ def test_the_export_is_replaced_file_by_file_and_keeps_the_weights(tmp_path):
     (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
     weights = model.inner.weight.detach().clone()
     for _ in range(2):
-        checkpoint.export_model(tmp_path, model, average, tmp_path / "tokenizer")
+        with average.swapped():
+            checkpoint.export_model(tmp_path, model, tmp_path / "tokenizer")
         average.update(3)
     files = sorted(path.name for path in (tmp_path / "model").iterdir())
     assert files == ["model.safetensors", "tokenizer.json"]
-    exported = checkpoint.load_file(tmp_path / "model" / "model.safetensors")
+    exported = load_file(tmp_path / "model" / "model.safetensors")
     assert not torch.equal(exported["inner.weight"], weights)
     assert torch.equal(model.inner.weight, weights)
     assert not (tmp_path / ".model.partial").exists()

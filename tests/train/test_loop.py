@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from blockdiffusion import diffusions
 from blockdiffusion.config import build_model, load_recipe, to_dict
@@ -17,11 +18,13 @@ from blockdiffusion.corruption import Bernoulli
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.denoiser import masked_loss, masked_nll
 from blockdiffusion.errors import UserError
+from blockdiffusion.ranks import ALONE
 from blockdiffusion.seeding import generator
 from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
 from blockdiffusion.train.loop import Interrupted, Periodic, TrainOptions, accumulate_gradients
 from blockdiffusion.train.loss import DiffusionLoss, NextTokenLoss
+from blockdiffusion.train.spread import Spread
 from tests import noise_oracles
 
 AR = ["objective.name=ar", "model.cond_dim=128"]  # the recipe's cond_dim is another
@@ -196,7 +199,9 @@ def accumulated(request, recipe_file, prepared):
     def accumulate(micro_batch_size):
         model.zero_grad()
         options = TrainOptions(steps=1, batch_size=6, micro_batch_size=micro_batch_size)
-        losses = accumulate_gradients(model, batch_loss, int(free.sum()), 1, options, nullcontext())
+        losses = accumulate_gradients(
+            Spread(model, ALONE), batch_loss, int(free.sum()), 1, options, nullcontext()
+        )
         return losses, {n: p.grad.clone() for n, p in model.named_parameters()}
 
     return accumulate
@@ -281,7 +286,7 @@ def test_evaluation_and_samples_see_the_average_and_disturb_nothing(run):
         periodic=[Periodic(every=4, run=evaluate), Periodic(every=3, run=sample)],
     )
     assert_equal(weights(model), weights(plain))
-    average = checkpoint.load_file(checkpoint.latest(out) / checkpoint.AVERAGE)
+    average = load_file(checkpoint.latest(out) / checkpoint.AVERAGE)
     assert_equal(seen[-1], average)
     assert not torch.equal(average["output.weight"], model.output.weight)
     lines = read_metrics(out / "metrics.jsonl")
@@ -469,7 +474,7 @@ def test_the_released_model_is_the_average_with_its_tokenizer(run, prepared):
     from blockdiffusion.models.transformer import BlockDiffusionModel
 
     released = BlockDiffusionModel.from_pretrained(out / "model")
-    average = checkpoint.load_file(checkpoint.latest(out) / checkpoint.AVERAGE)
+    average = load_file(checkpoint.latest(out) / checkpoint.AVERAGE)
     assert_equal(weights(released), average)
     tokenizer = (prepared / "tokenizer" / "tokenizer.json").read_bytes()
     assert (out / "model" / "tokenizer.json").read_bytes() == tokenizer

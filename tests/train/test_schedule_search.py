@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from blockdiffusion.config import build_model, load_recipe, run_training
 from blockdiffusion.corruption import Bernoulli
@@ -335,7 +336,7 @@ def test_a_search_measures_the_averaged_weights(recipe_file, tmp_path, valid):
     run_training(recipe)
     model = build_model(recipe, valid.manifest)
     before = tmp_path / "run" / "checkpoints" / "step-00000007"
-    average = checkpoint.load_file(before / checkpoint.AVERAGE)
+    average = load_file(before / checkpoint.AVERAGE)
     model.load_state_dict(average, strict=False)
     again = ScheduleSearch(recipe.search, recipe.objective, valid, 4, recipe.train.seed)
     logged = searches(tmp_path / "run")[-1]

@@ -17,7 +17,8 @@ from blockdiffusion.cli.generating import generate_compare, generate_eval, lengt
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import report, reproduce, train
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import Elsewhere, UserError
+from blockdiffusion.ranks import joined, several_processes
 
 app = typer.Typer(
     name="blockdiff",
@@ -48,6 +49,9 @@ COMMANDS = {
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
+# What processes started by torchrun share.
+SHARED = ("train", "eval", "generate-eval")
+
 # An unknown option or a missing argument; newer typer versions carry their own click.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 
@@ -62,11 +66,17 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    pass
+    if several_processes() and context.invoked_subcommand not in SHARED:
+        with joined():
+            raise UserError(
+                f"torchrun started several processes, but {context.invoked_subcommand} is the work "
+                f"of one; leave torchrun out (it is for {', '.join(SHARED)})"
+            )
 
 
 def main() -> None:
@@ -77,6 +87,10 @@ def main() -> None:
         _fail(str(error))
     except USAGE_ERROR as error:
         _fail(error.format_message())
+    except Elsewhere as end:
+        if str(end):
+            typer.echo(f"blockdiff: error: {end}", err=True)
+        sys.exit(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("blockdiff: stopped", err=True)
         sys.exit(130)

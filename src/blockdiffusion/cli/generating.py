@@ -258,6 +258,7 @@ def generate_eval(
     """Generated text under a judge: perplexity, entropy, diversity, repetition, length, cost."""
     from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
     from blockdiffusion.evaluate.generation.samples import DrawOptions
+    from blockdiffusion.ranks import joined
     from blockdiffusion.terminal import generation_lines, progress_bar
 
     check_places(json_file, csv_file, markdown, plot)
@@ -294,14 +295,17 @@ def generate_eval(
         stride=stride,
         label=label,
     )
-    with progress_bar("generate-eval") as report:
+    with joined() as team, progress_bar("generate-eval", quiet=not team.is_first) as report:
         result = generate_and_judge(
             options,
             load_model=lambda name: load_model(name, device, dtype),
             device=device_of(device),
             beside=json_file,
             progress=report,
+            team=team,
         )
+    if result is None:
+        return
     values = result.to_dict()
     if json_file is not None:
         write_json(json_file, values)

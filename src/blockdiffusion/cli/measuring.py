@@ -53,6 +53,7 @@ def evaluate(
     from blockdiffusion.data.manifest import Manifest
     from blockdiffusion.evaluate.likelihood import likelihood
     from blockdiffusion.evaluate.prepared import evaluation_facts, read_rows
+    from blockdiffusion.ranks import joined
     from blockdiffusion.release import check_card, record_evaluation
     from blockdiffusion.seeding import generator
     from blockdiffusion.terminal import likelihood_lines, progress_bar
@@ -61,9 +62,9 @@ def evaluate(
         raise UserError("--per-row says what --json holds; give --json FILE, too")
     if card:
         check_card(model)
-    network = load_model(model, device, dtype)
-    text = read_rows(data, split, network, rows, bos)
-    with progress_bar("eval") as report:
+    with joined() as team, progress_bar("eval", quiet=not team.is_first) as report:
+        network = load_model(model, device, dtype)
+        text = read_rows(data, split, network, rows, bos)
         result = likelihood(
             network,
             text.batch.ids_BL,
@@ -76,7 +77,10 @@ def evaluate(
             num_bytes=text.num_bytes,
             generator=generator(seed, "likelihood"),
             progress=lambda done, total: report(estimator, done, total),
+            team=team,
         )
+    if not team.is_first:
+        return
     if json_file is not None:
         values = result.to_dict(rows=per_row)
         if per_row:

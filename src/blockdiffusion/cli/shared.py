@@ -11,8 +11,9 @@ from blockdiffusion.errors import UserError
 
 def device_of(name: str) -> Any:
     from blockdiffusion.devices import select_device
+    from blockdiffusion.ranks import current
 
-    return select_device(name, "--device")
+    return current().claim(select_device(name, "--device"))
 
 
 def load_model(model: str, device: str, dtype: str) -> Any:

@@ -17,17 +17,22 @@ def train(
 ) -> None:
     """Train a model as a recipe says; goes on where it was stopped with --resume."""
     from blockdiffusion.config import load_recipe, run_training
+    from blockdiffusion.ranks import joined
     from blockdiffusion.train.loop import Interrupted
 
-    parsed = load_recipe(recipe, overrides or [])
-    try:
-        state = run_training(parsed, resume=resume)
-    except Interrupted as stop:
-        typer.echo(str(stop), err=True)
-        raise typer.Exit(stop.exit_code) from None
-    typer.echo(
-        f"{parsed.out}: {state.step} steps in {state.seconds:.0f} s; model in {parsed.out}/model"
-    )
+    with joined() as team:
+        parsed = load_recipe(recipe, overrides or [])
+        try:
+            state = run_training(parsed, resume=resume)
+        except Interrupted as stop:
+            if team.is_first:
+                typer.echo(str(stop), err=True)
+            raise typer.Exit(stop.exit_code) from None
+    if team.is_first:
+        typer.echo(
+            f"{parsed.out}: {state.step} steps in {state.seconds:.0f} s; model in "
+            f"{parsed.out}/model"
+        )
 
 
 def report(

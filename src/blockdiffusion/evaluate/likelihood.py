@@ -29,7 +29,8 @@ from blockdiffusion.denoiser import (
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks, num_subsets
-from blockdiffusion.orders import order_bound, order_nll
+from blockdiffusion.orders import draw_orders, order_bound, order_nll
+from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.seeding import generator as seeded_generator
 
 PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
@@ -144,6 +145,7 @@ def likelihood(
     t_min: float = T_MIN,
     num_bytes: float | None = None,
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Likelihood:
     """Nats per token, perplexity and bits per byte of `ids`, with error bars.
 
@@ -170,6 +172,8 @@ def likelihood(
         t_min: where "bernoulli" cuts t, as the authors do (relative bias below 0.1 %).
         num_bytes: UTF-8 bytes of the counted text, for bits per byte; known for texts.
         progress: called with (done, total) units of work.
+        team: processes that call this alike and share the rows, group by group. All of them draw
+            all masks, and return what one process would.
 
     Raises:
         UserError: for ids outside the vocabulary, a clipped schedule, blocks too long to
@@ -202,9 +206,9 @@ def likelihood(
         raise UserError("there is nothing to score: every token is given or padding")
 
     if is_autoregressive(model):
-        found = _next_token(model, clean_BL, free_BL, valid_BL, progress)
+        found = _next_token(model, clean_BL, free_BL, valid_BL, progress, team)
     elif estimator == "exact":
-        found = _enumerate(model, clean_BL, free_BL, valid_BL, progress)
+        found = _enumerate(model, clean_BL, free_BL, valid_BL, progress, team)
     else:
         draw = _Replicates(
             model=model,
@@ -214,6 +218,7 @@ def likelihood(
             free_BL=free_BL,
             valid_BL=valid_BL,
             generator=generator if generator is not None else seeded_generator(0, "likelihood"),
+            team=team,
         )
         found = _draw_until(draw, samples, num_tokens, target_stderr, progress)
     row_B = found.nelbo_BR.mean(1)
@@ -332,26 +337,27 @@ class _Found:
 
 @torch.no_grad()
 def _next_token(
-    model: NextTokenModel, clean_BL, free_BL, valid_BL, progress: Progress | None
+    model: NextTokenModel, clean_BL, free_BL, valid_BL, progress: Progress | None, team: Team
 ) -> _Found:
     """The exact negative log-likelihood of an autoregressive model."""
     groups = row_groups(len(clean_BL), clean_BL.shape[1], PASS_TOKENS)
-    nll = []
+    nll = {}
     for index, rows in enumerate(groups):
-        clean, free, valid = (x[rows].to(model.device) for x in (clean_BL, free_BL, valid_BL))
-        nll.append(causal_nll(model, clean, free, _maybe(valid)).double().sum(1).cpu())
+        if team.has(index):
+            clean, free, valid = (x[rows].to(model.device) for x in (clean_BL, free_BL, valid_BL))
+            nll[index] = causal_nll(model, clean, free, _maybe(valid)).double().sum(1).cpu()
         if progress is not None:
             progress(index + 1, len(groups))
-    nll_B = torch.cat(nll)
+    nll_B = torch.cat(team.collect(nll))
     return _Found(nll_B[:, None], groups, copies=1, exact_B=nll_B)
 
 
-def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None) -> _Found:
+def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None, team: Team) -> _Found:
     """The bound (one replicate without noise) and the exact negative log-likelihood."""
     sets = num_subsets(model.config.block_size)
     copies = min(sets, COPIES)
     groups = row_groups(len(clean_BL), clean_BL.shape[1] * (copies + 1), PASS_TOKENS)
-    done, nelbo, nll = 0, [], []
+    done, nelbo, nll = 0, {}, {}
 
     def advance(finished: int) -> None:
         nonlocal done
@@ -359,7 +365,10 @@ def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None) ->
         if progress is not None:
             progress(done, sets * len(groups))
 
-    for rows in groups:
+    for index, rows in enumerate(groups):
+        if not team.has(index):
+            advance(sets)
+            continue
         blocks = exact_blocks(
             model,
             clean_BL[rows].to(model.device),
@@ -367,9 +376,10 @@ def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None) ->
             _maybe(valid_BL[rows].to(model.device)),
             advance,
         )
-        nelbo.append(blocks.nelbo_BK.sum(1).cpu())
-        nll.append(blocks.nll_BK.sum(1).cpu())
-    return _Found(torch.cat(nelbo)[:, None], groups, sets, exact_B=torch.cat(nll))
+        nelbo[index] = blocks.nelbo_BK.sum(1).cpu()
+        nll[index] = blocks.nll_BK.sum(1).cpu()
+    nelbo_B, nll_B = torch.cat(team.collect(nelbo)), torch.cat(team.collect(nll))
+    return _Found(nelbo_B[:, None], groups, sets, exact_B=nll_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,6 +394,7 @@ class _Replicates:
     free_BL: torch.Tensor
     valid_BL: torch.Tensor
     generator: torch.Generator
+    team: Team
 
     @property
     def copies(self) -> int:
@@ -396,8 +407,8 @@ class _Replicates:
         num_rows, length = self.clean_BL.shape
         shared = min(samples * self.copies, COPIES)
         groups = row_groups(num_rows, length * (shared + 1), PASS_TOKENS)
-        nelbo, tighter = [], {k: [] for k in _powers(self.orders if self.law is None else 0)}
-        for rows in groups:
+        own = {}
+        for index, rows in enumerate(groups):
             device = self.model.device
             clean = self.clean_BL[rows].to(device)
             free, valid = self.free_BL[rows].to(device), self.valid_BL[rows].to(device)
@@ -406,28 +417,46 @@ class _Replicates:
             def passed(copies: int, done_rows: int = done_rows) -> None:
                 advance(copies * done_rows)
 
-            if self.law is None:
-                nll_BRK = order_nll(
-                    self.model,
-                    clean,
-                    free,
-                    samples * self.orders,
-                    self.generator,
-                    _maybe(valid),
-                    copies=COPIES,
-                    progress=passed,
-                ).cpu()
-                nelbo.append(self._tighter(nll_BRK, 1))
-                for k, values in tighter.items():
-                    values.append(self._tighter(nll_BRK, k))
+            if not self.team.has(index):
+                self._pass_over(clean, free, samples)
+                passed(samples * self.copies)
+            elif self.law is None:
+                own[index] = self._ordered(clean, free, valid, samples, passed)
             else:
-                nelbo.append(self._masked(clean, free, valid, samples, passed))
+                own[index] = self._masked(clean, free, valid, samples, passed), {}
+        nelbo, tighter = zip(*self.team.collect(own), strict=True)
         return _Found(
             torch.cat(nelbo),
             groups,
             samples * self.copies,
-            orders={k: torch.cat(values) for k, values in tighter.items()},
+            orders={k: torch.cat([values[k] for values in tighter]) for k in tighter[0]},
         )
+
+    def _pass_over(self, clean_BL, free_BL, samples: int) -> None:
+        """Draws what is not used: the noise of a group of rows that another process evaluates."""
+        config = self.model.config
+        if self.law is None:
+            draw_orders(free_BL, config.block_size, samples * self.orders, self.generator)
+            return
+        for _ in range(samples):
+            self.law(clean_BL, free_BL, config.block_size, config.mask_id, self.generator)
+
+    def _ordered(
+        self, clean_BL, free_BL, valid_BL, samples: int, passed
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The NELBO (B, samples) of a group of rows, and the bounds of k = 1, 2, 4, ... orders."""
+        nll_BRK = order_nll(
+            self.model,
+            clean_BL,
+            free_BL,
+            samples * self.orders,
+            self.generator,
+            _maybe(valid_BL),
+            copies=COPIES,
+            progress=passed,
+        ).cpu()
+        bounds = {k: self._tighter(nll_BRK, k) for k in _powers(self.orders)}
+        return bounds[1], bounds
 
     def _tighter(self, nll_BRK: torch.Tensor, k: int) -> torch.Tensor:
         """The k-order bound (B, samples): the mean over the whole groups of k of a replicate."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import platform
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -65,19 +66,19 @@ class FoldedLayer(nn.Module):
         self.mlp_in = _behind_norm(layer.mlp_in, layer.mlp_norm.weight * (1 + mlp_scale), mlp_shift)
         self.mlp_out = _gated(layer.mlp_out, mlp_gate)
 
-    def modulate(self, cond: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """See `Layer`; nothing is left of it."""
-        return ()
-
-    def queries_keys_values(
-        self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], modulation
-    ) -> tuple[torch.Tensor, ...]:
-        """See `Layer`."""
-        return split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)
-
-    def finish(self, x_BTD: torch.Tensor, attended_BHTE: torch.Tensor, modulation) -> torch.Tensor:
-        """See `Layer`."""
-        x_BTD = x_BTD + self.attn_out(attended_BHTE.transpose(1, 2).flatten(2))
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        cond: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        kept: int | None = None,
+    ) -> torch.Tensor:
+        """See `Layer`; `cond` is in the weights."""
+        q, k, v = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)
+        if kept is not None:
+            q, x_BTD = q[:, :, :kept], x_BTD[:, :kept]
+        x_BTD = x_BTD + self.attn_out(read(q, k, v).transpose(1, 2).flatten(2))
         inner = F.gelu(self.mlp_in(_normed(x_BTD)), approximate="tanh")
         return x_BTD + self.mlp_out(inner)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -314,12 +315,25 @@ class Layer(nn.Module):
         zero, one = torch.zeros_like(self.attn_norm.weight), torch.ones_like(self.attn_norm.weight)
         return zero, zero, one, zero, zero, one
 
-    def queries_keys_values(
-        self, x_BTD: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], modulation
-    ) -> tuple[torch.Tensor, ...]:
-        """Rotated queries and keys, and values, each (B, H, T, E)."""
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        cond: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        kept: int | None = None,
+    ) -> torch.Tensor:
+        """The residual stream (B, T, D) after this layer; `read(q, k, v)` is attention.
+
+        With `kept`, that of the first `kept` tokens: the others give keys and values only.
+        """
+        modulation = self.modulate(cond)
         h_BTD = self.attn_norm(x_BTD, modulation[0], modulation[1])
-        return split_heads(self.attn_qkv(h_BTD), self.num_heads, rotary)
+        q, k, v = split_heads(self.attn_qkv(h_BTD), self.num_heads, rotary)
+        if kept is not None:
+            q, x_BTD = q[:, :, :kept], x_BTD[:, :kept]
+            modulation = tuple(m[:, :kept] if m.shape[:-1].numel() > 1 else m for m in modulation)
+        return self.finish(x_BTD, read(q, k, v), modulation)
 
     def finish(self, x_BTD: torch.Tensor, attended_BHTE: torch.Tensor, modulation) -> torch.Tensor:
         """The residual stream after this layer, given what attention read."""
@@ -507,14 +521,8 @@ class BlockDiffusionModel(PreTrainedModel):
         values for the tokens that are not kept, and nothing else.
         """
         for index, layer in enumerate(self.layers):
-            modulation = layer.modulate(cond)
-            q, k, v = layer.queries_keys_values(x_BTD, rotary, modulation)
-            if layer is self.layers[-1]:
-                q, x_BTD = q[:, :, :kept], x_BTD[:, :kept]
-                modulation = tuple(
-                    m[:, :kept] if m.shape[:-1].numel() > 1 else m for m in modulation
-                )
-            x_BTD = layer.finish(x_BTD, read(index, q, k, v), modulation)
+            last = kept if layer is self.layers[-1] else None
+            x_BTD = layer(x_BTD, cond, rotary, partial(read, index), last)
         if cond is not None and cond.shape[1] > 1:
             cond = cond[:, :kept]
         return self._finish(x_BTD, cond)

@@ -5,6 +5,7 @@ A run lives in one directory:
     config.yaml                  the resolved configuration
     metrics.jsonl                one line per step, evaluation and set of samples
     checkpoints/step-00001000/   weights, average and optimizer as safetensors, and state.json
+                                 (of processes that hold shards: a file of each)
     model/                       the averaged weights and the tokenizer, ready to be loaded
 
 A kill at any moment leaves either the whole of a checkpoint under its final name or none of it.
@@ -26,14 +27,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import blockdiffusion
 from blockdiffusion.data.files import FULL_DISK, locked
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.card import Card, write_card
+from blockdiffusion.ranks import ALONE, Team, is_sharded
 from blockdiffusion.train.optim import MovingAverage
+from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
 
 FORMAT = "blockdiffusion-checkpoint-1"
 WEIGHTS, AVERAGE, OPTIMIZER = "weights.safetensors", "average.safetensors", "optimizer.safetensors"
@@ -78,6 +80,8 @@ class TrainState:
     """What the schedule search found last; None: nothing yet, the recipe's clip is in force."""
     evaluation: dict[str, Any] | None = None
     """The last evaluation: its step, what it measured and how; None: there was none yet."""
+    processes: int = 1
+    """How many trained together; with another number sums round differently."""
 
 
 def versions() -> dict[str, str]:
@@ -133,19 +137,37 @@ def save(
     optimizer: torch.optim.Optimizer,
     *,
     keep: int,
+    team: Team = ALONE,
 ) -> Path:
     """Writes checkpoint `state.step` of the run in `out` and removes all but the last `keep`.
 
+    All processes of `team` call it. Each writes its shards; what is not sharded the first writes.
+
     Raises:
-        UserError: the disk is full; nothing is left of the new checkpoint, the earlier ones stay.
+        UserError: the disk is full; nothing is left of the new checkpoint (of one in shards, what
+            others may be writing, which the next start clears), the earlier ones stay.
     """
     final = out / "checkpoints" / f"step-{state.step:08d}"
     partial = final.with_name(f".{final.name}.partial")
-    with disk_full_is_user_error(f"checkpoint {final}", partial):
-        partial.mkdir(parents=True)
-        save_file(_weights(model), partial / WEIGHTS)
-        save_file(average.average, partial / AVERAGE)
-        save_file(_optimizer_tensors(model, optimizer), partial / OPTIMIZER)
+    tensors = {
+        WEIGHTS: _weights(model),
+        AVERAGE: average.average,
+        OPTIMIZER: _optimizer_tensors(model, optimizer),
+    }
+    sharded = any(map(is_sharded, tensors[WEIGHTS].values()))
+    if not (sharded or team.is_first):
+        return final
+    with disk_full_is_user_error(f"checkpoint {final}", None if sharded else partial):
+        if team.is_first:
+            partial.mkdir(parents=True)
+        if sharded:
+            team.wait()  # for the directory
+        for name, named in tensors.items():
+            _sync(save_tensors(named, partial / name, team))
+        if sharded:
+            team.wait()  # for the others' files
+        if not team.is_first:
+            return final
         text = json.dumps({"format": FORMAT, **asdict(state)}, indent=2)
         (partial / STATE).write_text(text + "\n", encoding="utf-8")
         publish_directory(partial, final)
@@ -157,13 +179,9 @@ def save(
 
 
 def export_model(
-    out: Path,
-    model: nn.Module,
-    average: MovingAverage,
-    tokenizer: Path | None,
-    card: Card | None = None,
+    out: Path, model: nn.Module, tokenizer: Path | None, card: Card | None = None
 ) -> None:
-    """Writes the averaged weights, the tokenizer's files and the model card to `out`/model/.
+    """Writes the weights of `model`, the tokenizer's files and the model card to `out`/model/.
 
     The files of an earlier export are replaced one by one. Only the weights and the card differ
     between two exports of a run, so that the directory can be loaded at every moment.
@@ -176,7 +194,7 @@ def export_model(
         partial.mkdir()
         for path in [] if tokenizer is None else tokenizer.iterdir():
             shutil.copyfile(path, partial / path.name)  # without its permissions
-        with average.swapped(), no_progress_bars():
+        with no_progress_bars():
             model.save_pretrained(partial)  # type: ignore
         if card is not None:
             write_card(partial, model.config, card)  # type: ignore
@@ -232,14 +250,14 @@ def read_state(checkpoint: Path) -> TrainState:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         if loaded.pop("format") != FORMAT:
             raise ValueError("another format")
-        for name in ("clip", "evaluation"):  # older checkpoints knew neither
-            loaded.setdefault(name, None)
+        for name, usual in (("clip", None), ("evaluation", None), ("processes", 1)):
+            loaded.setdefault(name, usual)  # older checkpoints knew none of these
         if loaded["clip"] is not None:
             beta, omega = loaded["clip"]
             loaded["clip"] = (float(beta), float(omega))
         return TrainState(**{field.name: loaded[field.name] for field in fields(TrainState)})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise _damaged(path, f"it cannot be read as a {FORMAT} state: {error!r}") from error
+        raise damaged(path, f"it cannot be read as a {FORMAT} state: {error!r}") from error
 
 
 def load(
@@ -255,51 +273,31 @@ def load(
     """
     state = read_state(checkpoint)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    weights = _read_tensors(checkpoint / WEIGHTS, _shapes(parameters))
-    averages = _read_tensors(checkpoint / AVERAGE, _shapes(average.average))
+    weights = SavedTensors(checkpoint / WEIGHTS, _shapes(parameters))
+    averages = SavedTensors(checkpoint / AVERAGE, _shapes(average.average))
     shapes = {
         f"{name}.{key}": () if key == "step" else tuple(p.shape)
         for name, p in parameters.items()
         for key in ("step", "exp_avg", "exp_avg_sq")
     }
     # A parameter that never had a gradient has no moments.
-    moments = _read_tensors(checkpoint / OPTIMIZER, shapes, may_lack=True)
+    moments = SavedTensors(checkpoint / OPTIMIZER, shapes, may_lack=True)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            weights.read_into(parameter, name)
+            averages.read_into(average.average[name], name)
             optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device)
+                key: moments.read_into(_like_moment(parameter, key), f"{name}.{key}")
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"{name}.{key}" in moments
             }
-    average.load(averages)
     return state
 
 
-def _read_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], may_lack: bool = False
-) -> dict[str, torch.Tensor]:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, f"it is missing, truncated or not safetensors: {error}") from error
-    for name in sorted(shapes.keys() ^ tensors.keys()):
-        if name in shapes and may_lack:
-            continue
-        problem = "lacks the" if name in shapes else "has the unexpected"
-        raise _damaged(path, f"it {problem} tensor {name}, so it is not of this model")
-    for name, tensor in tensors.items():
-        given, wanted = tuple(tensor.shape), shapes[name]
-        if given != wanted:
-            raise _damaged(path, f"{name} has shape {given} where this model has {wanted}")
-    return tensors
-
-
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(
-        f"cannot resume from {path}: {why}; remove the directory {path.parent} to go on from the "
-        "checkpoint before it"
-    )
+def _like_moment(parameter: torch.Tensor, key: str) -> torch.Tensor:
+    if key == "step":
+        return torch.empty((), dtype=torch.float32, device=parameter.device)
+    return torch.empty_like(parameter, requires_grad=False)
 
 
 def _weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
-"""The training loop: one process, one device, resumable bit for bit.
+"""The training loop: one process or several, resumable bit for bit.
 
 Everything random is a function of (seed, step): the order of the rows, the masks of the whole
 global batch, and (with the number of the micro-batch) dropout. So neither resuming nor the size of
-the micro-batches changes what the network is trained on.
+the micro-batches changes what the network is trained on, nor does the number of processes: each of
+them draws all of the global batch, and computes the loss of its rows.
 
 Steps count from 1: step n is the n-th update, and checkpoint n holds the weights after it.
 """
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +45,7 @@ from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.devices import select_device
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
+from blockdiffusion.ranks import ALONE, Team, local
 from blockdiffusion.seeding import derive_seed, generator
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
@@ -56,6 +59,7 @@ from blockdiffusion.train.optim import (
     make_optimizer,
     set_learning_rate,
 )
+from blockdiffusion.train.spread import Parallel, Spread, spread_over
 
 if TYPE_CHECKING:
     from blockdiffusion.models.card import Card
@@ -214,6 +218,9 @@ class TrainOptions:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int | None = None
     """Threads of the CPU operators; null: what PyTorch chooses."""
+    parallel: Parallel = "ddp"
+    """What several processes (torchrun) hold: each all of the network (ddp), or a shard of every
+    tensor (fsdp). One process holds all of it, so that a recipe is good for any number."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch_size", "threads"):
@@ -275,8 +282,11 @@ def train(
     notes: Sequence[str] = (),
     resume: bool = False,
     resume_command: str | None = None,
+    team: Team = ALONE,
 ) -> TrainState:
     """Trains `model` in place on the rows of prepared data; writes the run into `out`.
+
+    All processes of a team call it with equal arguments, after they have joined (`ranks.joined`).
 
     Args:
         model: with its initial weights, of the sizes of the data; moved to the device.
@@ -293,28 +303,33 @@ def train(
         notes: sentences to log at the start.
         resume: go on from the newest checkpoint in `out` (from the start when there is none yet).
         resume_command: the shell command that resumes this run, quoted when it is interrupted.
+        team: the processes that share every batch; the first of them logs and writes.
 
     Returns:
         The state of the last checkpoint. `model` holds the last weights, not their average; the
-        average is in `out`/model/.
+        average is in `out`/model/. (With `fsdp` in several processes its parameters are shards.)
 
     Raises:
-        UserError: data and model do not fit, `out` holds a run (or none, to resume), a checkpoint
-            is damaged, the disk is full, or the loss is not finite.
-        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
+        UserError: data and model do not fit, the processes cannot share a batch, `out` holds a run
+            (or none, to resume), a checkpoint is damaged, the disk is full, or the loss is not
+            finite.
+        Interrupted: SIGINT or SIGTERM came, to any of the processes; the step was finished and
+            saved.
     """
     _check_fit(model, rows, objective)
+    _check_shares(options, team)
     config = dict(config or {})
-    device = select_device(options.device, "train.device")
+    device = team.claim(select_device(options.device, "train.device"))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model.to(device)  # type: ignore  # transformers wraps it without types
+    spread = spread_over(model, team, options.parallel)
     optimizer = make_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay)
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16")
 
-    newest = _find_checkpoint(out, resume)
+    newest = team.from_first(lambda: _find_checkpoint(out, resume))
     state = TrainState(
         step=0,
         seconds=0.0,
@@ -324,6 +339,7 @@ def train(
         threads=torch.get_num_threads(),
         device=str(device),
         versions=checkpoints.versions(),
+        processes=team.size,
     )
     note = None
     if newest is not None:
@@ -336,13 +352,15 @@ def train(
         estimator = diffusion_of(model.config).fitted(estimator)
 
     def export(state: TrainState) -> None:
-        card = None if describe is None else describe(state)
-        checkpoints.export_model(out, model, average, tokenizer, card)
+        with spread.averaged(average) as averaged:
+            if team.is_first:
+                card = None if describe is None else describe(state)
+                checkpoints.export_model(out, averaged, tokenizer, card)
 
     began = time.perf_counter() - state.seconds
-    reporting = _reporting(out, loggers, config, state.step + 1)
+    running = _running(out, loggers, config, state.step + 1, team)
 
-    with checkpoints.claimed(out), reporting as report, _StopSignals() as stop:
+    with running as report, _StopSignals(team) as stop:
         if estimator_note is not None and objective.estimator is not None:
             notes = [*notes, estimator_note]
         for start_note in notes:
@@ -355,8 +373,8 @@ def train(
             report(state.step, {"clip": list(clip)})
         for step in range(state.step + 1, options.steps + 1):
             if search is not None and search.due(step):
-                with average.swapped():
-                    found = search.run(model, step)
+                with spread.averaged(average) as averaged:
+                    found = search.run(averaged, step)
                 report(step, found.to_log())
                 state = replace(state, clip=found.clip)
                 estimator = diffusion_of(model.config).fitted(search.estimators[found.clip])
@@ -379,12 +397,13 @@ def train(
 
             model.train()
             losses = accumulate_gradients(
-                model, batch_loss, max(1, int(free_BL.sum())), step, options, autocast
+                spread, batch_loss, max(1, int(free_BL.sum())), step, options, autocast
             )
             norm = clip_gradients(model.parameters(), optim.clip_norm)
             loss, grad_norm = torch.stack([losses.sum(), norm]).tolist()  # waits for the device
+            loss = team.sum(loss)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                where = _not_finite_where(losses, indices, model, options)
+                where = _not_finite_where(losses, loss, indices, spread, options)
                 raise UserError(_not_finite_message(step, where, checkpoints.latest(out)))
 
             lr = learning_rate(optim, step, options.steps)
@@ -404,9 +423,9 @@ def train(
             report(step, values)
 
             best, evaluation = state.best_bound, state.evaluation
-            if stop.signal is None:  # an interrupted run has no time for these
+            if not stop.seen():  # an interrupted run has no time for these
                 due = [what for what in periodic if what.due(step, options.steps)]
-                for values in _use_average(model, average, due):
+                for values in _use_average(spread, average, due):
                     values = dict(values)
                     if measured := values.pop("evaluation", None):
                         evaluation = {**measured, "step": step}
@@ -417,9 +436,10 @@ def train(
             state = replace(
                 state, step=step, seconds=seconds, best_bound=best, evaluation=evaluation
             )
-            interrupt = stop.signal
+            interrupt = stop.seen()
             if interrupt or step % checkpoint.every == 0 or step == options.steps:
-                checkpoints.save(out, state, model, average, optimizer, keep=checkpoint.keep)
+                keep = checkpoint.keep
+                checkpoints.save(out, state, model, average, optimizer, keep=keep, team=team)
                 export(state)
             if interrupt:
                 raise Interrupted(interrupt, _farewell(interrupt, state, out, resume_command))
@@ -427,7 +447,7 @@ def train(
 
 
 def accumulate_gradients(
-    model: BlockDiffusionModel,
+    spread: Spread,
     batch_loss: BatchLoss,
     num_free: int,
     step: int,
@@ -437,30 +457,45 @@ def accumulate_gradients(
     """Adds the gradient of a global batch's loss to the parameters, one micro-batch at a time.
 
     The loss is that of the whole batch divided by its number of free tokens `num_free`: nats per
-    token, whatever the size of the micro-batches.
+    token, whatever the size of the micro-batches. A process passes its share of the rows.
 
     Returns:
-        What each micro-batch contributes to the loss; the sum is the loss.
+        What each micro-batch of this process contributes to the loss; the sum is the loss.
     """
-    num_rows = len(batch_loss.batch.ids_BL)
-    size = options.micro_batch_size or num_rows
+    passes = _passes(len(batch_loss.batch.ids_BL), options, spread.team)
     losses = []
-    for index, start in enumerate(range(0, num_rows, size)):
+    for number, rows in passes.items():
         # Dropout draws from PyTorch's global stream, which evaluation and samples use too.
-        torch.manual_seed(derive_seed(options.seed, "dropout", step, index))
-        with autocast:
-            loss = batch_loss.nats(model, slice(start, start + size)) / num_free
-        loss.backward()
+        torch.manual_seed(derive_seed(options.seed, "dropout", step, number))
+        with spread.last_pass(len(losses) == len(passes) - 1):
+            with autocast:
+                loss = spread.nats(batch_loss, rows) / num_free
+            spread.backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses)
 
 
+def _passes(num_rows: int, options: TrainOptions, team: Team) -> dict[int, slice]:
+    """The micro-batches of this process: their number in the whole batch -> their rows.
+
+    Where `micro_batch_size` divides the processes' shares, they are those of one process.
+    """
+    share = team.share(num_rows)
+    size = options.micro_batch_size or num_rows
+    starts = range(share.start, share.stop, size)
+    first = team.rank * len(starts)
+    return {
+        first + index: slice(start, min(start + size, share.stop))
+        for index, start in enumerate(starts)
+    }
+
+
 def _use_average(
-    model: BlockDiffusionModel, average: MovingAverage, due: Sequence[Periodic]
+    spread: Spread, average: MovingAverage, due: Sequence[Periodic]
 ) -> Iterator[Mapping[str, Any]]:
     """What each of `due` has to say about the averaged model."""
     for what in due:
-        with average.swapped(), torch.no_grad():
+        with spread.averaged(average) as model, torch.no_grad():
             values = what.run(model.eval())
         yield values
 
@@ -503,6 +538,14 @@ def _check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: Objective
             )
 
 
+def _check_shares(options: TrainOptions, team: Team) -> None:
+    if options.batch_size % team.size:
+        raise UserError(
+            f"train.batch_size is {options.batch_size}, which {team.size} processes cannot share "
+            f"equally; start another number of processes, or give a multiple of {team.size}"
+        )
+
+
 def _find_checkpoint(out: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from, if any, once `out` is found to be fit for the run."""
     if out.exists() and not out.is_dir():
@@ -540,7 +583,7 @@ def _restore(
     note = f"resumed from step {saved.step}"
     if saved.step == steps:
         note = f"the run is complete: it has made its {steps} steps"
-    for name in ("threads", "device", "versions"):
+    for name in ("threads", "device", "versions", "processes"):
         before, now = getattr(saved, name), getattr(fresh, name)
         if before != now:
             note += f"; {name} changed from {before} to {now}: not bit for bit the same"
@@ -558,10 +601,32 @@ def _restore(
 # --- Reporting and stopping -----------------------------------------------------------------------
 
 
+Report = Callable[[int, Mapping[str, Any]], None]
+
+
+@contextmanager
+def _running(
+    out: Path, loggers: Sequence[Logger], config: Mapping[str, Any], first_step: int, team: Team
+) -> Iterator[Report]:
+    """The run's directory, claimed by the first process, and a function that reports there."""
+    if team.is_first:
+        with checkpoints.claimed(out), _reporting(out, loggers, config, first_step) as report:
+            team.wait()
+            yield report
+        return
+    team.wait()
+    if not (out / "checkpoints").is_dir():
+        raise UserError(
+            f"out is {out}, which process {team.rank} does not see; choose a directory that all "
+            "machines share"
+        )
+    yield lambda step, values: None
+
+
 @contextmanager
 def _reporting(
     out: Path, loggers: Sequence[Logger], config: Mapping[str, Any], first_step: int
-) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+) -> Iterator[Report]:
     """A function that logs values to metrics.jsonl and to every logger; saves the configuration."""
     with written_aside(out / "config.yaml") as file:
         file.write(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
@@ -579,11 +644,20 @@ def _reporting(
         yield report
 
 
-class _StopSignals:
-    """Remembers the first SIGINT or SIGTERM; a second one acts as usual."""
+TWICE = 2.0  # seconds
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+
+class _StopSignals:
+    """Remembers the first SIGINT or SIGTERM; a second one acts as usual.
+
+    A process of several may get the same one twice, from who stops the job and from torchrun: what
+    comes within `TWICE` is one.
+    """
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+        self._signal = 0
+        self._again = 0.0  # from when on a signal is a second one
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
@@ -596,11 +670,20 @@ class _StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def seen(self) -> int:
+        """The signal that this process or another one got, 0 for none; all processes ask."""
+        return self._team.largest(self._signal)
+
     def _remember(self, number: int, _frame: object) -> None:
-        self.signal = number
-        self.__exit__()
-        # Not print: a handler may run in the middle of another write to the same stream.
-        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+        now = time.monotonic()
+        if self._signal == 0:
+            self._signal, self._again = number, now + (TWICE if self._team.size > 1 else 0)
+            if self._team.is_first:
+                # Not print: a handler may run in the middle of another write to the same stream.
+                os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+        elif now >= self._again:
+            self.__exit__()
+            signal.raise_signal(number)
 
 
 def _farewell(number: int, state: TrainState, out: Path, resume_command: str | None) -> str:
@@ -609,20 +692,31 @@ def _farewell(number: int, state: TrainState, out: Path, resume_command: str | N
 
 
 def _not_finite_where(
-    losses: torch.Tensor, indices: np.ndarray, model: nn.Module, options: TrainOptions
+    losses: torch.Tensor, total: float, indices: np.ndarray, spread: Spread, options: TrainOptions
 ) -> str:
-    """Which micro-batches, or else which parameter, a non-finite number is first seen in."""
-    size = options.micro_batch_size or len(indices)
-    for index, loss in enumerate(losses.tolist()):
+    """Which micro-batch, or else which parameter, a non-finite number is first seen in.
+
+    All processes ask; each looks at its own.
+    """
+    found = _first_not_finite(losses, total, indices, spread, options)
+    return min(spread.team.gather(found))[1]
+
+
+def _first_not_finite(
+    losses: torch.Tensor, total: float, indices: np.ndarray, spread: Spread, options: TrainOptions
+) -> tuple[int, str]:
+    """The same for one process, and a place in the order of micro-batches and parameters."""
+    passes = _passes(len(indices), options, spread.team)
+    for loss, (number, share) in zip(losses.tolist(), passes.items(), strict=True):
         if not math.isfinite(loss):
-            numbers = indices[index * size : (index + 1) * size].tolist()
+            numbers = indices[share].tolist()
             rows = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-            return f"the loss is {loss} in micro-batch {index + 1} of {len(losses)} (rows {rows})"
-    loss = losses.sum().item()
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not parameter.grad.isfinite().all():
-            return f"the loss is {loss:.4g} but the gradient of {name} is not finite"
-    return f"the loss is {loss:.4g} but the norm of the gradient overflows"
+            where = f"micro-batch {number + 1} of {len(passes) * spread.team.size} (rows {rows})"
+            return number, f"the loss is {loss} in {where}"
+    for place, (name, parameter) in enumerate(spread.model.named_parameters(), len(indices)):
+        if parameter.grad is not None and not local(parameter.grad).isfinite().all():
+            return place, f"the loss is {total:.4g} but the gradient of {name} is not finite"
+    return sys.maxsize, f"the loss is {total:.4g} but the norm of the gradient overflows"
 
 
 def _not_finite_message(step: int, where: str, newest: Path | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.ranks import whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +100,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) 
         The norm before clipping, a scalar tensor on the device of the parameters.
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
     return norm
@@ -126,12 +127,6 @@ class MovingAverage:
     def update(self, step: int) -> None:
         """Moves the average towards the weights after update `step` (from 1)."""
         torch._foreach_lerp_(list(self.average.values()), self._parameters, 1 - self.decay_at(step))
-
-    @torch.no_grad()
-    def load(self, average: Mapping[str, torch.Tensor]) -> None:
-        """Copies a saved average in; its names and shapes must be those of the model."""
-        for name, tensor in self.average.items():
-            tensor.copy_(average[name])
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ import torch
 from blockdiffusion.corruption import Estimator, for_block_size
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
+from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.seeding import generator
 from blockdiffusion.train.loop import ObjectiveOptions, free_tokens
 from blockdiffusion.variance import Moments, batch_moments
@@ -117,6 +118,7 @@ class ScheduleSearch:
         rows: the validation split.
         block_size: of the network.
         seed: of the run; the masks are a function of it, the step and the number of the batch.
+        team: the processes that share the batches, and find the same.
 
     Raises:
         UserError: the objective has no clip, or its estimator cannot use a clip of the grid at
@@ -130,9 +132,10 @@ class ScheduleSearch:
         rows: TokenRows,
         block_size: int,
         seed: int,
+        team: Team = ALONE,
     ):
         check_objective(objective)
-        self._options, self._rows, self._seed = options, rows, seed
+        self._options, self._rows, self._seed, self._team = options, rows, seed, team
         self.estimators: dict[Clip, Estimator] = {
             clip: for_block_size(replace(objective, clip=clip).make_estimator(), block_size)[0]
             for clip in clip_grid(options, block_size)
@@ -154,11 +157,13 @@ class ScheduleSearch:
         began = time.perf_counter()
         count = min(self._options.rows, self._rows.num_rows)
         starts = range(0, count, self._options.batch_size)
-        sums_C = torch.zeros(len(self.estimators), dtype=torch.float64)
+        own = {}
         for number, start in enumerate(starts):
-            stop = min(start + self._options.batch_size, count)
-            sums_C += self._batch_variances(model, step, number, np.arange(start, stop))
-        variances = dict(zip(self.estimators, (sums_C / len(starts)).tolist(), strict=True))
+            if self._team.has(number):
+                stop = min(start + self._options.batch_size, count)
+                own[number] = self._batch_variances(model, step, number, np.arange(start, stop))
+        mean_C = sum(self._team.collect(own), start=torch.zeros(())) / len(starts)
+        variances = dict(zip(self.estimators, mean_C.tolist(), strict=True))
         return SearchResult(
             clip=least_variance(variances, step),
             variances=variances,
@@ -168,11 +173,7 @@ class ScheduleSearch:
     def _batch_variances(
         self, model: BlockDiffusionModel, step: int, number: int, indices: np.ndarray
     ) -> torch.Tensor:
-        """float64 (C,): the variance of one batch under each of the C clips.
-
-        A search sums these over the batches. So processes that share the batches need to add up
-        their sums, and nothing else.
-        """
+        """float64 (C,): the variance of one batch under each of the C clips."""
         batch = self._rows.rows(indices)
         free_BL = free_tokens(batch, self._rows.manifest.row_bos)
         valid_BL = None if batch.valid_BL is None else batch.valid_BL.to(model.device)

@@ -29,6 +29,7 @@ from blockdiffusion.evaluate.generation.samples import (
     read_samples,
 )
 from blockdiffusion.evaluate.journal import journal_beside
+from blockdiffusion.ranks import ALONE, Team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,8 @@ def generate_and_judge(
     device: torch.device | str | None = None,
     beside: Path | None = None,
     progress: Progress | None = None,
-) -> GenerationResult:
+    team: Team = ALONE,
+) -> GenerationResult | None:
     """Draws the samples (or reads them) and evaluates them.
 
     Args:
@@ -84,6 +86,10 @@ def generate_and_judge(
         beside: where the result will be written: finished samples are kept beside it in
             `NAME.samples.jsonl`, and finished passes of the judge in `NAME.journal`, so that the
             same call goes on after a kill. None: nothing is kept.
+        team: processes that call this alike and share the drawing; the first one judges.
+
+    Returns:
+        The result; None in the other processes of a team.
 
     Raises:
         UserError: whatever does not fit is refused before samples are drawn, as far as it can be.
@@ -91,10 +97,14 @@ def generate_and_judge(
     if options.mauve:
         require_mauve()
     model = None if options.model is None else load_model(options.model)
+    if not team.is_first:
+        if options.samples_from is None:
+            _samples(options, model, beside, None, team)
+        return None
     judge = load_judge(options.judge, device=device)
     window_sizes(judge, options.context, options.stride)
     warnings = check_judge(options.model, model, judge)
-    drawn = _samples(options, model, beside, progress)
+    drawn = _samples(options, model, beside, progress, team)
     reference = None
     if options.reference:
         reference = _reference(options, drawn, model, judge)
@@ -125,7 +135,7 @@ def generate_and_judge(
 
 
 def _samples(
-    options: GenerateEval, model: Any, beside: Path | None, progress: Progress | None
+    options: GenerateEval, model: Any, beside: Path | None, progress: Progress | None, team: Team
 ) -> Drawn:
     guard = None
     if options.min_entropy is not None:
@@ -145,6 +155,7 @@ def _samples(
         file=beside and samples_file(beside),
         guard=guard,
         progress=None if progress is None else lambda done, total: progress("sample", done, total),
+        team=team,
     )
 
 

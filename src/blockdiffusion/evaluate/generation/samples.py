@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from blockdiffusion.data.files import storage_error
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
+from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.seeding import derive_seed, generator
@@ -153,6 +155,7 @@ def draw_samples(
     file: Path | None = None,
     guard: EntropyGuard | None = None,
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Drawn:
     """Draws `options.num_samples` samples that the guard accepts.
 
@@ -162,6 +165,8 @@ def draw_samples(
             not drawn again.
         guard: rejected samples are counted and replaced by further ones; None: none is rejected.
         progress: called with (done, total) tokens.
+        team: processes that call this alike; each draws whole batches, the first writes `file`,
+            and all return what one process would.
 
     Raises:
         UserError: the model has no tokenizer; `file` holds samples of something else; or the guard
@@ -175,32 +180,40 @@ def draw_samples(
     kept = SampleFile(file, identity(model, options)) if file is not None else None
     accepted: list[Sample] = []
     drawn = 0
-    for first, rows in _batches(options.num_samples, options.batch_size):
-        if len(accepted) >= options.num_samples:
-            break
+    batches = _batches(options.num_samples, options.batch_size)
+    while (missing := options.num_samples - len(accepted)) > 0:
         if drawn >= options.num_samples * MOST_TRIES:
             raise UserError(
                 f"the guard accepted {len(accepted)} of {drawn} samples, too few to go on; lower "
                 "its minimum entropy, or leave it out"
             )
-        found = None if kept is None else kept.batch(first, rows)
-        if found is None:
-            expected = drawn + max(options.num_samples - len(accepted), rows)
-            advance = _advance(progress, drawn, expected, options.max_new_tokens)
-            found = _draw_batch(model, options, first, rows, advance)
-            if kept is not None:
+        due = list(islice(batches, min(team.size, -(-missing // options.batch_size))))
+        own: dict[int, tuple[list[Sample], bool]] = {}
+        for number, (first, rows) in enumerate(due):
+            found = None if kept is None else kept.batch(first, rows)
+            if found is None and team.has(number):
+                expected = drawn + max(missing, rows)
+                advance = _advance(progress, drawn, expected, options.max_new_tokens, len(due))
+                own[number] = _draw_batch(model, options, first, rows, advance), True
+            elif found is not None:
+                own[number] = found, False
+        for (first, rows), (found, is_new) in zip(due, team.collect(own), strict=True):
+            if kept is not None and is_new and team.is_first:
                 kept.add(first, found)
-        drawn += rows
-        accepted += [s for s in found if guard is None or guard.accepts(s)]
+            drawn += rows
+            accepted += [s for s in found if guard is None or guard.accepts(s)]
     return Drawn(accepted[: options.num_samples], drawn, drawn - len(accepted))
 
 
 def _advance(
-    progress: Progress | None, drawn: int, expected: int, max_new_tokens: int
+    progress: Progress | None, drawn: int, expected: int, max_new_tokens: int, together: int
 ) -> Callable[[int], None]:
+    """Takes the tokens of one of `together` batches that are drawn at the same time."""
+
     def advance(tokens: int) -> None:
         if progress is not None:
-            progress(drawn * max_new_tokens + tokens, expected * max_new_tokens)
+            done = drawn * max_new_tokens + tokens * together
+            progress(min(done, expected * max_new_tokens), expected * max_new_tokens)
 
     return advance
 

@@ -1,0 +1,233 @@
+"""The processes that share one job: which of them this is, what is its share, what all must know.
+
+`torchrun` starts a command N times and gives each process its number, the rank. They all do the
+same, but each a share of the work, and what has to be said, shown or written is said, shown and
+written by the first. Without `torchrun` there is one process, `ALONE`, and nothing here does
+anything.
+
+What the processes tell each other here is small and goes through the CPU (gloo), also where their
+networks are on GPUs and exchange gradients there (NCCL).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from blockdiffusion.errors import Elsewhere, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
+SPEAKERS = 2  # ranks that report a lost process: one may be the lost one
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a job, as one of them sees them.
+
+    What is marked as *common* has to be called by all of them, in the same order.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: how many there are.
+        local_rank: the number of this process on its machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's part of `count` things, which the size of the team divides."""
+        assert count % self.size == 0
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def has(self, number: int) -> bool:
+        """Whether piece `number` (from 0) of work that is dealt out in turn is this process's."""
+        return number % self.size == self.rank
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; common."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def collect(self, values: dict[int, T]) -> list[T]:
+        """The numbered pieces that the processes have, all of them, in order; common."""
+        pieces = {n: piece for part in self.gather(values) for n, piece in part.items()}
+        return [pieces[number] for number in sorted(pieces)]
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives the first process, to all of them; common.
+
+        Where it fails there, the other processes end with `Elsewhere`.
+        """
+        if self.size == 1:
+            return make()
+        import torch.distributed as dist
+
+        values = [make() if self.is_first else None]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]  # type: ignore[return-value]
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over the processes, added up by rank; common."""
+        return sum(self._numbers(value))
+
+    def largest(self, value: int) -> int:
+        """The largest of a number; common."""
+        return int(max(self._numbers(value)))
+
+    def wait(self) -> None:
+        """Returns when all processes are here; common."""
+        self._numbers(0)
+
+    def _numbers(self, value: float) -> list[float]:
+        if self.size == 1:
+            return [value]
+        import torch
+        import torch.distributed as dist
+
+        values = [torch.empty((), dtype=torch.float64) for _ in range(self.size)]
+        dist.all_gather(values, torch.tensor(value, dtype=torch.float64))
+        return [number.item() for number in values]
+
+    def claim(self, device: torch.device) -> torch.device:
+        """Makes this process's own of the machine's devices of this kind the current one.
+
+        Raises:
+            UserError: the machine has too few of them, or they cannot be used by several processes.
+        """
+        if self.size == 1:
+            return device
+        if device.type == "mps":
+            raise UserError(
+                "several processes cannot train on mps; use the device cpu, or one process"
+            )
+        if device.type == "cuda":
+            import torch
+
+            found = torch.cuda.device_count()
+            if self.local_rank >= found:
+                raise UserError(
+                    f"this machine has {found} CUDA devices, too few for its process number "
+                    f"{self.local_rank + 1}; start one process for each device, or use the CPU"
+                )
+            torch.cuda.set_device(self.local_rank)
+        return device
+
+
+ALONE = Team()
+
+
+def several_processes() -> bool:
+    """Whether this process was started as one of several; needs no import of PyTorch."""
+    return all(name in os.environ for name in ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def current() -> Team:
+    """The team that this process has joined, or `ALONE`."""
+    if not several_processes():
+        return ALONE
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return ALONE
+    return Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+
+
+@contextmanager
+def joined() -> Iterator[Team]:
+    """The team of this process, met with and left again; inside another one, that one's.
+
+    Of the processes that fail by a `UserError` one says so: the others end with `Elsewhere`,
+    whether they failed too or lost contact with the one that did.
+
+    Raises:
+        Elsewhere: another process ended; it has an exit code, and a sentence where nobody else says
+            what happened.
+    """
+    if not several_processes() or current() is not ALONE:
+        yield current()
+        return
+    import torch
+    import torch.distributed as dist
+
+    store, rank, size = next(dist.rendezvous("env://"))
+    notes = dist.PrefixStore("blockdiffusion", store)
+    has_nccl = dist.is_nccl_available() and torch.cuda.is_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    try:
+        yield current()
+    except UserError:
+        if _told_before(notes, this=True):
+            raise Elsewhere("", exit_code=2) from None
+        raise
+    except (RuntimeError, ConnectionError) as error:
+        if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
+            raise
+        if _told_before(notes, this=False):
+            raise Elsewhere("", exit_code=2) from None
+        said = f"{LOST_SENTENCE} (noticed by process {rank}: {str(error).partition(chr(10))[0]})"
+        raise Elsewhere(said if rank < SPEAKERS else "", exit_code=1) from error
+    # Not after a failure: the others may never come to part.
+    dist.destroy_process_group()
+
+
+LOST_SENTENCE = (
+    "another process of this job was killed or has failed; what was saved is intact: start the job "
+    "again (training goes on with --resume)"
+)
+
+
+def _told_before(notes: Any, this: bool) -> bool:
+    """Whether a process has told its user what is wrong, before `this` one does."""
+    with suppress(Exception):  # the process that keeps the notes may be gone
+        return notes.add("told", int(this)) > int(this)
+    return this
+
+
+# --- Tensors that are spread over the processes ---------------------------------------------------
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds: all of it, or its rows of a shard."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that the processes may hold in shards; common."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether the processes hold rows of it each (a `DTensor`)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def first_row(tensor: torch.Tensor) -> int:
+    """The number of the first row of a tensor that this process holds."""
+    if not is_sharded(tensor):
+        return 0
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    rows = len(tensor)
+    return min(rows, -(-rows // mesh.size()) * mesh.get_local_rank())

@@ -1,0 +1,116 @@
+"""Named tensors in safetensors files: in one file, or in one of each process that holds shards.
+
+A shard is some rows (of the first dimension) of a tensor, in the order of the ranks. Files that any
+number of processes wrote can be read by any other number: each process reads the rows it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.ranks import Team, first_row, is_sharded, local
+
+Shape = tuple[int, ...]
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, team: Team) -> Path:
+    """Writes the tensors, or where they are in shards the rows that this process holds.
+
+    What is not in shards is written by the first process only.
+
+    Returns:
+        The file: `path`, and for shards that with the rank: weights-00001-of-00002.safetensors.
+    """
+    if any(map(is_sharded, tensors.values())):
+        rank = f"{team.rank + 1:05d}-of-{team.size:05d}"
+        path = path.with_name(f"{path.stem}-{rank}{path.suffix}")
+    save_file({n: local(t) for n, t in tensors.items() if team.is_first or is_sharded(t)}, path)
+    return path
+
+
+class SavedTensors:
+    """What `save_tensors` wrote, looked through but not yet read.
+
+    Args:
+        path: of the one file; those of several processes lie beside where it would.
+        shapes: of what has to be there, whole.
+        may_lack: some of it may be missing.
+
+    Raises:
+        UserError: a file is missing or truncated, or belongs to another model.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, Shape], may_lack: bool = False):
+        parts = {file: _read_shapes(file) for file in _files(path)}
+        names = next(iter(parts.values())).keys()  # the first file has a part of everything
+        for name in sorted(shapes.keys() ^ names):
+            if name in shapes and may_lack:
+                continue
+            problem = "lacks the" if name in shapes else "has the unexpected"
+            raise damaged(path, f"it {problem} tensor {name}, so it is not of this model")
+        self._pieces: dict[str, list[tuple[Path, Shape]]] = {}
+        for name in names:
+            pieces = [(file, part[name]) for file, part in parts.items() if name in part]
+            given, wanted = _joined([shape for _, shape in pieces]), shapes[name]
+            if given != wanted:
+                raise damaged(path, f"{name} has shape {given} where this model has {wanted}")
+            self._pieces[name] = pieces
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pieces
+
+    def read_into(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """Copies the tensor `name` into `tensor`, of a shard its rows; returns `tensor`."""
+        own, first = local(tensor), first_row(tensor)
+        start = 0  # of a file's rows
+        for file, shape in self._pieces[name]:
+            if not shape:
+                with safe_open(file, "pt") as opened:
+                    own.copy_(opened.get_tensor(name))
+                continue
+            low, high = max(start, first), min(start + shape[0], first + len(own))
+            if low < high:
+                with safe_open(file, "pt") as opened:
+                    rows = opened.get_slice(name)[low - start : high - start]
+                own[low - first : high - first].copy_(rows)
+            start += shape[0]
+        return tensor
+
+
+def _files(path: Path) -> list[Path]:
+    """The one file, or those of all the processes."""
+    shards = sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
+    if path.exists() or not shards:
+        return [path]
+    count = int(shards[0].stem.rpartition("-")[2])
+    if len(shards) != count:
+        raise damaged(path, f"of the {count} files of its processes {len(shards)} are there")
+    return shards
+
+
+def _read_shapes(file: Path) -> dict[str, Shape]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (no dict)
+    except (OSError, SafetensorError) as error:
+        why = f"it is missing, truncated or not safetensors: {error}"
+        raise damaged(file, why) from error
+
+
+def _joined(shapes: list[Shape]) -> Shape:
+    """The shape of pieces put together."""
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+
+def damaged(path: Path, why: str) -> UserError:
+    """The sentence for a checkpoint's file that cannot be used."""
+    return UserError(
+        f"cannot resume from {path}: {why}; remove the directory {path.parent} to go on from the "
+        "checkpoint before it"
+    )
