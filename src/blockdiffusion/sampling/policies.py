@@ -145,7 +145,16 @@ class PolicySettings:
         for item in fields(self):
             value = getattr(self, item.name)
             if value is not None and item.name not in read:
-                meant = f"it reads {' and '.join(read)}" if read else "it has no settings"
                 raise UserError(
-                    f"{item.name} is {value}, which has no meaning for the policy {name}: {meant}"
+                    f"{item.name} is {value}, which has no meaning for the policy {name}; leave it "
+                    f"out, or take {_READERS[item.name]}"
                 )
+
+
+_READERS = {
+    "steps": "ancestral or remask",
+    "schedule": "ancestral or remask",
+    "tokens_per_step": "random, confidence, margin or entropy",
+    "threshold": "confidence, margin or entropy",
+    "remask": "remask",
+}
