@@ -33,7 +33,7 @@ import blockdiffusion
 from blockdiffusion.data.files import FULL_DISK, locked
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.card import Card, write_card
-from blockdiffusion.train.optim import MovingAverage
+from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 
 FORMAT = "blockdiffusion-checkpoint-1"
 WEIGHTS, AVERAGE, OPTIMIZER = "weights.safetensors", "average.safetensors", "optimizer.safetensors"
@@ -257,10 +257,11 @@ def load(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = _read_tensors(checkpoint / WEIGHTS, _shapes(parameters))
     averages = _read_tensors(checkpoint / AVERAGE, _shapes(average.average))
+    kept = {name: optimizer_state_keys(optimizer, p) for name, p in parameters.items()}
     shapes = {
         f"{name}.{key}": () if key == "step" else tuple(p.shape)
         for name, p in parameters.items()
-        for key in ("step", "exp_avg", "exp_avg_sq")
+        for key in kept[name]
     }
     # A parameter that never had a gradient has no moments.
     moments = _read_tensors(checkpoint / OPTIMIZER, shapes, may_lack=True)
@@ -269,7 +270,7 @@ def load(
             parameter.copy_(weights[name])
             optimizer.state[parameter] = {
                 key: moments[f"{name}.{key}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                for key in kept[name]
                 if f"{name}.{key}" in moments
             }
     average.load(averages)

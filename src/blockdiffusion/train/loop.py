@@ -56,6 +56,7 @@ from blockdiffusion.train.optim import (
     make_optimizer,
     set_learning_rate,
 )
+from blockdiffusion.train.speed import Speed
 
 if TYPE_CHECKING:
     from blockdiffusion.models.card import Card
@@ -208,6 +209,8 @@ class TrainOptions:
     """Rows of the global batch, one update."""
     micro_batch_size: int | None = None
     """Rows of one forward and backward pass; null: the whole batch. It saves memory only."""
+    activation_checkpointing: bool = False
+    """Keep only what enters the layers, and compute them again in the backward pass."""
     seed: int = 0
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16 is autocast, in training: weights, average, optimizer and evaluation are float32."""
@@ -309,6 +312,7 @@ def train(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model.to(device)  # type: ignore  # transformers wraps it without types
+    model.activation_checkpointing = options.activation_checkpointing
     optimizer = make_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay)
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
@@ -339,6 +343,7 @@ def train(
         card = None if describe is None else describe(state)
         checkpoints.export_model(out, model, average, tokenizer, card)
 
+    speed = Speed(model, options, device, rows.manifest.row_bos)
     began = time.perf_counter() - state.seconds
     reporting = _reporting(out, loggers, config, state.step + 1)
 
@@ -399,6 +404,7 @@ def train(
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens_per_second": round(_num_tokens(batch) / (now - step_began), 1),
+                **speed.reached(batch_loss, now - step_began),
                 "seconds": round(now - began, 3),
             }
             report(step, values)
