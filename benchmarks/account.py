@@ -5,17 +5,21 @@ python -m benchmarks.account [NAME ...] [--json FILE]
 Every network is planned for this machine's CPU, measured with one thread, then trained for a few
 updates and sampled from, in a process of its own. Time is that of the processor, not of the clock,
 so that other work on the machine matters less; memory is the growth of the resident set to its
-peak. The prediction is made from the recipe's sizes and the measured peaks alone.
+peak, in another process where the C library gives freed memory back at once (and, last column, in
+the first one, where it does not). The prediction is made from the recipe's sizes and the measured
+peaks alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,13 +143,13 @@ def measured_sampling(recipe: Any, manifest: Any, tokens: int) -> dict[str, floa
     return {"seconds": seconds / int(result.nfe.max()), "calls": int(result.nfe.max())}
 
 
-def compare(name: str) -> dict[str, Any]:
+def compare(name: str, memory_only: bool) -> dict[str, Any]:
     """A case: predicted and measured."""
     import torch
 
     from blockdiffusion.account import make_account, manifest_of
     from blockdiffusion.account.sampling import SamplingRequest
-    from blockdiffusion.hardware import this_cpu
+    from blockdiffusion.hardware import GPUS, this_cpu
 
     torch.set_num_threads(1)
     case = CASES[name]
@@ -153,10 +157,14 @@ def compare(name: str) -> dict[str, Any]:
         recipe = recipe_of(case, out)
     sizes = {"seq_len": case["L"], "vocab_size": case["V"]}
     tokens = min(64, case["L"])
-    cpu = this_cpu(time.process_time)
+    cpu = GPUS[0] if memory_only else this_cpu(time.process_time)
+    cpu = replace(cpu, cuda=False)
     account = make_account(recipe, cpu, sampling=SamplingRequest(max_new_tokens=tokens), **sizes)
     manifest = manifest_of(recipe, **sizes)
-    training = measured_training(recipe, manifest, case.get("updates", 3))
+    updates = 1 if memory_only else case.get("updates", 3)
+    training = measured_training(recipe, manifest, updates)
+    if memory_only:
+        return training
     one_block = not account.network.autoregressive and not account.network.has_clean
     sampling = None if one_block else measured_sampling(recipe, manifest, tokens)
     return {
@@ -168,7 +176,7 @@ def compare(name: str) -> dict[str, Any]:
         "parts": vars(account.training.seconds),
         "measured_seconds": training["seconds"],
         "predicted_bytes": account.training.memory.peak,
-        "measured_bytes": training["bytes"],
+        "held_bytes": training["bytes"],
         "predicted_call": account.sampling.seconds_call,
         "measured_call": None if sampling is None else sampling["seconds"],
     }
@@ -188,33 +196,45 @@ def row(found: dict[str, Any]) -> str:
         pair(found["predicted_bytes"], found["measured_bytes"], 1e-6),
         pair(found["predicted_call"], found["measured_call"], 1e3),
     ]
-    return f"| {found['name']} | {found['tflop']:.3g} " + " ".join(parts).replace("| |", "|")
+    cells = " ".join(parts).replace("| |", "|")
+    held = f"{found['held_bytes'] / 1e6:,.3g}"
+    return f"| {found['name']} | {found['tflop']:.3g} {cells} {held} |"
 
 
 HEAD = """\
 | network | TFLOP an update | s predicted | measured | ratio | MB predicted | measured | ratio | \
-ms a call predicted | measured | ratio |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+ms a call predicted | measured | ratio | MB held |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def child(name: str, what: str, environment: dict[str, str]) -> dict[str, Any]:
+    """What a process of its own finds."""
+    command = [sys.executable, "-m", "benchmarks.account", name, "--child", what]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | environment
+    )
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=[], metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--json", type=Path, help="JSON lines of what was found")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["time", "memory"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(compare(args.names[0])))
+        print(json.dumps(compare(args.names[0], args.child == "memory")))
         return
     from blockdiffusion.hardware import describe
 
     print(f"{describe()} (one thread used)\n\n{HEAD}")
     lines = []
     for name in args.names or CASES:
-        command = [sys.executable, "-m", "benchmarks.account", name, "--child"]
-        ended = subprocess.run(command, capture_output=True, text=True, check=True)
-        lines.append(ended.stdout.splitlines()[-1])
-        print(row(json.loads(lines[-1])), flush=True)
+        found = child(name, "time", {})
+        found["measured_bytes"] = child(name, "memory", GIVE_BACK)["bytes"]
+        lines.append(json.dumps(found))
+        print(row(found), flush=True)
     if args.json is not None:
         args.json.write_text("\n".join(lines) + "\n")
 
