@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "medium, micro-batches": {"L": 512, "V": 8192, "batch": 4, "micro": 1, "model": MEDIUM},
     "medium, checkpointing": {"L": 512, "V": 8192, "batch": 4, "model": MEDIUM,
                               "train": {"activation_checkpointing": True}},
-    "medium, Muon": {"L": 512, "V": 8192, "batch": 4, "model": MEDIUM, "optim": {"name": "muon"}},
+    "demo, Muon": {"L": 128, "V": 2049, "batch": 4, "model": SMALL, "optim": {"name": "muon"}},
     "medium, autoregressive": {"L": 512, "V": 8192, "batch": 4, "objective": {"name": "ar"},
                                "model": {k: v for k, v in MEDIUM.items()
                                          if k not in ("block_size", "cond_dim")}},
@@ -161,7 +161,7 @@ def compare(name: str, memory_only: bool) -> dict[str, Any]:
     cpu = replace(cpu, cuda=False)
     account = make_account(recipe, cpu, sampling=SamplingRequest(max_new_tokens=tokens), **sizes)
     manifest = manifest_of(recipe, **sizes)
-    updates = 1 if memory_only else case.get("updates", 3)
+    updates = 1 if memory_only else case.get("updates", 2)
     training = measured_training(recipe, manifest, updates)
     if memory_only:
         return training

@@ -2,7 +2,8 @@
 
 The figures of the table are those of the makers' data sheets: dense products (no sparsity) with
 float32 sums, without TF32, which PyTorch leaves off for float32 products. None of the assumed
-shares of a GPU has been measured with this package.
+shares of a GPU has been measured with this package; those of a CPU were found on one, see
+docs/results/account.md.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Shares:
         attention: the same, in attention.
         traffic: of its bandwidth, between the products of training.
         reading: of its bandwidth, when a network call in sampling reads the weights.
-        layer_seconds: least time of a layer in a network call: starting its kernels.
+        layer_seconds: to start the kernels of a layer in a network call. On a GPU that happens
+            while others run; on a CPU it comes besides.
     """
 
     products: float
@@ -46,7 +48,7 @@ class Shares:
 
 
 GPU = Shares(products=0.6, attention=0.25, traffic=0.7, reading=0.6, layer_seconds=120e-6)
-CPU = Shares(products=0.8, attention=0.6, traffic=0.11, reading=0.4, layer_seconds=500e-6)
+CPU = Shares(products=1.0, attention=0.8, traffic=0.18, reading=0.45, layer_seconds=2e-3)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -45,8 +45,8 @@ def _device_lines(device: Hardware) -> list[str]:
         ),
         _line(
             "",
-            f"between products, {shares.reading:.0%} for reading weights; a layer takes at least "
-            f"{1e6 * shares.layer_seconds:.0f} us",
+            f"between products, {shares.reading:.0%} for reading weights; "
+            f"{_time(shares.layer_seconds)} to start a layer",
         ),
     ]
 
@@ -111,7 +111,7 @@ def _sampling_lines(a: SamplingAccount) -> list[str]:
     slowest = max(
         ("reading", a.seconds_reading),
         ("arithmetic", a.seconds_arithmetic),
-        ("starting kernels", a.seconds_starting),
+        ("starting", a.seconds_starting),
         key=lambda item: item[1],
     )[0]
     lines = [
@@ -119,8 +119,9 @@ def _sampling_lines(a: SamplingAccount) -> list[str]:
         f"{a.tokens_per_forward:.3g} a call",
         _line("calls", f"{a.calls:,}; one reads {_bytes(a.bytes_read)} (weights "
                        f"{_bytes(a.weight_bytes_read)}) and takes {_flop(a.flops.total)}"),
-        _line("time", f"a call {_time(a.seconds_call)}, bound by {slowest}; reading "
-                      f"{_time(a.seconds_reading)}, arithmetic {_time(a.seconds_arithmetic)}"),
+        _line("time", f"a call {_time(a.seconds_call)}, mostly {slowest}; reading "
+                      f"{_time(a.seconds_reading)}, arithmetic {_time(a.seconds_arithmetic)}, "
+                      f"starting {_time(a.seconds_starting)}"),
         _line("speed", f"{a.tokens_per_second:,.3g} tokens a second; "
                        f"a text {_time(a.seconds_row)}"),
         _line("memory", f"weights {_bytes(a.weights)}, cache {_bytes(a.cache)}, logits "

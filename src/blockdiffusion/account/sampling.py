@@ -61,7 +61,8 @@ class SamplingAccount:
         flops: of an average call, over all rows. flops_per_token: of a new token.
         bytes_read: of an average call: weights, keys and values, and logits drawn from.
         weight_bytes_read: the weights among them.
-        seconds_call: the longest of reading, arithmetic and starting kernels.
+        seconds_call: of reading, arithmetic and starting kernels the longest on a GPU, where they
+            overlap; elsewhere their sum.
         seconds_reading, seconds_arithmetic, seconds_starting: those three.
         tokens_per_second: of all rows. seconds_row: for the whole texts.
         weights, cache, logits: bytes of memory. largest_batch: rows that fit; 0: not even one.
@@ -119,7 +120,7 @@ def sampling_account(
     reading = read / (device.bandwidth * shares.reading)
     arithmetic = flops.total / calls / (device.flops[dtype] * shares.products)
     starting = network.num_layers * shares.layer_seconds
-    seconds = max(reading, arithmetic, starting)
+    seconds = (max if device.cuda else _sum)(reading, arithmetic, starting)
     speed = rows * length / (calls * seconds)
 
     weights = weight_bytes(network, dtype)
@@ -150,6 +151,10 @@ def sampling_account(
         ),
         price_per_million=None if price_per_hour is None else price_per_hour / 3600 / speed * 1e6,
     )
+
+
+def _sum(*parts: float) -> float:
+    return sum(parts)
 
 
 def _check(network: Network, request: SamplingRequest, length: int) -> None:
