@@ -1,6 +1,7 @@
 """The account of `blockdiff plan` against what really happens: CPU time of one thread, and memory.
 
 python -m benchmarks.account [NAME ...] [--json FILE]
+python -m benchmarks.account --plot FILE   (operations per token over L, as SVG; measures nothing)
 
 Every network is planned for this machine's CPU, measured with one thread, then trained for a few
 updates and sampled from, in a process of its own. Time is that of the processor, not of the clock,
@@ -217,12 +218,62 @@ def child(name: str, what: str, environment: dict[str, str]) -> dict[str, Any]:
     return json.loads(ended.stdout.splitlines()[-1])
 
 
+def picture() -> str:
+    """Training operations per token of text over L, the paper's network, as one SVG."""
+    from benchmarks.long_document import STYLE
+    from blockdiffusion.costs import Network, Pass, training_flops
+    from blockdiffusion.evaluate.report import pictures
+
+    lengths = range(512, 16_384 + 1, 512)
+    kinds = {"S = 16, N = 2": (16, 2), "S = 16, N = 1": (16, 1), "S = L": (None, 1)}
+    curves = []
+    for size, copies in kinds.values():
+        points = []
+        for length in lengths:
+            network = Network(
+                vocab_size=50258, seq_len=length, block_size=size or length, width=768,
+                num_layers=12, num_heads=12, cond_dim=128, dropout=0.1,
+            )  # fmt: skip
+            p = Pass(rows=1, scored=copies * length / 2, num_noisy=copies, attention="flex")
+            points.append((length, training_flops(network, p).total / length / 1e9))
+        curves.append(points)
+    width, height, legend = 720, 340, 20 * len(kinds) + 12
+    top = max(value for points in curves for _, value in points)
+    frame = pictures.Frame(
+        width=width, height=height, x_range=(0, lengths[-1]), y_range=(0, 1.1 * top)
+    )
+    title = "GFLOP of training per token of text over the length of a row"
+    chart = pictures.curve_picture(
+        frame,
+        lines=[pictures.Line(points=c, css=f"line{n}") for n, c in enumerate(curves)],
+        x_label="L",
+        y_label="GFLOP per token",
+        title=title,
+    )
+    names = "".join(
+        f'<path class="line{n}" d="M52 {height + 20 * n + 8}h24"/>'
+        f'<text class="line{n}" x="84" y="{height + 20 * n + 12}">{name}</text>'
+        for n, name in enumerate(kinds)
+    )
+    body = chart[chart.index(">") + 1 :].removesuffix("</svg>")
+    size = f'width="{width}" height="{height + legend}" viewBox="0 0 {width} {height + legend}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{title}">'
+        f"<style>{STYLE}</style>"
+        f'<rect class="paper" width="{width}" height="{height + legend}"/>{body}{names}</svg>\n'
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=[], metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--json", type=Path, help="JSON lines of what was found")
     parser.add_argument("--child", choices=["time", "memory"], help=argparse.SUPPRESS)
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if args.plot is not None:
+        args.plot.write_text(picture())
+        return
     if args.child:
         print(json.dumps(compare(args.names[0], args.child == "memory")))
         return

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from blockdiffusion.attention import _flex_block_mask
+from blockdiffusion.corruption import make_estimator
 from blockdiffusion.costs import (
     ATTENTION_BACKWARD,
     Layout,
@@ -25,7 +26,6 @@ from blockdiffusion.costs import (
     training_flops,
     weight_bytes,
 )
-from blockdiffusion.corruption import make_estimator
 from blockdiffusion.data.loader import Batch
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.masks import Streams, dense_mask
@@ -126,7 +126,8 @@ def test_operations_of_a_forward_pass_are_those_that_are_counted(sizes, estimato
 
 @pytest.mark.parametrize("kind", ["block", "causal"])
 @pytest.mark.parametrize(
-    ("length", "size", "copies"), [(256, 4, 1), (384, 16, 2), (300, 5, 1), (256, 256, 1), (512, 64, 3)]
+    ("length", "size", "copies"),
+    [(256, 4, 1), (384, 16, 2), (300, 5, 1), (256, 256, 1), (512, 64, 3)],
 )
 def test_pairs_are_those_of_the_mask(length, size, copies, kind):
     streams = Streams(length, size, copies, size < length, kind)

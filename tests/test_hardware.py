@@ -65,7 +65,11 @@ def test_a_device_of_ones_own_is_what_is_said():
     [
         ("h1000", {}, "--device is 'h1000'; known are b200, "),
         ("x", {"tflops": 1.0}, "needs --tflops, --bandwidth and --memory, and --bandwidth, --mem"),
-        ("x", {"tflops": 1.0, "bandwidth": 0.0, "memory": 1.0}, "--bandwidth is 0; it must be a po"),
+        (
+            "x",
+            {"tflops": 1.0, "bandwidth": 0.0, "memory": 1.0},
+            "--bandwidth is 0; it must be a po",
+        ),
     ],
 )
 def test_mistakes_are_told(name, numbers, message):

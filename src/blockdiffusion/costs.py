@@ -427,8 +427,8 @@ def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) ->
     queries, keys, and the product that the values are a part of (3); after it what attention gave;
     the residual stream; the norm's output; the MLP before and after its nonlinearity (4 each); both
     branches before their gates, where these are learned. Attention over streams keeps its output
-    once more, in the order of the tokens; in chunks it keeps keys and values for clean queries only,
-    and copies for noisy ones.
+    once more, in the order of the tokens; in chunks it keeps keys and values as they are for clean
+    queries only, and copies for noisy ones.
     """
     width, short = network.width, BYTES[layout.dtype]
     read = p.rows * p.tokens(network)

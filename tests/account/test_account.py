@@ -167,7 +167,8 @@ def test_time_is_the_sum_of_its_parts_and_the_price_goes_with_it(recipe_of):
     assert account.seconds.products == pytest.approx(
         (account.flops.layers + account.flops.head) / (1e9 * shares.products)
     )
-    matrices = [s for n, s in Network.of(network_config(recipe, manifest_of(recipe, 64, 50))).shapes()
+    network = Network.of(network_config(recipe, manifest_of(recipe, 64, 50)))
+    matrices = [s for n, s in network.shapes()
                 if len(s) == 2 and "layers" in n and "modulation" not in n]  # fmt: skip
     assert sum(map(prod, matrices)) == 2 * 12 * 32**2
     assert account.seconds.update > muon_flops(matrices) / (1e9 * shares.products)
@@ -264,9 +265,15 @@ def test_every_objective_has_an_account(recipe_of):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--seq-len", "16"], "holds no prepared data to read L and V from; give --seq-len and --vo"),
+        (
+            ["--seq-len", "16"],
+            "holds no prepared data to read L and V from; give --seq-len and --vo",
+        ),
         (["--seq-len", "1", "--vocab-size", "9"], "--seq-len is 1; it must be at least 2"),
-        (["--devices", "3"], "--devices is 3; it must be at least 1 and divide train.batch_size, wh"),
+        (
+            ["--devices", "3"],
+            "--devices is 3; it must be at least 1 and divide train.batch_size, wh",
+        ),
         (["--devices", "0"], "--devices is 0; it must be at least 1"),
         (["--price-per-hour", "-1"], "--price-per-hour is -1; it must not be negative"),
         (["--device", "h10"], "--device is 'h10'; known are"),
@@ -277,7 +284,10 @@ def test_every_objective_has_an_account(recipe_of):
         (["--batch", "0"], "--batch is 0; it must be at least 1"),
         (["--sample-dtype", "int4"], "--sample-dtype is 'int4'; choose float32 or bf16"),
         (["model.block_size=5"], "model.block_size is 5, which does not divide the 64 tokens"),
-        (["model.block_size=64", "--max-new-tokens", "65"], "--max-new-tokens is 65, beyond the one"),
+        (
+            ["model.block_size=64", "--max-new-tokens", "65"],
+            "--max-new-tokens is 65, beyond the one",
+        ),
         (["model.widht=9"], "unknown key model.widht; the nearest known one is model.width"),
         (["--json", "."], ". is a directory; give the name of a file"),
     ],

@@ -43,7 +43,10 @@ def test_pipes_get_plain_lines():
     assert isinstance(display, PlainDisplay)
     show(display)
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("step 5/5  loss 4.") and "1,234 tokens/s  45.6 GFLOP/s (38%)  0:00:00 left" in lines[0]
+    assert (
+        lines[0].startswith("step 5/5  loss 4.")
+        and "1,234 tokens/s  45.6 GFLOP/s (38%)  0:00:00 left" in lines[0]
+    )
     assert (
         lines[1] == "step 5: validation bound 4.2500 nats per token ± 0.5000, perplexity <= 70.11"
     )

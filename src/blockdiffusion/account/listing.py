@@ -119,9 +119,9 @@ def _sampling_lines(a: SamplingAccount) -> list[str]:
         f"{a.tokens_per_forward:.3g} a call",
         _line("calls", f"{a.calls:,}; one reads {_bytes(a.bytes_read)} (weights "
                        f"{_bytes(a.weight_bytes_read)}) and takes {_flop(a.flops.total)}"),
-        _line("time", f"a call {_time(a.seconds_call)}, mostly {slowest}; reading "
-                      f"{_time(a.seconds_reading)}, arithmetic {_time(a.seconds_arithmetic)}, "
-                      f"starting {_time(a.seconds_starting)}"),
+        _line("time", f"a call {_time(a.seconds_call)}, mostly {slowest}"),
+        _line("", f"reading {_time(a.seconds_reading)}, arithmetic "
+                  f"{_time(a.seconds_arithmetic)}, starting {_time(a.seconds_starting)}"),
         _line("speed", f"{a.tokens_per_second:,.3g} tokens a second; "
                        f"a text {_time(a.seconds_row)}"),
         _line("memory", f"weights {_bytes(a.weights)}, cache {_bytes(a.cache)}, logits "
