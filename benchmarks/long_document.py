@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from blockdiffusion.evaluate import pictures
+from blockdiffusion.evaluate.report import pictures
 
 BINS = 32  # of the positions, for the times
 COLOURS = ("#34679c", "#bf5b33", "#3f8f63", "#8a5fa8", "#a08a2d", "#5b6b78")

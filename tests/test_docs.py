@@ -42,6 +42,7 @@ from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
 from blockdiffusion.evaluate.references.coders import CoderOptions, CoderRow, CoderTable
 from blockdiffusion.evaluate.variance.table import VarianceOptions
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
+from blockdiffusion.hardware import choose_hardware
 from blockdiffusion.models.bd3lm import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.reproduce.paper import TABLES, find_table
@@ -198,6 +199,11 @@ def test_a_command_line_is_understood(page, words):
         if recipe.name == "config.yaml":  # a run's own
             recipe = Path("recipes/demo.yaml")
         load_recipe(ROOT / recipe, values["overrides"] or [])
+    elif name == "plan":
+        load_recipe(ROOT / values["recipe"], values["overrides"] or [])
+        numbers = {key: values[key] for key in ("tflops", "bandwidth", "memory")}
+        if values["device"] != "cpu":  # which would be measured
+            choose_hardware(values["device"], **numbers)
     elif name == "eval":
         choose_estimator(values["estimator"], BlockDiffusionConfig())  # refuses an unknown one
     elif name == "references":

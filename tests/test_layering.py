@@ -9,9 +9,9 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
     ["errors", "seeding"],
-    ["ranks", "devices", "schedules", "masks", "objectives", "cache"],
+    ["ranks", "devices", "hardware", "schedules", "masks", "objectives", "cache"],
     ["corruption", "attention", "denoiser"],
-    ["diffusions"],
+    ["diffusions", "costs"],
     ["exact", "orders", "variance"],
     ["models"],
     ["sampling"],
@@ -21,7 +21,7 @@ LAYERS = [
     ["release"],
     ["terminal"],
     ["config"],
-    ["reproduce"],
+    ["account", "reproduce"],
     ["cli"],
 ]
 PURE = {"schedules", "masks", "corruption", "objectives"}

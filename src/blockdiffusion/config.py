@@ -28,7 +28,7 @@ from blockdiffusion.train.schedule_search import SearchOptions, check_objective
 if TYPE_CHECKING:
     from blockdiffusion.data.manifest import Manifest
     from blockdiffusion.models.card import Card
-    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
     from blockdiffusion.train.loop import Periodic
     from blockdiffusion.train.schedule_search import ScheduleSearch
 
@@ -397,22 +397,17 @@ def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
     return replace(recipe, model=replace(recipe.model, block_size=size))
 
 
-def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
-    """A network of the recipe's sizes for the data's L and vocabulary.
-
-    Its weights are random, a function of `train.seed`.
+def network_config(recipe: Recipe, manifest: Manifest) -> BlockDiffusionConfig:
+    """The configuration of a network of the recipe's sizes for the data's L and vocabulary.
 
     Raises:
         UserError: see `with_block_size`.
     """
-    import torch
-
-    from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
-    from blockdiffusion.seeding import derive_seed
+    from blockdiffusion.models.transformer import BlockDiffusionConfig
 
     sizes: dict[str, Any] = asdict(with_block_size(recipe, manifest).model)
     del sizes["init_from"]
-    config = BlockDiffusionConfig(
+    return BlockDiffusionConfig(
         **sizes,
         **recipe.objective.of_network,
         vocab_size=manifest.vocab_size,
@@ -422,6 +417,20 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
         bos_id=manifest.bos_id,
         eos_id=manifest.eos_id,
     )
+
+
+def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
+    """That network. Its weights are random, a function of `train.seed`.
+
+    Raises:
+        UserError: see `with_block_size`.
+    """
+    import torch
+
+    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.seeding import derive_seed
+
+    config = network_config(recipe, manifest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
         return BlockDiffusionModel(config)
@@ -599,7 +608,8 @@ def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
     init_from = recipe.model.init_from
     sections["model"]["init_from"] = None if init_from is None else public_name(init_from)
     # What is of this machine tells nobody anything.
-    for name in ("steps", "device", "threads", "micro_batch_size", "parallel"):
+    of_machine = ("device", "threads", "micro_batch_size", "activation_checkpointing", "parallel")
+    for name in ("steps", *of_machine):
         del sections["train"][name]
     names = [
         Path(source["name"]).name if "size" in source else source["name"].partition(":")[0]

@@ -67,7 +67,9 @@ def final_files(out: Path) -> dict[str, bytes]:
         files[card] = files[card].replace(out.name.encode(), b"NAME")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [n for n in lines if "note" not in n and n.keys() != {"step", "clip"}]  # of a resume
-    timed = {"seconds", "tokens_per_second", "search_seconds"}
+    timed = {
+        "seconds", "tokens_per_second", "tflops_per_second", "peak_share", "search_seconds",
+    }  # fmt: skip
     kept = [[(k, v) for k, v in n.items() if k not in timed] for n in lines]
     return files | {"metrics": json.dumps(kept).encode()}
 

@@ -6,7 +6,13 @@ import re
 import pytest
 from rich.console import Console
 
-from blockdiffusion.train.display import LiveDisplay, LossCurve, PlainDisplay, make_display
+from blockdiffusion.train.display import (
+    LiveDisplay,
+    LossCurve,
+    PlainDisplay,
+    _rate,
+    make_display,
+)
 
 
 def show(display, steps=5):
@@ -17,6 +23,8 @@ def show(display, steps=5):
             "lr": 1e-3,
             "grad_norm": 1.0,
             "tokens_per_second": 1234.0,
+            "tflops_per_second": 0.0456,
+            "peak_share": 0.38,
         }
         display.log(step, values)
     display.log(
@@ -35,7 +43,10 @@ def test_pipes_get_plain_lines():
     assert isinstance(display, PlainDisplay)
     show(display)
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("step 5/5  loss 4.") and "1,234 tokens/s  0:00:00 left" in lines[0]
+    assert (
+        lines[0].startswith("step 5/5  loss 4.")
+        and "1,234 tokens/s  45.6 GFLOP/s (38%)  0:00:00 left" in lines[0]
+    )
     assert (
         lines[1] == "step 5: validation bound 4.2500 nats per token ± 0.5000, perplexity <= 70.11"
     )
@@ -72,7 +83,19 @@ def test_terminals_get_a_live_line():
     shown = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())  # without colours
     for text in ("step 5/5", "loss 4.", "1,234 tok/s", "validation bound 4.2500", "[bold]two"):
         assert text in shown
-    assert "bound 4.250 clip 0.45-0.95 1,234 tok/s" in shown
+    assert "bound 4.250 clip 0.45-0.95 1,234 tok/s 45.6 GFLOP/s (38%) lr 1.0e-03" in shown
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"tflops_per_second": 0.0005}, ["0.5 GFLOP/s"]),
+        ({"tflops_per_second": 312.4, "peak_share": 0.316}, ["312 TFLOP/s (32%)"]),
+        ({}, []),
+    ],
+)
+def test_a_rate_is_told_with_its_share_where_that_is_known(values, expected):
+    assert _rate(values) == expected
 
 
 def test_a_clip_that_was_found_earlier_is_shown_from_the_start():

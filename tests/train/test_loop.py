@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from blockdiffusion import diffusions
 from blockdiffusion.config import build_model, load_recipe, to_dict
 from blockdiffusion.corruption import Bernoulli
+from blockdiffusion.costs import Network, Pass, training_flops
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.denoiser import masked_loss, masked_nll
 from blockdiffusion.errors import UserError
@@ -108,6 +109,11 @@ def test_the_first_step_is_adamw_on_the_papers_loss(run, recipe_file, prepared):
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert line["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert line["lr"] == 1e-2 / 4
+    update = Pass(rows=6, scored=int((drawn.weight_BNL > 0).sum()))
+    seconds = batch.ids_BL.numel() / line["tokens_per_second"]
+    rate = training_flops(Network.of(model.config), update).total / seconds / 1e12
+    assert line["tflops_per_second"] == pytest.approx(rate, rel=2e-3)
+    assert 0 < line["peak_share"] < 1
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
 
@@ -253,6 +259,33 @@ def test_dropout_is_a_function_of_seed_step_and_micro_batch(run):
     other, _ = run("out=c", "model.dropout=0")
     assert_equal(weights(first), weights(second))
     assert not torch.equal(first.output.weight, other.output.weight)
+
+
+@pytest.mark.parametrize("name", list(NAMES))
+def test_activation_checkpointing_changes_no_number(run, name):
+    plain, out = run("train.steps=3", *NAMES[name])
+    again, other = run(
+        "train.steps=3", "train.activation_checkpointing=true", "out=other", *NAMES[name]
+    )
+    assert again.activation_checkpointing and not plain.activation_checkpointing
+    for key, rel in (("loss", 1e-6), ("grad_norm", 1e-6)):
+        lines = [read_metrics(path / "metrics.jsonl") for path in (out, other)]
+        one, two = ([line[key] for line in found] for found in lines)
+        assert one == pytest.approx(two, rel=rel)
+    for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_muon_learns_and_resumes_bit_for_bit(run):
+    options = ["optim.name=muon", "optim.lr=3e-3", "train.steps=20", "checkpoint.every=7"]
+    whole, out = run(*options)
+    losses = [line["loss"] for line in read_metrics(out / "metrics.jsonl")]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    run(*options, "out=other", "train.steps=14")
+    resumed, other = run(*options, "out=other", resume=True)
+    assert_equal(weights(whole), weights(resumed))
+    name = "step-00000020/optimizer.safetensors"
+    assert (out / "checkpoints" / name).read_bytes() == (other / "checkpoints" / name).read_bytes()
 
 
 def test_bf16_autocast_keeps_float32_state_and_trains(run):

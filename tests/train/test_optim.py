@@ -13,6 +13,7 @@ from blockdiffusion.train.optim import (
     clip_gradients,
     learning_rate,
     make_optimizer,
+    set_learning_rate,
 )
 
 
@@ -52,6 +53,8 @@ def test_a_warm_up_longer_than_the_run_only_warms_up():
         ({"warmup_steps": -1}, "optim.warmup_steps"),
         ({"clip_norm": 0.0}, "optim.clip_norm"),
         ({"ema_decay": 1.0}, "optim.ema_decay"),
+        ({"name": "muon", "momentum": 1.0}, "optim.momentum is 1.0; it must be in"),
+        ({"momentum": 0.9}, "optim.momentum is 0.9, but optim.name is adamw"),
     ],
 )
 def test_impossible_options_name_their_key(options, message):
@@ -66,6 +69,66 @@ def test_only_matrices_are_decayed():
         id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
     }
     assert decay == {id(model.weight): 0.1, id(model.bias): 0.0}
+
+
+class Hidden(nn.Module):
+    """A layer's matrix, its norm and modulation, and an output."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.Module()
+        layer.mlp_in, layer.norm = nn.Linear(4, 6), nn.LayerNorm(4, bias=False)
+        layer.modulation = nn.Linear(2, 4)
+        self.layers, self.output = nn.ModuleList([layer]), nn.Linear(6, 5)
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest_by_hand():
+    """One update of each: Muon's is orthogonal, and scaled to the size of AdamW's, 0.2 a number."""
+    torch.manual_seed(0)
+    model, twin = Hidden(), Hidden()
+    twin.load_state_dict(model.state_dict())
+    draw = torch.Generator().manual_seed(1)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        ours.grad = torch.randn(ours.shape, generator=draw)
+        theirs.grad = ours.grad.clone()
+    optimizer = make_optimizer(model, OptimOptions(name="muon", lr=0.01, weight_decay=0.5))
+    optimizer.step()
+    hidden = twin.layers[0].mlp_in.weight
+    rest = [p for p in twin.parameters() if p is not hidden]
+    decayed = [{"params": [p for p in rest if p.ndim == n], "weight_decay": d}
+               for n, d in ((2, 0.5), (1, 0.0))]  # fmt: skip
+    torch.optim.AdamW(decayed, lr=0.01).step()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if name != "layers.0.mlp_in.weight":
+            torch.testing.assert_close(ours, theirs)
+    step = (hidden * (1 - 0.01 * 0.5) - model.layers[0].mlp_in.weight) / 0.01
+    values = torch.linalg.svdvals(step) / (0.2 * math.sqrt(6))
+    assert ((values > 0.6) & (values < 1.3)).all()  # "orthogonal" as Muon's five rounds have it
+    assert 0.1 < step.square().mean().sqrt() < 0.3
+
+
+def test_a_learning_rate_is_that_of_both():
+    optimizer = make_optimizer(Hidden(), OptimOptions(name="muon", lr=0.01))
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5] * 3
+
+
+def test_loaded_state_reaches_both():
+    torch.manual_seed(0)
+    model = Hidden()
+    optimizer = make_optimizer(model, OptimOptions(name="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    keys = {name: set(optimizer.state[p]) for name, p in model.named_parameters()}
+    assert keys.pop("layers.0.mlp_in.weight") == {"momentum_buffer"}
+    assert all(found == {"step", "exp_avg", "exp_avg_sq"} for found in keys.values())
+    other = make_optimizer(model, OptimOptions(name="muon"))
+    other.load_state_dict(optimizer.state_dict())
+    before = [p.detach().clone() for p in model.parameters()]
+    other.step()
+    assert {int(s["step"]) for s in other.state.values() if "step" in s} == {2}
+    assert not any(map(torch.equal, before, model.parameters()))
 
 
 def test_clipping_returns_the_norm_and_scales_to_the_limit():

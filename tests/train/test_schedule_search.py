@@ -281,11 +281,7 @@ def files(out):
     last = checkpoint.latest(out)
     tensors = [p for folder in (last, out / "model") for p in folder.glob("*.safetensors")]
     lines = [
-        {
-            k: v
-            for k, v in line.items()
-            if k not in ("seconds", "tokens_per_second", "search_seconds")
-        }
+        {k: v for k, v in line.items() if not k.endswith(("seconds", "per_second", "_share"))}
         for line in read_metrics(out / "metrics.jsonl")
         if "loss" in line or "clip_grid" in line
     ]

@@ -16,7 +16,7 @@ from blockdiffusion.cli.data import datasets, prepare
 from blockdiffusion.cli.generating import generate_compare, generate_eval, lengths, sample
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.releasing import convert, push
-from blockdiffusion.cli.training import report, reproduce, train
+from blockdiffusion.cli.training import plan, report, reproduce, train
 from blockdiffusion.errors import Elsewhere, UserError
 from blockdiffusion.ranks import joined, several_processes
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 COMMANDS = {
     "prepare": prepare,
     "datasets": datasets,
+    "plan": plan,
     "train": train,
     "report": report,
     "eval": evaluate,

@@ -1,4 +1,4 @@
-"""Commands that train, look at a run, and rebuild the paper's tables."""
+"""Commands that plan, train, look at a run, and rebuild the paper's tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,73 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from blockdiffusion.cli.shared import check_places, write_json
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or a run's config.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, as often as you like.")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu (this machine, measured), h100, a100-80gb, rtx-4090, ...")
+    ] = "cpu",
+    devices: Annotated[int, typer.Option(help="How many share the rows of an update.")] = 1,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Of one device, in any currency.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="Another device: its peak in the recipe's precision.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="Another device: of its memory, GB/s.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="Another device: GB.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="L, where the data are not prepared yet.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="V with the mask, where the data are not prepared yet.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sampling: rows at a time.")] = 1,
+    tokens_per_step: Annotated[
+        int, typer.Option(help="Sampling: tokens that a call decides; 1 is first hitting.")
+    ] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Sampling: by default L.")] = None,
+    window: Annotated[int | None, typer.Option(help="Sampling: tokens that a token sees.")] = None,
+    sample_dtype: Annotated[str, typer.Option(help="Sampling: float32 or bf16.")] = "float32",
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write the account here, too.")
+    ] = None,
+) -> None:
+    """Tell what a recipe costs: memory, operations, time and price, of training and sampling."""
+    from blockdiffusion.account import make_account
+    from blockdiffusion.account.listing import account_lines
+    from blockdiffusion.account.sampling import SamplingRequest
+    from blockdiffusion.config import load_recipe
+    from blockdiffusion.hardware import choose_hardware
+
+    check_places(json)
+    account = make_account(
+        load_recipe(recipe, overrides or []),
+        choose_hardware(device, tflops=tflops, bandwidth=bandwidth, memory=memory),
+        name=str(recipe),
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        devices=devices,
+        price_per_hour=price_per_hour,
+        sampling=SamplingRequest(
+            batch=batch,
+            tokens_per_step=tokens_per_step,
+            max_new_tokens=max_new_tokens,
+            window=window,
+            dtype=sample_dtype,  # type: ignore[arg-type]  # it is checked there
+        ),
+    )
+    typer.echo("\n".join(account_lines(account)))
+    if json is not None:
+        write_json(json, account.to_dict())
 
 
 def train(

@@ -195,10 +195,15 @@ class MostCertain:
             )
         if self.tokens_per_step is not None:
             check_tokens_per_step(self.tokens_per_step)
-        elif self.name == "entropy" and not self.threshold >= 0:
+        elif self.name == "entropy" and not self._threshold >= 0:
             raise UserError(f"threshold is {self.threshold}; entropies are at least 0 nats")
-        elif self.name != "entropy" and not 0 <= self.threshold <= 1:
+        elif self.name != "entropy" and not 0 <= self._threshold <= 1:
             raise UserError(f"threshold is {self.threshold}; for {self.name} it lies in [0, 1]")
+
+    @property
+    def _threshold(self) -> float:
+        assert self.threshold is not None
+        return self.threshold
 
     def begin(self, open_RS: torch.Tensor, setting: Setting) -> Course:
         """See `Process`."""
@@ -221,9 +226,9 @@ class MostCertain:
         if self.tokens_per_step is not None:
             kept_RS = (rank_S < self.tokens_per_step).expand_as(ordered_RS)
         elif self.name == "entropy":
-            kept_RS = ordered_RS.cumsum(1) - ordered_RS <= self.threshold
+            kept_RS = ordered_RS.cumsum(1) - ordered_RS <= self._threshold
         else:
-            kept_RS = ordered_RS <= 1 - self.threshold
+            kept_RS = ordered_RS <= 1 - self._threshold
         return (kept_RS | (rank_S == 0)) & ordered_RS.isfinite()
 
 

@@ -34,7 +34,7 @@ from blockdiffusion.data.files import FULL_DISK, locked
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.card import Card, write_card
 from blockdiffusion.ranks import ALONE, Team, is_sharded
-from blockdiffusion.train.optim import MovingAverage
+from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
 
 FORMAT = "blockdiffusion-checkpoint-1"
@@ -275,10 +275,11 @@ def load(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = SavedTensors(checkpoint / WEIGHTS, _shapes(parameters))
     averages = SavedTensors(checkpoint / AVERAGE, _shapes(average.average))
+    kept = {name: optimizer_state_keys(optimizer, p) for name, p in parameters.items()}
     shapes = {
         f"{name}.{key}": () if key == "step" else tuple(p.shape)
         for name, p in parameters.items()
-        for key in ("step", "exp_avg", "exp_avg_sq")
+        for key in kept[name]
     }
     # A parameter that never had a gradient has no moments.
     moments = SavedTensors(checkpoint / OPTIMIZER, shapes, may_lack=True)
@@ -288,7 +289,7 @@ def load(
             averages.read_into(average.average[name], name)
             optimizer.state[parameter] = {
                 key: moments.read_into(_like_moment(parameter, key), f"{name}.{key}")
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                for key in kept[name]
                 if f"{name}.{key}" in moments
             }
     return state

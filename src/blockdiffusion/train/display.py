@@ -113,7 +113,13 @@ class LiveDisplay:
                 loss=f"{self._curve.value:.3f}",
                 spark=self._curve.spark(),
                 bound=self._bound,
-                speed=f"{values['tokens_per_second']:,.0f} tok/s lr {values['lr']:.1e}",
+                speed=" ".join(
+                    [
+                        f"{values['tokens_per_second']:,.0f} tok/s",
+                        *_rate(values),
+                        f"lr {values['lr']:.1e}",
+                    ]
+                ),
             )
         if "valid_bound" in values:
             kind = "valid" if "valid_perplexity" in values else "bound"
@@ -148,11 +154,13 @@ class PlainDisplay:
             if now - self._printed >= self._every_seconds or step == self._steps:
                 self._printed = now
                 left = (self._steps - step) * (now - self._began) / self._logged
-                self._line(
-                    f"step {step}/{self._steps}  loss {self._curve.value:.4f}  "
-                    f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s  "
-                    f"{_clock(left)} left"
-                )
+                parts = [
+                    f"step {step}/{self._steps}  loss {self._curve.value:.4f}",
+                    f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s",
+                    *_rate(values),
+                    f"{_clock(left)} left",
+                ]
+                self._line("  ".join(parts))
         for line in _sentences(step, values):
             self._line(line.plain)
 
@@ -187,6 +195,15 @@ def _sentences(step: int, values: Mapping[str, Any]) -> Sequence[Text]:
     if "note" in values:
         lines.append(Text(values["note"], style="yellow"))
     return lines
+
+
+def _rate(values: Mapping[str, Any]) -> list[str]:
+    """FLOP/s, and the share of the device's peak where that is known."""
+    if "tflops_per_second" not in values:
+        return []
+    tflops, share = values["tflops_per_second"], values.get("peak_share")
+    rate = f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.3g} GFLOP/s"
+    return [rate if share is None else f"{rate} ({share:.0%})"]
 
 
 def _clip(ends: Sequence[float]) -> str:

@@ -59,6 +59,7 @@ from blockdiffusion.train.optim import (
     make_optimizer,
     set_learning_rate,
 )
+from blockdiffusion.train.speed import Speed
 from blockdiffusion.train.spread import Parallel, Spread, spread_over
 
 if TYPE_CHECKING:
@@ -212,6 +213,8 @@ class TrainOptions:
     """Rows of the global batch, one update."""
     micro_batch_size: int | None = None
     """Rows of one forward and backward pass; null: the whole batch. It saves memory only."""
+    activation_checkpointing: bool = False
+    """Keep only what enters the layers, and compute them again in the backward pass."""
     seed: int = 0
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16 is autocast, in training: weights, average, optimizer and evaluation are float32."""
@@ -317,13 +320,14 @@ def train(
             saved.
     """
     _check_fit(model, rows, objective)
-    _check_shares(options, team)
+    _check_shares(options, optim, team)
     config = dict(config or {})
     device = team.claim(select_device(options.device, "train.device"))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model.to(device)  # type: ignore  # transformers wraps it without types
     spread = spread_over(model, team, options.parallel)
+    model.activation_checkpointing = options.activation_checkpointing
     optimizer = make_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay)
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
@@ -357,6 +361,7 @@ def train(
                 card = None if describe is None else describe(state)
                 checkpoints.export_model(out, averaged, tokenizer, card)
 
+    speed = Speed(model, options, device, rows.manifest.row_bos, team.size)
     began = time.perf_counter() - state.seconds
     running = _running(out, loggers, config, state.step + 1, team)
 
@@ -418,6 +423,7 @@ def train(
                 "lr": lr,
                 "grad_norm": grad_norm,
                 "tokens_per_second": round(_num_tokens(batch) / (now - step_began), 1),
+                **speed.reached(batch_loss, now - step_began),
                 "seconds": round(now - began, 3),
             }
             report(step, values)
@@ -538,7 +544,12 @@ def _check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: Objective
             )
 
 
-def _check_shares(options: TrainOptions, team: Team) -> None:
+def _check_shares(options: TrainOptions, optim: OptimOptions, team: Team) -> None:
+    if team.size > 1 and options.parallel == "fsdp" and optim.name == "muon":
+        raise UserError(
+            "optim.name is muon, which needs whole matrices, but train.parallel is fsdp, which "
+            "cuts them; take ddp or adamw"
+        )
     if options.batch_size % team.size:
         raise UserError(
             f"train.batch_size is {options.batch_size}, which {team.size} processes cannot share "

@@ -29,6 +29,16 @@ class BatchLoss(Protocol):
         """The rows."""
         ...
 
+    @property
+    def num_noisy(self) -> int:
+        """N, noisy copies of a row; 1 where there is no noise."""
+        ...
+
+    @property
+    def num_scored(self) -> int:
+        """Positions that have logits, over all rows and copies."""
+        ...
+
     def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
         """The loss of some of the rows, a sum in nats: a scalar on the model's device.
 
@@ -44,6 +54,18 @@ class DiffusionLoss:
     batch: Batch
     corrupted: Corrupted
 
+    @property
+    def num_noisy(self) -> int:
+        """See `BatchLoss`."""
+        return self.corrupted.noisy_BNL.shape[1]
+
+    @property
+    def num_scored(self) -> int:
+        """See `BatchLoss`."""
+        drawn = self.corrupted
+        changed_BNL = drawn.noisy_BNL != self.batch.ids_BL[:, None]
+        return int((changed_BNL | (drawn.weight_BNL > 0)).sum())
+
     def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
         """See `BatchLoss`."""
         drawn = self.corrupted.rows(rows.start, rows.stop).to(model.device)
@@ -58,6 +80,13 @@ class NextTokenLoss:
 
     batch: Batch
     free_BL: torch.Tensor
+
+    num_noisy = 1
+
+    @property
+    def num_scored(self) -> int:
+        """See `BatchLoss`."""
+        return int(self.free_BL.sum())
 
     def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
         """See `BatchLoss`."""

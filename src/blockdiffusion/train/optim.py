@@ -1,12 +1,12 @@
-"""AdamW, learning-rate schedules, gradient clipping and the moving average of the weights."""
+"""AdamW and Muon, learning-rate schedules, gradient clipping, the moving average of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,14 +14,21 @@ from torch import nn
 from blockdiffusion.errors import UserError
 from blockdiffusion.ranks import whole
 
+MOMENTUM = 0.95
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimOptions:
-    """AdamW and what surrounds it; the defaults are the paper's recipe."""
+    """The optimizer and what surrounds it; the defaults are the paper's recipe."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
     lr: float = 3e-4
+    """After the warm-up, of both: Muon's updates are scaled to the size of AdamW's."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    momentum: float = MOMENTUM
+    """Of Muon."""
     weight_decay: float = 0.0
     """Decoupled, on matrices only: never on biases and norm gains."""
     warmup_steps: int = 2500
@@ -39,6 +46,13 @@ class OptimOptions:
             raise UserError(f"optim.betas is {list(self.betas)}; both must be in [0, 1)")
         if not 0 < self.eps < math.inf:
             raise UserError(f"optim.eps is {self.eps}; it must be positive")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optim.momentum is {self.momentum}; it must be in [0, 1)")
+        if self.name != "muon" and self.momentum != MOMENTUM:
+            raise UserError(
+                f"optim.momentum is {self.momentum}, but optim.name is {self.name}, which has "
+                "optim.betas; leave it out, or take muon"
+            )
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"optim.weight_decay is {self.weight_decay}; it must not be negative")
         if self.warmup_steps < 0:
@@ -68,23 +82,80 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
             return options.lr * (1 - progress)
 
 
-def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, in two groups: matrices (decayed) and vectors (not).
+def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
+    """The optimizer of the trainable parameters: AdamW in two groups, matrices (decayed) and
+    vectors (not); with `muon` the hidden matrices are Muon's.
 
-    The fused kernel is used everywhere: on CPUs too it is several times faster than the others.
+    AdamW's fused kernel is used everywhere: on CPUs too it is several times faster than the others.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [
+        p
+        for name, p in trainable.items()
+        if options.name == "muon" and is_hidden_matrix(name, p.ndim)
     ]
-    return torch.optim.AdamW(
+    of_muon = set(map(id, hidden))
+    others = [p for p in trainable.values() if id(p) not in of_muon]
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=options.lr,
         betas=options.betas,
         eps=options.eps,
         fused=True,
     )
+    if not hidden:
+        return adamw
+    muon = torch.optim.Muon(
+        hidden,
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Together(muon, adamw)
+
+
+def is_hidden_matrix(name: str, ndim: int) -> bool:
+    """Whether Muon takes a parameter: the matrices of a layer's attention and MLP.
+
+    Not embedding and output, whose rows are tokens, and not the modulations: without time they are
+    one vector in the clothes of a matrix, with gradients of rank 1.
+    """
+    return ndim == 2 and name.startswith("layers.") and "modulation" not in name
+
+
+def optimizer_state_keys(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter
+) -> tuple[str, ...]:
+    """Names of the tensors that the optimizer keeps for a parameter."""
+    for group in optimizer.param_groups:
+        if "ns_steps" in group and any(parameter is p for p in group["params"]):
+            return ("momentum_buffer",)
+    return ("step", "exp_avg", "exp_avg_sq")
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers of different parameters as one: one list of groups, one state."""
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self._parts = [(part, len(part.param_groups)) for part in parts]
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update by each of them."""
+        assert closure is None
+        first = 0
+        for part, count in self._parts:
+            # The groups and the state are this object's, also after it has loaded others.
+            part.param_groups = self.param_groups[first : first + count]
+            part.state = self.state
+            part.step()
+            first += count
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

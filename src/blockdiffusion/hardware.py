@@ -1,0 +1,284 @@
+"""What devices can do: a table of public specifications, and this machine, measured.
+
+The figures of the table are those of the makers' data sheets: dense products (no sparsity) with
+float32 sums, without TF32, which PyTorch leaves off for float32 products. None of the assumed
+shares of a GPU has been measured with this package; those of a CPU were found on one, see
+docs/results/account.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blockdiffusion.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+CONTEXT_SHARE = 0.08  # of a GPU's memory: its context, and what allocation in pieces loses
+LINK = 25e9  # bytes/s between devices that no table knows: PCIe 4.0 x16, each way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How much of its peak a device is assumed to reach.
+
+    Attributes:
+        products: of its FLOP/s, in the products of training.
+        attention: the same, in attention.
+        traffic: of its bandwidth, between the products of training.
+        reading: of its bandwidth, when a network call in sampling reads the weights.
+        layer_seconds: to start the kernels of a layer in a network call. On a GPU that happens
+            while others run; on a CPU it comes besides.
+    """
+
+    products: float
+    attention: float
+    traffic: float
+    reading: float
+    layer_seconds: float
+
+
+GPU = Shares(products=0.6, attention=0.25, traffic=0.7, reading=0.6, layer_seconds=120e-6)
+CPU = Shares(products=1.0, attention=0.8, traffic=0.18, reading=0.45, layer_seconds=2e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One device.
+
+    Attributes:
+        name: as `--device` takes it.
+        flops: dtype ("float32", "bf16") -> peak of matrix products, FLOP/s.
+        bandwidth: of memory, bytes/s.
+        memory: bytes that a program can use.
+        link: bytes/s to another device, each way.
+        cuda: whether it is a GPU.
+        measured: whether the peaks were measured here, and not taken from a data sheet.
+    """
+
+    name: str
+    flops: Mapping[str, float]
+    bandwidth: float
+    memory: float
+    link: float = LINK
+    shares: Shares = GPU
+    cuda: bool = True
+    measured: bool = False
+
+
+def _gpu(
+    name: str, bf16: float, float32: float, bandwidth: float, memory: float, link: float
+) -> Hardware:
+    """From TFLOP/s, GB/s and GB."""
+    return Hardware(
+        name=name,
+        flops={"bf16": bf16 * 1e12, "float32": float32 * 1e12},
+        bandwidth=bandwidth * 1e9,
+        memory=memory * 1e9 * (1 - CONTEXT_SHARE),
+        link=link * 1e9,
+    )
+
+
+# name, bf16 and float32 TFLOP/s, GB/s, GB, GB/s to the next device (NVLink or PCIe, each way)
+GPUS = (
+    _gpu("b200", 2250, 75, 8000, 180, 900),
+    _gpu("h200", 989, 67, 4800, 141, 450),
+    _gpu("h100", 989, 67, 3350, 80, 450),
+    _gpu("h100-pcie", 756, 51, 2000, 80, 64),
+    _gpu("a100-80gb", 312, 19.5, 2039, 80, 300),
+    _gpu("a100-40gb", 312, 19.5, 1555, 40, 300),
+    _gpu("l40s", 362, 91.6, 864, 48, 32),
+    _gpu("l4", 121, 30.3, 300, 24, 32),
+    _gpu("rtx-4090", 165, 82.6, 1008, 24, 32),
+    _gpu("rtx-3090", 71, 35.6, 936, 24, 32),
+)
+NAMES = (*(gpu.name for gpu in GPUS), "cpu")
+
+
+def choose_hardware(
+    name: str,
+    *,
+    tflops: float | None = None,
+    bandwidth: float | None = None,
+    memory: float | None = None,
+) -> Hardware:
+    """The device called `name`, or another one that the three numbers describe.
+
+    Raises:
+        UserError: see `find_hardware` and `other_hardware`; or some of the numbers are missing.
+    """
+    numbers = {"tflops": tflops, "bandwidth": bandwidth, "memory": memory}
+    given = {option: value for option, value in numbers.items() if value is not None}
+    if not given:
+        return find_hardware(name)
+    if len(given) < len(numbers):
+        missing = ", ".join(f"--{option}" for option in numbers if option not in given)
+        raise UserError(
+            f"a device of your own needs --tflops, --bandwidth and --memory, and {missing} is "
+            "missing; give all three, or a device by name"
+        )
+    known = name in NAMES
+    return other_hardware("own device" if known else name, **given)
+
+
+def find_hardware(name: str) -> Hardware:
+    """The device called `name`; "cpu" is this machine, which is measured for some seconds.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    wanted = name.lower().replace("_", "-").replace(" ", "-")
+    if wanted == "cpu":
+        return this_cpu()
+    for gpu in GPUS:
+        if gpu.name == wanted:
+            return gpu
+    raise UserError(
+        f"--device is {name!r}; known are {', '.join(NAMES)}, and any other by its --tflops, "
+        "--bandwidth and --memory"
+    )
+
+
+def other_hardware(name: str, tflops: float, bandwidth: float, memory: float) -> Hardware:
+    """A GPU that the table does not know.
+
+    Args:
+        tflops: peak of dense products in the precision that is asked about, TFLOP/s.
+        bandwidth: GB/s. memory: GB.
+
+    Raises:
+        UserError: one of them is not positive.
+    """
+    for option, value in (("tflops", tflops), ("bandwidth", bandwidth), ("memory", memory)):
+        if not 0 < value < math.inf:
+            raise UserError(f"--{option} is {value:g}; it must be a positive number")
+    return _gpu(name, tflops, tflops, bandwidth, memory, LINK / 1e9)
+
+
+def hardware_of_gpu(gpu_name: str) -> Hardware | None:
+    """The device of the table that a driver calls `gpu_name`, such as "NVIDIA H100 80GB HBM3"."""
+    words = gpu_name.lower().replace("-", " ").split()
+    known = [gpu for gpu in GPUS if set(_words(gpu.name)) <= set(words)]
+    return max(known, key=lambda gpu: len(gpu.name), default=None)
+
+
+def _words(name: str) -> list[str]:
+    return name.replace("-", " ").split()
+
+
+# --- this machine, measured -----------------------------------------------------------------------
+
+
+def best_seconds(
+    function: Callable[[], object],
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Shortest time of `repeats` calls after one warm-up."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        function()
+        times.append(clock() - start)
+    return min(times)
+
+
+def matrix_flops(
+    dtype: torch.dtype, rows: int = 2048, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """FLOP/s of the matrix products that dominate a training step (rows x 768 x 3072)."""
+    import torch
+    import torch.nn.functional as F
+
+    draw = torch.Generator().manual_seed(0)  # not the global stream, which training uses
+    a = torch.randn(rows, 768, generator=draw).to(dtype)
+    w = torch.randn(3072, 768, generator=draw).to(dtype)
+    return 2 * rows * 768 * 3072 / best_seconds(lambda: F.linear(a, w), clock=clock)
+
+
+def read_bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
+    """Bytes per second when summing 512 MB that no cache holds."""
+    import torch
+
+    x = torch.ones(128 * 1024 * 1024)
+    return x.numel() * 4 / best_seconds(lambda: x.sum(), clock=clock)
+
+
+def this_cpu(clock: Callable[[], float] = time.perf_counter) -> Hardware:
+    """This machine's processor with as many threads as PyTorch uses now; takes some seconds."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16}
+    return Hardware(
+        name="cpu",
+        flops={
+            name: matrix_flops(dtype, 2048 if name == "float32" else 256, clock)
+            for name, dtype in dtypes.items()
+        },
+        bandwidth=read_bandwidth(clock),
+        memory=machine_memory(),
+        shares=CPU,
+        cuda=False,
+        measured=True,
+    )
+
+
+@lru_cache(maxsize=8)
+def quick_peak(device: str, dtype: str, threads: int) -> float | None:
+    """Peak FLOP/s of where a run takes place, or None where it is not known at once.
+
+    On a GPU that of the table; on a CPU it is measured where that takes less than a second.
+
+    Args:
+        device: as PyTorch names it. dtype: "float32" or "bf16". threads: in use; for the memory of
+            this function only.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        found = hardware_of_gpu(torch.cuda.get_device_name(device))
+        return None if found is None else found.flops[dtype]
+    if kind != "cpu":
+        return None
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    guess = matrix_flops(torch_dtype, rows=16)  # of few rows: lower than the peak
+    seconds = 6 * 2 * 512 * 768 * 3072 / guess
+    return matrix_flops(torch_dtype, rows=512) if seconds < 1 else None
+
+
+def machine_memory() -> float:
+    """Bytes of memory of this machine, or of the container that it is."""
+    total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, float(limit)) if limit.isdigit() else total
+
+
+def describe() -> str:
+    """One line: processor, threads, versions."""
+    import torch
+
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    capability: Any = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{name} ({capability}), {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )

@@ -1,0 +1,54 @@
+"""How fast a run computes: FLOP/s of its updates, and their share of the device's peak."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from blockdiffusion.attention import resolve_backend
+from blockdiffusion.costs import Network, Pass, training_flops
+from blockdiffusion.hardware import quick_peak
+
+if TYPE_CHECKING:
+    from blockdiffusion.train.loop import TrainOptions
+    from blockdiffusion.train.loss import BatchLoss
+
+
+class Speed:
+    """Knows what an update takes, and what the devices of all processes could do.
+
+    The peak is that of the table for a known GPU; on a CPU it is measured now, where that takes
+    less than a second. Elsewhere there is no share.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        options: TrainOptions,
+        device: torch.device,
+        row_bos: bool,
+        processes: int = 1,
+    ):
+        self.network, self.options, self.row_bos = Network.of(model.config), options, row_bos
+        self.attention: Any = "causal"
+        if not self.network.autoregressive:
+            self.attention = resolve_backend(model.attention_backend, device)
+        peak = quick_peak(str(device), options.dtype, torch.get_num_threads())
+        self.peak = None if peak is None else peak * processes
+
+    def reached(self, update: BatchLoss, seconds: float) -> dict[str, float]:
+        """What metrics.jsonl says of an update that took `seconds`."""
+        whole = Pass(
+            rows=len(update.batch.ids_BL),
+            scored=update.num_scored,
+            num_noisy=update.num_noisy,
+            given_bos=self.row_bos,
+            attention=self.attention,
+        )
+        checkpointing = self.options.activation_checkpointing
+        flops = training_flops(self.network, whole, checkpointing=checkpointing).total / seconds
+        values = {"tflops_per_second": float(f"{flops / 1e12:.4g}")}
+        if self.peak is not None:
+            values["peak_share"] = float(f"{flops / self.peak:.3g}")
+        return values
