@@ -243,8 +243,8 @@ def test_the_clip_and_the_bound_are_those_of_one_process(recipe_file, tmp_path):
         runs.append(read_metrics(out / "metrics.jsonl"))
         assert blockdiffusion.load(out).tokenizer is not None
     for other in runs[1:]:
-        assert [line.keys() for line in other] == [line.keys() for line in runs[0]]
         for one, two in zip(runs[0], other, strict=True):
+            assert one.keys() - UNLIKE == two.keys() - UNLIKE
             for name in one.keys() - UNLIKE:
                 torch.testing.assert_close(
                     torch.tensor(two[name]), torch.tensor(one[name]), rtol=1e-3, atol=1e-6
