@@ -263,6 +263,17 @@ def test_requests_are_checked_when_they_are_submitted(make_model, options, messa
     assert engine.num_waiting == 0 and list(engine.run()) == []
 
 
+def test_a_model_of_one_block_writes_one_block(make_model):
+    model = make_model(block_size=16)
+    engine = Engine(model, max_tokens=64)
+    options = dict(max_new_tokens=13, seed=4)
+    engine.submit([1, 2, 3], **options)
+    (event,) = (event for event in engine.run() if isinstance(event, Finished))
+    assert event.ids == alone(model, [1, 2, 3], options)
+    with pytest.raises(UserError, match="17 tokens in all goes beyond the one block"):
+        engine.submit([1, 2, 3], max_new_tokens=14)
+
+
 def test_a_network_without_blocks_is_refused(make_ar):
     with pytest.raises(UserError, match="predicts the next token; use generate"):
         Engine(make_ar())

@@ -24,6 +24,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.loop import SamplingOptions, check_request, check_window
 from blockdiffusion.sampling.processes import Course, Setting, as_process
 from blockdiffusion.sampling.requests import prepare_prompts, sampling_options
+from blockdiffusion.sampling.sliding import has_one_block
 
 PREFILL_TOKENS = 512  # clean tokens that a request brings into one pass, at most
 
@@ -223,6 +224,11 @@ class Engine:
                 f"a request of {len(prompts[0])} given and {max_new_tokens} new tokens does not "
                 f"fit into max_tokens = {self.max_tokens}; ask for less, or give the engine more, "
                 "or a window"
+            )
+        if has_one_block(self.model) and total > self.model.config.seq_len:
+            raise UserError(
+                f"a request of {total} tokens in all goes beyond the one block of this model, "
+                f"which has {self.model.config.seq_len}; generate slides its block over such texts"
             )
         generator = torch.Generator()
         if seed is None:
