@@ -66,7 +66,10 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=1", r"unknown key optim\.learning_rate.*\(known here: name, lr, betas"),
+        (
+            "optim.learning_rate=1",
+            r"unknown key optim\.learning_rate.*\(known here: name, lr, betas",
+        ),
         ("optim.weight_decy=1", r"unknown key optim\.weight_decy; .* is optim\.weight_decay "),
         ("train.lr=1", r"unknown key train\.lr; the nearest known one is optim\.lr "),
         ("trian.steps=1", r"unknown key trian; the nearest known one is train"),
