@@ -377,8 +377,8 @@ class Activations:
     Attributes:
         saved: kept from the forward pass for the backward pass.
         copies: bf16 copies of the weights, kept as long.
-        loss: the most that the loss holds at the end of the forward pass, with the gradient of the
-            output layer, which is made there.
+        loss: the most that is held at the end of the forward pass: logits, the gradient of the
+            output layer, which is made there, and with checkpointing the other bf16 copies.
         working: the most that the backward pass of a layer holds besides.
     """
 
@@ -409,15 +409,14 @@ def activation_bytes(network: Network, p: Pass, layout: Layout) -> Activations:
         # The embedding of every token's time, and the last modulation.
         saved += short * read * (FREQUENCIES + 4 * network.cond_dim)
         saved += kept * network.width * (4 + short)
-    copies = 0
+    loss, copies = _loss_bytes(network, p, layout), 0.0
     if layout.dtype == "bf16":
         matrices = [s for name, s in network.shapes() if len(s) == 2 and "layers." in name]
         copies = 2 * sum(map(prod, matrices))
-        copies //= layers if layout.checkpointing else 1
+        if layout.checkpointing:  # in the backward pass those of one layer
+            loss, copies = loss + copies * (layers - 1) / layers, copies / layers
     working = again + read * network.width * (10 * short + 8)
-    return Activations(
-        saved=saved, copies=copies, loss=_loss_bytes(network, p, layout), working=working
-    )
+    return Activations(saved=saved, copies=copies, loss=loss, working=working)
 
 
 def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) -> float:
