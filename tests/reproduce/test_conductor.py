@@ -152,8 +152,16 @@ def test_a_failure_stops_the_others(tmp_path):
     assert fakes.made["a"].interrupted and said[-1].startswith("stopping a;")
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """Ctrl-C is heard, as in a terminal; what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_passed_on_once(tmp_path, number):
+def test_a_signal_is_passed_on_once(tmp_path, number, heeds_interrupts):
     plan = plan_of(tmp_path, measure(tmp_path, "a"))
     fakes = Fakes(plan, a={"looks": 10**9})
     timer = threading.Timer(0.3, os.kill, [os.getpid(), number])

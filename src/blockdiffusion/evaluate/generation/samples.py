@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,9 @@ def draw_samples(
             "this model's directory has no tokenizer, so its samples cannot be given to a judge; "
             "put its tokenizer.json there"
         )
-    kept = SampleFile(file, identity(model, options)) if file is not None else None
+    # What is kept, one process knows: others might read the file while it is written.
+    keeps = file is not None and team.is_first
+    kept = SampleFile(file, identity(model, options)) if keeps else None  # type: ignore[arg-type]
     accepted: list[Sample] = []
     drawn = 0
     batches = _batches(options.num_samples, options.batch_size)
@@ -188,21 +191,27 @@ def draw_samples(
                 "its minimum entropy, or leave it out"
             )
         due = list(islice(batches, min(team.size, -(-missing // options.batch_size))))
-        own: dict[int, tuple[list[Sample], bool]] = {}
+        known = team.from_first(partial(_known, kept, due))
+        own = {}
         for number, (first, rows) in enumerate(due):
-            found = None if kept is None else kept.batch(first, rows)
-            if found is None and team.has(number):
+            if known[number] is None and team.has(number):
                 expected = drawn + max(missing, rows)
                 advance = _advance(progress, drawn, expected, options.max_new_tokens, len(due))
-                own[number] = _draw_batch(model, options, first, rows, advance), True
-            elif found is not None:
-                own[number] = found, False
-        for (first, rows), (found, is_new) in zip(due, team.collect(own), strict=True):
-            if kept is not None and is_new and team.is_first:
-                kept.add(first, found)
+                own[number] = _draw_batch(model, options, first, rows, advance)
+        new = iter(team.collect(own))
+        for (first, rows), found in zip(due, known, strict=True):
+            if found is None:
+                found = next(new)
+                if kept is not None:
+                    kept.add(first, found)
             drawn += rows
             accepted += [s for s in found if guard is None or guard.accepts(s)]
     return Drawn(accepted[: options.num_samples], drawn, drawn - len(accepted))
+
+
+def _known(kept: SampleFile | None, due: Sequence[tuple[int, int]]) -> list[list[Sample] | None]:
+    """What is kept of the batches that are due."""
+    return [None if kept is None else kept.batch(first, rows) for first, rows in due]
 
 
 def _advance(
