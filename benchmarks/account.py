@@ -220,14 +220,13 @@ def child(name: str, what: str, environment: dict[str, str]) -> dict[str, Any]:
 
 def picture() -> str:
     """Training operations per token of text over L, the paper's network, as one SVG."""
-    from benchmarks.long_document import STYLE
+    from benchmarks.charts import named_curves
     from blockdiffusion.costs import Network, Pass, training_flops
-    from blockdiffusion.evaluate.report import pictures
 
     lengths = range(512, 16_384 + 1, 512)
     kinds = {"S = 16, N = 2": (16, 2), "S = 16, N = 1": (16, 1), "S = L": (None, 1)}
-    curves = []
-    for size, copies in kinds.values():
+    curves = {}
+    for name, (size, copies) in kinds.items():
         points = []
         for length in lengths:
             network = Network(
@@ -236,31 +235,13 @@ def picture() -> str:
             )  # fmt: skip
             p = Pass(rows=1, scored=copies * length / 2, num_noisy=copies, attention="flex")
             points.append((length, training_flops(network, p).total / length / 1e9))
-        curves.append(points)
-    width, height, legend = 720, 340, 20 * len(kinds) + 12
-    top = max(value for points in curves for _, value in points)
-    frame = pictures.Frame(
-        width=width, height=height, x_range=(0, lengths[-1]), y_range=(0, 1.1 * top)
-    )
-    title = "GFLOP of training per token of text over the length of a row"
-    chart = pictures.curve_picture(
-        frame,
-        lines=[pictures.Line(points=c, css=f"line{n}") for n, c in enumerate(curves)],
+        curves[name] = points
+    return named_curves(
+        curves,
+        end=lengths[-1],
+        title="GFLOP of training per token of text over the length of a row",
         x_label="L",
         y_label="GFLOP per token",
-        title=title,
-    )
-    names = "".join(
-        f'<path class="line{n}" d="M52 {height + 20 * n + 8}h24"/>'
-        f'<text class="line{n}" x="84" y="{height + 20 * n + 12}">{name}</text>'
-        for n, name in enumerate(kinds)
-    )
-    body = chart[chart.index(">") + 1 :].removesuffix("</svg>")
-    size = f'width="{width}" height="{height + legend}" viewBox="0 0 {width} {height + legend}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{title}">'
-        f"<style>{STYLE}</style>"
-        f'<rect class="paper" width="{width}" height="{height + legend}"/>{body}{names}</svg>\n'
     )
 
 

@@ -24,23 +24,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from blockdiffusion.evaluate.report import pictures
+from benchmarks.charts import COLOURS, named_curves
 
 BINS = 32  # of the positions, for the times
-COLOURS = ("#34679c", "#bf5b33", "#3f8f63", "#8a5fa8", "#a08a2d", "#5b6b78")
-STYLE = (
-    pictures.STANDALONE_STYLE
-    + (
-        "svg{--rule:#e5e2dc;--strong-rule:#b9b5ad}@media (prefers-color-scheme:dark){svg{"
-        "--rule:#2d3136;--strong-rule:#565b63}}.grid{stroke:var(--rule)}.axis{stroke:"
-        "var(--strong-rule)}.tick,.label{fill:var(--muted);font-size:11px}.end{text-anchor:end}"
-        ".paper{stroke:none}"
-    )
-    + "".join(
-        f".line{n}{{stroke:{colour};stroke-width:1.8}}text.line{n}{{fill:{colour};stroke:none}}"
-        for n, colour in enumerate(COLOURS)
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -215,33 +201,12 @@ def picture(found: Sequence[Written]) -> str:
     """Time per token over the position of the longest document of every kind, as one SVG."""
     longest = {document.name: document for document in sorted(found, key=lambda d: d.tokens)}
     shown = list(longest.values())[: len(COLOURS)]
-    width, height, legend = 720, 340, 20 * len(shown) + 12
-    top = max(value for document in shown for _, value in document.curve)
-    frame = pictures.Frame(
-        width=width,
-        height=height,
-        x_range=(0, max(document.tokens for document in shown)),
-        y_range=(0, 1.1 * top),
-    )
-    lines = [
-        pictures.Line(points=document.curve, css=f"line{number}")
-        for number, document in enumerate(shown)
-    ]
-    title = "Milliseconds per token over the position in the document"
-    chart = pictures.curve_picture(
-        frame, lines=lines, x_label="position", y_label="ms per token", title=title
-    )
-    names = "".join(
-        f'<path class="line{n}" d="M52 {height + 20 * n + 8}h24"/>'
-        f'<text class="line{n}" x="84" y="{height + 20 * n + 12}">{document.name}</text>'
-        for n, document in enumerate(shown)
-    )
-    body = chart[chart.index(">") + 1 :].removesuffix("</svg>")
-    size = f'width="{width}" height="{height + legend}" viewBox="0 0 {width} {height + legend}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{title}">'
-        f"<style>{STYLE}</style>"
-        f'<rect class="paper" width="{width}" height="{height + legend}"/>{body}{names}</svg>\n'
+    return named_curves(
+        {document.name: document.curve for document in shown},
+        end=max(document.tokens for document in shown),
+        title="Milliseconds per token over the position in the document",
+        x_label="position",
+        y_label="ms per token",
     )
 
 
