@@ -188,7 +188,7 @@ def test_times_belong_to_estimators_that_draw_them(write, override):
 
 def test_the_schedule_matters_to_the_weights_of_a_clip(write):
     clipped = ["objective.clip=[0.3,0.8]", "objective.schedule=cosine"]
-    assert load_recipe(write(MINIMAL), clipped).objective.kind == "complement"
+    assert load_recipe(write(MINIMAL), clipped).objective.used_estimator == "complement"
     assert load_recipe(write(MINIMAL), ["objective.name=d3pm"]).objective.schedule == "linear"
 
 

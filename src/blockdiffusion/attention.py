@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 import torch.nn.functional as F
 
-from blockdiffusion.cache import offsets_in_rows
+from blockdiffusion.cache import RaggedPlacement
 from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, dense_mask, stream_predicate
 
@@ -79,42 +79,41 @@ class RaggedGroup(NamedTuple):
 
     Attributes:
         rows: which rows.
-        tokens: T.
         index_M: which tokens of the pass (P) are theirs.
         place_M: row (of these rows) and column (of T) of each.
         mask_RTK: visible keys of every query.
     """
 
     rows: slice
-    tokens: int
     index_M: torch.Tensor
     place_M: tuple[torch.Tensor, torch.Tensor]
     mask_RTK: torch.Tensor
 
 
 def ragged_groups(
-    tokens_B: torch.Tensor, few: int, visible: Callable[[slice, int], torch.Tensor]
+    place: RaggedPlacement,
+    tokens_B: torch.Tensor,
+    few: int,
+    visible: Callable[[slice, int], torch.Tensor],
 ) -> list[RaggedGroup]:
-    """The groups of a pass with `tokens_B` tokens of each row.
+    """The groups of a pass with `tokens_B` tokens of each row, placed at `place`.
 
     Rows of at most `few` tokens go together (all rows take part, so that their keys need not be
     copied), longer ones alone. `visible(rows, tokens)` is a group's mask.
     """
-    rows_P = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
-    offset_P = offsets_in_rows(tokens_B)
     is_long_B = tokens_B > few
 
     def group(rows: slice, tokens: int, mine_P: torch.Tensor) -> RaggedGroup:
         index_M = mine_P.nonzero().flatten()
-        place_M = (rows_P[index_M] - rows.start, offset_P[index_M])
-        return RaggedGroup(rows, tokens, index_M, place_M, visible(rows, tokens))
+        place_M = (place.rows_P[index_M] - rows.start, place.offsets_P[index_M])
+        return RaggedGroup(rows, index_M, place_M, visible(rows, tokens))
 
     groups = []
     if not is_long_B.all():
         longest = int(tokens_B[~is_long_B].max())
-        groups.append(group(slice(0, len(tokens_B)), longest, ~is_long_B[rows_P]))
+        groups.append(group(slice(0, len(tokens_B)), longest, ~is_long_B[place.rows_P]))
     for row in is_long_B.nonzero().flatten().tolist():
-        groups.append(group(slice(row, row + 1), int(tokens_B[row]), rows_P == row))
+        groups.append(group(slice(row, row + 1), int(tokens_B[row]), place.rows_P == row))
     return groups
 
 
@@ -128,7 +127,7 @@ def attend_ragged(
     q_PHE = q_1HPE[0].transpose(0, 1)
     out_PHE = torch.empty_like(q_PHE)
     for group in groups:
-        queries_RTHE = q_PHE.new_zeros(len(group.mask_RTK), group.tokens, *q_PHE.shape[1:])
+        queries_RTHE = q_PHE.new_zeros(*group.mask_RTK.shape[:2], *q_PHE.shape[1:])
         queries_RTHE[group.place_M] = q_PHE[group.index_M]
         found_RHTE = F.scaled_dot_product_attention(
             queries_RTHE.transpose(1, 2),

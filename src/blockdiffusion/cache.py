@@ -23,9 +23,11 @@ class Placement(NamedTuple):
 
 
 class RaggedPlacement(NamedTuple):
-    """Row and slot of each of the P tokens of a pass whose rows have different numbers of them."""
+    """Row, number in the row and slot of each of the P tokens of a pass whose rows have different
+    numbers of them."""
 
     rows_P: torch.Tensor
+    offsets_P: torch.Tensor
     slots_P: torch.Tensor
     used: int
 
@@ -74,8 +76,10 @@ class BlockCache:
     def place_ragged(self, tokens_B: torch.Tensor) -> RaggedPlacement:
         """Where a pass over the next `tokens_B` positions of each row puts its keys."""
         rows_P = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
-        slots_P = (self.lengths_B[rows_P] + offsets_in_rows(tokens_B)) % self.capacity
-        return RaggedPlacement(rows_P, slots_P, self._used(tokens_B))
+        firsts_B = tokens_B.cumsum(0) - tokens_B
+        offsets_P = torch.arange(len(rows_P)) - firsts_B[rows_P]
+        slots_P = (self.lengths_B[rows_P] + offsets_P) % self.capacity
+        return RaggedPlacement(rows_P, offsets_P, slots_P, self._used(tokens_B))
 
     def _used(self, num_tokens_B: int | torch.Tensor) -> int:
         """Slots in use by any row once so many more are written."""
@@ -145,9 +149,3 @@ class BlockCache:
         self.keys = [x[rows.to(x.device)] for x in self.keys]
         self.values = [x[rows.to(x.device)] for x in self.values]
         self.lengths_B = self.lengths_B[rows]
-
-
-def offsets_in_rows(tokens_B: torch.Tensor) -> torch.Tensor:
-    """0, 1, ... within each row, for rows of `tokens_B` tokens one after another; (P,)."""
-    ends_B = tokens_B.cumsum(0)
-    return torch.arange(int(ends_B[-1])) - (ends_B - tokens_B).repeat_interleave(tokens_B)

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from scipy import stats
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
@@ -13,32 +12,15 @@ from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import FirstHitting, RandomOrder
 from blockdiffusion.sampling.processes import MostCertain, Planned, Setting
 from tests import noise_oracles as oracles
+from tests.sampling.laws import FALSE_ALARM, p_value, seeded
 
-FALSE_ALARM = 1e-4  # of each test here
 DRAWS = 6000
-
-
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture
 def small(make_model):
     """3 tokens and a mask, two blocks of 2 tokens, float64."""
     return make_model(vocab_size=4, mask_id=3, seq_len=4, block_size=2)
-
-
-def p_value(result, law):
-    """Chi-square of samples against a law, cells expecting under 5 pooled."""
-    rows = [tuple(row) for row in result.sequences.tolist()]
-    observed = torch.tensor([rows.count(text) for text in law], dtype=torch.float64)
-    assert observed.sum() == len(rows)
-    wanted = torch.tensor(list(law.values()), dtype=torch.float64) * len(rows)
-    pooled = wanted < 5
-    observed = torch.cat([observed[~pooled], observed[pooled].sum()[None]])
-    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
-    some = wanted > 0
-    return stats.chisquare(observed[some].numpy(), wanted[some].numpy()).pvalue
 
 
 def draw(model, **options):

@@ -6,14 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
-from scipy import stats
 
 import blockdiffusion
 from blockdiffusion import Engine, UserError
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.sampling.engine import BlockDone, Finished, Revealed
+from tests.sampling.laws import FALSE_ALARM, law_of, p_value
 
-FALSE_ALARM = 1e-4
 TIMED = dict(time_conditioning=True)
 KINDS = {
     "masked": {},
@@ -120,22 +119,10 @@ def test_the_engine_keeps_the_law(tiny_law, tiny_law_expected):
         engine.submit(max_new_tokens=4, bos=False, seed=seed)
         if seed % 3 == 0:
             engine.submit(max_new_tokens=2, bos=False, seed=seed)
-    counts = Counter(
-        tuple(event.ids)
-        for event in engine.run()
-        if isinstance(event, Finished) and len(event.ids) == 4
-    )
-    assert counts.total() == draws
-    wanted = tiny_law_expected["probabilities"] * draws
-    observed = torch.tensor(
-        [counts[tuple(row)] for row in tiny_law_expected["sequences"].tolist()]
-    ).double()
-    pooled = wanted < 5
-    observed = torch.cat([observed[~pooled], observed[pooled].sum()[None]])
-    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
-    assert len(wanted) > 50
-    scaled = wanted / wanted.sum() * draws
-    assert stats.chisquare(observed.numpy(), scaled.numpy()).pvalue > FALSE_ALARM
+    finished = [event for event in engine.run() if isinstance(event, Finished)]
+    texts = [tuple(event.ids) for event in finished if len(event.ids) == 4]
+    assert len(texts) == draws
+    assert p_value(texts, law_of(tiny_law_expected)) > FALSE_ALARM
 
 
 def test_events_tell_all_that_is_written(make_model):

@@ -1,34 +1,23 @@
 import pytest
 import torch
-from scipy import stats
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
 from tests.oracles import network, subs_log_prob
+from tests.sampling import laws
+from tests.sampling.laws import FALSE_ALARM, seeded
 from tests.test_cache import pattern
 
 DRAWS = 20_000
-FALSE_ALARM = 1e-4
-
-
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
 
 
 def p_value(model, expected, **options):
-    """Chi-square of 20,000 samples against the exact law, cells expecting under 5 pooled."""
+    """Of samples of the known law."""
     result = blockdiffusion.generate(
         model, num_samples=DRAWS, max_new_tokens=4, bos=False, generator=seeded(), **options
     )
-    code = torch.tensor([64, 16, 4, 1])
-    counts = torch.bincount(result.sequences @ code, minlength=256)[expected["sequences"] @ code]
-    wanted = expected["probabilities"] * DRAWS
-    pooled = wanted < 5
-    observed = torch.cat([counts[~pooled], counts[pooled].sum()[None]]).double()
-    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
-    assert len(wanted) == 116
-    return stats.chisquare(observed.numpy(), wanted.numpy()).pvalue
+    return laws.p_value(result, laws.law_of(expected))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -65,13 +54,9 @@ def test_a_prompt_inside_a_block_conditions_the_law(tiny_law, tiny_law_expected)
     tail = tiny_law_expected["probabilities"][block]
     given = ids[block]
     pair = torch.zeros(4, dtype=torch.float64).index_add_(0, given[:, 1], tail)
-    wanted = second[given[:, 1]] * tail / pair[given[:, 1]] * draws
-    code = torch.tensor([64, 16, 4, 1])
-    counts = torch.bincount(result.sequences @ code, minlength=256)[given @ code].double()
-    pooled = wanted < 5
-    observed = torch.cat([counts[~pooled], counts[pooled].sum()[None]])
-    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
-    assert stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > FALSE_ALARM
+    wanted = second[given[:, 1]] * tail / pair[given[:, 1]]
+    law = laws.law_of({"sequences": given, "probabilities": wanted})
+    assert laws.p_value(result, law) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("window", [None, 16, 12, 10])
@@ -189,17 +174,7 @@ def test_leaving_a_block_early_keeps_the_law(tiny_law, tiny_law_expected):
         tiny_law_expected["sequences"], tiny_law_expected["probabilities"].tolist(), strict=True
     ):
         law[kept(ids)] = law.get(kept(ids), 0.0) + prob
-    counts = dict.fromkeys(law, 0)
-    for row, length in zip(result.sequences, result.lengths.tolist(), strict=True):
-        counts[tuple(row[:length].tolist())] += 1
-    wanted = torch.tensor([law[k] * DRAWS for k in law])
-    observed = torch.tensor([float(counts[k]) for k in law])
-    pooled = wanted < 5
-    observed = torch.cat([observed[~pooled], observed[pooled].sum()[None]])
-    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
-    keep = wanted > 0
-    scaled = wanted[keep] / wanted[keep].sum() * observed.sum()
-    assert stats.chisquare(observed[keep].numpy(), scaled.numpy()).pvalue > FALSE_ALARM
+    assert laws.p_value(result, law) > FALSE_ALARM
 
 
 def test_memory_stays_constant_with_a_window(make_model, monkeypatch):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from scipy import stats
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
@@ -11,9 +10,9 @@ from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent, processes
 from blockdiffusion.sampling.policies import FirstHitting
 from blockdiffusion.sampling.processes import Analytic, Planned, UniformReverse, make_process
 from tests import noise_oracles as oracles
+from tests.sampling.laws import FALSE_ALARM, p_value, seeded
 
 DRAWS = 6_000
-FALSE_ALARM = 1e-4  # of each test here
 KINDS = {
     "sedd": dict(objective="score_entropy"),
     "absorbing": dict(objective="d3pm", timesteps=3),
@@ -37,10 +36,6 @@ def make(make_model):
     return make
 
 
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
-
-
 def exact_law(model, kind, steps):
     """The law of the chain on a linear grid of `steps` times, from transition matrices."""
     probs = [(i + 1) / steps for i in range(steps)]
@@ -53,20 +48,6 @@ def exact_law(model, kind, steps):
     law = oracles.chain_law(model, chain, uniform=kind == "uniform")
     assert abs(sum(law.values()) - 1) < 1e-9 and len(law) == 81
     return law
-
-
-def p_value(result, law):
-    """Chi-square of samples against a law over their tokens, cells expecting under 5 pooled."""
-    counts = dict.fromkeys(law, 0)
-    for row in result.sequences.tolist():
-        counts[tuple(row)] += 1
-    wanted = torch.tensor(list(law.values()), dtype=torch.float64) * len(result.sequences)
-    observed = torch.tensor(list(counts.values()), dtype=torch.float64)
-    pooled = wanted < 5
-    observed = torch.cat([observed[~pooled], observed[pooled].sum()[None]])
-    wanted = torch.cat([wanted[~pooled], wanted[pooled].sum()[None]])
-    some = wanted > 0
-    return stats.chisquare(observed[some].numpy(), wanted[some].numpy()).pvalue
 
 
 def draw(model, seed=1, prompts=None, draws=DRAWS, new=4, **options):

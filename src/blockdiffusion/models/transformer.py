@@ -37,7 +37,7 @@ from blockdiffusion.attention import (
     ragged_groups,
     resolve_backend,
 )
-from blockdiffusion.cache import BlockCache, offsets_in_rows
+from blockdiffusion.cache import BlockCache
 from blockdiffusion.corruption import Transition
 from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.errors import UserError
@@ -628,9 +628,8 @@ class BlockDiffusionModel(PreTrainedModel):
         self._require(autoregressive=False)
         config = self.config
         place = cache.place_ragged(tokens_B)
-        offset_P = offsets_in_rows(tokens_B)
-        position_P = cache.lengths_B[place.rows_P] + offset_P
-        clean_P = offset_P < clean_B[place.rows_P]
+        position_P = cache.lengths_B[place.rows_P] + place.offsets_P
+        clean_P = place.offsets_P < clean_B[place.rows_P]
         x_1PD = self.embedding(ids_P)[None]
         cos, sin = rotary_tables(
             position_P.to(ids_P.device), config.width // config.num_heads, x_1PD.dtype
@@ -644,7 +643,7 @@ class BlockDiffusionModel(PreTrainedModel):
             position_RT = cache.lengths_B[rows, None] + column_T
             return self._visible(position_RT, column_T < clean_B[rows, None], key_BK[rows], window)
 
-        groups = ragged_groups(tokens_B, 2 * config.block_size, visible)
+        groups = ragged_groups(place, tokens_B, 2 * config.block_size, visible)
 
         def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             k_PHE, v_PHE = k[0].transpose(0, 1), v[0].transpose(0, 1)

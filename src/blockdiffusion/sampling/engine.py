@@ -236,11 +236,6 @@ class Engine:
         else:
             generator.manual_seed(seed)
         request = _Request(self._next_id, list(prompts[0]), sampling, generator)
-        # Fails now, not in the middle of others' work, where network and policy do not fit.
-        open_1S = torch.ones(1, self.model.config.block_size, dtype=torch.bool)
-        state = generator.get_state()
-        as_process(sampling.policy).begin(open_1S, self._setting(request))
-        generator.set_state(state)
         self._next_id += 1
         self._waiting.append(request)
         return request.id

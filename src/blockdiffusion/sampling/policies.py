@@ -7,6 +7,7 @@ predicts is thrown away, whether or not the network reads the time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol, runtime_checkable
 
@@ -140,21 +141,19 @@ class PolicySettings:
     threshold: float | None = None
     remask: float | None = None
 
-    def only(self, name: str, *read: str) -> None:
-        """Refuses what the policy `name`, which reads the settings `read`, has no use for."""
+    def check_read(self, name: str, reads: Mapping[str, Sequence[str]]) -> None:
+        """Refuses what the policy `name` has no use for; `reads`: what each policy reads."""
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is not None and item.name not in read:
+            if value is not None and item.name not in reads[name]:
+                readers = [other for other, read in reads.items() if item.name in read]
+                advice = f", or take {_either(readers)}" if readers else ""
                 raise UserError(
                     f"{item.name} is {value}, which has no meaning for the policy {name}; leave it "
-                    f"out, or take {_READERS[item.name]}"
+                    f"out{advice}"
                 )
 
 
-_READERS = {
-    "steps": "ancestral or remask",
-    "schedule": "ancestral or remask",
-    "tokens_per_step": "random, confidence, margin or entropy",
-    "threshold": "confidence, margin or entropy",
-    "remask": "remask",
-}
+def _either(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

@@ -304,7 +304,6 @@ class _RemaskingCourse:
     def __init__(self, process: Remasking, open_RS: torch.Tensor, setting: Setting):
         self.open_RS, self.undecided_RS = open_RS, open_RS.clone()
         self.prob = _falling(process.schedule, process.steps)
-        self.prob[0] = 1.0  # everything is masked at first, also where the schedule ends before
         self.remask, self.setting = process.remask, setting
         self.step = 0
 
@@ -496,33 +495,38 @@ def make_process(
         UserError: the network's objective has no such process, or not with these settings.
     """
     name = None if policy is None else policy.replace("_", "-")
-    return _MAKERS[config.objective](config, name, settings or PolicySettings())
+    made = _MAKERS[config.objective](config, name, settings or PolicySettings())
+    check_fits(made, config)
+    return made
+
+
+def check_fits(policy: Policy | Process, config: Any) -> None:
+    """Refuses a policy that cannot begin a block of a network of this configuration.
+
+    Raises:
+        UserError: it reads too many tokens at a time, or the network reads times it does not tell.
+    """
+    setting = Setting(config, torch.device("cpu"), Filters(), torch.Generator())
+    as_process(policy).begin(torch.ones(1, config.block_size, dtype=torch.bool), setting)
 
 
 def _masked(config: Any, name: str | None, settings: PolicySettings) -> Policy | Process:
     name = "first-hitting" if name is None else name
     if name not in _MASKED:
         raise UserError(f"unknown policy {name!r}; known: {', '.join(sorted(_MASKED))}")
-    made = _MASKED[name](name, settings)
-    as_process(made).begin(  # what does not fit the network is refused here
-        torch.ones(1, config.block_size, dtype=torch.bool),
-        Setting(config, torch.device("cpu"), Filters(), torch.Generator()),
-    )
-    return made
+    settings.check_read(name, {other: reads for other, (reads, _) in _MASKED.items()})
+    return _MASKED[name][1](name, settings)
 
 
 def _first_hitting(name: str, settings: PolicySettings) -> Policy:
-    settings.only(name)
     return FirstHitting()
 
 
 def _ancestral(name: str, settings: PolicySettings) -> Policy:
-    settings.only(name, "steps", "schedule")
     return Ancestral(_needed_steps(name, settings), make_schedule(settings.schedule or "linear"))
 
 
 def _random(name: str, settings: PolicySettings) -> Policy:
-    settings.only(name, "tokens_per_step")
     if settings.tokens_per_step is None:
         raise UserError(
             "the policy random needs the number of tokens of a pass: give tokens_per_step"
@@ -531,12 +535,10 @@ def _random(name: str, settings: PolicySettings) -> Policy:
 
 
 def _most_certain(name: str, settings: PolicySettings) -> Process:
-    settings.only(name, "tokens_per_step", "threshold")
     return MostCertain(name, settings.tokens_per_step, settings.threshold)  # type: ignore[arg-type]
 
 
 def _remasking(name: str, settings: PolicySettings) -> Process:
-    settings.only(name, "steps", "schedule", "remask")
     return Remasking(
         _needed_steps(name, settings),
         1.0 if settings.remask is None else settings.remask,
@@ -550,14 +552,16 @@ def _needed_steps(name: str, settings: PolicySettings) -> int:
     return settings.steps
 
 
-_MASKED: dict[str, Callable[[str, PolicySettings], Policy | Process]] = {
-    "first-hitting": _first_hitting,
-    "ancestral": _ancestral,
-    "random": _random,
-    "confidence": _most_certain,
-    "margin": _most_certain,
-    "entropy": _most_certain,
-    "remask": _remasking,
+_Maker = Callable[[str, PolicySettings], Policy | Process]
+# The policies of masked diffusion: the settings that each reads, and who makes it.
+_MASKED: dict[str, tuple[tuple[str, ...], _Maker]] = {
+    "first-hitting": ((), _first_hitting),
+    "ancestral": (("steps", "schedule"), _ancestral),
+    "random": (("tokens_per_step",), _random),
+    "confidence": (("tokens_per_step", "threshold"), _most_certain),
+    "margin": (("tokens_per_step", "threshold"), _most_certain),
+    "entropy": (("tokens_per_step", "threshold"), _most_certain),
+    "remask": (("steps", "schedule", "remask"), _remasking),
 }
 
 
@@ -567,7 +571,7 @@ def _score_entropy(config: Any, name: str | None, settings: PolicySettings) -> P
             f"policy is {name}, but a network of score entropy (SEDD) is sampled by its scores; "
             "use analytic"
         )
-    settings.only("analytic", "steps", "schedule")
+    settings.check_read("analytic", {"analytic": ("steps", "schedule")})
     steps = config.block_size if settings.steps is None else settings.steps
     return Analytic(steps, make_schedule(settings.schedule or "linear"))
 
@@ -582,7 +586,7 @@ def _d3pm(config: Any, name: str | None, settings: PolicySettings) -> Policy | P
             f"schedule is {settings.schedule}, but a d3pm network has its own "
             f"({config.noise_schedule}); leave it out"
         )
-    settings.only("ancestral", "steps")
+    settings.check_read("ancestral", {"ancestral": ("steps",)})
     kind = UniformReverse if config.transition == "uniform" else Ancestral
     steps = config.timesteps if settings.steps is None else settings.steps
     return kind(steps, DiscreteTime(config).schedule)

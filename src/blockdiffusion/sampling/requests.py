@@ -12,7 +12,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import SamplingOptions
 from blockdiffusion.sampling.policies import FirstHitting, Policy, PolicySettings
-from blockdiffusion.sampling.processes import Process, make_process
+from blockdiffusion.sampling.processes import Process, check_fits, make_process
 
 Prompt = str | Sequence[int] | torch.Tensor
 
@@ -72,6 +72,7 @@ def _policy(
         raise UserError(
             "steps, schedule and the like go with a policy's name; this policy object has its own"
         )
+    check_fits(policy, model.config)
     return policy
 
 

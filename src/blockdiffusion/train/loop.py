@@ -143,13 +143,13 @@ class ObjectiveOptions:
         self._refuse_times_where_none_is_drawn()
         if self.clip is not None and not self.allows_clip:
             raise UserError(
-                f"objective.clip is {self.clip}, but objective.estimator is {self.kind}, "
+                f"objective.clip is {self.clip}, but objective.estimator is {self.used_estimator}, "
                 f"which draws the number of masked tokens before the time that {self.name} reads; "
                 "leave the clip out or take bernoulli"
             )
 
     @property
-    def kind(self) -> EstimatorName:
+    def used_estimator(self) -> EstimatorName:
         """The estimator that masks are drawn with."""
         return self.estimator or OBJECTIVES[self.name].usual_estimator
 
@@ -164,7 +164,7 @@ class ObjectiveOptions:
     def allows_clip(self) -> bool:
         """Whether mask probabilities can be kept in an interval."""
         kind = OBJECTIVES[self.name]
-        times_first = self.kind in ("bernoulli", "resampled")
+        times_first = self.used_estimator in ("bernoulli", "resampled")
         reads_time = kind.network.get("time_conditioning", False)
         return "clip" in kind.reads and (times_first or not reads_time)
 
@@ -179,7 +179,7 @@ class ObjectiveOptions:
                 )
 
     def _refuse_times_where_none_is_drawn(self) -> None:
-        if self.name == "ar" or self.kind not in ("count", "complement"):
+        if self.name == "ar" or self.used_estimator not in ("count", "complement"):
             return
         for name, value, default in (
             ("schedule", self.schedule if self.clip is None else "linear", "linear"),
@@ -187,14 +187,15 @@ class ObjectiveOptions:
         ):
             if value != default:
                 raise UserError(
-                    f"objective.{name} is {value}, but objective.estimator is {self.kind}, which "
-                    f"draws no times; leave it out, or set objective.estimator=bernoulli"
+                    f"objective.{name} is {value}, but objective.estimator is "
+                    f"{self.used_estimator}, which draws no times; leave it out, or set "
+                    "objective.estimator=bernoulli"
                 )
 
     def make_estimator(self) -> Estimator:
         """The law of the masks that the options name; `Diffusion.fitted` makes it the network's."""
         return build_estimator(
-            self.kind,
+            self.used_estimator,
             schedule=self.schedule,
             clip=self.clip,
             num_noisy=self.num_noisy,

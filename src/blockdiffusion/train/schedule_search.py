@@ -202,7 +202,7 @@ def check_objective(objective: ObjectiveOptions) -> None:
     if not objective.allows_clip:
         raise UserError(
             f"search.every is given, but objective.name is {objective.name} with the estimator "
-            f"{objective.kind}, which has no clip; set search.every=null"
+            f"{objective.used_estimator}, which has no clip; set search.every=null"
         )
 
 

@@ -179,8 +179,9 @@ def draw_samples(
             "put its tokenizer.json there"
         )
     # What is kept, one process knows: others might read the file while it is written.
-    keeps = file is not None and team.is_first
-    kept = SampleFile(file, identity(model, options)) if keeps else None  # type: ignore[arg-type]
+    kept = None
+    if file is not None and team.is_first:
+        kept = SampleFile(file, identity(model, options))
     accepted: list[Sample] = []
     drawn = 0
     batches = _batches(options.num_samples, options.batch_size)
