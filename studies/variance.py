@@ -31,7 +31,6 @@ FULL_SIZE = (
     "model.width=192",
     "model.num_heads=6",
     "model.cond_dim=128",
-    "train.batch_size=32",
 )
 
 

@@ -57,7 +57,8 @@ def test_help_answers_within_a_second_and_names_every_command():
     assert shown.returncode == 0 and min(times) < 1
     for command in (
         "prepare", "datasets", "train", "eval", "zero-shot", "variance", "references", "sample",
-        "generate-eval", "generate-compare", "report", "convert", "push", "lengths", "reproduce",
+        "infill", "generate-eval", "generate-compare", "report", "convert", "push", "lengths",
+        "reproduce",
     ):  # fmt: skip
         assert command in shown.stdout
 
@@ -241,6 +242,21 @@ def test_sample_repeats_with_a_seed_and_gives_json(place):
     assert rows[0]["prompt_tokens"] == 3 and rows[0]["seed"] == 3 and rows[0]["nfe"] > 0
 
 
+def test_infill_keeps_what_is_given(place, tmp_path):
+    text = "The quick [MASK:5] fox[MASK]"
+    run = blockdiff("infill", place / "run", text, "--num-samples", 2, "--seed", 3, "--json")
+    assert run.returncode == 0, run.stderr
+    for line in run.stdout.splitlines():
+        values = json.loads(line)
+        # A token of the byte tokenizer is a byte; BOS is none of the text.
+        assert len(values["ids"]) == values["prompt_tokens"] + 6
+        assert values["text"].startswith("The quick ")
+    (tmp_path / "template.txt").write_text(text)
+    again = blockdiff("infill", place / "run", "--template-file", tmp_path / "template.txt",
+                      "--num-samples", 2, "--seed", 3, "--json")  # fmt: skip
+    assert again.stdout == run.stdout
+
+
 def test_stream_prints_the_same_text(place):
     options = ("sample", place / "run", "--max-new-tokens", 30, "--seed", 5, "--prompt", "the ")
     whole, stream = blockdiff(*options), blockdiff(*options, "--stream")
@@ -352,6 +368,10 @@ MISTAKES = {
     "slide": (["sample", "{run}", "--stride", "4"], "models of one block"),
     "policy": (["sample", "{run}", "--policy", "best"], "first-hitting"),
     "window": (["sample", "{run}", "--window", "8", "--prompt", "ten letters"], "window"),
+    "no gap": (["infill", "{run}", "nothing is missing"], "nothing to fill"),
+    "no template": (["infill", "{run}"], "--template-file"),
+    "two templates": (["infill", "{run}", "[MASK]", "--template-file", "b"], "--template-file"),
+    "policy of infill": (["infill", "{run}", "[MASK]", "--tokens-per-step", "2"], "random"),
     "two prompts": (["sample", "{run}", "--prompt", "a", "--prompt-file", "b"], "one of them"),
     "stream many": (["sample", "{run}", "--stream", "--num-samples", "2"], "--stream"),
     "dtype": (["sample", "{run}", "--dtype", "int3"], "float32"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
     from blockdiffusion.models.formats import load
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
-    from blockdiffusion.sampling import Engine, Generation, generate, stream
+    from blockdiffusion.sampling import Engine, Generation, generate, infill, stream
 
 _HOMES = {
     "BlockDiffusionConfig": "blockdiffusion.models.transformer",
@@ -30,6 +30,7 @@ _HOMES = {
     "Likelihood": "blockdiffusion.evaluate.likelihood",
     "UserError": "blockdiffusion.errors",
     "generate": "blockdiffusion.sampling",
+    "infill": "blockdiffusion.sampling",
     "likelihood": "blockdiffusion.evaluate.likelihood",
     "load": "blockdiffusion.models.formats",
     "stream": "blockdiffusion.sampling",
@@ -44,6 +45,7 @@ __all__ = [
     "UserError",
     "__version__",
     "generate",
+    "infill",
     "likelihood",
     "load",
     "stream",

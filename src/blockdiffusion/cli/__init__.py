@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from blockdiffusion.cli.data import datasets, prepare
-from blockdiffusion.cli.generating import generate_compare, generate_eval, lengths, sample
+from blockdiffusion.cli.generating import generate_compare, generate_eval, infill, lengths, sample
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import plan, report, reproduce, train
@@ -40,6 +40,7 @@ COMMANDS = {
     "references": references,
     "variance": variance,
     "sample": sample,
+    "infill": infill,
     "lengths": lengths,
     "generate-eval": generate_eval,
     "generate-compare": generate_compare,

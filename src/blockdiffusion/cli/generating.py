@@ -14,11 +14,13 @@ from blockdiffusion.cli.options import (
     DTYPE,
     EOS,
     JSON_FILE,
+    JSON_LINES,
     MODEL,
     POLICY,
     REMASK,
     SAMPLING_DTYPE,
     SCHEDULE,
+    SEED,
     STEPS,
     STRIDE,
     TEMPERATURE,
@@ -57,26 +59,22 @@ def sample(
     bos: BOS = None,
     eos: EOS = True,
     cache: CACHE = True,
-    seed: Annotated[int | None, typer.Option(help="For a draw that can be repeated.")] = None,
+    seed: SEED = None,
     stream: Annotated[bool, typer.Option("--stream", help="Show blocks as they fill in.")] = False,
-    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
+    json_lines: JSON_LINES = False,
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Generate text, from nothing or after a prompt."""
-    import torch
-
     from blockdiffusion.sampling import DoneEvent, collect, prepare_prompts
     from blockdiffusion.sampling import stream as events_of
     from blockdiffusion.terminal import show_stream
 
     if stream and (json_lines or num_samples != 1):
         raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
-    text = _prompt(prompt, prompt_file)
+    text = _text("prompt", prompt, prompt_file)
     network = load_sampler(model, device, dtype)
-    generator = torch.Generator()
-    used_seed = generator.seed() if seed is None else seed
-    generator.manual_seed(used_seed)
+    generator, used_seed = _generator(seed)
     prompts = prepare_prompts(network, text, num_samples, bos)
     events = events_of(
         network,
@@ -106,19 +104,81 @@ def sample(
     _print_samples(collect(network, done), used_seed, json_lines)
 
 
-def _prompt(prompt: str | None, prompt_file: Path | None) -> str | None:
-    if prompt is not None and prompt_file is not None:
-        raise UserError("--prompt and --prompt-file are both given; give one of them")
-    if prompt_file is None:
-        return prompt
+def _text(name: str, given: str | None, file: Path | None) -> str | None:
+    """What was given on the command line, or in a file."""
+    if given is not None and file is not None:
+        raise UserError(f"a {name} and --{name}-file are both given; give one of them")
+    if file is None:
+        return given
     try:
-        return prompt_file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"the prompt file {prompt_file} does not exist") from None
+        raise UserError(f"the {name} file {file} does not exist") from None
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"the prompt file {prompt_file} is not UTF-8 text (byte {error.start})"
-        ) from None
+        raise UserError(f"the {name} file {file} is not UTF-8 text (byte {error.start})") from None
+
+
+def infill(
+    model: MODEL,
+    template: Annotated[
+        str | None,
+        typer.Argument(
+            help="Text with [MASK], or [MASK:5] for five tokens, where some is missing."
+        ),
+    ] = None,
+    template_file: Annotated[Path | None, typer.Option(help="File with such a text.")] = None,
+    num_samples: Annotated[int, typer.Option(help="Fillings to draw.")] = 1,
+    policy: POLICY = None,
+    steps: STEPS = None,
+    schedule: SCHEDULE = None,
+    tokens_per_step: TOKENS_PER_STEP = None,
+    threshold: THRESHOLD = None,
+    remask: REMASK = None,
+    top_p: TOP_P = 1.0,
+    top_p_rule: TOP_P_RULE = "transformers",
+    top_k: TOP_K = None,
+    temperature: TEMPERATURE = 1.0,
+    bos: BOS = None,
+    seed: SEED = None,
+    json_lines: JSON_LINES = False,
+    device: DEVICE = "auto",
+    dtype: SAMPLING_DTYPE = "auto",
+) -> None:
+    """Fill what is missing in a text; a gap sees its own block and all that is before."""
+    from blockdiffusion.sampling import infill as fill
+
+    text = _text("template", template, template_file)
+    if text is None:
+        raise UserError("there is no template; give a text with [MASK] in it, or --template-file")
+    network = load_sampler(model, device, dtype)
+    generator, used_seed = _generator(seed)
+    filled = fill(
+        network,
+        text,
+        num_samples,
+        bos=bos,
+        generator=generator,
+        policy=policy,
+        steps=steps,
+        schedule=schedule,
+        tokens_per_step=tokens_per_step,
+        threshold=threshold,
+        remask=remask,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        top_p_rule=top_p_rule,  # type: ignore[arg-type]  # checked there
+    )
+    _print_samples(filled, used_seed, json_lines)
+
+
+def _generator(seed: int | None) -> tuple[Any, int]:
+    """A source of randomness, and its seed: the given one, or any."""
+    import torch
+
+    generator = torch.Generator()
+    used = generator.seed() if seed is None else seed
+    return generator.manual_seed(used), used
 
 
 def _print_samples(result: Any, seed: int, json_lines: bool) -> None:

@@ -27,7 +27,7 @@ SAMPLES = Annotated[int, typer.Option(help="Independent draws of the masks.")]
 ORDERS = Annotated[int, typer.Option(help="K of the K-order bound, for orders.")]
 MASK_SEED = Annotated[int, typer.Option(help="Of the masks.")]
 
-# How to sample: of `sample` and `generate-eval`.
+# How to sample: of `sample`, `infill` and `generate-eval`.
 POLICY = Annotated[
     str | None,
     typer.Option(
@@ -65,5 +65,7 @@ TEMPERATURE = Annotated[float, typer.Option(help="Above 0.")]
 WINDOW = Annotated[
     int | None, typer.Option(help="A token sees the last WINDOW tokens; constant memory.")
 ]
+SEED = Annotated[int | None, typer.Option(help="For a draw that can be repeated.")]
+JSON_LINES = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
 EOS = Annotated[bool, typer.Option(help="End at a sampled EOS.")]
 CACHE = Annotated[bool, typer.Option(help="Keep keys and values of finished blocks.")]

@@ -12,6 +12,7 @@ import torch
 from blockdiffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.sampling.autoregressive import sample_next_tokens
 from blockdiffusion.sampling.engine import Engine
+from blockdiffusion.sampling.infilling import fill_events, prepare_templates
 from blockdiffusion.sampling.logits import TopPRule
 from blockdiffusion.sampling.loop import (
     BlockEvent,
@@ -41,6 +42,7 @@ __all__ = [
     "StepEvent",
     "collect",
     "generate",
+    "infill",
     "prepare_prompts",
     "stream",
 ]
@@ -161,9 +163,7 @@ def stream(
         use_cache=use_cache,
         window=window,
     )
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
+    generator = _seeded(generator)
     rows = prepare_prompts(model, prompts, num_samples, bos)
     longest = max(map(len, rows), default=0) + max_new_tokens
     if is_autoregressive(model):
@@ -172,6 +172,50 @@ def stream(
         yield from sample_sliding(model, rows, sampling, generator, stride)
     else:
         yield from sample_events(model, rows, sampling, generator)
+
+
+def infill(
+    model: Denoiser,
+    templates: Prompt | Sequence[Prompt],
+    num_samples: int = 1,
+    *,
+    bos: bool | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Generation:
+    """Fills what is missing in texts, given tokens anywhere; see `sampling.infilling`.
+
+    >>> infill(model, "The [MASK:3] sat on the [MASK].", num_samples=4).texts
+
+    Args:
+        model: from `blockdiffusion.load`, or any `Denoiser`.
+        templates: texts in which `[MASK]` stands for one missing token and `[MASK:5]` for five, or
+            ids with the mask token in their place; one or a list.
+        num_samples: fillings of each template.
+        bos, generator: as for `stream`.
+        options: `policy` and its settings, `temperature`, `top_k`, `top_p`, `top_p_rule`,
+            `use_cache`, as for `stream`.
+
+    Returns:
+        Whole texts; `prompt_lengths` counts the given tokens, wherever they stand.
+
+    Raises:
+        UserError: for options as `stream`, an autoregressive model, a template without a mask.
+    """
+    rows = prepare_templates(model, templates, num_samples, bos)
+    sampling = sampling_options(model, max_new_tokens=0, eos=False, **options)
+    for event in fill_events(model, rows, sampling, _seeded(generator)):
+        if isinstance(event, DoneEvent):
+            return collect(model, event)
+    raise AssertionError("the events always end with a DoneEvent")
+
+
+def _seeded(generator: torch.Generator | None) -> torch.Generator:
+    """The given source, or a fresh one that is like no other."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    return generator
 
 
 def collect(model: Denoiser, done: DoneEvent) -> Generation:

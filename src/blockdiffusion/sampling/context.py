@@ -30,13 +30,31 @@ class CachedContext:
     def prefill(self, ids_RT: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
         """Commits the first `lengths_R` tokens (whole blocks) of every row; returns the passes
         each row took part in."""
-        size = self.model.config.block_size
-        step = max(size, PREFILL_TOKENS // size * size)
+        step = _whole_blocks(self.model.config.block_size)
 
         def read(part_RT: torch.Tensor) -> None:
             self.model.decode(part_RT, part_RT.shape[1], self.cache, self.window)
 
         return _prefill(self.cache, read, ids_RT, lengths_R, step)
+
+    def read_on(self, ids_RT: torch.Tensor, counts_R: torch.Tensor) -> torch.Tensor:
+        """Commits the first `counts_R` tokens (whole blocks) of `ids_RT`, which follow every row's
+        past; returns the passes each row took part in."""
+        assert self.pending_RS is None
+        passes_R = torch.zeros_like(counts_R)
+        step = _whole_blocks(self.model.config.block_size)
+        for first in range(0, int(counts_R.max()), step):
+            todo_R = (counts_R - first).clamp(0, step)
+            ids_P = torch.cat(
+                [
+                    ids[first : first + count]
+                    for ids, count in zip(ids_RT, todo_R.tolist(), strict=True)
+                ]
+            )
+            self.model.decode_ragged(ids_P, todo_R, todo_R, self.cache, self.window)
+            self.cache.commit(todo_R)
+            passes_R += todo_R > 0
+        return passes_R
 
     def denoise(self, noisy_RS: torch.Tensor, sigma_R: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states (R, S, D) of the block that follows the past; `sigma_R` is its time, for
@@ -93,10 +111,15 @@ class RecomputedContext(_Reread):
         return hidden.gather(1, slots_RS[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def commit(self, clean_RS: torch.Tensor) -> None:
-        size = clean_RS.shape[1]
-        slots_RS = (self.lengths_R[:, None] + torch.arange(size)).to(clean_RS.device)
-        self.past_RT.scatter_(1, slots_RS, clean_RS)
-        self.lengths_R = self.lengths_R + size
+        self.read_on(clean_RS, torch.full_like(self.lengths_R, clean_RS.shape[1]))
+
+    def read_on(self, ids_RT: torch.Tensor, counts_R: torch.Tensor) -> torch.Tensor:
+        for row, (length, count) in enumerate(
+            zip(self.lengths_R.tolist(), counts_R.tolist(), strict=True)
+        ):
+            self.past_RT[row, length : length + count] = ids_RT[row, :count]
+        self.lengths_R = self.lengths_R + counts_R
+        return torch.zeros_like(counts_R)
 
 
 # --- the autoregressive baseline ----------------------------------------------------------------
@@ -141,6 +164,11 @@ class RecomputedPast(_Reread):
         cache = self.model.make_cache(len(ids_R), total)
         hidden_RTD = self.model.decode_causal(self.past_RT[:, :total], cache, self.window)
         return hidden_RTD[row_R, self.lengths_R - 1]
+
+
+def _whole_blocks(size: int) -> int:
+    """Tokens of a pass that reads: whole blocks, and one at least."""
+    return max(size, PREFILL_TOKENS // size * size)
 
 
 def _prefill(

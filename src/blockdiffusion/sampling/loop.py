@@ -169,11 +169,19 @@ class BlockBatch:
                 self.ids_BT[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
         self.ends_B = self.prompts_B.clone()
         self.active = torch.arange(len(prompts))
-        self.starts_R = self.prompts_B // self.size * self.size
+        self.starts_R = self.first_starts()
         kind = CachedContext if options.use_cache else RecomputedContext
         self.context = kind(model, len(prompts), longest, options.window)
         self.nfe_B = self.context.prefill(self.ids_BT, self.starts_R.clone())
         self.block_RS = self.new_RS = torch.empty(0)
+
+    def first_starts(self) -> torch.Tensor:
+        """Where every row's first block with something to sample begins."""
+        return self.prompts_B // self.size * self.size
+
+    def next_starts(self) -> torch.Tensor:
+        """Where the next such block of every active row begins; at or beyond its limit: nowhere."""
+        return self.starts_R + self.size
 
     def open_block(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The current block of every active row: ids, what is to be sampled, what will be kept."""
@@ -191,8 +199,9 @@ class BlockBatch:
         device = self.ids_BT.device
         self.ids_BT[rows[:, None].to(device), position_RS.to(device)] = self.block_RS
         block_RS = self.block_RS.cpu()
-        ends_R = (starts_R + self.size).minimum(self.limits_B[rows])
-        done_R = ends_R >= self.limits_B[rows]
+        next_R = self.next_starts()
+        done_R = next_R >= self.limits_B[rows]
+        ends_R = torch.where(done_R, self.limits_B[rows], starts_R + self.size)
         if eos_id is not None:
             is_eos_RS = (block_RS == eos_id) & self.new_RS & (position_RS < ends_R[:, None])
             has_eos_R = is_eos_RS.any(1)
@@ -202,11 +211,26 @@ class BlockBatch:
         self.ends_B[rows] = ends_R
         go_on = (~done_R).nonzero().flatten()
         if len(go_on):
-            self.context.commit(self.block_RS)
-            if len(go_on) < len(rows):
-                self.context.keep(go_on)
-        self.active, self.starts_R = rows[go_on], starts_R[go_on] + self.size
+            self._remember(go_on, next_R)
+        self.active, self.starts_R = rows[go_on], next_R[go_on]
         return BlockEvent(rows, starts_R, block_RS, ends_R)
+
+    def _remember(self, go_on: torch.Tensor, next_R: torch.Tensor) -> None:
+        """Makes the finished blocks, and what is given up to the next ones, the past of the rows
+        that go on."""
+        ahead_R = next_R - self.starts_R
+        one_block = bool((ahead_R[go_on] == self.size).all())
+        if one_block:
+            self.context.commit(self.block_RS)
+        if len(go_on) < len(self.active):
+            self.context.keep(go_on)
+        if not one_block:
+            rows, starts_R, ahead_R = self.active[go_on], self.starts_R[go_on], ahead_R[go_on]
+            column_RT = starts_R[:, None] + torch.arange(int(ahead_R.max()))
+            column_RT = column_RT.clamp(max=self.ids_BT.shape[1] - 1)
+            device = self.ids_BT.device
+            given_RT = self.ids_BT[rows[:, None].to(device), column_RT.to(device)]
+            self.nfe_B[rows] += self.context.read_on(given_RT, ahead_R)
 
 
 def check_window(window: int | None, block_size: int) -> None:
@@ -220,22 +244,34 @@ def check_window(window: int | None, block_size: int) -> None:
 def check_request(
     model: Denoiser | NextTokenModel, prompts: Sequence[Sequence[int]], options: SamplingOptions
 ) -> None:
-    config = model.config
-    if not len(prompts):
-        raise UserError("there is no prompt; give at least one, which may be empty")
     if options.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
+    check_given(model, prompts, options)
+
+
+def check_given(
+    model: Denoiser | NextTokenModel,
+    rows: Sequence[Sequence[int]],
+    options: SamplingOptions,
+    masks: bool = False,
+) -> None:
+    """Refuses what cannot be given: too long for the window, or ids that the model does not have;
+    the mask token, too, unless `masks` are to be filled."""
+    config = model.config
+    if not len(rows):
+        raise UserError("there is no prompt; give at least one, which may be empty")
     window = options.window
     check_window(window, config.block_size)
-    for prompt in prompts:
-        if window is not None and len(prompt) > window:
+    for row in rows:
+        if window is not None and len(row) > window:
             raise UserError(
-                f"a prompt has {len(prompt)} tokens, more than the window of {window}; "
+                f"a prompt has {len(row)} tokens, more than the window of {window}; "
                 "shorten it or widen the window"
             )
-        for token in prompt:
-            if not 0 <= token < config.vocab_size or token == config.mask_id:
+        for token in row:
+            if not 0 <= token < config.vocab_size or (token == config.mask_id and not masks):
+                no_mask = f" without the mask token {config.mask_id} (infill fills masks)"
                 raise UserError(
-                    f"a prompt holds the id {token}; allowed are 0..{config.vocab_size - 1} "
-                    f"without the mask token {config.mask_id}"
+                    f"a prompt holds the id {token}; allowed are 0..{config.vocab_size - 1}"
+                    f"{'' if masks else no_mask}"
                 )

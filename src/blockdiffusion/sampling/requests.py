@@ -21,9 +21,15 @@ def prepare_prompts(
     model: Denoiser, prompts: Any, num_samples: int, bos: bool | None
 ) -> list[list[int]]:
     """Prompts as id lists with BOS, each repeated `num_samples` times; see `stream`."""
+    return with_bos(model, [_to_ids(model, p) for p in as_list(prompts)], num_samples, bos)
+
+
+def with_bos(
+    model: Denoiser, rows: list[list[int]], num_samples: int, bos: bool | None
+) -> list[list[int]]:
+    """Rows with BOS where there shall be one, each repeated `num_samples` times."""
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}; it must be at least 1")
-    rows = [_to_ids(model, prompt) for prompt in _as_list(prompts)]
     if model.config.bos if bos is None else bos:
         first = bos_id(model)
         rows = [row if row[:1] == [first] else [first, *row] for row in rows]
@@ -86,7 +92,8 @@ def refuse_masks(**options: object) -> None:
             )
 
 
-def _as_list(prompts: Any) -> list[Any]:
+def as_list(prompts: Any) -> list[Any]:
+    """One or many prompts as a list of them."""
     if prompts is None:
         return [[]]
     if isinstance(prompts, str):
