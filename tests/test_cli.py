@@ -58,7 +58,7 @@ def test_help_answers_within_a_second_and_names_every_command():
     for command in (
         "prepare", "datasets", "train", "eval", "zero-shot", "variance", "references", "sample",
         "infill", "generate-eval", "generate-compare", "report", "convert", "push", "lengths",
-        "reproduce",
+        "pareto", "reproduce",
     ):  # fmt: skip
         assert command in shown.stdout
 

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from blockdiffusion.cli.data import datasets, prepare
-from blockdiffusion.cli.generating import generate_compare, generate_eval, infill, lengths, sample
+from blockdiffusion.cli.generating import infill, lengths, sample
+from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import plan, report, reproduce, train
@@ -44,6 +45,7 @@ COMMANDS = {
     "lengths": lengths,
     "generate-eval": generate_eval,
     "generate-compare": generate_compare,
+    "pareto": pareto,
     "reproduce": reproduce,
     "convert": convert,
     "push": push,

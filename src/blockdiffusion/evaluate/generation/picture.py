@@ -17,7 +17,13 @@ from typing import Any
 
 from blockdiffusion.evaluate.generation.table import conventions, number, real_label
 from blockdiffusion.evaluate.likelihood import Z95
-from blockdiffusion.evaluate.report.pictures import CHART_STYLE, Frame, nice_ticks, tick_label
+from blockdiffusion.evaluate.report.pictures import (
+    CHART_STYLE,
+    Frame,
+    log_ticks,
+    nice_ticks,
+    tick_label,
+)
 
 WIDTH, LEFT, RIGHT = 760, 66, 24
 HEAD, PLOT, LEGEND_LINE = 88, 320, 22
@@ -148,7 +154,7 @@ def _axes(frame: Frame) -> list[str]:
         parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{frame.top}" y2="{bottom}"/>')
         label = tick_label(round(tick, 9))
         parts.append(f'<text class="tick middle" x="{x}" y="{bottom + 16}">{label}</text>')
-    for mark in _log_ticks(*frame.y_range):
+    for mark in log_ticks(*frame.y_range):
         y = f"{frame.y(math.log10(mark)):.1f}"
         parts.append(f'<line class="grid" x1="{frame.left}" x2="{right}" y1="{y}" y2="{y}"/>')
         parts.append(
@@ -157,17 +163,6 @@ def _axes(frame: Frame) -> list[str]:
         )
     parts.append(f'<line class="axis" x1="{frame.left}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     return parts
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Round values between 10^low and 10^high: powers of ten, or more where few of them fit."""
-    if high - low < 0.7:
-        return [tick for tick in nice_ticks(10**low, 10**high, 6) if tick > 0]
-    steps = (1, 2, 5) if high - low < 3 else (1,)
-    exponents = range(math.floor(low), math.floor(high) + 1)
-    every = max(1, len(exponents) // 8)
-    marks = [m * 10.0**e for e in exponents if e % every == 0 for m in steps]
-    return [mark for mark in marks if low <= math.log10(mark) <= high]
 
 
 def _drawn(frame: Frame, dot: _Dot) -> list[str]:

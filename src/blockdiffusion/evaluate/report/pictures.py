@@ -90,6 +90,17 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     return [index * spacing for index in range(first, last + 1)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round values between 10^low and 10^high: powers of ten, or more where few of them fit."""
+    if high - low < 0.7:
+        return [tick for tick in nice_ticks(10**low, 10**high, 6) if tick > 0]
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    exponents = range(math.floor(low), math.floor(high) + 1)
+    every = max(1, len(exponents) // 8)
+    marks = [m * 10.0**e for e in exponents if e % every == 0 for m in steps]
+    return [mark for mark in marks if low <= math.log10(mark) <= high]
+
+
 def tick_label(value: float) -> str:
     """A short label without trailing zeros: 0.0003 -> 3e-4, 1500 -> 1,500, 25000 -> 25k."""
     if value == 0:

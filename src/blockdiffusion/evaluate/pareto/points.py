@@ -1,0 +1,100 @@
+"""Operating points: a policy with its settings, as callers name them and as they are usual."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.sampling.policies import PolicySettings
+from blockdiffusion.sampling.processes import make_process
+
+TOKENS = (1, 2, 4, 8, 16)  # of a pass, in the usual points
+THRESHOLDS = {"confidence": (0.9, 0.7), "entropy": (0.1, 0.5, 2.0)}
+KINDS: dict[str, type] = {
+    "steps": int,
+    "schedule": str,
+    "tokens_per_step": int,
+    "threshold": float,
+    "remask": float,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A way to sample: `policy` and its settings by name, as in `PolicySettings`."""
+
+    policy: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """How it is given on the command line: "confidence:threshold=0.9"."""
+        values = ",".join(f"{name}={value}" for name, value in self.settings)
+        return f"{self.policy}:{values}" if values else self.policy
+
+    def check(self, config: Any) -> None:
+        """Refuses what a network of this configuration cannot do.
+
+        Raises:
+            UserError: an unknown policy, or settings that it does not read or that do not fit.
+        """
+        make_process(config, self.policy, PolicySettings(**dict(self.settings)))
+
+
+def parse_point(text: str) -> Point:
+    """A point from its label.
+
+    Raises:
+        UserError: a setting that there is not, or whose value is none.
+    """
+    policy, _, rest = text.partition(":")
+    settings = []
+    for item in filter(None, rest.split(",")):
+        name, _, value = item.partition("=")
+        if name not in KINDS:
+            raise UserError(
+                f"the point {text!r} names the setting {name!r}; there are {', '.join(KINDS)}, as "
+                "in confidence:threshold=0.9"
+            )
+        try:
+            settings.append((name, KINDS[name](value)))
+        except ValueError:
+            raise UserError(
+                f"the point {text!r} gives {value!r} for {name}, which is no {KINDS[name].__name__}"
+            ) from None
+    return Point(policy, tuple(settings))
+
+
+def usual_points(config: Any) -> tuple[Point, ...]:
+    """Points from one token a pass to many, for a network of this configuration.
+
+    Raises:
+        UserError: an autoregressive network, which can be sampled in one way only.
+    """
+    size = config.block_size
+    if config.objective == "autoregressive":
+        raise UserError(
+            "this model is autoregressive: every token takes a pass, and there is nothing to "
+            "choose; take a model that denoises"
+        )
+    if config.objective == "d3pm":
+        steps = [config.timesteps // share for share in (1, 2, 4, 8) if config.timesteps >= share]
+        return tuple(Point("ancestral", (("steps", n),)) for n in steps)
+    tokens = [n for n in TOKENS if n <= size]
+    steps = [-(-size // n) for n in tokens]
+    if config.objective == "score_entropy":
+        return tuple(Point("analytic", (("steps", n),)) for n in (2 * size, *steps))
+    no_times = () if config.time_conditioning else tokens[1:]  # which a random order does not tell
+    return (
+        Point("first-hitting"),
+        *(Point("ancestral", (("steps", n),)) for n in steps),
+        *(Point("random", (("tokens_per_step", n),)) for n in no_times),
+        *(Point("confidence", (("tokens_per_step", n),)) for n in tokens),
+        *(
+            Point(policy, (("threshold", value),))
+            for policy, values in THRESHOLDS.items()
+            for value in values
+        ),
+        *(Point("remask", (("steps", n),)) for n in (2 * size, *steps[:2])),
+    )
