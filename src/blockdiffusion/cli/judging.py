@@ -11,11 +11,11 @@ from blockdiffusion.cli.options import (
     BOS,
     CACHE,
     DEVICE,
-    DTYPE,
     EOS,
     MODEL,
     POLICY,
     REMASK,
+    SAMPLING_DTYPE,
     SCHEDULE,
     STEPS,
     TEMPERATURE,
@@ -26,7 +26,13 @@ from blockdiffusion.cli.options import (
     TOP_P_RULE,
     WINDOW,
 )
-from blockdiffusion.cli.shared import check_places, device_of, load_model, write_json
+from blockdiffusion.cli.shared import (
+    INT8,
+    check_places,
+    device_of,
+    load_unquantised,
+    write_json,
+)
 from blockdiffusion.data.files import write_whole
 
 
@@ -93,7 +99,7 @@ def generate_eval(
     markdown: Annotated[Path | None, typer.Option(help="The same for a page.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it here, as SVG.")] = None,
     device: DEVICE = "auto",
-    dtype: DTYPE = "auto",
+    dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Generated text under a judge: perplexity, entropy, diversity, repetition, length, cost."""
     from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
@@ -124,6 +130,7 @@ def generate_eval(
             top_p_rule=top_p_rule,  # type: ignore[arg-type]  # checked there
             use_cache=cache,
             window=window,
+            int8=dtype == INT8,
         ),
         min_entropy=min_entropy,
         entropy_window=entropy_window,
@@ -138,7 +145,7 @@ def generate_eval(
     with joined() as team, progress_bar("generate-eval", quiet=not team.is_first) as report:
         result = generate_and_judge(
             options,
-            load_model=lambda name: load_model(name, device, dtype),
+            load_model=lambda name: load_unquantised(name, device, dtype),
             device=device_of(device),
             beside=json_file,
             progress=report,
@@ -209,7 +216,7 @@ def pareto(
         int | None, typer.Option(help="Tokens between two windows; half the context by default.")
     ] = None,
     device: DEVICE = "auto",
-    dtype: DTYPE = "auto",
+    dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Quality against cost: one model sampled in many ways, to pick an operating point."""
     from blockdiffusion.evaluate.generation.samples import DrawOptions
@@ -237,6 +244,7 @@ def pareto(
             top_p=top_p,
             top_p_rule=top_p_rule,  # type: ignore[arg-type]  # checked there
             window=window,
+            int8=dtype == INT8,
         ),
         reference=tuple(reference or ()),
         split=split,
@@ -246,7 +254,7 @@ def pareto(
     with progress_bar("pareto") as report:
         result = measure_pareto(
             options,
-            load_model=lambda name: load_model(name, device, dtype),
+            load_model=lambda name: load_unquantised(name, device, dtype),
             device=device_of(device),
             progress=report,
         )

@@ -8,6 +8,8 @@ from typing import Any
 from blockdiffusion.data.files import storage_error, write_whole
 from blockdiffusion.errors import UserError
 
+INT8 = "int8"  # besides the types of tensors
+
 
 def device_of(name: str) -> Any:
     from blockdiffusion.devices import select_device
@@ -36,9 +38,12 @@ def load_sampler(model: str, device: str, dtype: str) -> Any:
     """The network as a copy made for sampling; `dtype` may be int8, too."""
     from blockdiffusion.models.inference import sampling_copy
 
-    int8 = dtype == "int8"
-    network = load_model(model, device, "float32" if int8 else dtype)
-    return sampling_copy(network, int8=int8)
+    return sampling_copy(load_unquantised(model, device, dtype), int8=dtype == INT8)
+
+
+def load_unquantised(model: str, device: str, dtype: str) -> Any:
+    """The network that a copy in `dtype` is made of: for int8 the float32 one."""
+    return load_model(model, device, "float32" if dtype == INT8 else dtype)
 
 
 def check_places(*paths: Path | None) -> None:

@@ -49,6 +49,22 @@ def test_samples_are_those_of_generate(model):
         assert {s.length for s in batch} == {10} and batch[0].seconds > 0
 
 
+def test_eight_bits_are_asked_of_the_copy_and_kept_apart(model, monkeypatch, tmp_path):
+    """A copy in 8 bits draws other samples, so they are not taken for those of the network."""
+    asked = []
+
+    def copy(model, *, int8):
+        asked.append(int8)
+        return model
+
+    monkeypatch.setattr(sampling, "sampling_copy", copy)
+    file = tmp_path / "samples.jsonl"
+    draw_samples(model, options(int8=True), file=file)
+    with pytest.raises(UserError, match="other options"):
+        draw_samples(model, options(), file=file)
+    assert asked == [True, False]
+
+
 def test_an_eos_ends_a_sample_and_is_not_counted(model):
     model.output.weight.data.zero_()
     model.output.bias.data.zero_()[256] = 2  # an EOS with probability 0.028

@@ -20,6 +20,7 @@ from blockdiffusion.data.files import storage_error
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
+from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule
@@ -38,6 +39,7 @@ class DrawOptions:
         num_samples: samples to have; only those of a last, short batch depend on it.
         policy: None: the usual one of the network.
         batch_size: samples drawn together. They share a random stream, so a sample depends on it.
+        int8: by a copy of the network in 8 bits: an approximation; see `models.inference`.
     """
 
     num_samples: int = 64
@@ -58,6 +60,7 @@ class DrawOptions:
     top_p_rule: TopPRule = "transformers"
     use_cache: bool = True
     window: int | None = None
+    int8: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens", "batch_size"):
@@ -72,7 +75,7 @@ class DrawOptions:
 
     def sampling(self) -> dict[str, Any]:
         """The arguments of `sampling.stream` that change the law or the draw."""
-        own = {"num_samples", "batch_size", "seed", "bos"}
+        own = {"num_samples", "batch_size", "seed", "bos", "int8"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
 
@@ -161,7 +164,8 @@ def draw_samples(
     """Draws `options.num_samples` samples that the guard accepts.
 
     Args:
-        model: any model that `sampling.stream` takes, with a tokenizer.
+        model: any model that `sampling.stream` takes, with a tokenizer. A copy made for sampling
+            draws (`models.inference`).
         file: JSON lines that keep every finished sample, rejected ones too; what it has already is
             not drawn again.
         guard: rejected samples are counted and replaced by further ones; None: none is rejected.
@@ -178,6 +182,7 @@ def draw_samples(
             "this model's directory has no tokenizer, so its samples cannot be given to a judge; "
             "put its tokenizer.json there"
         )
+    sampler = sampling_copy(model, int8=options.int8)
     # What is kept, one process knows: others might read the file while it is written.
     kept = None
     if file is not None and team.is_first:
@@ -198,7 +203,7 @@ def draw_samples(
             if known[number] is None and team.has(number):
                 expected = drawn + max(missing, rows)
                 advance = _advance(progress, drawn, expected, options.max_new_tokens, len(due))
-                own[number] = _draw_batch(model, options, first, rows, advance)
+                own[number] = _draw_batch(sampler, options, first, rows, advance)
         new = iter(team.collect(own))
         for (first, rows), found in zip(due, known, strict=True):
             if found is None:
@@ -303,7 +308,10 @@ def documents_of(ids: Sequence[int], eos_id: int | None, tokenizer: Any) -> tupl
 def identity(model: Any, options: DrawOptions) -> str:
     """Everything that a sample depends on but its number, as a hash."""
     bos = model.config.bos if options.bos is None else options.bos
-    return fingerprint(model, options.sampling(), options.seed, options.batch_size, bool(bos))
+    precision = ["int8"] if options.int8 else []
+    return fingerprint(
+        model, options.sampling(), options.seed, options.batch_size, bool(bos), *precision
+    )
 
 
 class SampleFile:

@@ -31,7 +31,6 @@ from blockdiffusion.evaluate.generation.samples import (
 from blockdiffusion.evaluate.journal import journal_beside
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.pareto.points import Point, usual_points
-from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.sampling.sliding import has_one_block
 
 FORMAT = "blockdiffusion-pareto-1"
@@ -72,8 +71,7 @@ def measure_pareto(
 ) -> dict[str, Any]:
     """Measures every point; plain values for JSON, in the order of the points.
 
-    The samples are drawn by a copy of the model made for sampling, one batch after the other; the
-    bound is the model's own, of the samples that its policy wrote: low where they are what the
+    The bound is the model's own, of the samples that its policy wrote: low where they are what the
     model finds likely, which is not the same as good.
 
     Raises:
@@ -87,7 +85,6 @@ def measure_pareto(
     judge = load_judge(options.judge, device=device)
     windows = window_sizes(judge, options.context, options.stride)
     warnings = check_judge(options.model, model, judge)
-    sampler = sampling_copy(model)
     (options.out / "points").mkdir(parents=True, exist_ok=True)
     measured = []
     for number, point in enumerate(points, 1):
@@ -97,7 +94,6 @@ def measure_pareto(
                 options,
                 point,
                 model,
-                sampler,
                 judge,
                 windows,
                 with_reference=number == 1,
@@ -126,7 +122,6 @@ def _measured(
     options: Pareto,
     point: Point,
     model: Any,
-    sampler: Any,
     judge: Judge,
     windows: tuple[int, int],
     *,
@@ -138,7 +133,7 @@ def _measured(
     file = options.out / "points" / f"{re.sub(r'[^a-z0-9.-]+', '-', point.label)}.json"
     reference = options.reference if with_reference else ()
     key = json.loads(json.dumps({
-        "samples": identity(sampler, draw),
+        "samples": identity(model, draw),
         "num_samples": draw.num_samples,
         "judge": asdict(judge_facts(judge, *windows)),
         "reference": [*reference, options.split] if reference else None,
@@ -146,7 +141,7 @@ def _measured(
     if file.exists():
         return _read(file, key)
     drawn = draw_samples(
-        sampler,
+        model,
         draw,
         file=file.with_suffix(".samples.jsonl"),
         progress=None if progress is None else lambda done, total: progress("sample", done, total),
