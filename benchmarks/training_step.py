@@ -2,11 +2,14 @@
 
 python -m benchmarks.training_step [--block-size 16] [--dtype float32] [--repeats 5]
 python -m benchmarks.training_step --num-noisy 1 2   (N copies on one clean stream, in turn)
+
+Freed memory is kept, as in `blockdiff train`, unless --give-back is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 
 import torch
@@ -14,6 +17,7 @@ import torch
 from benchmarks.machine import describe, matrix_flops
 from blockdiffusion.corruption import Count
 from blockdiffusion.denoiser import masked_loss
+from blockdiffusion.devices import keep_freed_memory
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 
 VOCAB, LENGTH = 50258, 1024
@@ -48,7 +52,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--num-noisy", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--give-back", action="store_true", help="freed memory, to the kernel")
     args = parser.parse_args()
+    kept = not args.give_back and keep_freed_memory()
     dtype = getattr(torch, args.dtype)
     model = paper_model(args.block_size).train()
     clean = torch.randint(0, VOCAB - 1, (1, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -70,7 +76,9 @@ def main() -> None:
             (nats / (copies * free.sum())).backward()
             times[copies].append(time.perf_counter() - start)
     peak = matrix_flops(dtype)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(describe())
+    print(f"freed memory {'kept' if kept else 'given back'}; at most {resident:.2f} GiB resident")
     first = args.num_noisy[0]
     for copies, corrupted in drawn.items():
         masked = int((corrupted.noisy_BNL == VOCAB - 1).sum())

@@ -1,3 +1,8 @@
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -18,3 +23,29 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 def test_auto_prefers_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert select_device("auto").type == "cuda"
+
+
+FAULTS = """
+import resource, torch
+from blockdiffusion.devices import keep_freed_memory
+print(keep_freed_memory())
+for _ in range(12):  # until the heap is as large as it will be
+    torch.empty(2**24).fill_(1.0)  # 64 MiB
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.empty(2**24).fill_(1.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the C library in question")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_MMAP_THRESHOLD_": "65536"}])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(own):
+    """64 MiB are 16,384 pages of 4 KiB (or 32 of 2 MiB): got from the kernel once, or each time."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=clean | own, capture_output=True, text=True, check=True
+    )
+    kept, faults = run.stdout.split()
+    assert kept == str(not own)
+    assert int(faults) < 16 if not own else int(faults) >= 4 * 32

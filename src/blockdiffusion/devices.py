@@ -1,7 +1,10 @@
-"""Which device to use."""
+"""Which device to use, and how its memory is to be kept."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
 from typing import TYPE_CHECKING
 
 from blockdiffusion.errors import UserError
@@ -32,3 +35,25 @@ def select_device(name: str, option: str = "device") -> torch.device:
         there = ", ".join(kind for kind, present in has.items() if present)
         raise UserError(f"{option} is {name}, but this machine has only {there}; use one or auto")
     return torch.device(name)
+
+
+# Parameters of glibc's mallopt, and the largest value it takes.
+TRIM_THRESHOLD, MMAP_THRESHOLD, MOST = -1, -3, 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory that it frees, for what it allocates next.
+
+    By default the C library of Linux gives blocks above 32 MB back to the kernel at once and gets
+    them again page by page, filled with zeros: as many bytes more to write in every step of a
+    training whose activations are so large.
+
+    Returns:
+        Whether it was done: with glibc only, and not where the environment sets its own thresholds
+        (`MALLOC_..._`, `GLIBC_TUNABLES`).
+    """
+    own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if own or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return all(mallopt(name, MOST) == 1 for name in (TRIM_THRESHOLD, MMAP_THRESHOLD))

@@ -42,7 +42,7 @@ from blockdiffusion.data.files import written_aside
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.denoiser import is_autoregressive
-from blockdiffusion.devices import select_device
+from blockdiffusion.devices import keep_freed_memory, select_device
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.ranks import ALONE, Team, local
@@ -326,6 +326,8 @@ def train(
     device = team.claim(select_device(options.device, "train.device"))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     model.to(device)  # type: ignore  # transformers wraps it without types
     spread = spread_over(model, team, options.parallel)
     model.activation_checkpointing = options.activation_checkpointing
