@@ -12,28 +12,24 @@ from blockdiffusion.cli.options import (
     CACHE,
     DEVICE,
     EOS,
+    FILTERS,
     JSON_FILE,
     JSON_LINES,
     MODEL,
     POLICY,
-    REMASK,
     SAMPLING_DTYPE,
-    SCHEDULE,
     SEED,
-    STEPS,
     STRIDE,
-    TEMPERATURE,
-    THRESHOLD,
-    TOKENS_PER_STEP,
-    TOP_K,
-    TOP_P,
-    TOP_P_RULE,
     WINDOW,
+    FilterOptions,
+    PolicyOptions,
+    grouped,
 )
 from blockdiffusion.cli.shared import check_places, load_sampler, write_json
 from blockdiffusion.errors import UserError
 
 
+@grouped
 def sample(
     model: MODEL,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
@@ -42,17 +38,9 @@ def sample(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Samples to draw.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens after the prompt.")] = 256,
-    policy: POLICY = None,
-    steps: STEPS = None,
-    schedule: SCHEDULE = None,
-    tokens_per_step: TOKENS_PER_STEP = None,
-    threshold: THRESHOLD = None,
-    remask: REMASK = None,
+    policy: PolicyOptions = POLICY,
     stride: STRIDE = None,
-    top_p: TOP_P = 1.0,
-    top_p_rule: TOP_P_RULE = "transformers",
-    top_k: TOP_K = None,
-    temperature: TEMPERATURE = 1.0,
+    filters: FilterOptions = FILTERS,
     window: WINDOW = None,
     bos: BOS = None,
     eos: EOS = True,
@@ -80,17 +68,9 @@ def sample(
         max_new_tokens=max_new_tokens,
         bos=False,  # already put before the prompts
         eos=eos,
-        policy=policy,
-        steps=steps,
-        schedule=schedule,
-        tokens_per_step=tokens_per_step,
-        threshold=threshold,
-        remask=remask,
+        **vars(policy),
         stride=stride,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        top_p_rule=top_p_rule,  # type: ignore[arg-type]  # checked there
+        **vars(filters),
         use_cache=cache,
         window=window,
         generator=generator,
@@ -116,6 +96,7 @@ def _text(name: str, given: str | None, file: Path | None) -> str | None:
         raise UserError(f"the {name} file {file} is not UTF-8 text (byte {error.start})") from None
 
 
+@grouped
 def infill(
     model: MODEL,
     template: Annotated[
@@ -126,16 +107,8 @@ def infill(
     ] = None,
     template_file: Annotated[Path | None, typer.Option(help="File with such a text.")] = None,
     num_samples: Annotated[int, typer.Option(help="Fillings to draw.")] = 1,
-    policy: POLICY = None,
-    steps: STEPS = None,
-    schedule: SCHEDULE = None,
-    tokens_per_step: TOKENS_PER_STEP = None,
-    threshold: THRESHOLD = None,
-    remask: REMASK = None,
-    top_p: TOP_P = 1.0,
-    top_p_rule: TOP_P_RULE = "transformers",
-    top_k: TOP_K = None,
-    temperature: TEMPERATURE = 1.0,
+    policy: PolicyOptions = POLICY,
+    filters: FilterOptions = FILTERS,
     bos: BOS = None,
     seed: SEED = None,
     json_lines: JSON_LINES = False,
@@ -156,16 +129,8 @@ def infill(
         num_samples,
         bos=bos,
         generator=generator,
-        policy=policy,
-        steps=steps,
-        schedule=schedule,
-        tokens_per_step=tokens_per_step,
-        threshold=threshold,
-        remask=remask,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        top_p_rule=top_p_rule,  # type: ignore[arg-type]  # checked there
+        **vars(policy),
+        **vars(filters),
     )
     _print_samples(filled, used_seed, json_lines)
 
@@ -202,6 +167,7 @@ def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
             typer.echo(" ".join(map(str, ids)) if text is None else text)
 
 
+@grouped
 def lengths(
     model: MODEL,
     num_samples: Annotated[int, typer.Option(help="Documents to sample.")] = 500,
@@ -209,10 +175,7 @@ def lengths(
     batch_size: Annotated[
         int, typer.Option(help="Documents drawn together; a document depends on it.")
     ] = 16,
-    top_p: TOP_P = 1.0,
-    top_p_rule: TOP_P_RULE = "transformers",
-    top_k: TOP_K = None,
-    temperature: TEMPERATURE = 1.0,
+    filters: FilterOptions = FILTERS,
     window: WINDOW = None,
     bos: BOS = None,
     seed: Annotated[int, typer.Option(help="Of the documents.")] = 0,
@@ -237,10 +200,7 @@ def lengths(
             journal=journal_beside(json_file),
             progress=report,
             bos=bos,
-            top_p=top_p,
-            top_p_rule=top_p_rule,
-            top_k=top_k,
-            temperature=temperature,
+            **vars(filters),
             window=window,
         )
     if json_file is not None:

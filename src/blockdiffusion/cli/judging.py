@@ -12,19 +12,16 @@ from blockdiffusion.cli.options import (
     CACHE,
     DEVICE,
     EOS,
+    FILTERS,
     MODEL,
     POLICY,
-    REMASK,
+    READING,
     SAMPLING_DTYPE,
-    SCHEDULE,
-    STEPS,
-    TEMPERATURE,
-    THRESHOLD,
-    TOKENS_PER_STEP,
-    TOP_K,
-    TOP_P,
-    TOP_P_RULE,
     WINDOW,
+    FilterOptions,
+    JudgeOptions,
+    PolicyOptions,
+    grouped,
 )
 from blockdiffusion.cli.shared import (
     INT8,
@@ -36,6 +33,7 @@ from blockdiffusion.cli.shared import (
 from blockdiffusion.data.files import write_whole
 
 
+@grouped
 def generate_eval(
     judge: Annotated[
         str, typer.Option(help="Hugging Face causal language model, or one of ours; not MODEL.")
@@ -48,16 +46,8 @@ def generate_eval(
     batch_size: Annotated[
         int, typer.Option(help="Samples drawn together; a sample depends on it.")
     ] = 16,
-    policy: POLICY = None,
-    steps: STEPS = None,
-    schedule: SCHEDULE = None,
-    tokens_per_step: TOKENS_PER_STEP = None,
-    threshold: THRESHOLD = None,
-    remask: REMASK = None,
-    top_p: TOP_P = 1.0,
-    top_p_rule: TOP_P_RULE = "transformers",
-    top_k: TOP_K = None,
-    temperature: TEMPERATURE = 1.0,
+    policy: PolicyOptions = POLICY,
+    filters: FilterOptions = FILTERS,
     window: WINDOW = None,
     bos: BOS = None,
     eos: EOS = True,
@@ -73,20 +63,10 @@ def generate_eval(
     samples_from: Annotated[
         Path | None, typer.Option(help="Judge the samples of this JSON lines file; draw none.")
     ] = None,
-    reference: Annotated[
-        list[str] | None,
-        typer.Option(help="Real text beside it: prepared data, or text files; may be repeated."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of a prepared --reference.")] = "valid",
     mauve: Annotated[
         bool, typer.Option("--mauve", help="MAUVE against --reference; needs mauve-text.")
     ] = False,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of the judge's windows; all it can read by default.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between two windows; half the context by default.")
-    ] = None,
+    reading: JudgeOptions = READING,
     label: Annotated[str | None, typer.Option(help="Name in tables and pictures.")] = None,
     json_file: Annotated[
         Path | None,
@@ -118,16 +98,8 @@ def generate_eval(
             seed=seed,
             bos=bos,
             eos=eos,
-            policy=policy,
-            steps=steps,
-            schedule=schedule,
-            tokens_per_step=tokens_per_step,
-            threshold=threshold,
-            remask=remask,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            top_p_rule=top_p_rule,  # type: ignore[arg-type]  # checked there
+            **vars(policy),
+            **vars(filters),
             use_cache=cache,
             window=window,
             int8=dtype == INT8,
@@ -135,11 +107,8 @@ def generate_eval(
         min_entropy=min_entropy,
         entropy_window=entropy_window,
         samples_from=samples_from,
-        reference=tuple(reference or ()),
-        split=split,
         mauve=mauve,
-        context=context,
-        stride=stride,
+        **reading.arguments(),
         label=label,
     )
     with joined() as team, progress_bar("generate-eval", quiet=not team.is_first) as report:
@@ -183,6 +152,7 @@ def generate_compare(
     typer.echo(markdown_text(read, notes), nl=False)
 
 
+@grouped
 def pareto(
     model: MODEL,
     judge: Annotated[
@@ -196,25 +166,12 @@ def pareto(
     num_samples: Annotated[int, typer.Option(help="Samples of each point.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Samples drawn together.")] = 16,
-    top_p: TOP_P = 1.0,
-    top_p_rule: TOP_P_RULE = "transformers",
-    top_k: TOP_K = None,
-    temperature: TEMPERATURE = 1.0,
+    filters: FilterOptions = FILTERS,
     window: WINDOW = None,
     bos: BOS = None,
     eos: EOS = True,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    reference: Annotated[
-        list[str] | None,
-        typer.Option(help="Real text beside it: prepared data, or text files; may be repeated."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of a prepared --reference.")] = "valid",
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of the judge's windows; all it can read by default.")
-    ] = None,
-    stride: Annotated[
-        int | None, typer.Option(help="Tokens between two windows; half the context by default.")
-    ] = None,
+    reading: JudgeOptions = READING,
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
@@ -239,17 +196,11 @@ def pareto(
             seed=seed,
             bos=bos,
             eos=eos,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            top_p_rule=top_p_rule,  # type: ignore[arg-type]  # checked there
+            **vars(filters),
             window=window,
             int8=dtype == INT8,
         ),
-        reference=tuple(reference or ()),
-        split=split,
-        context=context,
-        stride=stride,
+        **reading.arguments(),
     )
     with progress_bar("pareto") as report:
         result = measure_pareto(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -27,45 +31,116 @@ SAMPLES = Annotated[int, typer.Option(help="Independent draws of the masks.")]
 ORDERS = Annotated[int, typer.Option(help="K of the K-order bound, for orders.")]
 MASK_SEED = Annotated[int, typer.Option(help="Of the masks.")]
 
-# How to sample: of `sample`, `infill` and `generate-eval`.
-POLICY = Annotated[
-    str | None,
-    typer.Option(
-        help="first-hitting, ancestral, random, confidence, margin, entropy or remask; SEDD: "
-        "analytic; by default the model's."
-    ),
-]
-STEPS = Annotated[
-    int | None, typer.Option(help="Steps per block, for ancestral, remask and analytic.")
-]
-TOKENS_PER_STEP = Annotated[
-    int | None,
-    typer.Option(help="Tokens of a pass, for random, confidence, margin and entropy."),
-]
-THRESHOLD = Annotated[
-    float | None,
-    typer.Option(help="Instead: of confidence or margin in [0, 1], or of entropy in nats."),
-]
-REMASK = Annotated[
-    float | None, typer.Option(help="Share of the largest rate of remask, in [0, 1]; 1 by default.")
-]
-SCHEDULE = Annotated[
-    str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
-]
+SEED = Annotated[int | None, typer.Option(help="For a draw that can be repeated.")]
+JSON_LINES = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
 STRIDE = Annotated[
     int | None,
     typer.Option(help="Models of one block: new tokens of each slide beyond L; L/2 by default."),
 ]
-TOP_P = Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")]
-TOP_P_RULE = Annotated[
-    str, typer.Option(help="transformers (keeps the token that crosses) or authors (drops it).")
-]
-TOP_K = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")]
-TEMPERATURE = Annotated[float, typer.Option(help="Above 0.")]
 WINDOW = Annotated[
     int | None, typer.Option(help="A token sees the last WINDOW tokens; constant memory.")
 ]
-SEED = Annotated[int | None, typer.Option(help="For a draw that can be repeated.")]
-JSON_LINES = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
 EOS = Annotated[bool, typer.Option(help="End at a sampled EOS.")]
 CACHE = Annotated[bool, typer.Option(help="Keep keys and values of finished blocks.")]
+
+
+# --- options that go together: fields are named as what takes them names its arguments -----------
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """Which tokens a pass reveals; the arguments of `sampling.stream`."""
+
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="first-hitting, ancestral, random, confidence, margin, entropy or remask; SEDD: "
+            "analytic; by default the model's."
+        ),
+    ] = None
+    steps: Annotated[
+        int | None, typer.Option(help="Steps per block, for ancestral, remask and analytic.")
+    ] = None
+    schedule: Annotated[
+        str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
+    ] = None
+    tokens_per_step: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a pass, for random, confidence, margin and entropy."),
+    ] = None
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Instead: of confidence or margin in [0, 1], or of entropy in nats."),
+    ] = None
+    remask: Annotated[
+        float | None,
+        typer.Option(help="Share of the largest rate of remask, in [0, 1]; 1 by default."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class FilterOptions:
+    """What a token is drawn from; the arguments of `sampling.logits.Filters`."""
+
+    top_p: Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")] = 1.0
+    top_p_rule: Annotated[
+        str,
+        typer.Option(help="transformers (keeps the token that crosses) or authors (drops it)."),
+    ] = "transformers"
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None
+    temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """What samples are compared with, and how the judge reads them."""
+
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(help="Real text beside it: prepared data, or text files; may be repeated."),
+    ] = None
+    split: Annotated[str, typer.Option(help="Split of a prepared --reference.")] = "valid"
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the judge's windows; all it can read by default.")
+    ] = None
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between two windows; half the context by default.")
+    ] = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of what is measured."""
+        return vars(self) | {"reference": tuple(self.reference or ())}
+
+
+POLICY, FILTERS, READING = PolicyOptions(), FilterOptions(), JudgeOptions()
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters of a dataclass above are its fields, each an option."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters, groups = [], {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not is_dataclass(hints[name]):
+            parameters.append(
+                parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
+            )
+            continue
+        kind = groups[name] = hints[name]
+        options = get_type_hints(kind, include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, parameter.KEYWORD_ONLY, default=field.default,
+                annotation=options[field.name],
+            )
+            for field in fields(kind)
+        ]  # fmt: skip
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        command(**values)
+
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {}
+    return call
