@@ -51,8 +51,8 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.machine
 	$(BIN)/python -m benchmarks.training_step
-	$(BIN)/python -m benchmarks.sampling_speed --block-size 4
-	$(BIN)/python -m benchmarks.sampling_speed --block-size 16
+	$(BIN)/python -m benchmarks.sampling_speed --tokens-per-step 1 2 4 --dtypes float32 int8
+	$(BIN)/python -m benchmarks.sampling_speed --tokens-per-step 1 4 --batches 8
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .pyrefly_cache

@@ -372,6 +372,8 @@ MISTAKES = {
     "no template": (["infill", "{run}"], "--template-file"),
     "two templates": (["infill", "{run}", "[MASK]", "--template-file", "b"], "--template-file"),
     "policy of infill": (["infill", "{run}", "[MASK]", "--tokens-per-step", "2"], "random"),
+    "no point": (["pareto", "{run}", "--judge", "{golden}", "--out", "{new}", "--point", "best:k=2"],
+                 "there are steps, schedule"),
     "two prompts": (["sample", "{run}", "--prompt", "a", "--prompt-file", "b"], "one of them"),
     "stream many": (["sample", "{run}", "--stream", "--num-samples", "2"], "--stream"),
     "dtype": (["sample", "{run}", "--dtype", "int3"], "float32"),

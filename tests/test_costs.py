@@ -172,10 +172,12 @@ def test_operations_of_a_call_are_those_that_are_counted(sizes):
         def call():
             if sizes_.autoregressive:
                 hidden = model.decode_causal(ids[:, :1], cache)
-            else:
-                both = ids[:, : 2 * size]  # a commit rides on it
-                hidden = model.decode(both, size, cache, sigma_B=torch.ones(rows))
-            return model.head(hidden[:1, -1:].expand(1, scored, -1))
+                return model.head(hidden[:1, -1:].expand(1, scored, -1))
+            both = ids[:, : 2 * size]  # a commit rides on it
+            wanted = (torch.tensor([0, 2]), torch.tensor([size, size + 1]))
+            return model.head(
+                model.decode(both, size, cache, sigma_B=torch.ones(rows), wanted=wanted)
+            )
 
         tokens = 1 if sizes_.autoregressive else 2 * size
         expected = call_flops(sizes_, rows, tokens, past + tokens, scored)

@@ -322,13 +322,15 @@ def muon_flops(shapes: Iterator[tuple[int, ...]] | list[tuple[int, ...]], steps:
 
 def call_flops(network: Network, rows: int, tokens: int, keys: float, scored: float) -> Flops:
     """Operations of one network call in sampling: `tokens` new ones of every row against `keys`
-    (their own included), with logits at `scored` positions over all rows."""
+    (their own included), with logits at `scored` positions over all rows, which are what the last
+    layer finishes (an autoregressive network finishes all)."""
     width, new = network.width, rows * tokens
-    vectors = new if network.time_conditioning else 1
+    last = new if network.autoregressive else scored
+    vectors, kept = (new, last) if network.time_conditioning else (1, 1)
     pairs = network.num_layers * new * keys
     return Flops(
-        layers=2 * 12 * width**2 * network.num_layers * new
-        + sum(_modulation_flops(network, vectors, vectors)),
+        layers=2 * width**2 * (12 * (network.num_layers - 1) * new + 3 * new + 9 * last)
+        + sum(_modulation_flops(network, vectors, kept)),
         attention=4 * width * pairs,
         attention_needed=4 * width * pairs,
         head=2 * width * network.vocab_size * scored,

@@ -56,8 +56,10 @@ class Denoiser(Protocol):
         cache: BlockCache,
         window: int | None = None,
         sigma_B: torch.Tensor | None = None,
+        wanted: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, T, D) of the tokens that follow the cache.
+        """Hidden states (B, T, D) of the tokens that follow the cache, or (M, D) of those at the
+        rows and columns `wanted`.
 
         The first `num_clean` tokens of each row are clean (whole blocks, to be committed by the
         caller), then comes a block being denoised; `sigma_B` is its time, for time-conditioned
@@ -73,8 +75,9 @@ class Denoiser(Protocol):
         cache: BlockCache,
         window: int | None = None,
         sigma_B: torch.Tensor | None = None,
+        wanted_M: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`decode` for rows of different numbers of tokens: hidden states (P, D)."""
+        """`decode` for rows of different numbers of tokens: hidden states (P, D), or (M, D)."""
         ...
 
 

@@ -134,3 +134,27 @@ def test_a_machine_without_8_bit_products(make_model, monkeypatch):
     monkeypatch.setattr(torch.backends.quantized.__class__, "supported_engines", ["none"])
     with pytest.raises(UserError, match="no 8-bit products for"):
         sampling_copy(make_model().float(), int8=True)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_wanted_is_finished(make_model, random_ids, kind, folded):
+    """The states at some rows and columns are those of the whole pass, and all keys are written."""
+    model = make_model(**KINDS[kind])
+    model = sampling_copy(model) if folded else model
+    ids, rows, columns = random_ids(3, 12), torch.tensor([0, 2, 2]), torch.tensor([9, 8, 11])
+    sigma = torch.tensor([0.3, 0.7, 1.1])
+    with torch.no_grad():
+        caches = [model.make_cache(3, 12) for _ in range(4)]
+        whole = model.decode(ids, 8, caches[0], None, sigma)
+        some = model.decode(ids, 8, caches[1], None, sigma, (rows, columns))
+        nothing = model.decode(ids, 8, caches[2], None, sigma, (rows[:0], columns[:0]))
+        flat = model.decode_ragged(
+            ids.flatten(), torch.tensor([12] * 3), torch.tensor([8] * 3), caches[3], None, sigma,
+            rows * 12 + columns,
+        )  # fmt: skip
+    assert torch.allclose(some, whole[rows, columns], atol=1e-12)
+    assert torch.allclose(flat, whole[rows, columns], atol=1e-12)
+    assert nothing.shape == (0, model.config.width)
+    stored = [torch.stack([*cache.keys, *cache.values]) for cache in caches]
+    assert all(torch.allclose(stored[0], found, atol=1e-12) for found in stored[1:])

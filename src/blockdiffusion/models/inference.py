@@ -24,11 +24,14 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.models.transformer import (
     NORM_EPS,
     BlockDiffusionModel,
+    Kept,
     Layer,
     Linear,
     Modulation,
     TimeEmbedding,
+    attended,
     split_heads,
+    take,
 )
 
 
@@ -72,13 +75,11 @@ class FoldedLayer(nn.Module):
         cond: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-        kept: int | None = None,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
         """See `Layer`; `cond` is in the weights."""
-        q, k, v = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)
-        if kept is not None:
-            q, x_BTD = q[:, :, :kept], x_BTD[:, :kept]
-        x_BTD = x_BTD + self.attn_out(read(q, k, v).transpose(1, 2).flatten(2))
+        qkv = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)
+        x_BTD = take(x_BTD, kept) + self.attn_out(attended(qkv, read, kept))
         inner = F.gelu(self.mlp_in(_normed(x_BTD)), approximate="tanh")
         return x_BTD + self.mlp_out(inner)
 

@@ -291,6 +291,28 @@ def split_heads(
     return q, k, v[:, :, 0].transpose(1, 2)
 
 
+Kept = int | tuple[torch.Tensor, torch.Tensor]  # the first tokens, or rows and columns (M,)
+
+
+def take(x_BTD: torch.Tensor, kept: Kept | None) -> torch.Tensor:
+    """What is kept of the tokens: (B, T', D), or (1, M, D) for rows and columns; None = all."""
+    if kept is None:
+        return x_BTD
+    return x_BTD[:, :kept] if isinstance(kept, int) else x_BTD[kept][None]
+
+
+def attended(
+    qkv: tuple[torch.Tensor, ...],
+    read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    kept: Kept | None,
+) -> torch.Tensor:
+    """What attention gives to the tokens that are kept, heads side by side."""
+    q, k, v = qkv
+    if isinstance(kept, int):
+        return read(q[:, :, :kept], k, v).transpose(1, 2).flatten(2)
+    return take(read(q, k, v).transpose(1, 2).flatten(2), kept)
+
+
 class Layer(nn.Module):
     """Attention and MLP, each with its norm, its modulation and its gate."""
 
@@ -322,25 +344,20 @@ class Layer(nn.Module):
         cond: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-        kept: int | None = None,
+        kept: Kept | None = None,
     ) -> torch.Tensor:
         """The residual stream (B, T, D) after this layer; `read(q, k, v)` is attention.
 
-        With `kept`, that of the first `kept` tokens: the others give keys and values only.
+        With `kept`, that of these tokens (see `take`): the others give keys and values only.
         """
         modulation = self.modulate(cond)
         h_BTD = self.attn_norm(x_BTD, modulation[0], modulation[1])
-        q, k, v = split_heads(self.attn_qkv(h_BTD), self.num_heads, rotary)
-        if kept is not None:
-            q, x_BTD = q[:, :, :kept], x_BTD[:, :kept]
-            modulation = tuple(m[:, :kept] if m.shape[:-1].numel() > 1 else m for m in modulation)
-        return self.finish(x_BTD, read(q, k, v), modulation)
-
-    def finish(self, x_BTD: torch.Tensor, attended_BHTE: torch.Tensor, modulation) -> torch.Tensor:
-        """The residual stream after this layer, given what attention read."""
+        out = self.attn_out(
+            attended(split_heads(self.attn_qkv(h_BTD), self.num_heads, rotary), read, kept)
+        )
+        modulation = tuple(take(m, kept) if m.shape[:-1].numel() > 1 else m for m in modulation)
         _, _, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        out = self.attn_out(attended_BHTE.transpose(1, 2).flatten(2))
-        x_BTD = torch.addcmul(x_BTD, attn_gate, self._drop(out))
+        x_BTD = torch.addcmul(take(x_BTD, kept), attn_gate, self._drop(out))
         h_BTD = self.mlp_norm(x_BTD, mlp_shift, mlp_scale)
         out = self.mlp_out(F.gelu(self.mlp_in(h_BTD), approximate="tanh"))
         return torch.addcmul(x_BTD, mlp_gate, self._drop(out))
@@ -509,7 +526,7 @@ class BlockDiffusionModel(PreTrainedModel):
             return attend_causal(q, k, v, valid_BT)
 
         cond = None if self.time is None else self.time(torch.zeros(1, 1, device=self.device))
-        return self._run_layers(x_BTD, cond, rotary, read, kept=ids_BT.shape[1])
+        return self._run_layers(x_BTD, cond, rotary, read, kept=None)
 
     def _run_layers(
         self,
@@ -517,12 +534,12 @@ class BlockDiffusionModel(PreTrainedModel):
         cond: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         read: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-        kept: int,
+        kept: Kept | None,
     ) -> torch.Tensor:
-        """Hidden states (B, kept, D) of the first `kept` tokens after all layers and the norm.
+        """Hidden states of the tokens that are kept (see `take`) after all layers and the norm.
 
-        `read(layer's number, queries, keys, values)` is attention. The last layer computes keys and
-        values for the tokens that are not kept, and nothing else.
+        `read(layer's number, queries, keys, values)` is attention. The last layer computes for the
+        other tokens what attention needs of them, and nothing else.
         """
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
@@ -533,7 +550,7 @@ class BlockDiffusionModel(PreTrainedModel):
                 checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
             )
         per_token = cond is not None and cond.shape[1] > 1
-        return self._finish(x_BTD, cond[:, :kept] if per_token else cond)
+        return self._finish(x_BTD, take(cond, kept) if per_token else cond)
 
     def _require(self, *, autoregressive: bool) -> None:
         if is_autoregressive(self) != autoregressive:
@@ -596,6 +613,7 @@ class BlockDiffusionModel(PreTrainedModel):
         cache: BlockCache,
         window: int | None = None,
         sigma_B: torch.Tensor | None = None,
+        wanted: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Hidden states (B, T, D) of the tokens that follow each row's cached ones.
 
@@ -604,9 +622,11 @@ class BlockDiffusionModel(PreTrainedModel):
                 may be committed by the caller afterwards, then comes the block being denoised.
             window: a query sees the last `window` tokens, its own block included; None = all.
             sigma_B: time of the noisy block, for time-conditioned networks.
+            wanted: rows and columns (M,) of the tokens whose states are returned, as (M, D).
         """
         self._require(autoregressive=False)
-        return self._decode(ids_BT, num_clean, cache, window, sigma_B)
+        hidden = self._decode(ids_BT, num_clean, cache, window, sigma_B, wanted)
+        return hidden if wanted is None else hidden[0]
 
     def decode_ragged(
         self,
@@ -616,6 +636,7 @@ class BlockDiffusionModel(PreTrainedModel):
         cache: BlockCache,
         window: int | None = None,
         sigma_B: torch.Tensor | None = None,
+        wanted_M: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`decode` for rows of different numbers of tokens: hidden states (P, D).
 
@@ -624,6 +645,7 @@ class BlockDiffusionModel(PreTrainedModel):
             tokens_B: how many of them are each row's; int64 on the CPU, as `clean_B`.
             clean_B: how many of those, from the first, are clean.
             window, sigma_B: as for `decode`.
+            wanted_M: the tokens of `ids_P` whose states are returned, as (M, D); None = all.
         """
         self._require(autoregressive=False)
         config = self.config
@@ -649,7 +671,8 @@ class BlockDiffusionModel(PreTrainedModel):
             k_PHE, v_PHE = k[0].transpose(0, 1), v[0].transpose(0, 1)
             return attend_ragged(q, *cache.write_ragged(index, k_PHE, v_PHE, place), groups)
 
-        return self._run_layers(x_1PD, cond, (cos, sin), read, kept=len(ids_P))[0]
+        wanted = None if wanted_M is None else (torch.zeros_like(wanted_M), wanted_M)
+        return self._run_layers(x_1PD, cond, (cos, sin), read, wanted)[0]
 
     def decode_causal(
         self, ids_BT: torch.Tensor, cache: BlockCache, window: int | None = None
@@ -663,7 +686,7 @@ class BlockDiffusionModel(PreTrainedModel):
         """
         self._require(autoregressive=True)
         # Clean blocks of one token: a token sees those up to itself.
-        return self._decode(ids_BT, ids_BT.shape[1], cache, window, None)
+        return self._decode(ids_BT, ids_BT.shape[1], cache, window, None, None)
 
     def _decode(
         self,
@@ -672,6 +695,7 @@ class BlockDiffusionModel(PreTrainedModel):
         cache: BlockCache,
         window: int | None,
         sigma_B: torch.Tensor | None,
+        wanted: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         config = self.config
         batch, tokens = ids_BT.shape
@@ -693,7 +717,7 @@ class BlockDiffusionModel(PreTrainedModel):
             keys, values = cache.write(index, k, v, place)
             return attend_cached(q, keys, values, mask)
 
-        return self._run_layers(x_BTD, cond, rotary, read, kept=tokens)
+        return self._run_layers(x_BTD, cond, rotary, read, wanted)
 
     def _decode_condition(
         self, sigma_BT: torch.Tensor | None, clean_BT: torch.Tensor

@@ -33,7 +33,10 @@ class CachedContext:
         step = _whole_blocks(self.model.config.block_size)
 
         def read(part_RT: torch.Tensor) -> None:
-            self.model.decode(part_RT, part_RT.shape[1], self.cache, self.window)
+            nothing = _no_tokens(part_RT.device)
+            self.model.decode(
+                part_RT, part_RT.shape[1], self.cache, self.window, wanted=(nothing, nothing)
+            )
 
         return _prefill(self.cache, read, ids_RT, lengths_R, step)
 
@@ -51,22 +54,30 @@ class CachedContext:
                     for ids, count in zip(ids_RT, todo_R.tolist(), strict=True)
                 ]
             )
-            self.model.decode_ragged(ids_P, todo_R, todo_R, self.cache, self.window)
+            self.model.decode_ragged(
+                ids_P, todo_R, todo_R, self.cache, self.window, wanted_M=_no_tokens(ids_P.device)
+            )
             self.cache.commit(todo_R)
             passes_R += todo_R > 0
         return passes_R
 
-    def denoise(self, noisy_RS: torch.Tensor, sigma_R: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states (R, S, D) of the block that follows the past; `sigma_R` is its time, for
-        networks that read one."""
+    def denoise(
+        self,
+        noisy_RS: torch.Tensor,
+        wanted: tuple[torch.Tensor, torch.Tensor],
+        sigma_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (M, D) at the rows and slots `wanted` of the block that follows the past;
+        `sigma_R` is its time, for networks that read one."""
         if self.pending_RS is None:
-            return self.model.decode(noisy_RS, 0, self.cache, self.window, sigma_R)
+            return self.model.decode(noisy_RS, 0, self.cache, self.window, sigma_R, wanted)
         size = noisy_RS.shape[1]
         both = torch.cat([self.pending_RS, noisy_RS], dim=1)
-        hidden = self.model.decode(both, size, self.cache, self.window, sigma_R)
+        wanted = (wanted[0], size + wanted[1])
+        hidden = self.model.decode(both, size, self.cache, self.window, sigma_R, wanted)
         self.cache.commit(size)
         self.pending_RS = None
-        return hidden[:, size:]
+        return hidden
 
     def commit(self, clean_RS: torch.Tensor) -> None:
         """Adds a finished block to the past (with the next pass)."""
@@ -100,15 +111,20 @@ class _Reread:
 class RecomputedContext(_Reread):
     """The past is read again in every pass: slow, and the reference for the cache."""
 
-    def denoise(self, noisy_RS: torch.Tensor, sigma_R: torch.Tensor | None = None) -> torch.Tensor:
+    def denoise(
+        self,
+        noisy_RS: torch.Tensor,
+        wanted: tuple[torch.Tensor, torch.Tensor],
+        sigma_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         rows, size = noisy_RS.shape
         total = int(self.lengths_R.max()) + size
         ids_RT = self.past_RT[:, :total].clone()
         slots_RS = (self.lengths_R[:, None] + torch.arange(size)).to(ids_RT.device)
         ids_RT.scatter_(1, slots_RS, noisy_RS)
         cache = self.model.make_cache(rows, total)
-        hidden = self.model.decode(ids_RT, self.lengths_R, cache, self.window, sigma_R)
-        return hidden.gather(1, slots_RS[..., None].expand(-1, -1, hidden.shape[-1]))
+        hidden_RTD = self.model.decode(ids_RT, self.lengths_R, cache, self.window, sigma_R)
+        return hidden_RTD[wanted[0], slots_RS[wanted]]
 
     def commit(self, clean_RS: torch.Tensor) -> None:
         self.read_on(clean_RS, torch.full_like(self.lengths_R, clean_RS.shape[1]))
@@ -164,6 +180,11 @@ class RecomputedPast(_Reread):
         cache = self.model.make_cache(len(ids_R), total)
         hidden_RTD = self.model.decode_causal(self.past_RT[:, :total], cache, self.window)
         return hidden_RTD[row_R, self.lengths_R - 1]
+
+
+def _no_tokens(device: torch.device) -> torch.Tensor:
+    """What is wanted of a pass that only reads."""
+    return torch.zeros(0, dtype=torch.long, device=device)
 
 
 def _whole_blocks(size: int) -> int:

@@ -300,25 +300,26 @@ class Engine:
             clean.append(len(unread))
             sigmas.append(None if request.course is None else request.course.sigma_R())
             request.nfe += 1
+        wanted = [
+            (request, first, request.course.wanted_RS()[0].nonzero().flatten())
+            for request, first in zip(self._rows, firsts, strict=True)
+            if request.course is not None
+        ]
+        wanted_M = torch.cat([
+            torch.zeros(0, dtype=torch.long), *(first + slot_M for _, first, slot_M in wanted)
+        ])  # fmt: skip
         device = self.model.device
-        hidden_PD = self.model.decode_ragged(
+        hidden_MD = self.model.decode_ragged(
             torch.tensor(flat, device=device),
             torch.tensor(tokens),
             torch.tensor(clean),
             self._cache,
             self.window,
             _times(sigmas, device),
+            wanted_M.to(device),
         )
         self._cache.commit(torch.tensor(clean))
-        wanted = [
-            (request, first, request.course.wanted_RS()[0].nonzero().flatten())
-            for request, first in zip(self._rows, firsts, strict=True)
-            if request.course is not None
-        ]
-        if not wanted:  # prompts only
-            return []
-        wanted_M = torch.cat([first + slot_M for _, first, slot_M in wanted]).to(device)
-        parts = self.model.head(hidden_PD[wanted_M]).split([len(slot_M) for *_, slot_M in wanted])
+        parts = self.model.head(hidden_MD).split([len(slot_M) for *_, slot_M in wanted])
         return [
             self._decide(request, slot_M, logits_MV)
             for (request, _, slot_M), logits_MV in zip(wanted, parts, strict=True)

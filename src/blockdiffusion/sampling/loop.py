@@ -122,10 +122,10 @@ def denoise_block(
         takes_part_R = (course.undecided_RS & kept_RS).any(1) & ~ended_R
         if not bool(takes_part_R.any()):
             break
-        hidden_RSD = state.context.denoise(block_RS, course.sigma_R())
-        state.nfe_B[state.active[takes_part_R]] += 1
         row_M, slot_M = (course.wanted_RS() & takes_part_R[:, None]).nonzero(as_tuple=True)
-        logits_MV = model.head(hidden_RSD[row_M, slot_M])
+        wanted = (row_M.to(block_RS.device), slot_M.to(block_RS.device))
+        logits_MV = model.head(state.context.denoise(block_RS, wanted, course.sigma_R()))
+        state.nfe_B[state.active[takes_part_R]] += 1
         changes = course.decide((row_M, slot_M), block_RS[row_M, slot_M], logits_MV)
         row_M, slot_M = changes.rows, changes.slots
         block_RS[row_M, slot_M] = changes.ids

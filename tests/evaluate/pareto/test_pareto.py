@@ -155,4 +155,6 @@ def test_a_point_that_there_is_not(make_model, text, message):
 def test_nothing_to_choose(make_ar):
     with pytest.raises(UserError, match="autoregressive"):
         usual_points(make_ar().config)
+    with pytest.raises(UserError, match="autoregressive"):
+        Point("first-hitting").check(make_ar().config)
     assert Point("first-hitting").label == "first-hitting"

@@ -37,8 +37,10 @@ class Point:
         """Refuses what a network of this configuration cannot do.
 
         Raises:
-            UserError: an unknown policy, or settings that it does not read or that do not fit.
+            UserError: an autoregressive network, an unknown policy, or settings that it does not
+                read or that do not fit.
         """
+        _refuse_autoregressive(config)
         make_process(config, self.policy, PolicySettings(**dict(self.settings)))
 
 
@@ -66,18 +68,22 @@ def parse_point(text: str) -> Point:
     return Point(policy, tuple(settings))
 
 
+def _refuse_autoregressive(config: Any) -> None:
+    if config.objective == "autoregressive":
+        raise UserError(
+            "this model is autoregressive: every token takes a pass, and there is nothing to "
+            "choose; take a model that denoises"
+        )
+
+
 def usual_points(config: Any) -> tuple[Point, ...]:
     """Points from one token a pass to many, for a network of this configuration.
 
     Raises:
         UserError: an autoregressive network, which can be sampled in one way only.
     """
+    _refuse_autoregressive(config)
     size = config.block_size
-    if config.objective == "autoregressive":
-        raise UserError(
-            "this model is autoregressive: every token takes a pass, and there is nothing to "
-            "choose; take a model that denoises"
-        )
     if config.objective == "d3pm":
         steps = [config.timesteps // share for share in (1, 2, 4, 8) if config.timesteps >= share]
         return tuple(Point("ancestral", (("steps", n),)) for n in steps)
