@@ -372,7 +372,7 @@ MISTAKES = {
     "no template": (["infill", "{run}"], "--template-file"),
     "two templates": (["infill", "{run}", "[MASK]", "--template-file", "b"], "--template-file"),
     "policy of infill": (["infill", "{run}", "[MASK]", "--tokens-per-step", "2"], "random"),
-    "no point": (["pareto", "{run}", "--judge", "{golden}", "--out", "{new}", "--point", "best:k=2"],
+    "no point": (["pareto", "{run}", "--judge", "{golden}", "--out", "{new}", "--point", "a:k=2"],
                  "there are steps, schedule"),
     "two prompts": (["sample", "{run}", "--prompt", "a", "--prompt-file", "b"], "one of them"),
     "stream many": (["sample", "{run}", "--stream", "--num-samples", "2"], "--stream"),

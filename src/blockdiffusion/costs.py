@@ -271,7 +271,7 @@ def forward_flops(network: Network, p: Pass) -> Flops:
     )
 
 
-def _modulation_flops(network: Network, read: int, kept: int) -> tuple[int, int, int]:
+def _modulation_flops(network: Network, read: int, kept: float) -> tuple[float, float, float]:
     """adaLN, of one vector for all tokens, or, with time, of one for each: the embedding of the
     time, the modulations of all layers, and the last one."""
     cond, width = network.cond_dim, network.width
