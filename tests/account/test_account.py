@@ -120,7 +120,8 @@ def test_calls_are_those_of_the_sampler(recipe_of, model, objective, tokens):
 def test_a_sampling_call_by_hand(recipe_of):
     account = account_of(recipe_of(), sampling=SamplingRequest(batch=3, max_new_tokens=8)).sampling
     # Two blocks of 4: calls of 4, 4, 4, 4, then 8 (with the commit), 4, 4, 4 tokens a row.
-    layers = 2 * 12 * 32**2 * 2 * 3 * (4 * 4 + 8 + 4 * 3)
+    # Of two layers the last makes keys, queries and values of all and finishes the token drawn.
+    layers = 2 * 32**2 * 3 * ((12 + 3) * (4 * 4 + 8 + 4 * 3) + 9 * 8)
     once = 2 * (8 * (256 + 8) + 6 * 32 * 8 * 2 + 2 * 32 * 8)  # the modulation, each call
     attention = 4 * 32 * 2 * 3 * (4 * 4 * 4 + 8 * 8 + 3 * 4 * 8)
     head = 2 * 32 * 50 * 3 * 8
