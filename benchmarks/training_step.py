@@ -41,7 +41,8 @@ def step_flops(masked: int, num_noisy: int = 1) -> float:
     """Multiply-adds of forward and backward, times two; attention and head included."""
     width, layers, streams = 768, 12, num_noisy + 1
     per_token = 2 * 12 * width**2  # qkv, out, mlp
-    blocks = per_token * streams * LENGTH * layers - 2 * 9 * width**2 * LENGTH  # last clean layer
+    unfinished = streams * LENGTH - masked  # by the last layer
+    blocks = per_token * streams * LENGTH * layers - 2 * 9 * width**2 * unfinished
     attention = layers * streams * 2 * width * LENGTH * LENGTH  # a triangle of L x L each
     return 3 * (blocks + attention + 2 * masked * width * VOCAB)
 

@@ -189,10 +189,7 @@ def bases(runs: Path, names: Sequence[str]) -> Iterator[Job]:
     if "base" in wanted:
         yield Job(runs / "base", BASE_STEPS, ())
     if "base-full" in wanted:
-        steps = 500
-        yield Job(
-            runs / "base-full", steps, (*FULL_SIZE, f"train.steps={steps}", "train.threads=2")
-        )
+        yield Job(runs / "base-full", BASE_STEPS, (*FULL_SIZE, "train.threads=2"))
 
 
 def jobs(runs: Path, names: Sequence[str], seeds: int) -> Iterator[Job]:

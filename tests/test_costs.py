@@ -117,8 +117,8 @@ def test_operations_of_a_forward_pass_are_those_that_are_counted(sizes, estimato
     clean_BL = loss.batch.ids_BL if sizes_.has_clean else None
 
     def score():
-        hidden = model.encode(corrupted.noisy_BNL, clean_BL)
-        return model.head(hidden[corrupted.weight_BNL > 0])
+        scored_BNL = corrupted.weight_BNL > 0
+        return model.head(model.encode(corrupted.noisy_BNL, clean_BL, scored_BNL=scored_BNL))
 
     with torch.no_grad():
         assert counted(score) == forward_flops(sizes_, p).total

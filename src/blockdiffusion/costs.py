@@ -131,11 +131,15 @@ class Pass:
             return network.seq_len - self.given_bos
         return (self.num_noisy + network.has_clean) * network.seq_len
 
-    def kept(self, network: Network) -> int:
-        """Tokens of a row that leave the last layer."""
+    def asked(self, network: Network) -> int:
+        """Tokens of a row that have queries in the last layer."""
         if network.autoregressive:
             return self.tokens(network)
         return self.num_noisy * network.seq_len
+
+    def finished(self, network: Network) -> float:
+        """Tokens, over all rows, that leave the last layer."""
+        return self.rows * self.tokens(network) if network.autoregressive else self.scored
 
     def streams(self, network: Network) -> Streams:
         """The layout of a row."""
@@ -256,9 +260,9 @@ def _pass_pairs(network: Network, p: Pass, kind: AttentionKind) -> int:
 def forward_flops(network: Network, p: Pass) -> Flops:
     """Operations of a forward pass over [noisy_1; ...; noisy_N; clean], or over one causal row."""
     width, layers = network.width, network.num_layers
-    read, kept = p.rows * p.tokens(network), p.rows * p.kept(network)
-    # Queries, keys and values are made of all tokens in all layers; the last layer's clean stream
-    # stops there.
+    read, kept = p.rows * p.tokens(network), p.finished(network)
+    # Queries, keys and values are made of all tokens in all layers; in the last layer all but the
+    # scored ones stop there.
     products = 2 * 3 * width**2 * layers * read
     products += 2 * 9 * width**2 * ((layers - 1) * read + kept)
     embed, modulate, final = _modulation_flops(network, read, kept)
@@ -300,7 +304,7 @@ def training_flops(network: Network, p: Pass, *, checkpointing: bool = False) ->
         read = p.rows * p.tokens(network)
         layers -= 2 * (read if network.time_conditioning else 1) * network.cond_dim * FREQUENCIES
         if checkpointing:  # all but what stands before and after the layers
-            embed, _, final = _modulation_flops(network, read, p.rows * p.kept(network))
+            embed, _, final = _modulation_flops(network, read, p.finished(network))
             layers -= embed + final
     return Flops(
         layers=layers,
@@ -397,7 +401,7 @@ class Activations:
 
 def activation_bytes(network: Network, p: Pass, layout: Layout) -> Activations:
     """What a pass over `p.rows` rows holds."""
-    read, kept = p.rows * p.tokens(network), p.rows * p.kept(network)
+    read, kept = p.rows * p.tokens(network), p.finished(network)
     layers, short = network.num_layers, BYTES[layout.dtype]
     first, last = (_layer_bytes(network, p, layout, is_last=x) for x in (False, True))
     if layout.checkpointing:
@@ -433,7 +437,8 @@ def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) ->
     """
     width, short = network.width, BYTES[layout.dtype]
     read = p.rows * p.tokens(network)
-    kept = p.rows * p.kept(network) if is_last else read
+    asked = p.rows * p.asked(network) if is_last else read
+    kept = p.finished(network) if is_last else read
     dropped = (1 if layout.cuda else short) if network.dropout else 0
     chunked = p.attention == "chunked" and not network.autoregressive
     in_place = not chunked or (network.has_clean and not is_last)
@@ -441,7 +446,9 @@ def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) ->
     numbers = 13 - network.autoregressive - 2 * (network.cond_dim is None)
     after = width * (4 + numbers * short + 2 * dropped) + 8
     softmax = 4 * network.num_heads
-    own = read * before + kept * (after + softmax)
+    own = read * before + asked * softmax + kept * after
+    if is_last:  # what attention gave is kept for all that asked, and the place of what is taken
+        own += (asked - kept) * width * short + (kept < asked) * 16 * kept
     if network.time_conditioning:  # the modulation of every token, and what it is multiplied with
         own += read * width * 6 * short + (read + kept) * width * (4 + short)
     if layout.dtype == "bf16" and not layout.cuda:  # angles, rounded anew for queries and keys
@@ -484,7 +491,7 @@ def training_traffic(network: Network, p: Pass, layout: Layout) -> float:
     gradients pass over twice as much. Logits are passed over eight times in all.
     """
     width, short = network.width, BYTES[layout.dtype]
-    read, kept = p.rows * p.tokens(network), p.rows * p.kept(network)
+    read, kept = p.rows * p.tokens(network), p.finished(network)
     before = width * ((4 + short) + 4 * short)
     after = width * (
         4 * short

@@ -32,8 +32,10 @@ class Denoiser(Protocol):
         clean_BL: torch.Tensor | None,
         sigma_BNK: torch.Tensor | None = None,
         valid_BL: torch.Tensor | None = None,
+        scored_BNL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, N, L, D) of N noisy copies that share one clean stream."""
+        """Hidden states (B, N, L, D) of N noisy copies that share one clean stream, or (M, D) of
+        the positions `scored_BNL`."""
         ...
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -179,8 +181,8 @@ def scored_terms(
     sigma_BNK: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `term` makes of the logits (M, V) of the scored positions, 0 elsewhere; (B, N, L)."""
-    hidden_BNLD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL)
-    term_M = term(model.head(hidden_BNLD[scored_BNL]))
+    hidden_MD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL, scored_BNL)
+    term_M = term(model.head(hidden_MD))
     return torch.zeros_like(noisy_BNL, dtype=term_M.dtype).masked_scatter(scored_BNL, term_M)
 
 
@@ -197,10 +199,10 @@ def masked_loss(
     It never holds the logits of all masked positions; see `objectives.weighted_subs_nll`.
     """
     masked_BNL = noisy_BNL == model.config.mask_id
-    hidden_BNLD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL)
+    hidden_MD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL, masked_BNL)
     target_BNL = clean_BL[:, None].expand_as(noisy_BNL)
     return weighted_subs_nll(
-        hidden_BNLD[masked_BNL],
+        hidden_MD,
         model.output,
         target_BNL[masked_BNL],
         weight_BNL[masked_BNL],

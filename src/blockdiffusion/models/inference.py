@@ -22,6 +22,7 @@ from torch import nn
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.transformer import (
+    ALL,
     NORM_EPS,
     BlockDiffusionModel,
     Kept,
@@ -75,7 +76,7 @@ class FoldedLayer(nn.Module):
         cond: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-        kept: Kept | None = None,
+        kept: Kept = ALL,
     ) -> torch.Tensor:
         """See `Layer`; `cond` is in the weights."""
         qkv = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)

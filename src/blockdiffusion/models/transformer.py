@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -291,26 +291,35 @@ def split_heads(
     return q, k, v[:, :, 0].transpose(1, 2)
 
 
-Kept = int | tuple[torch.Tensor, torch.Tensor]  # the first tokens, or rows and columns (M,)
+class Kept(NamedTuple):
+    """The tokens that the last layer finishes.
+
+    Attributes:
+        first: how many of a row's tokens, from the first, have queries; None = all.
+        place: rows and columns (M,) of those among them whose states are wanted; None = all.
+    """
+
+    first: int | None = None
+    place: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-def take(x_BTD: torch.Tensor, kept: Kept | None) -> torch.Tensor:
-    """What is kept of the tokens: (B, T', D), or (1, M, D) for rows and columns; None = all."""
-    if kept is None:
-        return x_BTD
-    return x_BTD[:, :kept] if isinstance(kept, int) else x_BTD[kept][None]
+ALL = Kept()
+
+
+def take(x_BTD: torch.Tensor, kept: Kept) -> torch.Tensor:
+    """What is kept of the tokens: (B, T', D), or (1, M, D) at their places."""
+    x_BTD = x_BTD[:, : kept.first]
+    return x_BTD if kept.place is None else x_BTD[kept.place][None]
 
 
 def attended(
     qkv: tuple[torch.Tensor, ...],
     read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-    kept: Kept | None,
+    kept: Kept,
 ) -> torch.Tensor:
     """What attention gives to the tokens that are kept, heads side by side."""
     q, k, v = qkv
-    if isinstance(kept, int):
-        return read(q[:, :, :kept], k, v).transpose(1, 2).flatten(2)
-    return take(read(q, k, v).transpose(1, 2).flatten(2), kept)
+    return take(read(q[:, :, : kept.first], k, v).transpose(1, 2).flatten(2), kept)
 
 
 class Layer(nn.Module):
@@ -344,7 +353,7 @@ class Layer(nn.Module):
         cond: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-        kept: Kept | None = None,
+        kept: Kept = ALL,
     ) -> torch.Tensor:
         """The residual stream (B, T, D) after this layer; `read(q, k, v)` is attention.
 
@@ -465,6 +474,7 @@ class BlockDiffusionModel(PreTrainedModel):
         clean_BL: torch.Tensor | None,
         sigma_BNK: torch.Tensor | None = None,
         valid_BL: torch.Tensor | None = None,
+        scored_BNL: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states (B, N, L, D) of N noisy copies that share one clean stream.
 
@@ -473,6 +483,7 @@ class BlockDiffusionModel(PreTrainedModel):
             clean_BL: the clean ids, or None when one block is the whole sequence.
             sigma_BNK: time per block, for time-conditioned networks only (others ignore it).
             valid_BL: bool, False at padding, which no token attends to; None = all valid.
+            scored_BNL: bool, the positions whose states are returned, as (M, D); None = all.
         """
         self._require(autoregressive=False)
         batch, copies, length = noisy_BNL.shape
@@ -504,8 +515,12 @@ class BlockDiffusionModel(PreTrainedModel):
             return attend(q, k, v, streams, backend, valid_BL)
 
         # Nothing reads the clean stream's output.
-        hidden_BTD = self._run_layers(x_BTD, cond, rotary, read, kept=copies * length)
-        return hidden_BTD.unflatten(1, (copies, length))
+        noisy = copies * length
+        if scored_BNL is None:
+            hidden_BTD = self._run_layers(x_BTD, cond, rotary, read, Kept(noisy))
+            return hidden_BTD.unflatten(1, (copies, length))
+        row_M, token_M = scored_BNL.flatten(1).nonzero(as_tuple=True)
+        return self._run_layers(x_BTD, cond, rotary, read, Kept(noisy, (row_M, token_M)))[0]
 
     def encode_causal(
         self, ids_BT: torch.Tensor, valid_BT: torch.Tensor | None = None
@@ -526,7 +541,7 @@ class BlockDiffusionModel(PreTrainedModel):
             return attend_causal(q, k, v, valid_BT)
 
         cond = None if self.time is None else self.time(torch.zeros(1, 1, device=self.device))
-        return self._run_layers(x_BTD, cond, rotary, read, kept=None)
+        return self._run_layers(x_BTD, cond, rotary, read, ALL)
 
     def _run_layers(
         self,
@@ -534,7 +549,7 @@ class BlockDiffusionModel(PreTrainedModel):
         cond: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         read: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-        kept: Kept | None,
+        kept: Kept,
     ) -> torch.Tensor:
         """Hidden states of the tokens that are kept (see `take`) after all layers and the norm.
 
@@ -543,7 +558,7 @@ class BlockDiffusionModel(PreTrainedModel):
         """
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
-            last = kept if layer is self.layers[-1] else None
+            last = kept if layer is self.layers[-1] else ALL
             arguments = (x_BTD, cond, rotary, partial(read, index), last)
             # Computed again with the same dropout: the random state is kept, too.
             x_BTD = (
@@ -672,7 +687,7 @@ class BlockDiffusionModel(PreTrainedModel):
             return attend_ragged(q, *cache.write_ragged(index, k_PHE, v_PHE, place), groups)
 
         wanted = None if wanted_M is None else (torch.zeros_like(wanted_M), wanted_M)
-        return self._run_layers(x_1PD, cond, (cos, sin), read, wanted)[0]
+        return self._run_layers(x_1PD, cond, (cos, sin), read, Kept(place=wanted))[0]
 
     def decode_causal(
         self, ids_BT: torch.Tensor, cache: BlockCache, window: int | None = None
@@ -717,7 +732,7 @@ class BlockDiffusionModel(PreTrainedModel):
             keys, values = cache.write(index, k, v, place)
             return attend_cached(q, keys, values, mask)
 
-        return self._run_layers(x_BTD, cond, rotary, read, wanted)
+        return self._run_layers(x_BTD, cond, rotary, read, Kept(place=wanted))
 
     def _decode_condition(
         self, sigma_BT: torch.Tensor | None, clean_BT: torch.Tensor
