@@ -25,7 +25,7 @@ from blockdiffusion.evaluate.report.pictures import (
 )
 
 PLOT_WIDTH, PLOT_HEIGHT, LEFT, BETWEEN, RIGHT = 400, 210, 66, 62, 20
-HEAD, ROW_GAP, LEGEND_LINE = 96, 54, 20
+HEAD, ROW_GAP, LEGEND_LINE = 96, 66, 20
 WIDTH = LEFT + 2 * PLOT_WIDTH + BETWEEN + RIGHT
 COLOURS = ("#3b75af", "#c8643a", "#4f9a54", "#9465b8", "#b58a1f", "#c5508a", "#3f98a3")
 STYLE = CHART_STYLE + (
