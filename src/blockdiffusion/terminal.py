@@ -41,6 +41,14 @@ def error_console() -> Console:
     return Console(stderr=True)
 
 
+def amount(number: float) -> str:
+    """65B, 3.1M: three digits."""
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= limit:
+            return f"{number / limit:.3g}{letter}"
+    return f"{number:,.0f}"
+
+
 @contextmanager
 def progress_bar(title: str, quiet: bool = False) -> Iterator[Stages]:
     """Gives a function (stage, done, total) that draws a bar with rate and time left.

@@ -7,10 +7,11 @@ import pytest
 from blockdiffusion.config import load_recipe
 from blockdiffusion.errors import UserError
 from blockdiffusion.reproduce import plan_tables
-from blockdiffusion.reproduce.listing import amount, plan_lines
+from blockdiffusion.reproduce.listing import plan_lines
 from blockdiffusion.reproduce.paper import TABLES
 from blockdiffusion.reproduce.plan import recipe_text
 from blockdiffusion.reproduce.scales import PAPER, SCALES, TINY
+from blockdiffusion.terminal import amount
 from tests.command import blockdiff
 from tests.reproduce.toy import TOY
 

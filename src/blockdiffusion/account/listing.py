@@ -6,6 +6,7 @@ from blockdiffusion.account import Account
 from blockdiffusion.account.sampling import SamplingAccount
 from blockdiffusion.account.training import TrainingAccount
 from blockdiffusion.hardware import Hardware
+from blockdiffusion.terminal import amount
 
 
 def account_lines(account: Account) -> list[str]:
@@ -18,8 +19,8 @@ def account_lines(account: Account) -> list[str]:
         f"{account.recipe} on {many}{device.name}",
         _line("network", f"{network.num_layers} layers, width {network.width}, {kind}, "
                          f"L = {network.seq_len:,}, V = {network.vocab_size:,}"),
-        _line("parameters", f"{_count(account.parameters)}, without input embedding and output "
-                            f"{_count(rest)}"),
+        _line("parameters", f"{amount(account.parameters)}, without input embedding and output "
+                            f"{amount(rest)}"),
         *_device_lines(device),
         "",
         *_training_lines(account.training),
@@ -56,7 +57,7 @@ def _training_lines(a: TrainingAccount) -> list[str]:
     flops, total = a.flops, a.flops.total
     lines = [
         f"training in {a.dtype}: {a.steps:,} updates of {a.batch_size:,} rows, "
-        f"{_count(a.tokens_run)} tokens of text",
+        f"{amount(a.tokens_run)} tokens of text",
         _line("a row", f"{a.tokens_read:,} tokens read (N = {a.num_noisy}), "
                        f"{a.tokens_scored:,.0f} positions scored"),
         _line("operations", f"{_flop(a.flops_per_token)} a token, {_flop(total)} an update, "
@@ -160,14 +161,6 @@ def _flop(number: float) -> str:
 
 def _rate(number: float) -> str:
     return _scaled(number, "FLOP/s")
-
-
-def _count(number: float) -> str:
-    """170M, 78.6B: three digits."""
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= limit:
-            return f"{number / limit:.3g}{letter}"
-    return f"{number:,.0f}"
 
 
 def _time(seconds: float) -> str:

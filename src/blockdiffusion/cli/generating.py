@@ -52,7 +52,7 @@ def sample(
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Generate text, from nothing or after a prompt."""
-    from blockdiffusion.sampling import DoneEvent, collect, prepare_prompts
+    from blockdiffusion.sampling import finish, prepare_prompts
     from blockdiffusion.sampling import stream as events_of
     from blockdiffusion.terminal import show_stream
 
@@ -78,8 +78,7 @@ def sample(
     if stream:
         show_stream(events, network.tokenizer, prompts[0])
         return
-    done = next(event for event in events if isinstance(event, DoneEvent))
-    _print_samples(collect(network, done), used_seed, json_lines)
+    _print_samples(finish(network, events), used_seed, json_lines)
 
 
 def _text(name: str, given: str | None, file: Path | None) -> str | None:

@@ -7,6 +7,7 @@ import shlex
 from blockdiffusion.reproduce.conductor import places
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.plan import Plan, Run, Step
+from blockdiffusion.terminal import amount
 
 
 def plan_lines(plan: Plan) -> list[str]:
@@ -58,14 +59,6 @@ def _sizes(run: Run, flops: float) -> list[str]:
         f"parameters; {run.steps:,} updates of {run.recipe['train']['batch_size']} rows, "
         f"{amount(run.tokens)} tokens; {run.flops:.2g} FLOP, about {_time(run.flops / flops)}",
     ]
-
-
-def amount(number: int) -> str:
-    """65B, 3.1M: three digits."""
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= limit:
-            return f"{number / limit:.3g}{letter}"
-    return str(number)
 
 
 def _time(seconds: float) -> str:

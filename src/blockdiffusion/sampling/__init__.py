@@ -41,6 +41,7 @@ __all__ = [
     "SamplingOptions",
     "StepEvent",
     "collect",
+    "finish",
     "generate",
     "infill",
     "prepare_prompts",
@@ -81,10 +82,7 @@ def generate(
 
     Takes the arguments of `stream` and returns the finished result.
     """
-    for event in stream(model, prompts, num_samples, max_new_tokens, **options):
-        if isinstance(event, DoneEvent):
-            return collect(model, event)
-    raise AssertionError("the block loop always ends with a DoneEvent")
+    return finish(model, stream(model, prompts, num_samples, max_new_tokens, **options))
 
 
 def stream(
@@ -204,10 +202,7 @@ def infill(
     """
     rows = prepare_templates(model, templates, num_samples, bos)
     sampling = sampling_options(model, max_new_tokens=0, eos=False, **options)
-    for event in fill_events(model, rows, sampling, _seeded(generator)):
-        if isinstance(event, DoneEvent):
-            return collect(model, event)
-    raise AssertionError("the events always end with a DoneEvent")
+    return finish(model, fill_events(model, rows, sampling, _seeded(generator)))
 
 
 def _seeded(generator: torch.Generator | None) -> torch.Generator:
@@ -216,6 +211,11 @@ def _seeded(generator: torch.Generator | None) -> torch.Generator:
         generator = torch.Generator()
         generator.seed()
     return generator
+
+
+def finish(model: Denoiser, events: Iterator[Event]) -> Generation:
+    """Takes all events of a stream; its result."""
+    return collect(model, next(event for event in events if isinstance(event, DoneEvent)))
 
 
 def collect(model: Denoiser, done: DoneEvent) -> Generation:

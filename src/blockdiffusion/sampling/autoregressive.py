@@ -75,7 +75,7 @@ class _Rows:
         kind = CachedPast if options.use_cache else RecomputedPast
         self.past = kind(model, len(prompts), shape[1] + 1, options.window)
         # The last token is read by the pass that gives the next one.
-        self.nfe_B = self.past.prefill(inputs_BT.to(device), lengths_B - 1)
+        self.nfe_B = self.past.read_on(inputs_BT.to(device), lengths_B - 1)
         self.last_R = inputs_BT.gather(1, lengths_B[:, None] - 1)[:, 0].to(device)
 
     def append(self, token_R: torch.Tensor, eos_id: int | None) -> BlockEvent:

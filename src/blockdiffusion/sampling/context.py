@@ -5,12 +5,10 @@ Two of each: for the block loop, and (`...Past`) for the autoregressive baseline
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from blockdiffusion.cache import BlockCache
 from blockdiffusion.denoiser import Denoiser, NextTokenModel
 
 PREFILL_TOKENS = 512  # prompt tokens of one pass: bounds the memory of its attention mask
@@ -27,35 +25,22 @@ class CachedContext:
         self.cache = model.make_cache(rows, capacity)
         self.pending_RS: torch.Tensor | None = None
 
-    def prefill(self, ids_RT: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        """Commits the first `lengths_R` tokens (whole blocks) of every row; returns the passes
-        each row took part in."""
-        step = _whole_blocks(self.model.config.block_size)
-
-        def read(part_RT: torch.Tensor) -> None:
-            nothing = _no_tokens(part_RT.device)
-            self.model.decode(
-                part_RT, part_RT.shape[1], self.cache, self.window, wanted=(nothing, nothing)
-            )
-
-        return _prefill(self.cache, read, ids_RT, lengths_R, step)
-
     def read_on(self, ids_RT: torch.Tensor, counts_R: torch.Tensor) -> torch.Tensor:
         """Commits the first `counts_R` tokens (whole blocks) of `ids_RT`, which follow every row's
         past; returns the passes each row took part in."""
         assert self.pending_RS is None
         passes_R = torch.zeros_like(counts_R)
-        step = _whole_blocks(self.model.config.block_size)
+        size = self.model.config.block_size
+        step = max(size, PREFILL_TOKENS // size * size)
+        nothing = torch.zeros(0, dtype=torch.long, device=ids_RT.device)
         for first in range(0, int(counts_R.max()), step):
             todo_R = (counts_R - first).clamp(0, step)
-            ids_P = torch.cat(
-                [
-                    ids[first : first + count]
-                    for ids, count in zip(ids_RT, todo_R.tolist(), strict=True)
-                ]
-            )
+            ids_P = torch.cat([
+                ids[first : first + count]
+                for ids, count in zip(ids_RT, todo_R.tolist(), strict=True)
+            ])  # fmt: skip
             self.model.decode_ragged(
-                ids_P, todo_R, todo_R, self.cache, self.window, wanted_M=_no_tokens(ids_P.device)
+                ids_P, todo_R, todo_R, self.cache, self.window, wanted_M=nothing
             )
             self.cache.commit(todo_R)
             passes_R += todo_R > 0
@@ -98,10 +83,13 @@ class _Reread:
         self.past_RT = torch.zeros(rows, longest, dtype=torch.long, device=model.device)
         self.lengths_R = torch.zeros(rows, dtype=torch.long)
 
-    def prefill(self, ids_RT: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        self.past_RT[:, : ids_RT.shape[1]] = ids_RT
-        self.lengths_R = lengths_R
-        return torch.zeros_like(lengths_R)
+    def read_on(self, ids_RT: torch.Tensor, counts_R: torch.Tensor) -> torch.Tensor:
+        for row, (length, count) in enumerate(
+            zip(self.lengths_R.tolist(), counts_R.tolist(), strict=True)
+        ):
+            self.past_RT[row, length : length + count] = ids_RT[row, :count]
+        self.lengths_R = self.lengths_R + counts_R
+        return torch.zeros_like(counts_R)
 
     def keep(self, rows: torch.Tensor) -> None:
         self.past_RT = self.past_RT[rows.to(self.past_RT.device)]
@@ -129,14 +117,6 @@ class RecomputedContext(_Reread):
     def commit(self, clean_RS: torch.Tensor) -> None:
         self.read_on(clean_RS, torch.full_like(self.lengths_R, clean_RS.shape[1]))
 
-    def read_on(self, ids_RT: torch.Tensor, counts_R: torch.Tensor) -> torch.Tensor:
-        for row, (length, count) in enumerate(
-            zip(self.lengths_R.tolist(), counts_R.tolist(), strict=True)
-        ):
-            self.past_RT[row, length : length + count] = ids_RT[row, :count]
-        self.lengths_R = self.lengths_R + counts_R
-        return torch.zeros_like(counts_R)
-
 
 # --- the autoregressive baseline ----------------------------------------------------------------
 
@@ -149,14 +129,19 @@ class CachedPast:
         # A token's keys may take the place of those that have just left its window.
         self.cache = model.make_cache(rows, longest if window is None else min(longest, window))
 
-    def prefill(self, ids_RT: torch.Tensor, lengths_R: torch.Tensor) -> torch.Tensor:
-        """Reads the first `lengths_R` tokens of every row; returns the passes each row took part
-        in."""
-
-        def read(part_RT: torch.Tensor) -> None:
+    def read_on(self, ids_RT: torch.Tensor, counts_R: torch.Tensor) -> torch.Tensor:
+        """Reads the first `counts_R` tokens of every row, before any other; returns the passes each
+        row took part in."""
+        passes_R = torch.zeros_like(counts_R)
+        longest = int(counts_R.max())
+        for first in range(0, longest, PREFILL_TOKENS):
+            part_RT = ids_RT[:, first : min(first + PREFILL_TOKENS, longest)]
+            todo_R = (counts_R - first).clamp(0, part_RT.shape[1])
+            # Rows without tokens left commit nothing: what the pass writes lies beyond their end.
             self.model.decode_causal(part_RT, self.cache, self.window)
-
-        return _prefill(self.cache, read, ids_RT, lengths_R, PREFILL_TOKENS)
+            self.cache.commit(todo_R)
+            passes_R += todo_R > 0
+        return passes_R
 
     def read(self, ids_R: torch.Tensor) -> torch.Tensor:
         """Reads one more token of every row; its hidden states (R, D)."""
@@ -180,34 +165,3 @@ class RecomputedPast(_Reread):
         cache = self.model.make_cache(len(ids_R), total)
         hidden_RTD = self.model.decode_causal(self.past_RT[:, :total], cache, self.window)
         return hidden_RTD[row_R, self.lengths_R - 1]
-
-
-def _no_tokens(device: torch.device) -> torch.Tensor:
-    """What is wanted of a pass that only reads."""
-    return torch.zeros(0, dtype=torch.long, device=device)
-
-
-def _whole_blocks(size: int) -> int:
-    """Tokens of a pass that reads: whole blocks, and one at least."""
-    return max(size, PREFILL_TOKENS // size * size)
-
-
-def _prefill(
-    cache: BlockCache,
-    read: Callable[[torch.Tensor], None],
-    ids_RT: torch.Tensor,
-    lengths_R: torch.Tensor,
-    step: int,
-) -> torch.Tensor:
-    """Commits the first `lengths_R` tokens of every row, `step` of them in a pass; returns the
-    passes each row took part in."""
-    passes_R = torch.zeros_like(lengths_R)
-    longest = int(lengths_R.max())
-    for first in range(0, longest, step):
-        part_RT = ids_RT[:, first : min(first + step, longest)]
-        todo_R = (lengths_R - first).clamp(0, part_RT.shape[1])
-        # Rows without tokens left commit nothing: what the pass writes lies beyond their end.
-        read(part_RT)
-        cache.commit(todo_R)
-        passes_R += todo_R > 0
-    return passes_R

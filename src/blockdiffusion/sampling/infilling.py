@@ -31,6 +31,7 @@ from blockdiffusion.sampling.loop import (
     denoise_block,
 )
 from blockdiffusion.sampling.requests import as_list, with_bos
+from blockdiffusion.sampling.sliding import has_one_block
 
 HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
 
@@ -93,11 +94,11 @@ def fill_events(
             "fill what is missing; use generate, or a model that denoises"
         )
     check_given(model, templates, options, masks=True)
-    config, longest = model.config, max(map(len, templates))
-    if config.block_size == config.seq_len and longest > config.seq_len:
+    length, longest = model.config.seq_len, max(map(len, templates))
+    if has_one_block(model) and longest > length:
         raise UserError(
             f"a template has {longest} tokens, more than the one block of this model, which has "
-            f"{config.seq_len}; shorten it"
+            f"{length}; shorten it"
         )
     state = _TemplateBatch(model, templates, options)
     while state.active.numel():

@@ -172,7 +172,7 @@ class BlockBatch:
         self.starts_R = self.first_starts()
         kind = CachedContext if options.use_cache else RecomputedContext
         self.context = kind(model, len(prompts), longest, options.window)
-        self.nfe_B = self.context.prefill(self.ids_BT, self.starts_R.clone())
+        self.nfe_B = self.context.read_on(self.ids_BT, self.starts_R)
         self.block_RS = self.new_RS = torch.empty(0)
 
     def first_starts(self) -> torch.Tensor:

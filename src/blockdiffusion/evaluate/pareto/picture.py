@@ -30,7 +30,7 @@ WIDTH = LEFT + 2 * PLOT_WIDTH + BETWEEN + RIGHT
 COLOURS = ("#3b75af", "#c8643a", "#4f9a54", "#9465b8", "#b58a1f", "#c5508a", "#3f98a3")
 STYLE = CHART_STYLE + (
     ".name{font-size:12px}.mark{font-size:11px;font-weight:600}.real{stroke:var(--muted);"
-    "stroke-dasharray:5 4}.size{font-size:13px;font-weight:600}.hollow{fill:var(--paper)}"
+    "stroke-dasharray:5 4}.size{font-size:13px;font-weight:600}"
     + "".join(
         f".f{i}{{stroke:{colour};fill:{colour}}}.line.f{i}{{fill:none;stroke-opacity:.55}}"
         f".mark.f{i}{{stroke:none}}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.policies import PolicySettings
@@ -12,11 +12,8 @@ from blockdiffusion.sampling.processes import make_process
 TOKENS = (1, 2, 4, 8, 16)  # of a pass, in the usual points
 THRESHOLDS = {"confidence": (0.9, 0.7), "entropy": (0.1, 0.5, 2.0)}
 KINDS: dict[str, type] = {
-    "steps": int,
-    "schedule": str,
-    "tokens_per_step": int,
-    "threshold": float,
-    "remask": float,
+    name: get_args(kind)[0]  # without None
+    for name, kind in get_type_hints(PolicySettings).items()
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from blockdiffusion.data.files import write_whole
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.independence import check_judge
-from blockdiffusion.evaluate.generation.judge import Judge, load_judge, window_sizes
+from blockdiffusion.evaluate.generation.judge import Judge, JudgeFacts, load_judge, window_sizes
 from blockdiffusion.evaluate.generation.reference import reference_samples
 from blockdiffusion.evaluate.generation.result import (
     Conditions,
@@ -83,7 +83,7 @@ def measure_pareto(
     for point in points:
         point.check(model.config)
     judge = load_judge(options.judge, device=device)
-    windows = window_sizes(judge, options.context, options.stride)
+    facts = judge_facts(judge, *window_sizes(judge, options.context, options.stride))
     warnings = check_judge(options.model, model, judge)
     (options.out / "points").mkdir(parents=True, exist_ok=True)
     measured = []
@@ -95,7 +95,7 @@ def measure_pareto(
                 point,
                 model,
                 judge,
-                windows,
+                facts,
                 with_reference=number == 1,
                 progress=None if progress is None else _at_stage(progress, stage),
             )
@@ -105,7 +105,7 @@ def measure_pareto(
     return {
         "format": FORMAT,
         "model": options.model,
-        "judge": asdict(judge_facts(judge, *windows)),
+        "judge": asdict(facts),
         "sampling": asdict(options.draw),
         "reference": measured[0].get("reference"),
         "reference_source": ", ".join(options.reference) or None,
@@ -123,7 +123,7 @@ def _measured(
     point: Point,
     model: Any,
     judge: Judge,
-    windows: tuple[int, int],
+    facts: JudgeFacts,
     *,
     with_reference: bool,
     progress: Progress | None,
@@ -135,7 +135,7 @@ def _measured(
     key = json.loads(json.dumps({
         "samples": identity(model, draw),
         "num_samples": draw.num_samples,
-        "judge": asdict(judge_facts(judge, *windows)),
+        "judge": asdict(facts),
         "reference": [*reference, options.split] if reference else None,
     }))  # fmt: skip
     if file.exists():
@@ -155,8 +155,8 @@ def _measured(
         drawn,
         judge,
         Conditions(label=point.label, model=options.model, seed=draw.seed),
-        context=windows[0],
-        stride=windows[1],
+        context=facts.context,
+        stride=facts.stride,
         reference=real,
         progress=progress,
         journal=journal_beside(file),
