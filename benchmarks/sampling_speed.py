@@ -1,13 +1,15 @@
 """Sampling with the 110M network, beside a GPT-2 of the same size in transformers.
 
 python -m benchmarks.sampling_speed [--block-sizes 4 16] [--batches 1] [--tokens-per-step 1 4]
-    [--dtypes float32 int8] [--tokens 64] [--rounds 3]
+    [--dtypes float32 int8] [--tokens 64] [--rounds 3] [--authors CHECKOUT]
 
 V = 50258, random weights, top-p 0.9, nothing ends early. One token a step is first hitting, more
-are the policy `random`. All of a dtype and batch size take turns, `--rounds` times, and the best of
-each counts, so that ratios hold on a noisy machine. GPT-2 is `generate` with a cache, in float32
-where ours is int8 (it has no such products). Prints a Markdown table; the floor of a call is the
-time to read the weights once, and that of its matrix products.
+are the policy `random`. All of a batch size take turns, `--rounds` times, and the best of each counts
+(ratios hold on a noisy machine). GPT-2 is `generate` with a cache; int8 is compared with its
+bfloat16 where that is measured, and else with float32. The authors' code (see
+`benchmarks.authors`), in float32 and with one row, takes part where --authors says where it is.
+Prints a Markdown table; the floor of a call is the time to read the weights once, and that of its
+matrix products.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import authors
 from benchmarks.machine import describe, matrix_flops, read_bandwidth
-from benchmarks.training_step import VOCAB, paper_model
+from benchmarks.training_step import LENGTH, VOCAB, paper_model
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.sampling import generate
 
@@ -31,12 +35,22 @@ TOP_P = 0.9
 
 @dataclass
 class Contestant:
-    """A way to write text: `write(tokens)` returns the network calls that a row took. `floor` is
-    the least time of a call in seconds: to read the weights, and for the matrix products."""
+    """A way to write text.
 
+    Attributes:
+        write: writes so many tokens a row; returns the network calls that a row took.
+        floor: the least time of a call in seconds: to read the weights, for the matrix products.
+        rival: key of the GPT-2 that it is compared with.
+        block_size: key of the authors' network that it is compared with.
+    """
+
+    dtype: str
     name: str
+    batch: int
     write: Callable[[int], int]
     floor: tuple[float, float] | None = None
+    rival: str | None = None
+    block_size: int | None = None
     seconds: float = float("inf")
     calls: int = 0
 
@@ -44,6 +58,9 @@ class Contestant:
         start = time.perf_counter()
         self.calls = self.write(tokens)
         self.seconds = min(self.seconds, time.perf_counter() - start)
+
+    def rate(self, tokens: int) -> float:
+        return self.batch * tokens / self.seconds
 
 
 def ours(model: Any, batch: int, tokens_per_step: int, tokens: int) -> int:
@@ -86,13 +103,18 @@ def theirs(model: Any, batch: int, tokens: int) -> int:
     return tokens
 
 
-def weights(model: Any) -> int:
-    """Of a call: all but the input embedding, of which it takes a few rows."""
-    return sum(p.numel() for name, p in model.named_parameters() if "embedding" not in name)
+def matrix_weights(model: Any) -> int:
+    """Numbers that a call of the folded network reads: all but the input embedding, of which it
+    takes a few rows, and the modulation."""
+    return sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if not any(part in name for part in ("embedding", "modulation", "time."))
+    )
 
 
 def contestants_of(
-    dtype: str, batch: int, sizes: list[int], counts: list[int], bandwidth: float
+    dtype: str, batch: int, sizes: list[int], counts: list[int], rival: str, bandwidth: float
 ) -> list[Contestant]:
     kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     bytes_each = {"int8": 1, "bfloat16": 2, "float32": 4}[dtype]
@@ -100,28 +122,60 @@ def contestants_of(
     found = []
     for size in sizes:
         plain = paper_model(size).to(kind).eval()
-        number, head = weights(sampling_copy(plain)), plain.output.weight.numel()
+        number, head = matrix_weights(plain), plain.output.weight.numel()
         model = sampling_copy(plain, int8=dtype == "int8")
         for count in (n for n in counts if n <= size):
             # Every weight meets every token of the block; the head those that are drawn.
             products = 2 * batch * ((number - head) * size + head * count)
-            floor = (number * bytes_each / bandwidth, products / flops)
-            name = f"S = {size}, {count} a step"
-            found.append(Contestant(name, partial(ours, model, batch, count), floor))
+            found.append(
+                Contestant(
+                    dtype,
+                    f"S = {size}, {count} a step",
+                    batch,
+                    partial(ours, model, batch, count),
+                    (number * bytes_each / bandwidth, products / flops),
+                    rival,
+                    size,
+                )
+            )
     return found
 
 
-def table(contestants: list[Contestant], dtype: str, batch: int, tokens: int) -> str:
-    """Lines of the table; the first contestant is what the others are compared with."""
+def others(
+    batch: int, dtypes: list[str], sizes: list[int], checkout: Path | None
+) -> dict[str | int, Contestant]:
+    """What ours are compared with, by dtype (GPT-2) and block size (the authors' code, one row)."""
+    found: dict[str | int, Contestant] = {}
+    for dtype in dtypes:
+        if dtype != "int8" or "bfloat16" not in dtypes:
+            key = "bfloat16" if dtype == "bfloat16" else "float32"
+            model = gpt2(getattr(torch, key))
+            found[key] = Contestant(
+                key, "GPT-2, transformers", batch, partial(theirs, model, batch)
+            )
+    if checkout is not None:
+        for size in sizes:
+            network = authors.authors_network(checkout, size, VOCAB, LENGTH).eval()
+            write = partial(authors.write, network, size, top_p=TOP_P)
+            found[size] = Contestant("float32", f"S = {size}, authors' code", 1, write)
+    return found
+
+
+def table(contestants: list[Contestant], compared: dict[str | int, Contestant], tokens: int) -> str:
     lines = []
     for one in contestants:
         floor = "" if one.floor is None else ", ".join(f"{1e3 * x:.1f}" for x in one.floor)
         lines.append(
-            f"| {dtype} | {batch} | {one.name} | {batch * tokens / one.seconds:.1f} | "
+            f"| {one.dtype} | {one.batch} | {one.name} | {one.rate(tokens):.1f} | "
             f"{1e3 * one.seconds / one.calls:.1f} | {one.calls} | {floor} | "
-            f"{contestants[0].seconds / one.seconds:.2f} |"
+            f"{_times(one, compared.get(one.rival or ''), tokens)} | "
+            f"{_times(one, compared.get(one.block_size or ''), tokens)} |"
         )
     return "\n".join(lines)
+
+
+def _times(one: Contestant, other: Contestant | None, tokens: int) -> str:
+    return "" if other is None else f"{one.rate(tokens) / other.rate(tokens):.2f}"
 
 
 def main() -> None:
@@ -136,29 +190,29 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--authors", type=Path, help="a checkout of kuleshov-group/bd3lms")
     args = parser.parse_args()
     print(describe())
     bandwidth = read_bandwidth()
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s\n")
     print(
         "| dtype | batch | | tokens/s | ms a call | calls | floor: reading, arithmetic (ms) "
-        "| of GPT-2 |\n|---|---|---|---|---|---|---|---|"
+        "| of GPT-2 | of the authors' code |\n|---|---|---|---|---|---|---|---|---|"
     )
-    for dtype in args.dtypes:
-        reference = gpt2(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-        for batch in args.batches:
-            contestants = [
-                Contestant("GPT-2, transformers", partial(theirs, reference, batch)),
-                *contestants_of(
-                    dtype, batch, args.block_sizes, args.tokens_per_step, bandwidth
-                ),
-            ]  # fmt: skip
+    for batch in args.batches:
+        compared = others(batch, args.dtypes, args.block_sizes, args.authors)
+        contestants = list(compared.values())
+        for dtype in args.dtypes:
+            rival = next(key for key in (dtype, "bfloat16", "float32") if key in compared)
+            contestants += contestants_of(
+                dtype, batch, args.block_sizes, args.tokens_per_step, rival, bandwidth
+            )
+        for contestant in contestants:
+            contestant.write(2 * max(args.block_sizes))  # warms up
+        for _ in range(args.rounds):
             for contestant in contestants:
-                contestant.write(2 * max(args.block_sizes))  # warms up
-            for _ in range(args.rounds):
-                for contestant in contestants:
-                    contestant.race(args.tokens)
-            print(table(contestants, dtype, batch, args.tokens), flush=True)
+                contestant.race(args.tokens)
+        print(table(contestants, compared, args.tokens), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 * The modulation (adaLN) of a network without time input is the same for every token of every pass.
   It is folded into the weights: into those behind each norm, with the norm's own weight, and (the
   gates) into those before each sum. What is left is a plain pre-norm transformer.
+* On a CPU the weights of all linear layers are laid out once in the order in which oneDNN's products
+  read them: the same numbers, in half of the time where few rows are multiplied.
 * With `int8` the weights of all linear layers are stored in 8 bits, one scale per output, and
   inputs are rounded to 7 bits, one scale per pass: an approximation, for CPUs.
 
@@ -27,7 +29,7 @@ from blockdiffusion.models.transformer import (
     BlockDiffusionModel,
     Kept,
     Layer,
-    Linear,
+    LinearGelu,
     Modulation,
     TimeEmbedding,
     attended,
@@ -51,7 +53,9 @@ def sampling_copy(model: BlockDiffusionModel, *, int8: bool = False) -> BlockDif
         _check_int8(model)
     made = _folded(model) if not model.config.time_conditioning else _deep_copy(model)
     if int8:
-        _quantize(made)
+        _replace(made, Int8Linear)
+    elif _packs(model):
+        _replace(made, PackedLinear)
     return made.eval()
 
 
@@ -81,8 +85,23 @@ class FoldedLayer(nn.Module):
         """See `Layer`; `cond` is in the weights."""
         qkv = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)
         x_BTD = take(x_BTD, kept) + self.attn_out(attended(qkv, read, kept))
-        inner = F.gelu(self.mlp_in(_normed(x_BTD)), approximate="tanh")
-        return x_BTD + self.mlp_out(inner)
+        return x_BTD + self.mlp_out(self.mlp_in(_normed(x_BTD)))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies as oneDNN's products want it, whatever the number of rows.
+
+    The operators are those that PyTorch's compiler puts in the place of frozen linear layers.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+        self.then = ("gelu", [], "tanh") if isinstance(linear, LinearGelu) else ("none", [], "")
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, *self.then)
 
 
 class Int8Linear(nn.Module):
@@ -103,9 +122,11 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore", UserWarning)
             rounded = torch.quantize_per_channel(weight, scale.double(), zero_point, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
+        self.has_gelu = isinstance(linear, LinearGelu)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_dynamic(input, self.packed, True)
+        out = torch.ops.quantized.linear_dynamic(input, self.packed, True)
+        return F.gelu(out, approximate="tanh") if self.has_gelu else out
 
 
 def _normed(x: torch.Tensor) -> torch.Tensor:
@@ -140,38 +161,50 @@ def _deep_copy(model: BlockDiffusionModel) -> BlockDiffusionModel:
     return made
 
 
-def _behind_norm(linear: nn.Linear, scale: torch.Tensor, shift: torch.Tensor) -> Linear:
+def _behind_norm(linear: nn.Linear, scale: torch.Tensor, shift: torch.Tensor) -> nn.Linear:
     """`linear` after an input of x * scale + shift, as a layer that reads x; folded in float64."""
     weight = linear.weight.double()
     bias = weight @ shift.expand(weight.shape[1])
     if linear.bias is not None:
         bias = bias + linear.bias.double()
-    return _linear(weight * scale, bias, linear.weight.dtype)
+    return _like(linear, weight * scale, bias)
 
 
-def _gated(linear: nn.Linear, gate: torch.Tensor) -> Linear:
+def _gated(linear: nn.Linear, gate: torch.Tensor) -> nn.Linear:
     """gate * `linear`."""
     bias = None if linear.bias is None else gate * linear.bias.double()
-    return _linear(gate[:, None] * linear.weight.double(), bias, linear.weight.dtype)
+    return _like(linear, gate[:, None] * linear.weight.double(), bias)
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
+def _like(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A layer of the kind and type of `linear`."""
     with torch.device("meta"):
-        made = Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        made = type(linear)(weight.shape[1], weight.shape[0], bias=bias is not None)
+    dtype = linear.weight.dtype
     made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if bias is not None:
         made.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
     return made
 
 
-def _quantize(module: nn.Module) -> None:
+def _replace(module: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
+    """Puts a `kind` in the place of every linear layer."""
     for name, child in module.named_children():
         if isinstance(child, TimeEmbedding | Modulation):
             continue  # small, and left only where the network reads the time
         if isinstance(child, nn.Linear):
-            setattr(module, name, Int8Linear(child))
+            setattr(module, name, kind(child))
         else:
-            _quantize(child)
+            _replace(child, kind)
+
+
+def _packs(model: BlockDiffusionModel) -> bool:
+    """Whether oneDNN multiplies what this network holds, where it is."""
+    if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if model.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return model.dtype == torch.float32
 
 
 def _check_int8(model: BlockDiffusionModel) -> None:

@@ -237,6 +237,13 @@ class Linear(nn.Linear):
         return out if self.bias is None else out + self.bias
 
 
+class LinearGelu(Linear):
+    """A linear layer and the GELU behind it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.gelu(super().forward(input), approximate="tanh")
+
+
 class Norm(nn.Module):
     """Layer norm with a weight and no bias, then modulated: LN(x) * (1 + scale) + shift."""
 
@@ -334,7 +341,7 @@ class Layer(nn.Module):
         self.attn_qkv = Linear(width, 3 * width, bias=False)
         self.attn_out = Linear(width, width, bias=False)
         self.mlp_norm = Norm(width)
-        self.mlp_in = Linear(width, 4 * width)
+        self.mlp_in = LinearGelu(width, 4 * width)
         self.mlp_out = Linear(4 * width, width)
         self.modulation = Modulation(config.cond_dim, width, 6) if config.adaln else None
         # With a modulation the gates do.
@@ -368,7 +375,7 @@ class Layer(nn.Module):
         _, _, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
         x_BTD = torch.addcmul(take(x_BTD, kept), attn_gate, self._drop(out))
         h_BTD = self.mlp_norm(x_BTD, mlp_shift, mlp_scale)
-        out = self.mlp_out(F.gelu(self.mlp_in(h_BTD), approximate="tanh"))
+        out = self.mlp_out(self.mlp_in(h_BTD))
         return torch.addcmul(x_BTD, mlp_gate, self._drop(out))
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
@@ -577,8 +584,10 @@ class BlockDiffusionModel(PreTrainedModel):
             )
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., D), before SUBS."""
-        return self.output(hidden)
+        """Logits (..., V) of hidden states (..., D), before SUBS; in float32 at least, as sums over
+        a vocabulary of probabilities with 8 bits would not be any more."""
+        logits = self.output(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def denoise_logits(
         self,
