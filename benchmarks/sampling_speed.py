@@ -4,7 +4,7 @@ python -m benchmarks.sampling_speed [--block-sizes 4 16] [--batches 1] [--tokens
     [--dtypes float32 int8] [--tokens 64] [--rounds 3] [--authors CHECKOUT]
 
 V = 50258, random weights, top-p 0.9, nothing ends early. One token a step is first hitting, more
-are the policy `random`. All of a batch size take turns, `--rounds` times, and the best of each counts
+are the policy `random`. All of a batch size take turns, `--rounds` times; the best of each counts
 (ratios hold on a noisy machine). GPT-2 is `generate` with a cache; int8 is compared with its
 bfloat16 where that is measured, and else with float32. The authors' code (see
 `benchmarks.authors`), in float32 and with one row, takes part where --authors says where it is.

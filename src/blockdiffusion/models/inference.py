@@ -3,8 +3,8 @@
 * The modulation (adaLN) of a network without time input is the same for every token of every pass.
   It is folded into the weights: into those behind each norm, with the norm's own weight, and (the
   gates) into those before each sum. What is left is a plain pre-norm transformer.
-* On a CPU the weights of all linear layers are laid out once in the order in which oneDNN's products
-  read them: the same numbers, in half of the time where few rows are multiplied.
+* On a CPU the weights of all linear layers are laid out once in the order that oneDNN's products
+  read: the same numbers, in half of the time where few rows are multiplied.
 * With `int8` the weights of all linear layers are stored in 8 bits, one scale per output, and
   inputs are rounded to 7 bits, one scale per pass: an approximation, for CPUs.
 

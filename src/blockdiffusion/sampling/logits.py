@@ -6,14 +6,13 @@ Filters act on the denoiser's p(x0 | .), which gives the mask token probability 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.objectives import exclude_mask_token_
-
-TopPRule = Literal["transformers", "authors"]
+from blockdiffusion.sampling.nucleus import Nucleus, TopPRule, sorted_nuclei
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,73 +56,69 @@ def draw_tokens(
     float64 with one uniform number per token (Gumbel noise in float32 over a large vocabulary
     would lower the temperature: Zheng et al. 2024).
     """
-    logits_MV = exclude_mask_token_(logits_MV, mask_id)
-    prob_MV = logits_MV.softmax(-1)
-    kept_MC, ids_MC = _filtered(
-        (logits_MV / filters.temperature).softmax(-1) if filters.temperature != 1 else prob_MV,
-        filters,
-    )
-    choice_M1 = draw_columns(kept_MC, generator)[:, None]
-    token_M1 = choice_M1 if ids_MC is None else ids_MC.gather(1, choice_M1)
+    prob_MV = exclude_mask_token_(logits_MV, mask_id).softmax(-1)
+    warm_MV = prob_MV if filters.temperature == 1 else (logits_MV / filters.temperature).softmax(-1)
+    kept_MC, ids_MC = _top_k(warm_MV, filters.top_k)
+    if filters.top_p < 1 and kept_MC.device.type == "cpu":
+        choice_M = _draw_from_nuclei(kept_MC, filters, generator)
+    else:
+        kept_MC, ids_MC = _nuclei(kept_MC, ids_MC, filters)
+        choice_M = draw_columns(kept_MC, generator)
+    token_M1 = choice_M[:, None] if ids_MC is None else ids_MC.gather(1, choice_M[:, None])
     return token_M1[:, 0], prob_MV.gather(1, token_M1)[:, 0]
 
 
 def draw_columns(weight_MC: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A column (M,) of every row, drawn in proportion to its weight by inversion in float64."""
     cumulative_MC = weight_MC.double().cumsum(-1)
-    uniform_M1 = torch.rand(len(weight_MC), 1, generator=generator, dtype=torch.float64)
+    uniform_M1 = _uniforms(len(weight_MC), generator)[:, None]
     target_M1 = uniform_M1.to(weight_MC.device) * cumulative_MC[:, -1:]
     return torch.searchsorted(cumulative_MC, target_M1, right=True)[:, 0]
+
+
+def _draw_from_nuclei(
+    weight_MC: torch.Tensor, filters: Filters, generator: torch.Generator
+) -> torch.Tensor:
+    """`draw_columns` from the nuclei of the rows."""
+    draws = [
+        Nucleus(weight_C, filters.top_p, filters.top_p_rule).draw(uniform)
+        for weight_C, uniform in zip(
+            weight_MC, _uniforms(len(weight_MC), generator).tolist(), strict=True
+        )
+    ]
+    return torch.stack(draws) if draws else torch.zeros(0, dtype=torch.long)
+
+
+def _uniforms(count: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 def filtered_probs(prob_MV: torch.Tensor, filters: Filters) -> torch.Tensor:
     """A denoiser's distributions (M, V) after the filters, normalised; float64."""
     if filters.temperature != 1:
         prob_MV = (prob_MV.log() / filters.temperature).softmax(-1)
-    kept_MC, ids_MC = _filtered(prob_MV, filters)
+    kept_MC, ids_MC = _nuclei(*_top_k(prob_MV, filters.top_k), filters)
     if ids_MC is not None:
         kept_MC = torch.zeros_like(prob_MV).scatter(-1, ids_MC, kept_MC)
     return kept_MC.double() / kept_MC.double().sum(-1, keepdim=True)
 
 
-def _filtered(prob_MV: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Unnormalised probabilities of the tokens that stay, and their ids (None = all, in order)."""
-    ids_MC = None
-    if filters.top_k is not None and filters.top_k < prob_MV.shape[-1]:
-        prob_MV, ids_MC = prob_MV.topk(filters.top_k, dim=-1)
-    if filters.top_p < 1:  # of the distribution that top-k left, renormalised
-        prob_MV = prob_MV.clone()
-        for prob_V in prob_MV:
-            prob_V *= in_nucleus(prob_V, filters.top_p, filters.top_p_rule)
-    return prob_MV, ids_MC
+def _top_k(prob_MV: torch.Tensor, top_k: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The probabilities that stay, and their ids (None = all, in order)."""
+    if top_k is None or top_k >= prob_MV.shape[-1]:
+        return prob_MV, None
+    return prob_MV.topk(top_k, dim=-1)
 
 
-def in_nucleus(prob_V: torch.Tensor, top_p: float, rule: TopPRule) -> torch.Tensor:
-    """bool (V,): the most likely tokens up to a share `top_p` of all; equal ones by their order.
-
-    The vocabulary is not sorted, which would cost more than a small network's pass. Positive floats
-    are in the order of their bits: the mass of all tokens with the same leading bits says which of
-    these bins the boundary is in, and only that bin's tokens are sorted.
-    """
-    if prob_V.dtype not in _LEADING:
-        prob_V = prob_V.float()
-    integers, shift = _LEADING[prob_V.dtype]
-    bin_V = prob_V.view(integers) >> shift
-    mass_from_top = torch.bincount(bin_V, weights=prob_V.double()).flip(0).cumsum(0)
-    limit = top_p * mass_from_top[-1]
-    from_top = int((mass_from_top < limit).sum())  # bins that lie inside as a whole
-    boundary = len(mass_from_top) - 1 - from_top
-    above = mass_from_top[from_top - 1] if from_top else mass_from_top.new_zeros(())
-    keep_V = bin_V > boundary
-    ids = (bin_V == boundary).nonzero()[:, 0]
-    prob, order = prob_V[ids].double().sort(descending=True, stable=True)
-    reached = above + prob.cumsum(0)
-    keep_V[ids[order]] = reached - prob < limit if rule == "transformers" else reached <= limit
-    if not bool(keep_V.any()):
-        keep_V[prob_V.argmax()] = True
-    return keep_V
-
-
-# Integers of the same width, and the bits of them that are not looked at: sign, exponent and seven
-# bits of the fraction are left.
-_LEADING = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 45)}
+def _nuclei(
+    prob_MC: torch.Tensor, ids_MC: torch.Tensor | None, filters: Filters
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same with zeros outside the nuclei (of what top-k left, renormalised)."""
+    if filters.top_p == 1 or not len(prob_MC):
+        return prob_MC, ids_MC
+    if prob_MC.device.type == "cpu":
+        rule = filters.top_p_rule
+        inside = [Nucleus(prob_C, filters.top_p, rule).mask() for prob_C in prob_MC]
+        return prob_MC * torch.stack(inside), ids_MC
+    kept_MC, order_MC = sorted_nuclei(prob_MC, filters.top_p, filters.top_p_rule)
+    return kept_MC, order_MC if ids_MC is None else ids_MC.gather(1, order_MC)
