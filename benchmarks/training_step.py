@@ -1,21 +1,30 @@
 """One training step (forward + backward) of the 110M network: V = 50258, L = 1024, batch 1.
 
-python -m benchmarks.training_step [--block-size 16] [--dtype float32] [--repeats 5]
-python -m benchmarks.training_step --num-noisy 1 2   (N copies on one clean stream, in turn)
+python -m benchmarks.training_step [--block-size 16] [--dtypes float32 bfloat16] [--repeats 5]
+python -m benchmarks.training_step --num-noisy 1 2        (N copies on one clean stream)
+python -m benchmarks.training_step --authors CHECKOUT     (see benchmarks.authors)
 
-Freed memory is kept, as in `blockdiff train`, unless --give-back is given.
+Each is a process of its own, so that its memory can be told; they take turns. AdamW's update comes
+after every step and is not timed. Freed memory is kept, as in `blockdiff train`, unless --give-back
+is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import resource
+import statistics
 import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
+from benchmarks import authors
 from benchmarks.machine import describe, matrix_flops
-from blockdiffusion.corruption import Count
+from blockdiffusion.corruption import Corrupted, Count
 from blockdiffusion.denoiser import masked_loss
 from blockdiffusion.devices import keep_freed_memory
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
@@ -47,50 +56,116 @@ def step_flops(masked: int, num_noisy: int = 1) -> float:
     return 3 * (blocks + attention + 2 * masked * width * VOCAB)
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one process repeats: our step in a type and with N copies, or the authors'."""
+
+    dtype: str
+    num_noisy: int
+    block_size: int
+    checkout: Path | None = None
+    keep_freed: bool = True
+
+    @property
+    def name(self) -> str:
+        if self.checkout:
+            return "authors' code, float32"
+        return f"N = {self.num_noisy}, {self.dtype}"
+
+    def corrupted(self, clean: torch.Tensor) -> Corrupted:
+        """Half of the tokens on average; the same draw every time."""
+        free = torch.ones_like(clean, dtype=torch.bool)
+        estimator = Count(num_noisy=self.num_noisy)
+        draw = torch.Generator().manual_seed(2)
+        return estimator(clean, free, self.block_size, VOCAB - 1, draw)
+
+
+def steps(task: Task, pipe: Connection) -> None:
+    """Performs a step whenever asked; answers its seconds and the most memory so far, in bytes."""
+    if task.keep_freed and not task.checkout:
+        keep_freed_memory()
+    clean = torch.randint(0, VOCAB - 1, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    batch = task.corrupted(clean)
+    if task.checkout:
+        model = authors.authors_network(task.checkout, task.block_size, VOCAB, LENGTH).train()
+    else:
+        model = paper_model(task.block_size).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    dtype = getattr(torch, task.dtype)
+
+    def loss() -> torch.Tensor:
+        if task.checkout:
+            noisy, weight = batch.noisy_BNL[:, 0], batch.weight_BNL[:, 0]
+            return authors.training_loss(model, noisy, clean, weight)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            nats = masked_loss(model, batch.noisy_BNL, clean, batch.weight_BNL)
+        return nats / (task.num_noisy * LENGTH)
+
+    while pipe.recv():
+        start = time.perf_counter()
+        loss().backward()
+        seconds = time.perf_counter() - start
+        optimizer.step()
+        optimizer.zero_grad()
+        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def in_turn(tasks: list[Task], rounds: int) -> list[tuple[list[float], float]]:
+    """Seconds of every step, the first one left out, and the most memory, for every task."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for task in tasks:
+        ours, theirs = spawn.Pipe()
+        processes.append(spawn.Process(target=steps, args=(task, theirs), daemon=True))
+        processes[-1].start()
+        pipes.append(ours)
+    found: list[tuple[list[float], float]] = [([], 0.0) for _ in tasks]
+    for turn in range(rounds + 1):
+        for index, pipe in enumerate(pipes):
+            pipe.send(True)
+            seconds, memory = pipe.recv()
+            found[index] = (found[index][0] + [seconds] * (turn > 0), memory)
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(False)
+        process.join()
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--num-noisy", type=int, nargs="+", default=[1])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--give-back", action="store_true", help="freed memory, to the kernel")
+    parser.add_argument("--authors", type=Path, help="a checkout of kuleshov-group/bd3lms")
     args = parser.parse_args()
-    kept = not args.give_back and keep_freed_memory()
-    dtype = getattr(torch, args.dtype)
-    model = paper_model(args.block_size).train()
-    clean = torch.randint(0, VOCAB - 1, (1, LENGTH), generator=torch.Generator().manual_seed(1))
-    free = torch.ones_like(clean, dtype=torch.bool)
-    # Half of the tokens on average; the same draw every time.
-    drawn = {
-        copies: Count(num_noisy=copies)(
-            clean, free, args.block_size, VOCAB - 1, torch.Generator().manual_seed(2)
-        )
+    size = args.block_size
+    tasks = [] if args.authors is None else [Task("float32", 1, size, args.authors)]
+    tasks += [
+        Task(dtype, copies, size, keep_freed=not args.give_back)
+        for dtype in args.dtypes
         for copies in args.num_noisy
-    }
-    times: dict[int, list[float]] = {copies: [] for copies in drawn}
-    for _ in range(args.repeats + 1):
-        for copies, corrupted in drawn.items():
-            model.zero_grad()
-            start = time.perf_counter()
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                nats = masked_loss(model, corrupted.noisy_BNL, clean, corrupted.weight_BNL)
-            (nats / (copies * free.sum())).backward()
-            times[copies].append(time.perf_counter() - start)
-    peak = matrix_flops(dtype)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    ]
     print(describe())
-    print(f"freed memory {'kept' if kept else 'given back'}; at most {resident:.2f} GiB resident")
-    first = args.num_noisy[0]
-    for copies, corrupted in drawn.items():
-        masked = int((corrupted.noisy_BNL == VOCAB - 1).sum())
-        best, flops = min(times[copies][1:]), step_flops(masked, copies)
-        ratio = best / min(times[first][1:])
+    print(f"S = {size}; best (median) of {args.repeats} steps each, in turn\n")
+    print(
+        "| | seconds | TFLOP | of the peak | most memory, with AdamW | times the first |\n"
+        "|---|---|---|---|---|---|"
+    )
+    found = in_turn(tasks, args.repeats)
+    peaks = {dtype: matrix_flops(getattr(torch, dtype)) for dtype in {t.dtype for t in tasks}}
+    for task, (seconds, memory) in zip(tasks, found, strict=True):
+        clean = torch.zeros(1, LENGTH, dtype=torch.long)
+        masked = int((task.corrupted(clean).noisy_BNL == VOCAB - 1).sum())
+        flops, best = step_flops(masked, task.num_noisy), min(seconds)
+        share = f"{flops / best / peaks[task.dtype]:.0%} of {peaks[task.dtype] / 1e9:.0f} GFLOP/s"
         print(
-            f"S={args.block_size} N={copies} {args.dtype}: {best:.2f} s a step (median "
-            f"{sorted(times[copies][1:])[args.repeats // 2]:.2f}), {LENGTH / best:.0f} tokens/s, "
-            f"{flops / 1e12:.2f} TFLOP, {flops / best / 1e9:.0f} GFLOP/s = "
-            f"{flops / best / peak:.0%} of the measured {peak / 1e9:.0f}; {masked} tokens masked; "
-            f"{ratio:.2f} times N={first}"
+            f"| {task.name} | {best:.2f} ({statistics.median(seconds):.2f}) | {flops / 1e12:.2f} | "
+            f"{'' if task.checkout else share} | {memory / 2**30:.2f} GiB | "
+            f"{best / min(found[0][0]):.2f} |"
         )
 
 
