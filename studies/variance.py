@@ -86,6 +86,13 @@ ESTIMATORS = (
     Arm("logarithmic", ("objective.schedule=log",), tier=1),
     Arm("complement, N = 4", (COMPLEMENT, "objective.num_noisy=4"), 2.5, tier=1),
 )
+# The paper's best clip at S = 16 (its table 8), and as the authors resample mask rates.
+LOWER_CLIP = "objective.clip=[0.3,0.8]"
+LONGER = (
+    *ESTIMATORS,
+    Arm("clip [0.3, 0.8]", (LOWER_CLIP,), tier=1),
+    Arm("clip [0.3, 0.8], resampled", ("objective.estimator=resampled", LOWER_CLIP), tier=1),
+)
 # Without blocks and conditioning, whose sizes are then the defaults.
 AUTOREGRESSIVE = (
     "objective.name=ar",
@@ -108,7 +115,7 @@ PARTS = (
         "S = 16",
         300,
         (*FROM_BASE, "model.block_size=16", "eval.estimator=complement"),
-        ESTIMATORS,
+        LONGER,
     ),
     Part(
         "s1",
@@ -147,7 +154,7 @@ PARTS = (
                     "model.block_size=16",
                     "eval.estimator=orders",
                     "eval.orders=8",
-                    "eval.samples=1",
+                    "eval.samples=2",
                 ),
                 1.5,
             ),
@@ -252,8 +259,10 @@ def evaluations(out: Path) -> dict[int, dict[str, float]]:
 
 
 def comparison(runs: Path, part: Part, seeds: int) -> Iterator[str]:
-    """A Markdown table: bound at equal tokens and compute, and the paired difference."""
+    """A Markdown table: bound at equal tokens and compute, and the paired difference; below it the
+    noise of the bounds, where they are estimated (with the same masks for all arms)."""
     reference = part.arms[0]
+    noise = 0.0
     yield f"| {part.title} | equal tokens | difference | equal compute | difference |"
     yield "|---|---|---|---|---|"
     for arm in part.arms:
@@ -265,11 +274,14 @@ def comparison(runs: Path, part: Part, seeds: int) -> Iterator[str]:
                 theirs = evaluations(folder_of(runs, part, reference, seed)).get(part.steps)
                 if ours and theirs:
                     pairs.append((ours["valid_bound"], theirs["valid_bound"]))
+                    noise = max(noise, ours["valid_stderr_noise"])
             differences = [ours - theirs for ours, theirs in pairs]
             cells.append(f"{statistics.fmean(p[0] for p in pairs):.4f}" if pairs else "")
             cells.append(mean_and_error(differences))
         if any(cells):
             yield f"| {arm.name} | " + " | ".join(cells) + " |"
+    if noise:
+        yield f"\nNoise of each bound: at most {noise:.4f}."
 
 
 def mean_and_error(values: Sequence[float]) -> str:
@@ -290,15 +302,15 @@ def gaps(runs: Path, part: Part) -> Iterator[str]:
     """
     reference, *sizes = part.arms
     theirs = evaluations(folder_of(runs, part, reference, 0))
-    yield "| S | step | bound | exact | autoregressive | the bound's part | the model's part |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| S | step | bound | exact | noise | AR | the bound's part | the model's part |"
+    yield "|---|---|---|---|---|---|---|---|"
     for arm in sizes:
         for step, value in evaluations(folder_of(runs, part, arm, 0)).items():
             exact = value.get("valid_exact", value.get("valid_orders"))
             other = theirs.get(step + reference.more_steps, {}).get("valid_bound")
             if exact is not None and other is not None:
-                bound = value["valid_bound"]
-                numbers = (bound, exact, other, bound - exact, exact - other)
+                bound, noise = value["valid_bound"], value["valid_stderr_noise"]
+                numbers = (bound, exact, noise, other, bound - exact, exact - other)
                 yield f"| {arm.name} | {step} | " + " | ".join(f"{x:.4f}" for x in numbers) + " |"
 
 

@@ -14,7 +14,7 @@ def all_jobs(runs):
 
 def test_every_run_of_the_variance_study_is_a_valid_recipe(tmp_path):
     found = all_jobs(tmp_path)
-    assert len({job.out for job in found}) == len(found) == 2 * 2 * 11 + 2 * 3 + 5 + 4
+    assert len({job.out for job in found}) == len(found) == 2 * (11 + 13) + 2 * 3 + 5 + 4
     bases = list(study.bases(tmp_path, [part.name for part in study.PARTS]))
     assert [job.out.name for job in bases] == ["base", "base-full"]
     for job in [*bases, *found]:
@@ -36,14 +36,14 @@ def test_arms_are_compared_per_seed(tmp_path):
         for arm, bound in ((part.arms[0], linear), (part.arms[2], count)):
             out = study.folder_of(tmp_path, part, arm, seed)
             out.mkdir(parents=True)
-            line = {"step": part.steps, "valid_bound": bound}
+            line = {"step": part.steps, "valid_bound": bound, "valid_stderr_noise": 0.01 * count}
             (out / "metrics.jsonl").write_text(
                 json.dumps({"step": 1, "loss": 6}) + "\n" + json.dumps(line)
             )
     lines = list(study.comparison(tmp_path, part, seeds=3))
     assert lines[2].startswith("| linear | 5.1000 | +0.0000 ± 0.0000 (3) |")
     assert lines[3].startswith("| count | 4.9667 | -0.1333 ± 0.0333 (3) |")
-    assert len(lines) == 4
+    assert lines[4:] == ["\nNoise of each bound: at most 0.0500."]
 
 
 @pytest.mark.parametrize("cost", [1.0, 1.5, 2.5])
@@ -64,6 +64,6 @@ def test_the_distance_to_the_autoregressive_model_is_split_at_as_many_tokens(tmp
         out = study.folder_of(tmp_path, part, arm, 0)
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line | {"valid_stderr_noise": 0.0}) + "\n")
     rows = list(study.gaps(tmp_path, part))[2:]
-    assert rows == ["| S = 2 | 120 | 4.7500 | 4.5000 | 4.0000 | 0.2500 | 0.5000 |"]
+    assert rows == ["| S = 2 | 120 | 4.7500 | 4.5000 | 0.0000 | 4.0000 | 0.2500 | 0.5000 |"]
