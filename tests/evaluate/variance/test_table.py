@@ -175,11 +175,11 @@ def test_a_network_that_reads_the_time(make_model, random_ids, objective):
     those of `likelihood` with many draws (false alarm 1e-5 each; the cut is below the noise)."""
     model, ids = make_model(objective=objective, time_conditioning=True), random_ids(8, 16)
     specs = ("bernoulli:cosine", "count", "complement", "bernoulli[0.3,0.8]", "count[0.3,0.8]")
-    options = options_of(*specs, block_sizes=(1, 4), batch_size=4, replicates=24, gradients=False)
+    options = options_of(*specs, block_sizes=(1, 4), batch_size=4, replicates=12, gradients=False)
     table = measure_variance(model, text_of(ids), options)
     assert [(s, spec) for s, spec, _ in table.left_out] == [(1, specs[-1]), (4, specs[-1])]
     assert not table.exact and set(table.references.values()) <= {"count", "complement"}
-    many = likelihood(model, ids, "complement", 100)
+    many = likelihood(model, ids, "complement", 40)
     for label in specs[:3]:
         row = row_of(table, label)
         error = math.hypot(row.loss.stderr, many.stderr_noise)
