@@ -255,6 +255,16 @@ def test_the_cut_biases_every_schedule_by_less_than_itself(name):
     assert 0 < 1 - cut / exact_nelbo(table) < 1e-3
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "log"])
+@pytest.mark.parametrize("t_min", [0.8, 0.9])
+@pytest.mark.parametrize("kind", ["bernoulli", "resampled"])
+def test_a_t_min_that_leaves_nothing_of_the_clip_is_refused(kind, schedule, t_min):
+    """It would draw no masks at all, and train on nothing."""
+    with pytest.raises(UserError, match=f"t_min is {t_min}, but .* end at 0.8, .* a smaller t_min"):
+        build_estimator(kind, schedule=schedule, clip=(0.3, 0.8), t_min=t_min)
+    build_estimator(kind, schedule=schedule, clip=(0.3, 0.8), t_min=0.79)
+
+
 def test_t_min_bounds_the_weight():
     _, _, out = draw(Bernoulli(t_min=0.5), rows=400, size=1)
     assert out.weight_BNL.max() <= 2

@@ -22,6 +22,17 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch, capsys):
     assert lines == ["eval exact: 4 of 10, 0:01:00 left", "eval exact: 8 of 10, 0:00:20 left"]
 
 
+def test_what_nobody_waits_for_is_not_counted_in_days(monkeypatch, capsys):
+    clock = iter([0.0, 40.0, 80.0])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    with terminal.progress_bar("eval") as report:
+        report("count", 1, 3001)
+        report("count", 2, 10**9)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("1 of 3,001, 1 day, 9:20:00 left")
+    assert lines[1].endswith("2 of 1,000,000,000, more than 30 days left")
+
+
 def test_what_is_done_soon_prints_nothing(capsys):
     with terminal.progress_bar("prepare") as report:
         report("tokenise", 5, None)

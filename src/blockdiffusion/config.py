@@ -84,7 +84,7 @@ class EvalOptions:
     estimator: str = "auto"
     """As in `blockdiff eval`: auto, count, complement, bernoulli, exact, ..."""
     samples: int = 4
-    """Independent draws of the masks."""
+    """Independent draws of the masks; auto enumerates where that takes no more copies."""
     orders: int = 8
     """K of the K-order bound, for the estimator orders."""
 

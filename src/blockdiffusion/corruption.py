@@ -164,9 +164,10 @@ class Bernoulli(_Masking):
 
     Attributes:
         t_min: mask probabilities below are left out of the expectation, which then is too low by a
-            share of at most t_min. (Times begin where p(t) = t_min, for the linear schedule at
-            t_min, and weights are scaled by the share of the times that is left.) Uncut, 1/t has
-            infinite variance. The authors cut at 1e-3, without the scale.
+            share of at most t_min; below the largest one of the schedule. (Times begin where p(t) =
+            t_min, for the linear schedule at t_min, and weights are scaled by the share of the
+            times that is left.) Uncut, 1/t has infinite variance. The authors cut at 1e-3, without
+            the scale.
         resample: redraw the masks of a block at its t until the share of masked tokens lies in the
             clip, as the authors' option does; it needs a clipped schedule. It changes the law.
         stratify: see `stratified_uniform`.
@@ -183,6 +184,13 @@ class Bernoulli(_Masking):
             raise UserError(
                 "estimator resampled keeps the share of masked tokens inside a clip, but none is "
                 "given; give one, or take bernoulli"
+            )
+        omega = round(prob_range(self.schedule)[1], 9)
+        if self.t_min >= omega:
+            raise UserError(
+                f"t_min is {self.t_min:g}, but the mask probabilities of {self.name} end at "
+                f"{omega:g}, so that none is left to draw; give a smaller t_min ({T_MIN:g} is "
+                "usual)"
             )
 
     @property

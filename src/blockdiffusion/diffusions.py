@@ -48,7 +48,8 @@ class Diffusion(Protocol):
 
     @property
     def usual_estimator(self) -> str:
-        """The name of the unbiased estimator of least noise: what "auto" stands for."""
+        """The name of the unbiased estimator that draws, of least noise: what "auto" stands for
+        where enumeration is not possible, or costs more."""
         ...
 
     @property
@@ -61,8 +62,8 @@ class Diffusion(Protocol):
         """What every free token adds to the bound besides, whatever the network says."""
         ...
 
-    def estimator(self, spec: str, t_min: float = T_MIN) -> Estimator:
-        """The estimator called `spec`, for this network.
+    def estimator(self, spec: str, t_min: float = T_MIN) -> tuple[Estimator, str | None]:
+        """The estimator called `spec`, for this network; and a note where it is another one.
 
         Raises:
             UserError: there is no such estimator, or not for this network.
@@ -147,8 +148,8 @@ class MaskedDiffusion:
 
     @property
     def usual_estimator(self) -> str:
-        """See `Diffusion`; one pass is exact for blocks of one token."""
-        return "exact" if self.enumerable and self.config.block_size == 1 else "complement"
+        """See `Diffusion`."""
+        return "complement"
 
     @property
     def enumerable(self) -> bool:
@@ -160,10 +161,10 @@ class MaskedDiffusion:
         """See `Diffusion`; everything is masked in the end."""
         return 0.0
 
-    def estimator(self, spec: str, t_min: float = T_MIN) -> Estimator:
+    def estimator(self, spec: str, t_min: float = T_MIN) -> tuple[Estimator, str | None]:
         """See `Diffusion`."""
-        law, _ = for_block_size(make_estimator(spec, t_min=t_min), self.config.block_size)
-        return self.fitted(law)
+        law, note = for_block_size(make_estimator(spec, t_min=t_min), self.config.block_size)
+        return self.fitted(law), note
 
     def fitted(self, law: Estimator) -> Estimator:
         """See `Diffusion`."""
@@ -297,14 +298,14 @@ class DiscreteTime(_SummedTerms):
     def _uniform(self) -> bool:
         return self.config.transition == "uniform"
 
-    def estimator(self, spec: str, t_min: float = T_MIN) -> Estimator:
+    def estimator(self, spec: str, t_min: float = T_MIN) -> tuple[Estimator, str | None]:
         """See `Diffusion`; there is one, `Timesteps`, which has no cut."""
         if spec != self.usual_estimator:
             raise UserError(
                 f"estimator is {spec}, but a d3pm network has discrete time; use "
                 f"{self.usual_estimator} or auto"
             )
-        return self.fitted(Bernoulli())
+        return self.fitted(Bernoulli()), None
 
     def fitted(self, law: Estimator) -> Estimator:
         """See `Diffusion`; takes over the number of copies and the stratification."""

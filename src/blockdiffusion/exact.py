@@ -49,6 +49,11 @@ def num_subsets(block_size: int) -> int:
     return 2**block_size - 1
 
 
+def enumeration_is_cheap(block_size: int, pairs: int) -> bool:
+    """Whether it takes no more noisy copies of a row than so many complement pairs would."""
+    return block_size <= MAX_BLOCK_SIZE and num_subsets(block_size) <= 2 * pairs
+
+
 @torch.no_grad()
 def exact_blocks(
     model: Denoiser,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 HIDDEN = "░"
 SECONDS_BETWEEN_LINES = 30.0
+LONGEST_WAIT = 30 * 86_400.0  # seconds
 LIVE_CHARACTERS = 4000  # of a sample that are drawn anew with every token
 
 
@@ -96,8 +97,15 @@ class _ProgressLines:
         line = f"{self.title} {stage}: {done:,}"
         if total:
             left = (now - self.began) * (total - done) / max(done, 1)
-            line += f" of {total:,}, {timedelta(seconds=round(left))} left"
+            line += f" of {total:,}, {_time_left(left)} left"
         print(line, file=sys.stderr, flush=True)
+
+
+def _time_left(seconds: float) -> str:
+    """As h:mm:ss, with days before it, up to what anybody waits for."""
+    if seconds > LONGEST_WAIT:
+        return f"more than {timedelta(seconds=LONGEST_WAIT).days} days"
+    return str(timedelta(seconds=round(seconds)))
 
 
 def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> Event:
@@ -254,7 +262,7 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
         lines.append(f"  {'exact perplexity':<22}{result.exact_perplexity:.2f}")
         if result.exact_bits_per_byte is not None:
             lines.append(f"  {'exact bits/byte':<22}{result.exact_bits_per_byte:.4f}")
-    if result.orders_nats_per_token is not None:
+    if result.is_bound and result.orders_nats_per_token is not None:
         error = result.orders_stderr_noise
         noise = "" if error is None else f" ± {error:.4f} (noise)"
         orders = max(result.order_bounds or {})
@@ -265,6 +273,8 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
         f"  {result.num_tokens:,} tokens in {result.num_rows:,} rows counted; {given}; "
         f"{_how(result)}; {result.seconds:.1f} s"
     )
+    for remark in result.remarks:
+        lines += textwrap.wrap(remark, 98, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
@@ -273,7 +283,9 @@ def _how(result: Likelihood) -> str:
         if result.block_size == 1:
             return "exact in one pass"
         return "all mask sets of every block enumerated"
-    cut = "" if result.t_min is None else f", t cut at {result.t_min:g}"
+    from blockdiffusion.evaluate.likelihood import CUT
+
+    cut = "" if result.t_min is None else f", {CUT.format(result.t_min)}"
     return f"{result.estimator}: {result.samples} draws, {result.copies} noisy copies a row{cut}"
 
 
@@ -321,7 +333,10 @@ def variance_lines(table: VarianceTable, what: str) -> list[str]:
             lines += textwrap.wrap(note, 98, initial_indent="  ", subsequent_indent="    ")
     cuts = sorted({row.t_min for row in table.rows if row.t_min is not None})
     lines += ["", *VARIANCE_LEGEND]
-    return lines + [f"  t_min       {cut:g}: bernoulli and resampled cut t there" for cut in cuts]
+    return lines + [
+        f"  t_min       {cut:g}: bernoulli and resampled leave mask probabilities below out"
+        for cut in cuts
+    ]
 
 
 VARIANCE_LEGEND = (

@@ -29,7 +29,7 @@ class Moments:
     """Mean and variance over the masks, of one batch, or averaged over several.
 
     Attributes:
-        loss: mean of the batch's loss, nats per token.
+        loss: mean of the batch's loss, nats per token, with the prior's part of a bound.
         loss_variance: variance of that loss from draw to draw.
         block_variance: what the paper's tables 2 and 8 print: the variance, over all blocks of the
             batch, of a block's mean loss per free token: noise and data together. None where the
@@ -87,7 +87,8 @@ def batch_moments(
     if not free_BL.any():
         raise UserError("there is nothing to score: every token is given or padding")
     size = model.config.block_size
-    law = diffusion_of(model.config).fitted(estimator)
+    diffusion = diffusion_of(model.config)
+    law = diffusion.fitted(estimator)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad} if gradients else {}
     spread = _GradientSpread()
     losses, block_variances = [], []
@@ -101,7 +102,7 @@ def batch_moments(
             )
             term_BL, gradient = _loss_terms(model, drawn, clean_BL, free_BL, valid_BL, parameters)
             spread.add(gradient)
-            losses.append(float(term_BL.sum() / free_BL.sum().cpu()))
+            losses.append(float(term_BL.sum() / free_BL.sum().cpu()) + diffusion.prior_nats)
             block_variances.append(_block_variance(term_BL, free_BL.cpu(), size))
     finally:
         model.train(training)

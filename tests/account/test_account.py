@@ -158,6 +158,15 @@ def test_a_bf16_text_reads_half_of_the_bytes(recipe_of):
     assert long.weights == 2 * short.weights and long.cache == 2 * short.cache
 
 
+def test_the_usual_evaluation_enumerates_or_draws_whichever_is_less(recipe_of):
+    def flops(estimator, samples):
+        options = {"every": 5, "rows": 4, "estimator": estimator, "samples": samples}
+        return account_of(recipe_of(eval=options)).training.flops_evaluation
+
+    assert flops("auto", 4) == flops("complement", 4) < flops("exact", 4)
+    assert flops("auto", 8) == flops("exact", 8) < flops("complement", 8)
+
+
 def test_time_is_the_sum_of_its_parts_and_the_price_goes_with_it(recipe_of):
     recipe = recipe_of(eval={"every": 5, "rows": 4}, optim={"name": "muon"})
     plain = account_of(recipe).training

@@ -7,6 +7,7 @@ import blockdiffusion
 from blockdiffusion.denoiser import causal_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks
+from blockdiffusion.terminal import likelihood_lines
 
 T_MIN = 1e-3
 
@@ -112,6 +113,10 @@ def test_the_order_bound_lies_where_enumeration_puts_it(
     assert list(result.order_bounds) == [k for k in (1, 2, 4, 8) if k <= orders]
     assert result.order_bounds[orders] == result.orders_nats_per_token
     assert result.order_bounds[1] == pytest.approx(result.nats_per_token, rel=1e-12)
+    noise = result.order_bounds_stderr_noise
+    assert list(noise) == list(result.order_bounds)
+    assert noise[orders] == result.orders_stderr_noise
+    assert noise[1] == pytest.approx(result.stderr_noise, rel=1e-9)
 
 
 def order_probs(model, clean, order):
@@ -151,12 +156,30 @@ def test_given_tokens_and_padding_are_left_out_of_the_orders(make_model, random_
     assert abs(result.nats_per_token - exact.nats_per_token) < 4 * result.stderr_noise
 
 
+@pytest.mark.parametrize(
+    ("block_size", "samples", "copies"), [(1, 1, 1), (2, 1, 2), (2, 2, 3), (4, 7, 14), (4, 8, 15),
+                                          (8, 8, 16), (8, 127, 254), (8, 128, 255), (16, 8, 16)],
+)  # fmt: skip
+def test_auto_enumerates_where_that_costs_no_more_than_drawing(
+    make_model, random_ids, block_size, samples, copies
+):
+    """Never more noisy copies of a row than so many pairs have, which is what `samples` allows."""
+    model, clean = make_model(block_size=block_size), random_ids(1, 16)
+    result = blockdiffusion.likelihood(model, clean, samples=samples)
+    exact = copies == 2**block_size - 1
+    assert result.estimator == ("exact" if exact else "complement")
+    assert result.copies == copies <= 2 * samples
+    assert (result.exact_nats_per_token is not None) == exact
+
+
+def test_auto_with_a_target_is_done_where_there_is_no_noise(make_model, random_ids):
+    result = blockdiffusion.likelihood(make_model(), random_ids(2, 16), target_stderr=1e-12)
+    assert (result.estimator, result.stderr_noise, result.copies) == ("exact", 0.0, 15)
+    assert result.target_stderr == 1e-12 and not result.remarks
+
+
 def test_auto_is_the_estimator_of_least_noise(make_model, random_ids):
-    clean = random_ids(4, 16)
-    assert blockdiffusion.likelihood(make_model(), clean).estimator == "complement"
-    single = blockdiffusion.likelihood(make_model(block_size=1), clean)
-    assert (single.estimator, single.stderr_noise, single.is_bound) == ("exact", 0.0, False)
-    model, source = make_model(), torch.Generator().manual_seed(0)
+    model, source = make_model(block_size=8), torch.Generator().manual_seed(0)
     errors = {
         name: blockdiffusion.likelihood(
             model, random_ids(32, 16), name, samples, generator=source
@@ -178,10 +201,16 @@ def test_a_target_of_the_noise_error_is_reached_and_stops(make_model, random_ids
 
 def test_a_target_out_of_reach_is_given_up(make_model, random_ids, monkeypatch):
     monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 8)
-    with pytest.raises(UserError, match="out of reach"):
-        blockdiffusion.likelihood(
-            make_model(), random_ids(2, 16), "count", samples=4, target_stderr=1e-9
-        )
+    calls = []
+    result = blockdiffusion.likelihood(
+        make_model(), random_ids(2, 16), "count", samples=3, target_stderr=1e-9,
+        progress=lambda *units: calls.append(units),
+    )  # fmt: skip
+    assert result.samples == 9 and result.stderr_noise > 1e-9
+    (remark,) = result.remarks
+    assert f"error is {result.stderr_noise:.2g} after 9 draws" in remark
+    assert "target of 1e-09 was not reached" in remark
+    assert calls[-1] == (18, 18) and max(total for _, total in calls) == 18  # rows, not days
 
 
 @pytest.mark.parametrize("estimator", ["exact", "orders"])
@@ -270,6 +299,36 @@ def test_single_token_blocks_give_an_exact_value_without_bound_sign(make_model, 
     result = blockdiffusion.likelihood(make_model(block_size=1), random_ids(2, 8), "exact")
     assert not result.is_bound
     assert result.nats_per_token == pytest.approx(result.exact_nats_per_token, abs=1e-12)
+
+
+@pytest.mark.parametrize("estimator", ["count", "complement", "countx2", "orders"])
+def test_a_block_of_one_token_has_one_mask_set_whoever_draws_it(make_model, random_ids, estimator):
+    model, clean = make_model(block_size=1), random_ids(2, 8)
+    exact = blockdiffusion.likelihood(model, clean, "exact")
+    result = blockdiffusion.likelihood(model, clean, estimator, samples=3, orders=2)
+    assert not result.is_bound and result.exact_nats_per_token == result.nats_per_token
+    assert result.nats_per_token == pytest.approx(exact.nats_per_token, abs=1e-6)
+    assert result.stderr_noise < 1e-6
+    lines = likelihood_lines(result, "model on data")
+    assert not any("bound" in line or "<=" in line for line in lines)
+
+
+def test_a_drawn_time_leaves_a_bound_of_single_tokens(make_model, random_ids):
+    """Whether the token is masked is drawn, or the network reads when."""
+    clean = random_ids(2, 8)
+    assert blockdiffusion.likelihood(make_model(block_size=1), clean, "bernoulli").is_bound
+    timed = make_model(block_size=1, time_conditioning=True)
+    result = blockdiffusion.likelihood(timed, clean)
+    assert result.is_bound and result.estimator == "complement" and result.stderr_noise > 0
+
+
+def test_a_pair_of_single_tokens_is_one_copy_and_says_so(make_model, random_ids):
+    clean = random_ids(2, 8)
+    result = blockdiffusion.likelihood(make_model(block_size=1), clean, "complement")
+    assert result.copies == result.samples == 8
+    assert result.remarks == [result.note] and "one is used" in result.note
+    assert f"  {result.note}" in likelihood_lines(result, "model on data")
+    assert blockdiffusion.likelihood(make_model(), clean, "complement").remarks == []
 
 
 def test_bits_per_byte(make_model, random_ids):

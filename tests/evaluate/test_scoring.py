@@ -37,6 +37,8 @@ def test_chunks_together_are_the_likelihood_of_all_rows(
     if estimator == "orders":
         assert found.order_bounds[1] == pytest.approx(found.nats_per_token)
         assert found.order_bounds[2] == pytest.approx(found.orders_nats_per_token)
+        noise = found.order_bounds_stderr_noise
+        assert noise == pytest.approx({1: found.stderr_noise, 2: found.orders_stderr_noise})
         assert whole.exact_nats_per_token < found.orders_nats_per_token < found.nats_per_token
 
 
@@ -67,6 +69,16 @@ def test_a_target_of_the_noise_is_that_of_all_chunks(make_model, random_ids, mon
     options = ScoreOptions(estimator="count", samples=4, target_stderr=target)
     found = score(model, windows, options, bos=False)
     assert found.stderr_noise <= target and found.samples < 4 * 40
+    assert found.target_stderr == target and not found.remarks
+
+
+def test_a_target_out_of_reach_is_that_of_all_chunks(make_model, random_ids, monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK_TOKENS", 64)
+    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 8)
+    options = ScoreOptions(estimator="count", samples=4, target_stderr=1e-9)
+    found = score(make_model(), windows_of(random_ids(8, 16)), options, bos=False)
+    (remark,) = found.remarks
+    assert f"error is {found.stderr_noise:.2g} after 8" in remark and "target of 1e-09" in remark
 
 
 def test_units_are_what_the_data_error_counts(make_model, random_ids):

@@ -67,6 +67,23 @@ def test_an_exact_value_is_not_called_a_bound(terminal):
     assert "bound" not in out.getvalue() and "<=" not in out.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("valid_exact", "; exact 4.1250, perplexity 61.87"),
+     ("valid_orders", "; tighter bound 4.1250, perplexity <= 61.87")],
+)  # fmt: skip
+def test_what_is_known_better_than_the_bound_stands_behind_it(terminal, name, words):
+    out = io.StringIO()
+    display = make_display(5, Console(file=out, width=150, force_terminal=terminal))
+    display.start({}, 1)
+    display.log(5, {"valid_bound": 4.25, "valid_perplexity_bound": 70.105, name: 4.125})
+    display.finish()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert f"bound 4.2500 nats per token, perplexity <= 70.11{words}" in shown
+    assert ("bound 4.250 exact 4.125" in shown) == (terminal and name == "valid_exact")
+
+
 def test_plain_lines_come_every_few_seconds():
     out = io.StringIO()
     display = make_display(9, Console(file=out, width=100), every_seconds=0)

@@ -115,10 +115,12 @@ def test_a_grid_that_leaves_the_unit_interval_is_refused(options, message):
 # --- the choice
 
 
-def test_the_least_variance_wins_and_of_equal_ones_the_widest_then_the_lowest():
+def test_the_least_variance_wins_and_of_equal_ones_what_masks_most_then_the_widest():
     assert least_variance({(0.0, 0.5): 2.0, (0.5, 1.0): 1.0, (0.0, 0.9): 3.0}, 1) == (0.5, 1.0)
-    tied = {(0.5, 1.0): 1.0, (0.1, 1.0): 1.0, (0.05, 0.95): 1.0, (0.0, 1.0): 1.1}
-    assert least_variance(tied, 1) == (0.05, 0.95)  # 0.9 wide as (0.1, 1.0), rounding aside
+    tied = {(0.0, 0.9): 1.0, (0.05, 0.95): 1.0, (0.15, 0.85): 1.0, (0.1, 0.9): 1.0, (0.5, 1.0): 1.1}
+    assert least_variance(tied, 1) == (0.05, 0.95)  # as much as the next two, rounding aside
+    tied[1.0, 1.0] = 1.0
+    assert least_variance(tied, 1) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -245,13 +247,14 @@ def test_blocks_of_one_token_find_that_everything_is_to_be_masked(make_network, 
     assert all(v > 1e-4 for clip, v in found.variances.items() if clip != (1.0, 1.0))
 
 
-def test_blocks_of_one_token_have_one_number_of_masked_tokens(make_network, valid):
-    """With `count` all clips are one law at S = 1: the widest is taken."""
+@pytest.mark.parametrize("estimator", ["count", "complement"])
+def test_blocks_of_one_token_have_one_number_of_masked_tokens(make_network, valid, estimator):
+    """All clips are one law at S = 1, and tie: everything is masked, as it is with all of them."""
     options = replace(SMALL, widths=(0.5, 0.9))
-    objective = ObjectiveOptions(estimator="count")
+    objective = ObjectiveOptions(estimator=estimator)
     found = ScheduleSearch(options, objective, valid, 1, seed=0).run(make_network(1), 4)
     assert set(found.variances.values()) == {0.0}
-    assert found.clip == (0.0, 0.9)
+    assert found.clip == (1.0, 1.0)
 
 
 # --- refusals
@@ -265,6 +268,13 @@ def test_a_clip_that_the_estimator_cannot_use_is_refused_before_training(recipe_
     with pytest.raises(UserError, match=r"no number of masked tokens out of 1 has its share"):
         run_training(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_grid_with_clips_below_t_min_is_refused(valid):
+    """Nothing would be masked there, and so have the least variance."""
+    objective = ObjectiveOptions(estimator="bernoulli", t_min=0.5)
+    with pytest.raises(UserError, match=r"t_min is 0\.5, but .* bernoulli\[0,0\.5\] end at 0\.5"):
+        ScheduleSearch(SMALL, objective, valid, 4, seed=0)
 
 
 def test_a_search_needs_validation_rows(recipe_file, tmp_path, no_valid_split):

@@ -353,12 +353,15 @@ def _evaluation(recipe: Recipe, network: Network, drawn: Drawn) -> float:
 def _evaluated_copies(recipe: Recipe, network: Network) -> int:
     """Noisy copies of a row that a validation bound reads."""
     options = recipe.eval
-    if network.autoregressive or network.block_size == 1:
+    size = network.block_size
+    if network.autoregressive or size == 1:
         return 1
+    if options.estimator == "auto" and not network.time_conditioning:
+        return min(2**size - 1, 2 * options.samples)  # what is cheaper
     if options.estimator == "exact":
-        return 2**network.block_size - 1
+        return 2**size - 1
     if options.estimator == "orders":
-        return options.samples * options.orders * network.block_size
+        return options.samples * options.orders * size
     paired = options.estimator in ("auto", "complement")
     return options.samples * (2 if paired else 1)
 

@@ -29,14 +29,16 @@ def evaluate(
     estimator: Annotated[
         str,
         typer.Option(
-            help="auto (the least noise), exact (enumerates; S <= 8), orders (a tighter bound), or "
-            "a law of masks: complement, count, bernoulli, bernoulli:cosine, ..."
+            help="auto (exact where that costs no more than --samples complement pairs, else "
+            "these), exact (enumerates; S <= 8), orders (a tighter bound), or a law of masks: "
+            "complement, count, bernoulli, bernoulli:cosine, ..."
         ),
     ] = "auto",
     samples: SAMPLES = 8,
     orders: ORDERS = 8,
     target_stderr: Annotated[
-        float | None, typer.Option(help="Draw on until the noise error is at most this.")
+        float | None,
+        typer.Option(help="Draw on until the noise error is at most this, at most 4,096 times."),
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     bos: BOS = None,
@@ -125,7 +127,10 @@ def zero_shot(
     samples: SAMPLES = 8,
     orders: ORDERS = 8,
     target_stderr: Annotated[
-        float | None, typer.Option(help="Draw on until a set's noise error is at most this.")
+        float | None,
+        typer.Option(
+            help="Draw on until a set's noise error is at most this, at most 4,096 times."
+        ),
     ] = None,
     seed: MASK_SEED = 0,
     tokenizer: Annotated[

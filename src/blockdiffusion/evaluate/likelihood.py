@@ -28,7 +28,7 @@ from blockdiffusion.denoiser import (
 )
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
-from blockdiffusion.exact import exact_blocks, num_subsets
+from blockdiffusion.exact import enumeration_is_cheap, exact_blocks, num_subsets
 from blockdiffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.seeding import generator as seeded_generator
@@ -36,6 +36,8 @@ from blockdiffusion.seeding import generator as seeded_generator
 PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
 COPIES = 8  # noisy copies that share one clean stream
 MAX_SAMPLES = 4096  # replicates after which a target of the noise error is given up
+USUAL_SAMPLES = 8
+CUT = "mask probabilities below {:g} left out"  # by `t_min`
 TRUSTED = 30  # degrees of freedom from which a noise error may end the drawing
 Z95 = 1.959963984540054
 Progress = Callable[[int, int], None]
@@ -62,6 +64,8 @@ class Likelihood:
         stderr_noise: standard error of nats_per_token with the data fixed and the masks redrawn,
             from independent replicates; 0 for `exact`; None from a single sample.
         orders_stderr_noise: the same of orders_nats_per_token, or None.
+        order_bounds_stderr_noise: the same of every one of order_bounds, or None.
+        target_stderr: what the noise error was to be at most; None where nothing was asked.
         stderr_data: standard error over rows (documents), None from a single row. The spread over
             rows contains the rows' own noise.
         exact_stderr_data: the same of exact_nats_per_token, or None.
@@ -70,9 +74,11 @@ class Likelihood:
         estimator: the estimator used, `samples` its independent replicates, and `copies` how many
             noisy copies of every row were evaluated for them in all.
         bos: whether position 0 was given (BOS) and not counted.
-        is_bound: False where nats_per_token is itself exact (an autoregressive model, or S = 1
-            enumerated).
-        t_min: where `bernoulli` cuts t; None for the others, which need no cut.
+        is_bound: False where nats_per_token is itself exact: an autoregressive model, and S = 1
+            with any estimator but "bernoulli", which draws whether the only token is masked.
+        t_min: mask probabilities below are left out by `bernoulli`; None for the others, which need
+            no cut.
+        note: how the estimator is another one than was asked for, or None.
         seconds: time spent.
     """
 
@@ -90,6 +96,8 @@ class Likelihood:
     stderr_data: float | None
     exact_stderr_data: float | None
     orders_stderr_noise: float | None
+    order_bounds_stderr_noise: dict[int, float] | None
+    target_stderr: float | None
     estimator: str
     samples: int
     copies: int
@@ -97,6 +105,7 @@ class Likelihood:
     is_bound: bool
     block_size: int
     t_min: float | None
+    note: str | None
     seconds: float
 
     @property
@@ -110,6 +119,19 @@ class Likelihood:
     @property
     def orders_perplexity(self) -> float | None:
         return None if self.orders_nats_per_token is None else math.exp(self.orders_nats_per_token)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not as it was asked for, a sentence each."""
+        remarks = [] if self.note is None else [self.note]
+        tighter = self.orders_stderr_noise
+        error = self.stderr_noise if tighter is None else tighter
+        if self.target_stderr is not None and error is not None and error > self.target_stderr:
+            remarks.append(
+                f"the noise error is {error:.2g} after {self.samples:,} draws, the most that are "
+                f"made: the target of {self.target_stderr:g} was not reached"
+            )
+        return remarks
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -134,7 +156,7 @@ def likelihood(
     model: Denoiser,
     ids: torch.Tensor | Sequence[str] | Sequence[Sequence[int]],
     estimator: str = "auto",
-    samples: int = 8,
+    samples: int = USUAL_SAMPLES,
     *,
     orders: int = 8,
     target_stderr: float | None = None,
@@ -155,21 +177,23 @@ def likelihood(
             that do not fill their last block are padded; padding is not seen and not counted.
         estimator: "exact" (enumerates; S <= 8), "orders" (the K-order bound), or a law of masks as
             `corruption.make_estimator` reads it, not clipped: "count", "complement", "bernoulli",
-            "bernoulli:cosine", ... "auto" is the unbiased one with the least noise: complement
-            pairs; at S = 1, where one pass is exact, "exact"; "timesteps" for D3PM, which has no
-            other. "exact" and "orders" need masks and a network without time input. The likelihood
-            of an autoregressive model is exact, in one pass; it allows "exact" and "auto" only.
+            "bernoulli:cosine", ... "auto" is "exact" where that takes no more noisy copies than
+            `samples` complement pairs (with the usual 8 up to S = 4), and else the unbiased one
+            with the least noise: complement pairs; "timesteps" for D3PM, which has no other.
+            "exact" and "orders" need masks and a network without time input. The likelihood of an
+            autoregressive model is exact, in one pass; it allows "exact" and "auto" only.
         samples: independent replicates of the masks; the noise error needs two.
         orders: K of the bound of "orders"; every replicate draws so many orders of each block.
         target_stderr: go on until the noise error (of the tighter bound, for "orders") is at most
-            this and well known, `samples` replicates at a time.
+            this and well known, `samples` replicates at a time, or 4,096 replicates are made; the
+            result's `remarks` say so. "exact" has no noise and draws nothing.
         bos: whether position 0 of each row is given and not counted; None = what the model's
             configuration says, and no BOS where it says nothing. Texts get the BOS put before them.
         valid: bool (B, L), False at padding; None = all valid.
         given: bool (B, L), True at tokens that are read as they are, never masked and not counted,
             besides a BOS: the context of what is scored, see `evaluate.windows`.
         generator: source of the masks; a fixed seed by default.
-        t_min: where "bernoulli" cuts t, as the authors do (relative bias below 0.1 %).
+        t_min: mask probabilities below are left out by "bernoulli" (relative bias below 0.1 %).
         num_bytes: UTF-8 bytes of the counted text, for bits per byte; known for texts.
         progress: called with (done, total) units of work.
         team: processes that call this alike and share the rows, group by group. All of them draw
@@ -181,10 +205,10 @@ def likelihood(
     """
     start = time.perf_counter()
     config = model.config
-    estimator, law = choose_estimator(estimator, config, t_min)
     for name, value in (("samples", samples), ("orders", orders)):
         if value < 1:
             raise UserError(f"{name} is {value}; at least 1 is needed")
+    estimator, law, note = choose_estimator(estimator, config, samples, t_min)
     if target_stderr is not None and not target_stderr > 0:
         raise UserError(f"target_stderr is {target_stderr}; it must be above 0")
     given_bos = bool(config.bos) if bos is None else bos
@@ -222,9 +246,13 @@ def likelihood(
         )
         found = _draw_until(draw, samples, num_tokens, target_stderr, progress)
     row_B = found.nelbo_BR.mean(1)
+    is_exact = _is_exact(config, law)
+    if is_exact:  # what is no bound
+        found.exact_B = row_B
     nats = float(row_B.sum()) / num_tokens
     exact = None if found.exact_B is None else float(found.exact_B.sum()) / num_tokens
     bounds = {k: float(bound_BR.sum(0).mean()) / num_tokens for k, bound_BR in found.orders.items()}
+    noises = {k: found.noise_error(num_tokens, k) for k in bounds}
     return Likelihood(
         nats_per_token=nats,
         exact_nats_per_token=exact,
@@ -241,23 +269,30 @@ def likelihood(
         exact_stderr_data=(
             None if found.exact_B is None else data_error(found.exact_B, free_BL.sum(1))
         ),
-        orders_stderr_noise=found.noise_error(num_tokens, orders) if bounds else None,
+        orders_stderr_noise=noises.get(orders),
+        order_bounds_stderr_noise={k: e for k, e in noises.items() if e is not None} or None,
+        target_stderr=target_stderr,
         estimator=estimator,
         samples=found.nelbo_BR.shape[1],
         copies=found.copies,
         bos=given_bos,
-        is_bound=not (estimator == "exact" and config.block_size == 1),
+        is_bound=not is_exact,
         block_size=config.block_size,
         t_min=t_min if isinstance(law, Bernoulli) else None,
+        note=note,
         seconds=time.perf_counter() - start,
     )
 
 
-def choose_estimator(name: str, config: Any, t_min: float = T_MIN) -> tuple[str, Estimator | None]:
-    """What "auto" stands for, and the law of masks (None where there is none to draw from).
+def choose_estimator(
+    name: str, config: Any, samples: int = USUAL_SAMPLES, t_min: float = T_MIN
+) -> tuple[str, Estimator | None, str | None]:
+    """What "auto" stands for, the law of masks (None where there is none to draw from), and a note
+    where it is another one than was asked for.
 
     Args:
         config: of the network.
+        samples: what "auto" may cost, in complement pairs.
 
     Raises:
         UserError: the estimator is unknown, clipped, or not one that the network allows.
@@ -268,10 +303,11 @@ def choose_estimator(name: str, config: Any, t_min: float = T_MIN) -> tuple[str,
                 f"estimator is {name}, but the likelihood of an autoregressive model is exact in "
                 "one pass; use exact or auto"
             )
-        return "exact", None
+        return "exact", None, None
     diffusion = diffusion_of(config)
     if name == "auto":
-        name = diffusion.usual_estimator
+        exact = diffusion.enumerable and enumeration_is_cheap(config.block_size, samples)
+        name = "exact" if exact else diffusion.usual_estimator
     if name in ("exact", "orders"):
         if not diffusion.enumerable:
             raise UserError(
@@ -279,9 +315,9 @@ def choose_estimator(name: str, config: Any, t_min: float = T_MIN) -> tuple[str,
             )
         if name == "exact":
             num_subsets(config.block_size)  # refuses long blocks
-        return name, None
+        return name, None, None
     try:
-        law = diffusion.estimator(name, t_min)
+        law, note = diffusion.estimator(name, t_min)
     except UserError as error:
         also = "auto, exact or orders" if diffusion.enumerable else "auto"
         raise UserError(f"{error}; a likelihood can also be {also}") from None
@@ -290,7 +326,15 @@ def choose_estimator(name: str, config: Any, t_min: float = T_MIN) -> tuple[str,
             f"{law.name} is clipped: it does not bound the likelihood and gives no "
             "perplexity; evaluate with an unclipped estimator"
         )
-    return name, law
+    return name, law, note
+
+
+def _is_exact(config: Any, law: Estimator | None) -> bool:
+    """Whether what bounds longer blocks is the likelihood itself: a block has one mask set only,
+    which is always drawn."""
+    if config.block_size > 1 or isinstance(law, Bernoulli):
+        return False
+    return config.objective == "autoregressive" or diffusion_of(config).enumerable
 
 
 # --- enumeration and replicates --------------------------------------------------------------
@@ -510,12 +554,11 @@ def _draw_until(
         assert error is not None  # two replicates at least
         if error <= target_stderr and found.degrees_of_freedom >= TRUSTED:
             break
-        if found.nelbo_BR.shape[1] >= MAX_SAMPLES:
-            raise UserError(
-                f"the noise error is {error:.2g} after {found.nelbo_BR.shape[1]} replicates; a "
-                f"target_stderr of {target_stderr:g} is out of reach, give a larger one"
-            )
-        total = int(done * max(2, (error / target_stderr) ** 2))
+        made = found.nelbo_BR.shape[1]
+        if made >= MAX_SAMPLES:
+            break
+        still = samples * -(-(MAX_SAMPLES - made) // samples)  # whole rounds, at most
+        total = int(done * min(max(2, (error / target_stderr) ** 2), 1 + still / made))
         found = found.extended(replicates.draw(samples, advance))
     return found
 

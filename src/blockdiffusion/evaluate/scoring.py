@@ -95,7 +95,7 @@ def score(
         done += len(chunk)
         if progress is not None:
             progress(done, len(windows))
-    return _merged(parts, windows, num_bytes)
+    return replace(_merged(parts, windows, num_bytes), target_stderr=options.target_stderr)
 
 
 def _rectangle(chunk: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -130,8 +130,9 @@ def _from_json(values: dict[str, Any]) -> Likelihood:
     for name in TENSORS:
         if values[name] is not None:
             restored[name] = torch.tensor(values[name], dtype=torch.float64)
-    if values["order_bounds"] is not None:
-        restored["order_bounds"] = {int(k): bound for k, bound in values["order_bounds"].items()}
+    for name in ("order_bounds", "order_bounds_stderr_noise"):
+        if values[name] is not None:
+            restored[name] = {int(k): value for k, value in values[name].items()}
     return Likelihood(**restored)
 
 
@@ -166,13 +167,16 @@ def _merged(
         nats_per_row=nats_U,
         exact_nats_per_row=exact_U,
         orders_nats_per_token=_mean(parts, [part.orders_nats_per_token for part in parts]),
-        order_bounds=_order_bounds(parts),
+        order_bounds=_by_order(parts, [part.order_bounds for part in parts], _mean),
         num_tokens=num_tokens,
         num_rows=num_units,
         stderr_noise=_noise(parts, [part.stderr_noise for part in parts]),
         stderr_data=data_error(nats_U, tokens_U),
         exact_stderr_data=None if exact_U is None else data_error(exact_U, tokens_U),
         orders_stderr_noise=_noise(parts, [part.orders_stderr_noise for part in parts]),
+        order_bounds_stderr_noise=_by_order(
+            parts, [part.order_bounds_stderr_noise for part in parts], _noise
+        ),
         samples=max(part.samples for part in parts),
         copies=max(part.copies for part in parts),
         seconds=sum(part.seconds for part in parts),
@@ -198,10 +202,14 @@ def _noise(parts: Sequence[Likelihood], errors: Sequence[float | None]) -> float
     return None if totals is None else math.hypot(*totals) / sum(p.num_tokens for p in parts)
 
 
-def _order_bounds(parts: Sequence[Likelihood]) -> dict[int, float] | None:
-    sums: dict[int, float] = {}
-    for part in parts:
-        for k, bound in (part.order_bounds or {}).items():
-            sums[k] = sums.get(k, 0.0) + bound * part.num_tokens
-    num_tokens = sum(part.num_tokens for part in parts)
-    return {k: total / num_tokens for k, total in sums.items()} or None
+def _by_order(
+    parts: Sequence[Likelihood],
+    values: Sequence[dict[int, float] | None],
+    together: Callable[[Sequence[Likelihood], Sequence[float | None]], float | None],
+) -> dict[int, float] | None:
+    """`together` for every number of orders; None if one part has no values."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(parts):
+        return None
+    found = {k: together(parts, [value[k] for value in known]) for k in known[0]}
+    return {k: value for k, value in found.items() if value is not None}

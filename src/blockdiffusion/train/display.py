@@ -5,6 +5,7 @@ Both are loggers (see `loggers.Logger`): the training loop does not know that th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from blockdiffusion.train.loggers import Logger
 
 SMOOTHING = 0.95  # of the loss that is shown; the true one is in metrics.jsonl
 SPARK = "▁▂▃▄▅▆▇█"
+TIGHTER = (("valid_exact", "exact", ""), ("valid_orders", "tighter bound", "<= "))  # than the bound
 
 
 def make_display(steps: int, console: Console | None = None, every_seconds: float = 10) -> Logger:
@@ -124,6 +126,8 @@ class LiveDisplay:
         if "valid_bound" in values:
             kind = "valid" if "valid_perplexity" in values else "bound"
             self._bound = f"{kind} {values['valid_bound']:.3f}"
+            if kind == "bound" and "valid_exact" in values:
+                self._bound += f" exact {values['valid_exact']:.3f}"
             self._progress.update(self._task, bound=self._bound)
         if "clip" in values:
             self._progress.update(self._task, clip=f"clip {_clip(values['clip'])}")
@@ -184,6 +188,10 @@ def _sentences(step: int, values: Mapping[str, Any]) -> Sequence[Text]:
             line += f", perplexity {values['valid_perplexity']:.2f}"
         elif "valid_perplexity_bound" in values:
             line += f", perplexity <= {values['valid_perplexity_bound']:.2f}"
+            for name, kind, sign in TIGHTER:
+                if name in values:
+                    nats = values[name]
+                    line += f"; {kind} {nats:.4f}, perplexity {sign}{math.exp(nats):.2f}"
         lines.append(Text(line, style="green"))
     if "clip_grid" in values:
         line = f"step {step}: of {len(values['clip_grid'])} clips {_clip(values['clip'])} has the "

@@ -27,7 +27,7 @@ from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.seeding import generator
-from blockdiffusion.train.loop import ObjectiveOptions, free_tokens
+from blockdiffusion.train.loop import OBJECTIVES, ObjectiveOptions, free_tokens
 from blockdiffusion.variance import Moments, batch_moments
 
 if TYPE_CHECKING:
@@ -199,11 +199,19 @@ def check_objective(objective: ObjectiveOptions) -> None:
     Raises:
         UserError: the objective has no clip.
     """
-    if not objective.allows_clip:
+    if objective.allows_clip:
+        return
+    kind, name = OBJECTIVES[objective.name], objective.name
+    if "clip" in kind.reads:
         raise UserError(
-            f"search.every is given, but objective.name is {objective.name} with the estimator "
-            f"{objective.used_estimator}, which has no clip; set search.every=null"
+            f"search.every is given, but objective.estimator is {objective.used_estimator}, which "
+            f"draws the number of masked tokens before the time that {name} reads and has no clip; "
+            "set objective.estimator=bernoulli, or search.every=null"
         )
+    raise UserError(
+        f"search.every is given, but objective.name is {name}, {kind.why_not} and has no clip; "
+        "set search.every=null"
+    )
 
 
 def variance_of(moments: Moments, by: Criterion) -> float:
@@ -214,9 +222,10 @@ def variance_of(moments: Moments, by: Criterion) -> float:
 
 
 def least_variance(variances: dict[Clip, float], step: int) -> Clip:
-    """The clip of least variance; of equal ones the widest, which changes the objective least.
+    """The clip of least variance; of equal ones that which masks most, then the widest.
 
-    Of equally wide ones that with the smallest beta wins.
+    So where no clip has any variance (S = 1, masks that are no Bernoulli draws) everything is
+    masked.
 
     Raises:
         UserError: a variance is not finite; `step` says when.
@@ -228,4 +237,8 @@ def least_variance(variances: dict[Clip, float], step: int) -> Clip:
                 f"{list(clip)}: the averaged weights have diverged; a new run with a lower "
                 "optim.lr may hold"
             )
-    return min(variances, key=lambda clip: (variances[clip], round(clip[0] - clip[1], 9), clip[0]))
+
+    def rank(clip: Clip) -> tuple[float, float, float]:
+        return variances[clip], -round(clip[0] + clip[1], 9), clip[0]  # 0.15 + 0.8 is 0.95
+
+    return min(variances, key=rank)

@@ -237,6 +237,34 @@ def test_curves_in_the_page_are_those_given(html: str, page: Page) -> None:
     assert len(titles) == 3  # the wide and the narrow drawing, and the close-up
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("exact", "exact"), ("orders", "tighter bound")], ids=["exact", "orders"]
+)
+def test_what_is_known_better_than_the_bound_is_drawn_with_it(name: str, words: str) -> None:
+    points = [
+        ValidationPoint(step=step, bound=5.0 - step / 20, **{name: 4.5 - step / 20})
+        for step in (10, 20, 30, 40)
+    ]
+    contents = ReportContents(
+        name="run", facts=RunFacts(block_size=4, seq_len=8), curves=Curves(validation=points)
+    )
+    html = render_report(contents)
+    data = json.loads(Page(html).data["data-loss"])
+    expected = {str(point.step): getattr(point, name) for point in points}
+    assert data["tighter"] == {f"validation, {words}": expected}
+    assert html.count(f'<i class="key tighter"></i>validation, {words}</li>') == 1
+    assert html.count('<path class="tighter"') == 3  # wide, narrow and close up
+    assert f"perplexity ≤ 20.09; {words} 2.5000" in html
+    plain = render_report(
+        ReportContents(
+            name="run",
+            facts=RunFacts(block_size=4, seq_len=8),
+            curves=Curves(validation=[ValidationPoint(step=p.step, bound=p.bound) for p in points]),
+        )
+    )
+    assert 'class="tighter"' not in plain and 'class="key tighter"' not in plain
+
+
 def test_nothing_but_the_sizes_still_gives_a_page() -> None:
     contents = ReportContents(name="empty", facts=RunFacts(block_size=64, seq_len=64))
     text = "".join(Page(render_report(contents)).text)
@@ -407,13 +435,19 @@ def test_read_metrics(tmp_path: Path) -> None:
         '{"step": 2, "valid_bound": 4.5, "valid_stderr_noise": 0.1, "valid_stderr_data": null}',
         '{"step": 2, "samples": ["text"]}',
         '{"step": 2, "loss": 4.25, "lr": 0.2}',
+        '{"step": 4, "valid_bound": 4.0, "valid_exact": 3.5, "valid_orders": 3.75}',
+        '{"step": 5, "valid_bound": 4.0, "valid_exact": 4.0, "valid_perplexity": 54.6}',
         '{"step": 3, "lo',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     curves = read_metrics(tmp_path)
     assert curves.loss == [(1, 5.0), (2, 4.25)]
     assert curves.learning_rate == [(1, 0.1), (2, 0.2)]
-    assert curves.validation == [ValidationPoint(step=2, bound=4.5, stderr_noise=0.1)]
+    assert curves.validation == [
+        ValidationPoint(step=2, bound=4.5, stderr_noise=0.1),
+        ValidationPoint(step=4, bound=4.0, exact=3.5, orders=3.75),
+        ValidationPoint(step=5, bound=4.0, is_bound=False),  # which is the exact value
+    ]
     assert curves.samples == [(2, ["text"])]
     assert read_metrics(tmp_path / "nowhere") == Curves(loss=[], learning_rate=[], grad_norm=[],
         tokens_per_second=[], validation=[], samples=[], searches=[])  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from blockdiffusion.corruption import Bernoulli, Count, make_estimator
 from blockdiffusion.data.loader import Batch
 from blockdiffusion.errors import UserError
+from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.prepared import HeldOutText
 from blockdiffusion.evaluate.variance.picture import variance_picture
 from blockdiffusion.evaluate.variance.table import (
@@ -168,6 +169,37 @@ def test_what_does_not_exist_at_a_block_size_is_left_out(make_model, random_ids)
         measure_variance(model, text, options_of("resampled[0.3,0.8]", block_sizes=(1,)))
 
 
+@pytest.mark.parametrize("objective", ["block_diffusion", "score_entropy"])
+def test_a_network_that_reads_the_time(make_model, random_ids, objective):
+    """Nothing is enumerated, clips are those of `bernoulli`; means within 4.5 of their errors of
+    those of `likelihood` with many draws (false alarm 1e-5 each; the cut is below the noise)."""
+    model, ids = make_model(objective=objective, time_conditioning=True), random_ids(8, 16)
+    specs = ("bernoulli:cosine", "count", "complement", "bernoulli[0.3,0.8]", "count[0.3,0.8]")
+    options = options_of(*specs, block_sizes=(1, 4), batch_size=4, replicates=12, gradients=False)
+    table = measure_variance(model, text_of(ids), options)
+    assert [(s, spec) for s, spec, _ in table.left_out] == [(1, specs[-1]), (4, specs[-1])]
+    assert not table.exact and set(table.references.values()) <= {"count", "complement"}
+    many = likelihood(model, ids, "complement", 40)
+    for label in specs[:3]:
+        row = row_of(table, label)
+        error = math.hypot(row.loss.stderr, many.stderr_noise)
+        assert row.is_bound and abs(row.loss.value - many.nats_per_token) < 4.5 * error
+    assert row_of(table, "count", 1).loss_variance.value > 0  # of the times
+    assert row_of(table, "complement").loss_gain.value > 4
+    assert "left out: count[0.3,0.8] draws" in " ".join(variance_lines(table, "model on data"))
+
+
+def test_the_prior_is_part_of_the_bound(make_model, random_ids):
+    """As in `likelihood`, within 4.5 errors of the masks (false alarm 1e-5)."""
+    model = make_model(objective="score_entropy", time_conditioning=True, noise_eps=0.3)
+    ids, options = random_ids(8, 16), dict(batch_size=4, replicates=60, gradients=False)
+    table = measure_variance(model, text_of(ids), options_of("bernoulli", "count", **options))
+    assert [label for _, label, _ in table.left_out] == ["count"]
+    row, many = row_of(table, "bernoulli"), likelihood(model, ids, "bernoulli", 200)
+    error = math.hypot(row.loss.stderr, many.stderr_noise)
+    assert abs(row.loss.value - many.nats_per_token) < 4.5 * error < 0.3 * math.log(12) / 2
+
+
 def test_the_model_is_left_as_it_was(make_model, random_ids, monkeypatch):
     model = make_model().train()
     measure_variance(model, text_of(random_ids(4, 16)), options_of("count", block_sizes=(1, 8)))
@@ -289,5 +321,10 @@ def test_bad_input_is_refused(make_model, random_ids):
         measure_variance(make_model(), text, options_of("count", block_sizes=(5,)))
     with pytest.raises(UserError, match="split has 4"):
         measure_variance(make_model(), text, options_of("count", batches=3))
-    with pytest.raises(UserError, match="reads t"):
-        measure_variance(make_model(time_conditioning=True), text, options_of("count"))
+    timed = dict(time_conditioning=True)
+    with pytest.raises(UserError, match=r"10 steps \(D3PM\) has one estimator, timesteps"):
+        measure_variance(
+            make_model(objective="d3pm", timesteps=10, **timed), text, options_of("count")
+        )
+    with pytest.raises(UserError, match="with a clip take bernoulli"):
+        measure_variance(make_model(**timed), text, options_of("count[0.3,0.8]"))

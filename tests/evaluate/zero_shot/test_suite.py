@@ -242,6 +242,20 @@ def test_csv_and_markdown_say_the_same(make_model, local):
     assert values["context"] == 16 and values["score"]["estimator"] == "exact"
 
 
+def test_what_is_not_as_it_was_asked_for_is_told(make_model, local, monkeypatch):
+    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 4)
+    model = with_bytes(make_model(**BYTES, block_size=1))
+    score = ScoreOptions(estimator="complement", samples=2)
+    page = zero_shot_markdown(measure_zero_shot(model, only(local, score=score)), "model")
+    assert page.count("one is used") == 1
+    score = ScoreOptions(estimator="bernoulli", samples=2, target_stderr=1e-9)
+    page = zero_shot_markdown(measure_zero_shot(model, only(local, score=score)), "model")
+    for task in ("ptb", "lambada"):
+        assert f"* {task}: the noise error is" in page
+    assert page.count("the target of 1e-09 was not reached") == 2
+    assert "bernoulli, 4 samples, mask probabilities below 0.001 left out" in page
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

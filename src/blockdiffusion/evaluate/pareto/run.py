@@ -34,7 +34,7 @@ from blockdiffusion.evaluate.pareto.points import Point, usual_points
 from blockdiffusion.sampling.sliding import has_one_block
 
 FORMAT = "blockdiffusion-pareto-1"
-BOUND_SAMPLES = 4  # complement pairs of every sample's bound
+BOUND_SAMPLES = 4  # complement pairs that every sample's bound may cost
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,8 @@ def conventions(table: CoderTable) -> list[str]:
         how = f"{result['estimator']}, {result['samples']} samples"
         if result["estimator"] == "exact":
             how = "all mask sets enumerated" if result["is_bound"] else "exact in one pass"
-        notes.append(f"{name}: S = {result['block_size']}, {how}")
+        note = "" if result["note"] is None else f" ({result['note']})"
+        notes.append(f"{name}: S = {result['block_size']}, {how}{note}")
     return notes
 
 

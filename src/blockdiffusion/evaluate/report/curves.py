@@ -22,11 +22,14 @@ SMALL = {"width": 420, "height": 170, "left": 50, "right": 8, "bottom": 26}
 class ValidationPoint:
     """One evaluation during training: the bound in nats per token and its standard errors.
 
-    `is_bound` is False where the value is itself exact (autoregressive models).
+    `is_bound` is False where the value is itself exact (autoregressive models). `exact` is the
+    exact value below a bound, `orders` a tighter bound, where the evaluation gave one.
     """
 
     step: int
     bound: float
+    exact: float | None = None
+    orders: float | None = None
     is_bound: bool = True
     stderr_noise: float | None = None
     stderr_data: float | None = None
@@ -76,7 +79,8 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
         values = sorted(records.get(key, {}).items())
         return [(step, float(value)) for step, value in values if _is_finite(value)]
 
-    exact = dict(curve("valid_perplexity"))
+    is_exact = dict(curve("valid_perplexity"))
+    exact, orders = dict(curve("valid_exact")), dict(curve("valid_orders"))
     noise, data = dict(curve("valid_stderr_noise")), dict(curve("valid_stderr_data"))
     return Curves(
         loss=curve("loss"),
@@ -87,7 +91,9 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
             ValidationPoint(
                 step=step,
                 bound=bound,
-                is_bound=step not in exact,
+                exact=None if step in is_exact else exact.get(step),
+                orders=orders.get(step),
+                is_bound=step not in is_exact,
                 stderr_noise=noise.get(step),
                 stderr_data=data.get(step),
             )
@@ -131,7 +137,10 @@ def curves_section(curves: Curves) -> str:
             f'<li><i class="key bound"></i>{_validation_name(curves.validation)}; '
             "thick bar ± noise, thin bar ± data</li>"
         )
-    y_range = pictures.value_range(curves.loss, _bars(curves.validation), smooth)
+    tighter = _tighter(curves.validation)
+    legend += [f'<li><i class="key tighter"></i>{name}</li>' for name in tighter]
+    shown = [point for points in tighter.values() for point in points]
+    y_range = pictures.value_range(curves.loss, _bars(curves.validation), [*smooth, *shown])
     pictured = _responsive(
         lambda width, height: _loss_picture(curves, smooth, y_range, width, height), (880, 380)
     )
@@ -145,6 +154,7 @@ def curves_section(curves: Curves) -> str:
         "rows": rows[:: max(len(rows) // MOST_POINTS, 1)],
         "exact": not any(point.is_bound for point in curves.validation),
         "bars": [(p.step, p.bound, p.stderr_noise, p.stderr_data) for p in curves.validation],
+        "tighter": {name: dict(points) for name, points in tighter.items()},
     }
     return (
         f'<ul class="legend">{"".join(legend)}</ul>{pictured}{caption}{_small_curves(curves)}'
@@ -174,6 +184,7 @@ def _loss_picture(
         pictures.Line(points=pictures.thin_out(curves.loss, MOST_POINTS), css="raw"),
         pictures.Line(points=thinned, css="smooth"),
         pictures.Line(points=[(p.step, p.bound) for p in curves.validation], css="bound"),
+        *_tighter_lines(curves.validation),
     ]
     return pictures.curve_picture(
         frame,
@@ -194,6 +205,21 @@ def _validation_name(validation: Sequence[ValidationPoint]) -> str:
     return "validation bound"
 
 
+def _tighter(validation: Sequence[ValidationPoint]) -> dict[str, list[tuple[float, float]]]:
+    """Name -> points of what is known better than the bound, where anything is."""
+    curves: dict[str, list[tuple[float, float]]] = {
+        "validation, exact": [(p.step, p.exact) for p in validation if p.exact is not None],
+        "validation, tighter bound": [
+            (p.step, p.orders) for p in validation if p.orders is not None
+        ],
+    }
+    return {name: points for name, points in curves.items() if points}
+
+
+def _tighter_lines(validation: Sequence[ValidationPoint]) -> list[pictures.Line]:
+    return [pictures.Line(points=points, css="tighter") for points in _tighter(validation).values()]
+
+
 def _bars(validation: Sequence[ValidationPoint]) -> list[pictures.ErrorBar]:
     return [
         pictures.ErrorBar(
@@ -203,7 +229,9 @@ def _bars(validation: Sequence[ValidationPoint]) -> list[pictures.ErrorBar]:
             stderr_data=point.stderr_data,
             label=f"step {point.step:,}: {'bound ' if point.is_bound else ''}{point.bound:.4f} "
             "nats per token, "
-            f"perplexity {'≤ ' if point.is_bound else ''}{perplexity_of(point.bound):.2f}",
+            f"perplexity {'≤ ' if point.is_bound else ''}{perplexity_of(point.bound):.2f}"
+            + ("" if point.exact is None else f"; exact {point.exact:.4f}")
+            + ("" if point.orders is None else f"; tighter bound {point.orders:.4f}"),
         )
         for point in validation
     ]
@@ -243,13 +271,20 @@ def _close_up(validation: Sequence[ValidationPoint]) -> str:
     shown = _bars(validation[len(validation) // 2 :])
     first, last = shown[0].step, shown[-1].step
     pad = 0.04 * (last - first)
+    tighter = _tighter_lines(validation[len(validation) // 2 :])
+    also = [point for line in tighter for point in line.points]
     frame = pictures.Frame(
-        **SMALL, x_range=(first - pad, last + pad), y_range=pictures.value_range((), shown)
+        **SMALL, x_range=(first - pad, last + pad), y_range=pictures.value_range((), shown, also)
     )
     line = pictures.Line(points=[(bar.step, bar.value) for bar in shown], css="bound")
     title = f"{_validation_name(validation).capitalize()}, close up, nats per token"
     picture = pictures.curve_picture(
-        frame, lines=[line], bars=shown, title=title, chart="close-up", num_ticks=(4, 4)
+        frame,
+        lines=[line, *tighter],
+        bars=shown,
+        title=title,
+        chart="close-up",
+        num_ticks=(4, 4),
     )
     return f"<figure><figcaption>{title}</figcaption>{picture}</figure>"
 

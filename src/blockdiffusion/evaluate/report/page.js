@@ -57,6 +57,9 @@
       if (near) {
         lines.push((data.exact ? "validation " : "bound ") + bar[1].toFixed(4) +
           ", perplexity " + (data.exact ? "" : "≤ ") + Math.exp(bar[1]).toFixed(2));
+        for (const [name, values] of Object.entries(data.tighter)) {
+          if (bar[0] in values) lines.push(name + " " + values[bar[0]].toFixed(4));
+        }
         if (bar[2] !== null) lines.push("± " + bar[2].toPrecision(2) + " noise");
         if (bar[3] !== null) lines.push("± " + bar[3].toPrecision(2) + " data");
       }

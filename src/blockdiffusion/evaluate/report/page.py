@@ -265,7 +265,7 @@ def _likelihood_note(likelihood: LikelihoodNumbers) -> str:
     bos = "BOS is given and not counted" if likelihood.bos else "nothing is given (no BOS)"
     notes = [f"{likelihood.num_tokens:,} tokens of {escape(likelihood.text)}; {bos}"]
     if likelihood.estimator:
-        cut = f" (t from {likelihood.t_min:g})" if likelihood.t_min else ""
+        cut = f" (mask probabilities from {likelihood.t_min:g})" if likelihood.t_min else ""
         notes.append(f"estimator {escape(likelihood.estimator)}{cut}")
     if likelihood.seconds is not None:
         notes.append(f"done in {duration(likelihood.seconds)}")

@@ -179,6 +179,6 @@ def _legend(table: VarianceTable, left: int, y: int) -> list[str]:
         x += 32 + 6 * len(words)
     cut = next((row.t_min for row in table.rows if row.t_min is not None), None)
     words = "bars: a standard error over batches" + (
-        "" if cut is None else f"; bernoulli cuts t at {cut:g}"
+        "" if cut is None else f"; bernoulli leaves mask probabilities below {cut:g} out"
     )
     return [*parts, f'<text class="note" x="{left}" y="{y + 32}">{words}</text>']

@@ -33,6 +33,7 @@ from blockdiffusion.corruption import (
     relative_cost,
 )
 from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.diffusions import Diffusion, diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
@@ -111,7 +112,7 @@ class VarianceRow:
     Attributes:
         label: the estimator as it was asked for; `estimator` is the one used.
         is_bound: whether it estimates the bound; clipped ones do not.
-        t_min: where t is cut; None for estimators that draw no t.
+        t_min: mask probabilities below are left out; None for estimators that draw none.
         stratify: how the draws of a batch are spread, see `corruption.stratified_uniform`.
         cost: of a pass, in passes with one noisy copy.
         loss: mean over replicates and batches, nats per token; its error is that of the masks
@@ -176,7 +177,8 @@ class VarianceTable:
 
     Attributes:
         references: block size -> what differences are taken from: the exact bound, enumerated, up
-            to S = 8; beyond, the label of the unbiased estimator with the least variance.
+            to S = 8; beyond, and for networks that read the time, the label of the unbiased
+            estimator with the least variance.
         exact: block size -> that exact bound, nats per token, on the same rows.
         left_out: (block size, label, why) of what does not exist there.
     """
@@ -238,21 +240,23 @@ def measure_variance(
             on; removed at the end.
 
     Raises:
-        UserError: too few rows, a block size that does not divide them, an estimator that exists
-            at none of the block sizes, or a network that reads t.
+        UserError: too few rows, a block size that does not divide them, no estimator that exists
+            at one of the block sizes for this network, or a network of discrete time.
     """
     start = time.perf_counter()
     options = VarianceOptions() if options is None else options
-    if model.config.time_conditioning:
+    diffusion = diffusion_of(model.config)
+    if diffusion.usual_estimator == "timesteps":
         raise UserError(
-            "this network reads t, which most of the estimators integrate out; the variance is "
-            "measured for networks without time input"
+            f"{diffusion.title} has one estimator, timesteps, which leaves nothing to compare; "
+            "measure a network of masks in continuous time (bd3lm, mdlm or sedd)"
         )
     batches = _batches(text, options)
     length = text.batch.ids_BL.shape[1]
-    plan, left_out = _plan(options, length)
+    plan, left_out = _plan(options, length, diffusion)
     sizes = list(dict.fromkeys(p.block_size for p in plan))
-    work = sum(p.work for p in plan) + sum(_enumeration_work(size, options) for size in sizes)
+    enumerated = [s for s in sizes if diffusion.enumerable and s <= MAX_BLOCK_SIZE]
+    work = sum(p.work for p in plan) + sum(_enumeration_work(size, options) for size in enumerated)
     advance = _Advance(progress, work * options.batches)
     kept = None
     if journal is not None:
@@ -260,11 +264,7 @@ def measure_variance(
         tensors = [tensor for batch in batches for tensor in batch]
         kept = Journal(journal, fingerprint(model, *tensors, conditions))
     measured = [_measure(model, batches, p, options, advance, kept) for p in plan]
-    exact = {
-        size: _enumerate(model, batches, size, options, advance, kept)
-        for size in sizes
-        if size <= MAX_BLOCK_SIZE
-    }
+    exact = {size: _enumerate(model, batches, size, options, advance, kept) for size in enumerated}
     if kept is not None:
         kept.remove()
     rows: list[VarianceRow] = []
@@ -306,9 +306,11 @@ class _Plan:
         return self.law.num_noisy + 1
 
 
-def _plan(options: VarianceOptions, length: int) -> tuple[list[_Plan], list[tuple[int, str, str]]]:
+def _plan(
+    options: VarianceOptions, length: int, diffusion: Diffusion
+) -> tuple[list[_Plan], list[tuple[int, str, str]]]:
     """Every estimator at every block size, the paper's first; and what does not exist there."""
-    plan, left_out, possible = [], [], set()
+    plan, left_out, possible = [], [], False
     for size in dict.fromkeys(options.block_sizes):
         if length % size:
             raise UserError(
@@ -318,14 +320,14 @@ def _plan(options: VarianceOptions, length: int) -> tuple[list[_Plan], list[tupl
         for spec in dict.fromkeys(options.estimators):
             try:
                 law, note = for_block_size(make_estimator(spec), size)
+                diffusion.fitted(law)  # as `batch_moments` does
             except UserError as error:
                 left_out.append((size, spec, str(error)))
                 continue
             plan.append(_Plan(size, spec, law, note))
-            possible.add(spec)
-    for _, spec, why in left_out:
-        if spec not in possible:
-            raise UserError(why)
+            possible = True
+    if not possible:
+        raise UserError(left_out[0][2])
     return plan, left_out
 
 
@@ -429,8 +431,6 @@ def _measure(
 
 def _enumeration_work(size: int, options: VarianceOptions) -> int:
     """Of a batch, in the units of `_Plan.work`; a backward pass counts as two forward ones."""
-    if size > MAX_BLOCK_SIZE:
-        return 0
     return -(-num_subsets(size) // (options.replicates * (3 if options.gradients else 1)))
 
 

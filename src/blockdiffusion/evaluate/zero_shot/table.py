@@ -6,7 +6,7 @@ import csv
 import io
 import textwrap
 
-from blockdiffusion.evaluate.likelihood import Likelihood
+from blockdiffusion.evaluate.likelihood import CUT, Likelihood
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotRow, ZeroShotTable
 
 HEADS = (
@@ -65,12 +65,21 @@ def conventions(table: ZeroShotTable) -> list[str]:
     how = f"{used.estimator}, {used.samples} samples"
     if used.estimator == "exact":
         how = "exact" if used.is_bound else "exact in one pass"
-    cut = "" if used.t_min is None else f", t cut at {used.t_min:g}"
+    cut = "" if used.t_min is None else f", {CUT.format(used.t_min)}"
     notes.append(
         f"estimator {how}{cut}; noise: of the masks, data: over {units}, each one standard error "
         "of the perplexity; tokens are the model's own, bits/byte compare over tokenizers"
     )
-    return notes
+    if used.note is not None:
+        notes.append(used.note)
+    missed = [
+        (row.task, remark)
+        for row in table.rows
+        if row.result is not None
+        for remark in row.result.remarks
+        if remark != used.note
+    ]
+    return notes + [f"{task}: {remark}" for task, remark in missed]
 
 
 def _layout(table: ZeroShotTable) -> str:
@@ -134,5 +143,6 @@ def _flat(row: ZeroShotRow) -> dict[str, object]:
     values = row.to_dict()
     interval = values.pop("interval", None)
     low, high = interval or (None, None)
-    values.pop("order_bounds", None)
+    for name in ("order_bounds", "order_bounds_stderr_noise"):
+        values.pop(name, None)
     return values | {"interval_low": low, "interval_high": high}
