@@ -80,7 +80,7 @@ def write(network: Any, block_size: int, tokens: int, top_p: float) -> int:
             place = masked[torch.randint(len(masked), ())]
             x[0, place] = drawn[0, place]
             calls += 1
-        network.backbone(x, torch.zeros(1), sample_mode=True, store_kv=True)
+        log_probabilities(network, x, x, sample_mode=True, store_kv=True)
         calls += 1
     return calls
 
