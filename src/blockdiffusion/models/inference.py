@@ -29,6 +29,7 @@ from blockdiffusion.models.transformer import (
     BlockDiffusionModel,
     Kept,
     Layer,
+    Linear,
     LinearGelu,
     Modulation,
     TimeEmbedding,
@@ -161,7 +162,7 @@ def _deep_copy(model: BlockDiffusionModel) -> BlockDiffusionModel:
     return made
 
 
-def _behind_norm(linear: nn.Linear, scale: torch.Tensor, shift: torch.Tensor) -> nn.Linear:
+def _behind_norm(linear: Linear, scale: torch.Tensor, shift: torch.Tensor) -> Linear:
     """`linear` after an input of x * scale + shift, as a layer that reads x; folded in float64."""
     weight = linear.weight.double()
     bias = weight @ shift.expand(weight.shape[1])
@@ -170,13 +171,13 @@ def _behind_norm(linear: nn.Linear, scale: torch.Tensor, shift: torch.Tensor) ->
     return _like(linear, weight * scale, bias)
 
 
-def _gated(linear: nn.Linear, gate: torch.Tensor) -> nn.Linear:
+def _gated(linear: Linear, gate: torch.Tensor) -> Linear:
     """gate * `linear`."""
     bias = None if linear.bias is None else gate * linear.bias.double()
     return _like(linear, gate[:, None] * linear.weight.double(), bias)
 
 
-def _like(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+def _like(linear: Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """A layer of the kind and type of `linear`."""
     with torch.device("meta"):
         made = type(linear)(weight.shape[1], weight.shape[0], bias=bias is not None)
