@@ -86,10 +86,12 @@ ESTIMATORS = (
     Arm("logarithmic", ("objective.schedule=log",), tier=1),
     Arm("complement, N = 4", (COMPLEMENT, "objective.num_noisy=4"), 2.5, tier=1),
 )
-# The paper's best clip at S = 16 (its table 8), and as the authors resample mask rates.
+# Two copies that both follow the clip (the second of a pair masks what the clip leaves out); the
+# paper's best clip at S = 16 (its table 8), and as the authors resample mask rates.
 LOWER_CLIP = "objective.clip=[0.3,0.8]"
 LONGER = (
     *ESTIMATORS,
+    Arm("count, clip [0.45, 0.95], N = 2", (COUNT, CLIP, "objective.num_noisy=2"), 1.5, tier=1),
     Arm("clip [0.3, 0.8]", (LOWER_CLIP,), tier=1),
     Arm("clip [0.3, 0.8], resampled", ("objective.estimator=resampled", LOWER_CLIP), tier=1),
 )
