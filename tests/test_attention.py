@@ -98,6 +98,27 @@ def test_backends_are_resolved_by_device_and_unknown_ones_refused():
         resolve_backend("flash", torch.device("cpu"))
 
 
+def test_a_padded_pass_builds_its_block_masks_once(make_model, random_ids, monkeypatch):
+    """Not in every layer: one for the layers, and one for the last, where only noisy tokens ask."""
+    made = []
+    module = torch.nn.attention.flex_attention
+    original = module.create_block_mask
+    monkeypatch.setattr(
+        module, "create_block_mask", lambda *a, **k: made.append(a[3]) or original(*a, **k)
+    )
+    model, ids = make_model(num_layers=4), random_ids(2, 16)
+    noisy = ids[:, None].masked_fill(ids[:, None] % 3 == 0, model.config.mask_id)
+    results = []
+    for backend, length in (("flex", 9), ("flex", 12), ("dense", 9), ("dense", 12)):
+        model.attention_backend = backend
+        valid = torch.arange(16)[None] < torch.tensor([[16], [length]])
+        with torch.no_grad():
+            results.append(model.encode(noisy, ids, valid_BL=valid))
+    assert made == [32, 16] * 2  # anew for every pass
+    assert torch.allclose(results[0], results[2], atol=1e-9)
+    assert torch.allclose(results[1], results[3], atol=1e-9)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])

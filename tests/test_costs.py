@@ -29,6 +29,7 @@ from blockdiffusion.costs import (
 from blockdiffusion.data.loader import Batch
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.masks import Streams, dense_mask
+from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
 
@@ -159,6 +160,7 @@ def test_pairs_of_a_causal_row():
 @pytest.mark.parametrize("sizes", [{"block_size": 4}, {"block_size": 4, **SEDD}, AR])
 def test_operations_of_a_call_are_those_that_are_counted(sizes):
     model, sizes_ = network({"seq_len": 64, **sizes})
+    model = sampling_copy(model.double())  # whose products are plain ones in float64
     size, rows, past, scored = sizes_.block_size, 3, 12, 2
     ids = torch.zeros(rows, past, dtype=torch.long)
     with torch.no_grad():
@@ -184,16 +186,27 @@ def test_operations_of_a_call_are_those_that_are_counted(sizes):
         assert counted(call) == expected.total
 
 
-def test_bytes_of_weights_and_cache():
-    model, sizes_ = network({"seq_len": 32, "block_size": 4})
+@pytest.mark.parametrize("sizes", [{}, {"adaln": False}, {"time_conditioning": True}, AR])
+def test_bytes_of_weights_and_cache(sizes):
+    """Those of the copy that samples."""
+    model, sizes_ = network({"seq_len": 32, "block_size": 4, **sizes})
+    copied = sampling_copy(model.double())  # in float64, of which the weights stay as they are
     for dtype, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         model.to(kind)
-        assert weight_bytes(sizes_, dtype) == sum(p.nbytes for p in model.parameters())
+        held = sum(p.numel() * kind.itemsize for p in copied.parameters())
+        # The last norm of a folded copy is the identity, and is read all the same.
+        assert weight_bytes(sizes_, dtype) == held
         embedding = model.embedding.weight.nbytes
         assert read_bytes(sizes_, dtype) == weight_bytes(sizes_, dtype) - embedding
         cache = model.make_cache(5, 20)
         held = sum(x.nbytes for x in (*cache.keys, *cache.values))
         assert cache_bytes(sizes_, 5, 20, dtype) == held
+    assert cache_bytes(sizes_, 5, 20, "int8") == cache_bytes(sizes_, 5, 20, "float32")
+    linear = [m.weight for name, m in copied.named_modules()
+              if isinstance(m, torch.nn.Linear) and "time" not in name
+              and "modulation" not in name]  # fmt: skip
+    saved = sum(3 * weight.numel() - 8 * len(weight) for weight in linear)
+    assert read_bytes(sizes_, "int8") == read_bytes(sizes_, "float32") - saved
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])

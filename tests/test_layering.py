@@ -8,8 +8,8 @@ import blockdiffusion
 
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
-    ["errors", "seeding"],
-    ["ranks", "devices", "hardware", "schedules", "masks", "objectives", "cache"],
+    ["errors"],
+    ["seeding", "ranks", "devices", "hardware", "schedules", "masks", "objectives", "cache"],
     ["corruption", "attention", "denoiser"],
     ["diffusions", "costs"],
     ["exact", "orders", "variance"],

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, dense_mask, stream_predicate
 
 Backend = Literal["dense", "chunked", "flex"]
+BlockMasks = dict[int, Any]  # FlexAttention's, of a pass with padding, by the number of queries
 CHUNK = 128  # tokens of a query chunk; measured best between 64 and 256 at L = 1024 on CPU
 
 
@@ -51,15 +52,17 @@ def attend(
     streams: Streams,
     backend: Backend,
     valid_BL: torch.Tensor | None = None,
+    built: BlockMasks | None = None,
 ) -> torch.Tensor:
     """Attention of a training pass (B, H, Q, E), softmax scale 1/sqrt(E).
 
     The queries are those of all streams, or of the noisy streams only (Q = num_noisy * seq_len).
     `valid_BL` (bool) marks the keys of each stream that exist; padding still sees itself, so that
-    no row of the softmax is empty.
+    no row of the softmax is empty. `built` keeps what flex makes of them: give all layers of a pass
+    the same one, empty at first.
     """
     assert k_BHTE.shape[2] == streams.num_tokens
-    function = {"dense": _dense, "chunked": _chunked, "flex": _flex}[backend]
+    function = {"dense": _dense, "chunked": _chunked, "flex": partial(_flex, built=built)}[backend]
     if not _is_slow_in_bf16(q_BHQE):
         return function(q_BHQE, k_BHTE, v_BHTE, streams, valid_BL)
     with torch.autocast("cpu", enabled=False):
@@ -106,8 +109,9 @@ def ragged_groups(
     tokens_B: torch.Tensor,
     few: int,
     visible: Callable[[slice, int], torch.Tensor],
+    device: torch.device,
 ) -> list[RaggedGroup]:
-    """The groups of a pass with `tokens_B` tokens of each row, placed at `place`.
+    """The groups, on `device`, of a pass with `tokens_B` tokens of each row, placed at `place`.
 
     Rows of at most `few` tokens go together (all rows take part, so that their keys need not be
     copied), longer ones alone. `visible(rows, tokens)` is a group's mask.
@@ -116,8 +120,9 @@ def ragged_groups(
 
     def group(rows: slice, tokens: int, mine_P: torch.Tensor) -> RaggedGroup:
         index_M = mine_P.nonzero().flatten()
-        place_M = (place.rows_P[index_M] - rows.start, place.offsets_P[index_M])
-        return RaggedGroup(rows, index_M, place_M, visible(rows, tokens))
+        row_M, column_M = place.rows_P[index_M] - rows.start, place.offsets_P[index_M]
+        place_M = (row_M.to(device), column_M.to(device))
+        return RaggedGroup(rows, index_M.to(device), place_M, visible(rows, tokens).to(device))
 
     groups = []
     if not is_long_B.all():
@@ -288,17 +293,22 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.Tensor:
+def _flex(
+    q, k, v, streams: Streams, valid_BL: torch.Tensor | None, built: BlockMasks | None = None
+) -> torch.Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    built, queries = {} if built is None else built, q.shape[2]
     if valid_BL is None:
-        block_mask = _flex_block_mask(streams, q.shape[2], q.device)
+        block_mask = _flex_block_mask(streams, queries, q.device)
+    elif queries in built:
+        block_mask = built[queries]
     else:
-        block_mask = create_block_mask(
+        block_mask = built[queries] = create_block_mask(
             partial(_padded_mask_mod, streams, valid_BL),
             q.shape[0],
             None,
-            q.shape[2],
+            queries,
             streams.num_tokens,
             device=q.device,
         )

@@ -15,8 +15,10 @@ import torch
 
 
 class Placement(NamedTuple):
-    """Slots of a pass's tokens; `straight` is their slice where all rows share it, in order."""
+    """Rows and slots of a pass's tokens, on the cache's device; `straight` is the slice of
+    slots where all rows share it, in order."""
 
+    rows_B1: torch.Tensor
     slots_BT: torch.Tensor
     straight: slice | None
     used: int
@@ -30,6 +32,11 @@ class RaggedPlacement(NamedTuple):
     offsets_P: torch.Tensor
     slots_P: torch.Tensor
     used: int
+
+    def to(self, device: torch.device) -> RaggedPlacement:
+        """The same there: once for a pass, not in every layer."""
+        moved = (x.to(device) for x in (self.rows_P, self.offsets_P, self.slots_P))
+        return RaggedPlacement(*moved, used=self.used)
 
 
 class BlockCache:
@@ -71,10 +78,12 @@ class BlockCache:
         first, last = int(slots_BT[0, 0]), int(slots_BT[0, -1])
         straight = self.uniform and last - first + 1 == num_tokens
         straight_slice = slice(first, last + 1) if straight else None
-        return Placement(slots_BT, straight_slice, self._used(num_tokens))
+        device = self.keys[0].device
+        rows_B1 = torch.arange(len(slots_BT), device=device)[:, None]
+        return Placement(rows_B1, slots_BT.to(device), straight_slice, self._used(num_tokens))
 
     def place_ragged(self, tokens_B: torch.Tensor) -> RaggedPlacement:
-        """Where a pass over the next `tokens_B` positions of each row puts its keys."""
+        """Where a pass over the next `tokens_B` positions of each row puts its keys; on the CPU."""
         rows_P = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
         firsts_B = tokens_B.cumsum(0) - tokens_B
         offsets_P = torch.arange(len(rows_P)) - firsts_B[rows_P]
@@ -94,9 +103,8 @@ class BlockCache:
             keys[:, :, place.straight] = k_BHTE
             values[:, :, place.straight] = v_BHTE
         else:
-            row_B1 = torch.arange(place.slots_BT.shape[0])[:, None]
-            keys[row_B1, :, place.slots_BT] = k_BHTE.transpose(1, 2)
-            values[row_B1, :, place.slots_BT] = v_BHTE.transpose(1, 2)
+            keys[place.rows_B1, :, place.slots_BT] = k_BHTE.transpose(1, 2)
+            values[place.rows_B1, :, place.slots_BT] = v_BHTE.transpose(1, 2)
         return keys[:, :, : place.used], values[:, :, : place.used]
 
     def write_ragged(

@@ -21,6 +21,7 @@ from blockdiffusion.masks import Streams
 
 AttentionKind = Literal["dense", "chunked", "flex", "causal", "needed"]
 Dtype = Literal["float32", "bf16"]
+SampleDtype = Literal["float32", "bf16", "int8"]
 
 TILE = 128  # of FlexAttention, and of the causal kernels, about
 FREQUENCIES = 256  # features of the time embedding
@@ -100,6 +101,25 @@ class Network:
     def parameters(self) -> int:
         """All parameters, both embeddings included."""
         return sum(prod(shape) for _, shape in self.shapes())
+
+    @property
+    def layer_parameters(self) -> int:
+        """Those of one layer."""
+        return sum(prod(shape) for name, shape in self.shapes() if name.startswith("layers.0."))
+
+    def sampled_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Those of the copy that samples (`models.inference`): norms and modulation of a network
+        that does not read the time are in the weights behind them, which then have biases."""
+        if self.time_conditioning:
+            yield from self.shapes()
+            return
+        for name, shape in self.shapes():
+            if not any(
+                part in name for part in ("time.", "modulation.", "attn_norm.", "mlp_norm.")
+            ):
+                yield name, shape
+            if name.endswith("attn_qkv.weight"):
+                yield name.replace("weight", "bias"), shape[:1]
 
     @property
     def embedding_parameters(self) -> int:
@@ -327,14 +347,15 @@ def muon_flops(shapes: Iterator[tuple[int, ...]] | list[tuple[int, ...]], steps:
 def call_flops(network: Network, rows: int, tokens: int, keys: float, scored: float) -> Flops:
     """Operations of one network call in sampling: `tokens` new ones of every row against `keys`
     (their own included), with logits at `scored` positions over all rows, which are what the last
-    layer finishes (an autoregressive network finishes all)."""
+    layer finishes (an autoregressive network finishes all). The network is the copy that samples,
+    which has a modulation only where it reads the time."""
     width, new = network.width, rows * tokens
     last = new if network.autoregressive else scored
-    vectors, kept = (new, last) if network.time_conditioning else (1, 1)
+    modulation = sum(_modulation_flops(network, new, last)) if network.time_conditioning else 0
     pairs = network.num_layers * new * keys
     return Flops(
         layers=2 * width**2 * (12 * (network.num_layers - 1) * new + 3 * new + 9 * last)
-        + sum(_modulation_flops(network, vectors, kept)),
+        + modulation,
         attention=4 * width * pairs,
         attention_needed=4 * width * pairs,
         head=2 * width * network.vocab_size * scored,
@@ -344,19 +365,42 @@ def call_flops(network: Network, rows: int, tokens: int, keys: float, scored: fl
 # --- bytes ----------------------------------------------------------------------------------------
 
 
-def weight_bytes(network: Network, dtype: Dtype) -> int:
-    """All parameters."""
-    return BYTES[dtype] * network.parameters
+def weight_bytes(network: Network, dtype: SampleDtype) -> int:
+    """All weights of the copy that samples."""
+    return embedding_bytes(network, dtype) + read_bytes(network, dtype)
 
 
-def read_bytes(network: Network, dtype: Dtype) -> int:
-    """Weights that a network call reads: all but the input embedding, of which it takes rows."""
-    return BYTES[dtype] * (network.parameters - network.vocab_size * network.width)
+def embedding_bytes(network: Network, dtype: SampleDtype) -> int:
+    """The input embedding; it is not rounded to 8 bits."""
+    return BYTES[_held(dtype)] * network.vocab_size * network.width
 
 
-def cache_bytes(network: Network, rows: int, capacity: int, dtype: Dtype) -> int:
+def read_bytes(network: Network, dtype: SampleDtype) -> int:
+    """Weights that a network call reads: all but the input embedding, of which it takes rows.
+
+    With int8 the matrices of layers and output take a byte for each number, and eight for the scale
+    and the offset of each of their rows.
+    """
+    total = 0
+    for name, shape in network.sampled_shapes():
+        if name.startswith("embedding."):
+            continue
+        is_linear = len(shape) == 2 and not name.startswith("time.") and "modulation." not in name
+        if dtype == "int8" and is_linear:
+            total += prod(shape) + 8 * shape[0]
+        else:
+            total += BYTES[_held(dtype)] * prod(shape)
+    return total
+
+
+def cache_bytes(network: Network, rows: int, capacity: int, dtype: SampleDtype) -> int:
     """Keys and values of `capacity` tokens of every row, in all layers."""
-    return 2 * BYTES[dtype] * network.num_layers * network.width * rows * capacity
+    return 2 * BYTES[_held(dtype)] * network.num_layers * network.width * rows * capacity
+
+
+def _held(dtype: SampleDtype) -> Dtype:
+    """The type of what is not a matrix: products of 8 bits take and give float32."""
+    return "float32" if dtype == "int8" else dtype
 
 
 @dataclass(frozen=True, kw_only=True)

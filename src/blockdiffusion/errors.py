@@ -1,5 +1,7 @@
 """The one exception that a user's mistake raises, and that of a process that ends with others."""
 
+from numbers import Integral, Real
+
 
 class UserError(ValueError):
     """A mistake of the user, told in one sentence: what was given, what is allowed, what to change.
@@ -20,3 +22,15 @@ class Elsewhere(Exception):
     def __init__(self, message: str, *, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def check_whole(name: str, value: object) -> None:
+    """Refuses what is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{name} is {value!r}; it must be a whole number")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuses what is no number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(f"{name} is {value!r}; it must be a number")

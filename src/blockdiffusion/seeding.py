@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from blockdiffusion.errors import UserError, check_whole
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,3 +27,17 @@ def generator(seed: int, *names: int | str) -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A fresh CPU `torch.Generator` of this very seed, as a caller gives it.
+
+    Raises:
+        UserError: PyTorch has no such seed.
+    """
+    import torch
+
+    check_whole("seed", seed)
+    if not 0 <= seed < 2**64:
+        raise UserError(f"seed is {seed}; it must lie in 0..2**64 - 1")
+    return torch.Generator().manual_seed(seed)

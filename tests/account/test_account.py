@@ -122,10 +122,10 @@ def test_a_sampling_call_by_hand(recipe_of):
     # Two blocks of 4: calls of 4, 4, 4, 4, then 8 (with the commit), 4, 4, 4 tokens a row.
     # Of two layers the last makes keys, queries and values of all and finishes the token drawn.
     layers = 2 * 32**2 * 3 * ((12 + 3) * (4 * 4 + 8 + 4 * 3) + 9 * 8)
-    once = 2 * (8 * (256 + 8) + 6 * 32 * 8 * 2 + 2 * 32 * 8)  # the modulation, each call
+    # The modulation is folded into the weights.
     attention = 4 * 32 * 2 * 3 * (4 * 4 * 4 + 8 * 8 + 3 * 4 * 8)
     head = 2 * 32 * 50 * 3 * 8
-    assert account.flops.total * 8 == pytest.approx(layers + 8 * once + attention + head)
+    assert account.flops.total * 8 == pytest.approx(layers + attention + head)
     assert account.cache == 2 * 4 * 2 * 32 * 3 * 8 and account.tokens_per_forward == 1
     assert account.tokens_per_second == pytest.approx(3 / account.seconds_call)
 
@@ -197,6 +197,59 @@ def test_devices_share_the_rows_and_exchange_gradients(recipe_of):
     assert four.flops.total == pytest.approx(one.flops.total, rel=1e-4)
     assert four.largest_micro_batch == 128
     assert four.price == pytest.approx(4 * four.seconds_run / 3600)
+
+
+def test_shards_hold_a_part(recipe_of):
+    """Of everything that stands; whole are the weights that a pass needs, in turn."""
+    ddp, fsdp = (
+        account_of(recipe_of(train={"batch_size": 8, "parallel": kind}), devices=8).training
+        for kind in ("ddp", "fsdp")
+    )
+    for name in ("weights", "gradients", "optimizer", "average"):
+        assert getattr(fsdp.memory, name) == getattr(ddp.memory, name) / 8
+    assert ddp.memory.gathered == 0
+    network = Network.of(network_config(recipe_of(), manifest_of(recipe_of(), 64, 50)))
+    shapes = dict(network.shapes())
+    away = sum(prod(shape) for name, shape in shapes.items() if name.startswith("layers.1."))
+    assert fsdp.memory.gathered == 2 * 4 * (network.parameters - away)  # one layer of two
+    assert fsdp.memory.activations == ddp.memory.activations
+    assert fsdp.seconds.exchange == pytest.approx(1.5 * ddp.seconds.exchange)
+    assert fsdp.seconds.update == pytest.approx(ddp.seconds.update / 8)
+    # Several micro-batches sum whole gradients.
+    options = {"batch_size": 16, "micro_batch_size": 1, "parallel": "fsdp"}
+    two = account_of(recipe_of(train=options), devices=8).training
+    assert two.memory.gradients == ddp.memory.gradients
+    # One device has it all, whatever the word.
+    one = [account_of(recipe_of(train={"parallel": kind})).training for kind in ("ddp", "fsdp")]
+    assert one[0] == one[1]
+
+
+def test_shards_leave_room_for_more_rows(recipe_of):
+    many = {"num_layers": 4, "width": 256}
+    ddp, fsdp = (
+        recipe_of(model=many, train={"batch_size": 512, "parallel": kind})
+        for kind in ("ddp", "fsdp")
+    )
+    needed = account_of(
+        recipe_of(model=many, train={"batch_size": 512, "micro_batch_size": 8, "parallel": "ddp"}),
+        devices=8,
+    ).training.memory
+    device = replace(H100, memory=needed.peak)
+    most = [account_of(recipe, device, devices=8).training.largest_micro_batch
+            for recipe in (ddp, fsdp)]  # fmt: skip
+    assert most[0] == 8 < most[1]
+
+
+def test_sampling_in_8_bits(recipe_of):
+    cpu = replace(H100, name="mine", cuda=False)
+    long, short = (
+        account_of(recipe_of(), cpu, sampling=SamplingRequest(dtype=dtype)).sampling
+        for dtype in ("float32", "int8")
+    )
+    assert short.cache == long.cache
+    assert short.weight_bytes_read < 0.35 * long.weight_bytes_read
+    assert short.seconds_reading < long.seconds_reading
+    assert short.seconds_arithmetic == long.seconds_arithmetic
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits(recipe_of):
@@ -292,7 +345,8 @@ def test_every_objective_has_an_account(recipe_of):
         (["--tokens-per-step", "0"], "--tokens-per-step is 0; it must be at least 1"),
         (["--window", "3"], "--window is 3, smaller than a block of 4"),
         (["--batch", "0"], "--batch is 0; it must be at least 1"),
-        (["--sample-dtype", "int4"], "--sample-dtype is 'int4'; choose float32 or bf16"),
+        (["--sample-dtype", "int4"], "--sample-dtype is 'int4'; choose float32, bf16 or i"),
+        (["--sample-dtype", "int8"], "--sample-dtype is int8, which is for CPUs, and h100 is none"),
         (["model.block_size=5"], "model.block_size is 5, which does not divide the 64 tokens"),
         (
             ["model.block_size=64", "--max-new-tokens", "65"],

@@ -70,3 +70,15 @@ def test_the_same_generator_gives_the_same_draw():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Filters(**options)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_the_temperatures_can_be_drawn_from(temperature, dtype):
+    """The most likely token, and (nearly) any; 100 draws of two tokens, which miss one of them with
+    a probability of 1.6e-30."""
+    logits = torch.tensor([[60.0, -60.0, 90.0]], dtype=dtype).repeat(100, 1)
+    ids, confidence = draw_tokens(
+        logits, 2, Filters(temperature=temperature), torch.Generator().manual_seed(0)
+    )
+    assert set(ids.tolist()) == ({0} if temperature < 1 else {0, 1}) and (confidence >= 0).all()

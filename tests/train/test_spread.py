@@ -31,13 +31,18 @@ UNLIKE = {
 }  # fmt: skip
 
 
-def train_in_float64(recipe_path: Path, overrides: list[str], resume: bool = False) -> None:
+def train_in_float64(
+    recipe_path: Path,
+    overrides: list[str],
+    resume: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> None:
     """As `run_training`, without what is done every so many steps, and in float64."""
     recipe = load_recipe(recipe_path, overrides)
     rows = TokenRows(recipe.data.path, "train")
     with joined() as processes:
         loop.train(
-            build_model(recipe, rows.manifest).double(),
+            build_model(recipe, rows.manifest).to(dtype),
             rows,
             out=Path(recipe.out),
             options=recipe.train,
@@ -101,6 +106,21 @@ def test_the_losses_are_those_of_one_process_whoever_goes_on(
         assert_same_run(one, out)
         (note,) = [line["note"] for line in read_metrics(out / "metrics.jsonl") if "note" in line]
         assert f"from step {STEPS // 2}; processes changed from 2 to {size}" in note
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_in_float32_losses_differ_by_rounding(recipe_file, tmp_path, parallel):
+    """How much, the documentation says; it is printed here."""
+    single = (False, torch.float32)
+    train_in_float64(recipe_file, [f"out={tmp_path / '1'}"], *single)
+    one = curve(tmp_path / "1")
+    for size in (2, 4):
+        overrides = [f"out={tmp_path / str(size)}", f"train.parallel={parallel}"]
+        assert_ended_well(team(size, train_in_float64, recipe_file, overrides, *single))
+        away = (curve(tmp_path / str(size)) - one).abs().max().item()
+        print(f"{parallel}, {size} processes: losses of {STEPS} steps within {away:.1e} in float32")
+        assert len(one) == STEPS and away < 2e-5
 
 
 def test_dropout_is_that_of_as_many_micro_batches(recipe_file, tmp_path):

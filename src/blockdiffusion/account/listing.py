@@ -68,6 +68,8 @@ def _training_lines(a: TrainingAccount) -> list[str]:
         _line("memory", f"weights {_bytes(memory.weights)}, gradients {_bytes(memory.gradients)}, "
                         f"optimizer {_bytes(memory.optimizer)}, moving average "
                         f"{_bytes(memory.average)}"),
+        *([_line("", f"whole while they are needed {_bytes(memory.gathered)}")]
+          if memory.gathered else []),
         _line("", f"a micro-batch of {a.micro_batch}: activations {_bytes(memory.activations)}, "
                   f"weights in bf16 {_bytes(memory.copies)},"),
         _line("", f"logits and output's gradient {_bytes(memory.loss)}, backward pass of a layer "

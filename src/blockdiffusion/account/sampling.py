@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from blockdiffusion.account.training import largest
 from blockdiffusion.costs import (
-    BYTES,
     DRAW_BYTES,
-    Dtype,
     Flops,
     Network,
+    SampleDtype,
     cache_bytes,
     call_flops,
     read_bytes,
@@ -32,14 +31,14 @@ class SamplingRequest:
         tokens_per_step: tokens of a row that a network call decides; 1 is first hitting.
         max_new_tokens: of a row; None: L.
         window: a token sees the last so many; None: all.
-        dtype: of weights and cache.
+        dtype: of weights and cache; int8: matrices in 8 bits, the rest in float32, on CPUs.
     """
 
     batch: int = 1
     tokens_per_step: int = 1
     max_new_tokens: int | None = None
     window: int | None = None
-    dtype: Dtype = "float32"
+    dtype: SampleDtype = "float32"
 
     def __post_init__(self) -> None:
         for name in ("batch", "tokens_per_step", "max_new_tokens", "window"):
@@ -47,8 +46,8 @@ class SamplingRequest:
             if value is not None and value < 1:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} is {value}; it must be at least 1")
-        if self.dtype not in BYTES:
-            raise UserError(f"--sample-dtype is {self.dtype!r}; choose float32 or bf16")
+        if self.dtype not in get_args(SampleDtype):
+            raise UserError(f"--sample-dtype is {self.dtype!r}; choose float32, bf16 or int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +101,11 @@ def sampling_account(
     network = Network.of(config)
     length = request.max_new_tokens or network.seq_len
     _check(network, request, length)
+    if request.dtype == "int8" and device.cuda:
+        raise UserError(
+            f"--sample-dtype is int8, which is for CPUs, and {device.name} is none; take "
+            "float32 or bf16"
+        )
     course = _course(config, network, request, length)
     dtype, shares = request.dtype, device.shares
     rows = request.batch
@@ -118,7 +122,9 @@ def sampling_account(
     read = weights_read + cache_bytes(network, rows, 1, dtype) * keys_read / calls
     read += DRAW_BYTES * rows * drawn * network.vocab_size
     reading = read / (device.bandwidth * shares.reading)
-    arithmetic = flops.total / calls / (device.flops[dtype] * shares.products)
+    # Products of 8 bits are not measured; they are not slower than those of float32.
+    peak = device.flops["float32" if dtype == "int8" else dtype]
+    arithmetic = flops.total / calls / (peak * shares.products)
     starting = network.num_layers * shares.layer_seconds
     seconds = (max if device.cuda else _sum)(reading, arithmetic, starting)
     speed = rows * length / (calls * seconds)

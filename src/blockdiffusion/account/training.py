@@ -40,7 +40,11 @@ class Memory:
     """Bytes on one device, by kind.
 
     Attributes:
-        weights, gradients, optimizer, average: of all parameters, in float32.
+        weights, gradients, optimizer, average: of all parameters, in float32; with
+            `train.parallel: fsdp` on several devices a device's share of them (but of the gradients
+            all, where they are summed over several micro-batches before they are exchanged).
+        gathered: with fsdp, weights and gradients that are whole while a pass needs them: those of
+            one layer, and what is not in layers.
         activations: kept from forward to backward, for one micro-batch.
         copies: weights rounded to bf16.
         loss: logits held at a time, and the gradient of the output.
@@ -52,6 +56,7 @@ class Memory:
     gradients: float
     optimizer: float
     average: float
+    gathered: float
     activations: float
     copies: float
     loss: float
@@ -162,9 +167,14 @@ def training_account(
                     given_bos=manifest.row_bos, attention=_attention(network, device))  # fmt: skip
 
     optimizer = optimizer_bytes(network, recipe.optim.name)
+    shards = devices if options.parallel == "fsdp" else 1
     wanted = min(options.micro_batch_size or rows, rows)
 
     def memory(count: int) -> Memory:
+        if shards > 1:
+            return _shard_memory(
+                network, passes(count), layout, optimizer, shards, one_pass=count >= rows
+            )
         whole = devices == 1 and count >= rows
         return _memory(network, passes(count), layout, optimizer, whole=whole)
 
@@ -173,7 +183,9 @@ def training_account(
     flops = training_flops(network, passes(rows), checkpointing=layout.checkpointing)
     flops = flops.times(devices)
     extra = [_evaluation(recipe, network, drawn), _search(recipe, network, passes)]
-    seconds = _seconds(recipe, network, passes, layout, device, devices, rows, micro, optimizer)
+    seconds = _seconds(
+        recipe, network, passes, layout, device, devices, shards, rows, micro, optimizer
+    )
     # Evaluations are in float32, and on one device.
     slow = device.flops["float32"] * device.shares.products
     total = options.steps * seconds.total + sum(extra) / slow
@@ -281,11 +293,39 @@ def _memory(network: Network, p: Pass, layout: Layout, optimizer: float, *, whol
         gradients=weights,
         optimizer=optimizer,
         average=weights,
+        gathered=0.0,
         activations=held.saved,
         copies=held.copies,
         loss=held.loss,
         working=held.working,
         peak=peak,
+    )
+
+
+def _shard_memory(
+    network: Network, p: Pass, layout: Layout, optimizer: float, shards: int, *, one_pass: bool
+) -> Memory:
+    """Of one of `shards` devices that have a part of every tensor (FSDP2). An evaluation puts a
+    whole copy of the averaged weights together, which has to fit, too."""
+    whole = BYTES["float32"] * network.parameters
+    outside = network.parameters - network.num_layers * network.layer_parameters
+    held = activation_bytes(network, p, layout)
+    weights, average = whole / shards, whole / shards
+    gradients = weights if one_pass else whole
+    # Of a unit weights and gradient at a time.
+    gathered = 2 * BYTES["float32"] * (outside + network.layer_parameters)
+    standing = weights + average + optimizer / shards
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer / shards,
+        average=average,
+        gathered=gathered,
+        activations=held.saved,
+        copies=held.copies,
+        loss=held.loss,
+        working=held.working,
+        peak=standing + max(gradients + gathered + held.peak, whole),
     )
 
 
@@ -308,6 +348,7 @@ def _seconds(
     layout: Layout,
     device: Hardware,
     devices: int,
+    shards: int,
     rows: int,
     micro: int,
     optimizer: float,
@@ -321,12 +362,15 @@ def _seconds(
     traffic = training_traffic(network, passes(rows), layout) / (device.bandwidth * shares.traffic)
     # A micro-batch's gradient is added to the sum, and its bf16 weights are made anew.
     traffic += count * 4 * 3 * network.parameters / (device.bandwidth * shares.traffic)
-    update = update_traffic(network, optimizer) / (device.bandwidth * shares.reading)
+    update = update_traffic(network, optimizer) / shards / (device.bandwidth * shares.reading)
     if recipe.optim.name == "muon":
         shapes = [s for n, s in network.shapes() if is_hidden_matrix(n, len(s))]
         update += muon_flops(shapes) / (device.flops["bf16"] * shares.products)
     starts = count * (3 + layout.checkpointing) * network.num_layers * shares.layer_seconds
-    exchange = 2 * (devices - 1) / devices * 4 * network.parameters / device.link
+    # Gradients are summed and handed back; with shards they are summed once, and weights handed out
+    # for the forward and the backward pass of every micro-batch.
+    rounds = 2 if shards == 1 else 1 + 2 * count
+    exchange = rounds * (devices - 1) / devices * 4 * network.parameters / device.link
     return Seconds(
         products=products,
         attention=attention,

@@ -138,9 +138,10 @@ def _generator(seed: int | None) -> tuple[Any, int]:
     """A source of randomness, and its seed: the given one, or any."""
     import torch
 
-    generator = torch.Generator()
-    used = generator.seed() if seed is None else seed
-    return generator.manual_seed(used), used
+    from blockdiffusion.seeding import seeded
+
+    used = torch.Generator().seed() if seed is None else seed
+    return seeded(used), used
 
 
 def _print_samples(result: Any, seed: int, json_lines: bool) -> None:

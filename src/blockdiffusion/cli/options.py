@@ -88,7 +88,7 @@ class FilterOptions:
         typer.Option(help="transformers (keeps the token that crosses) or authors (drops it)."),
     ] = "transformers"
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None
-    temperature: Annotated[float, typer.Option(help="Above 0.")] = 1.0
+    temperature: Annotated[float, typer.Option(help="In [0.001, 1000].")] = 1.0
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def plan(
     ] = 1,
     max_new_tokens: Annotated[int | None, typer.Option(help="Sampling: by default L.")] = None,
     window: Annotated[int | None, typer.Option(help="Sampling: tokens that a token sees.")] = None,
-    sample_dtype: Annotated[str, typer.Option(help="Sampling: float32 or bf16.")] = "float32",
+    sample_dtype: Annotated[str, typer.Option(help="Sampling: float32, bf16 or int8.")] = "float32",
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the account here, too.")
     ] = None,

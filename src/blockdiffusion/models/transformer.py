@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from blockdiffusion.attention import (
+    BlockMasks,
     attend,
     attend_cached,
     attend_causal,
@@ -517,9 +518,10 @@ class BlockDiffusionModel(PreTrainedModel):
         positions = torch.arange(length, device=ids_BT.device).repeat(copies + has_clean)
         rotary = rotary_tables(positions, config.width // config.num_heads, x_BTD.dtype)
         backend = resolve_backend(self.attention_backend, ids_BT.device)
+        built: BlockMasks = {}
 
         def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attend(q, k, v, streams, backend, valid_BL)
+            return attend(q, k, v, streams, backend, valid_BL, built)
 
         # Nothing reads the clean stream's output.
         noisy = copies * length
@@ -689,11 +691,12 @@ class BlockDiffusionModel(PreTrainedModel):
             position_RT = cache.lengths_B[rows, None] + column_T
             return self._visible(position_RT, column_T < clean_B[rows, None], key_BK[rows], window)
 
-        groups = ragged_groups(place, tokens_B, 2 * config.block_size, visible)
+        groups = ragged_groups(place, tokens_B, 2 * config.block_size, visible, ids_P.device)
+        stored = place.to(ids_P.device)
 
         def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             k_PHE, v_PHE = k[0].transpose(0, 1), v[0].transpose(0, 1)
-            return attend_ragged(q, *cache.write_ragged(index, k_PHE, v_PHE, place), groups)
+            return attend_ragged(q, *cache.write_ragged(index, k_PHE, v_PHE, stored), groups)
 
         wanted = None if wanted_M is None else (torch.zeros_like(wanted_M), wanted_M)
         return self._run_layers(x_1PD, cond, (cos, sin), read, Kept(place=wanted))[0]
@@ -766,7 +769,8 @@ class BlockDiffusionModel(PreTrainedModel):
         """Visible keys (B or 1, T, used slots), or None when every query sees every key."""
         rows, tokens = position_BT.shape
         mask_BTK = self._visible(position_BT, clean_BT, cache.positions(tokens)[:rows], window)
-        return None if bool(mask_BTK.all()) else mask_BTK
+        # Asked on the CPU: a GPU would have to finish all its work to answer.
+        return None if bool(mask_BTK.all()) else mask_BTK.to(self.device)
 
     def _visible(
         self,
@@ -775,6 +779,7 @@ class BlockDiffusionModel(PreTrainedModel):
         key_BK: torch.Tensor,
         window: int | None,
     ) -> torch.Tensor:
+        """The mask, where its arguments are: on the CPU."""
         return decode_predicate(
             position_BT[:, :, None],
             key_BK[:, None, :],
@@ -782,4 +787,4 @@ class BlockDiffusionModel(PreTrainedModel):
             block_size=self.config.block_size,
             window=window,
             clean_attention=self.config.clean_attention,
-        ).to(self.device)
+        )

@@ -14,18 +14,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 
 from blockdiffusion.denoiser import Denoiser, is_autoregressive
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, check_whole
+from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.loop import SamplingOptions, check_request, check_window
+from blockdiffusion.sampling.policies import PolicySettings
 from blockdiffusion.sampling.processes import Course, Setting, as_process
 from blockdiffusion.sampling.requests import prepare_prompts, sampling_options
 from blockdiffusion.sampling.sliding import has_one_block
+from blockdiffusion.seeding import seeded
 
+# What a request may choose beside its length, BOS and seed.
+OPTIONS = (
+    "eos",
+    "policy",
+    *(setting.name for setting in fields(PolicySettings)),
+    *(filter.name for filter in fields(Filters)),
+)
 PREFILL_TOKENS = 512  # clean tokens that a request brings into one pass, at most
 
 Reason = Literal["length", "eos", "cancelled"]
@@ -93,18 +103,17 @@ class _Request:
         self.course: Course | None = None
         self.block: list[int] = []
 
-    def take_unread(self, size: int) -> list[int]:
+    def unread(self, size: int) -> list[int]:
         """Clean tokens for the next pass: whole blocks, as many as one pass takes."""
         most = max(size, PREFILL_TOKENS // size * size)
         stop = min(len(self.ids) // size * size, self.num_read + most)
-        taken = self.ids[self.num_read : stop]
-        self.num_read = stop
-        return taken
+        return self.ids[self.num_read : stop]
 
     def open_block(self, setting: Setting) -> None:
         """Begins the block that follows the whole blocks of `ids`, which are read or being read."""
         size = setting.config.block_size
-        self.start, self.given = self.num_read, len(self.ids) - self.num_read
+        self.start = len(self.ids) // size * size
+        self.given = len(self.ids) - self.start
         block = self.ids[self.start :] + [setting.config.mask_id] * (size - self.given)
         open_1S = torch.arange(size)[None] >= self.given
         self.course = as_process(self.options.policy).begin(open_1S, setting)
@@ -168,9 +177,12 @@ class Engine:
                 "token; use generate"
             )
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
+            check_whole(name, value)
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         size = model.config.block_size
+        if window is not None:
+            check_whole("window", window)
         check_window(window, size)
         self.model, self.max_rows, self.window = model, max_rows, window
         self.max_tokens = max_tokens
@@ -213,6 +225,12 @@ class Engine:
         Raises:
             UserError: something is out of range, or the request does not fit into the engine.
         """
+        for name in options:
+            if name not in OPTIONS:
+                raise UserError(
+                    f"{name} is no option of a request; there are {', '.join(OPTIONS)} (a window "
+                    "is the engine's)"
+                )
         prompts = prepare_prompts(self.model, None if prompt is None else [prompt], 1, bos)
         sampling = sampling_options(
             self.model, max_new_tokens=max_new_tokens, window=self.window, **options
@@ -230,11 +248,7 @@ class Engine:
                 f"a request of {total} tokens in all goes beyond the one block of this model, "
                 f"which has {self.model.config.seq_len}; generate slides its block over such texts"
             )
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        generator = seeded(torch.Generator().seed() if seed is None else seed)
         request = _Request(self._next_id, list(prompts[0]), sampling, generator)
         self._next_id += 1
         self._waiting.append(request)
@@ -263,14 +277,13 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[EngineEvent]:
         """One pass over all requests that have a row; what it decided."""
-        events: list[EngineEvent] = [self._finished(r, "cancelled") for r in self._cancelled]
-        self._cancelled.clear()
         while self._waiting and len(self._rows) < self.max_rows:
             self._cache.open_row()
             self._rows.append(self._waiting.popleft())
-        if not self._rows:
-            return events
-        events += self._pass()
+        decided = self._pass() if self._rows else []
+        events: list[EngineEvent] = [self._finished(r, "cancelled") for r in self._cancelled]
+        self._cancelled.clear()
+        events += decided
         for number in reversed(range(len(self._rows))):
             request = self._rows[number]
             if request.course is not None and request.block_is_done():
@@ -288,10 +301,10 @@ class Engine:
         flat: list[int] = []
         tokens, clean, sigmas, firsts = [], [], [], []
         for request in self._rows:
-            unread = request.take_unread(size)
+            unread = request.unread(size)
             flat += unread
             firsts.append(len(flat))
-            all_read = request.num_read == len(request.ids) // size * size
+            all_read = request.num_read + len(unread) == len(request.ids) // size * size
             if all_read:
                 if request.course is None:
                     request.open_block(self._setting(request))
@@ -299,7 +312,6 @@ class Engine:
             tokens.append(len(unread) + size * all_read)
             clean.append(len(unread))
             sigmas.append(None if request.course is None else request.course.sigma_R())
-            request.nfe += 1
         wanted = [
             (request, first, request.course.wanted_RS()[0].nonzero().flatten())
             for request, first in zip(self._rows, firsts, strict=True)
@@ -318,8 +330,13 @@ class Engine:
             _times(sigmas, device),
             wanted_M.to(device),
         )
+        logits_MV = self.model.head(hidden_MD)
+        # From here on the pass has happened; what fails before changes nothing.
         self._cache.commit(torch.tensor(clean))
-        parts = self.model.head(hidden_MD).split([len(slot_M) for *_, slot_M in wanted])
+        for request, count in zip(self._rows, clean, strict=True):
+            request.num_read += count
+            request.nfe += 1
+        parts = logits_MV.split([len(slot_M) for *_, slot_M in wanted])
         return [
             self._decide(request, slot_M, logits_MV)
             for (request, _, slot_M), logits_MV in zip(wanted, parts, strict=True)

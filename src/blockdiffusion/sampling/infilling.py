@@ -30,7 +30,7 @@ from blockdiffusion.sampling.loop import (
     check_given,
     denoise_block,
 )
-from blockdiffusion.sampling.requests import as_list, with_bos
+from blockdiffusion.sampling.requests import as_ids, as_list, with_bos
 from blockdiffusion.sampling.sliding import has_one_block
 
 HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
@@ -61,7 +61,7 @@ def prepare_templates(
 
 def _to_ids(model: Denoiser, template: Any) -> list[int]:
     if not isinstance(template, str):
-        return [int(token) for token in template]
+        return as_ids(template)
     if model.tokenizer is None:
         raise UserError("this model's directory has no tokenizer; give templates as token ids")
     ids: list[int] = []

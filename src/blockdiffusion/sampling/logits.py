@@ -14,13 +14,15 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.objectives import exclude_mask_token_
 from blockdiffusion.sampling.nucleus import Nucleus, TopPRule, sorted_nuclei
 
+TEMPERATURES = (1e-3, 1e3)  # beyond them quotients of logits overflow, or nothing is left of them
+
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
     """How the distribution of a token is changed before the draw; the defaults change nothing.
 
     Attributes:
-        temperature: logits are divided by it; > 0.
+        temperature: logits are divided by it; in [0.001, 1000].
         top_k: keep the k most likely tokens; None = all.
         top_p: keep the most likely tokens up to this probability, in (0, 1]; 1 = all.
         top_p_rule: "transformers" keeps the token that crosses top_p; "authors" drops it, but
@@ -33,9 +35,11 @@ class Filters:
     top_p_rule: TopPRule = "transformers"
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        lowest, highest = TEMPERATURES
+        if not lowest <= self.temperature <= highest:
             raise UserError(
-                f"temperature is {self.temperature}; it must be above 0 (top_k=1 is greedy)"
+                f"temperature is {self.temperature}; it must lie in [{lowest:g}, {highest:g}] "
+                "(top_k=1 is greedy)"
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k is {self.top_k}; it must be at least 1")

@@ -126,7 +126,7 @@ def denoise_block(
         wanted = (row_M.to(block_RS.device), slot_M.to(block_RS.device))
         logits_MV = model.head(state.context.denoise(block_RS, wanted, course.sigma_R()))
         state.nfe_B[state.active[takes_part_R]] += 1
-        changes = course.decide((row_M, slot_M), block_RS[row_M, slot_M], logits_MV)
+        changes = course.decide((row_M, slot_M), block_RS[wanted], logits_MV)
         row_M, slot_M = changes.rows, changes.slots
         block_RS[row_M, slot_M] = changes.ids
         yield StepEvent(

@@ -39,6 +39,8 @@ from blockdiffusion.sampling.policies import (
 )
 from blockdiffusion.schedules import Linear, Schedule, make_schedule, noise_level
 
+TIE = 2.0**-10  # uncertainties are told apart by as much; see `MostCertain`
+
 Place = tuple[torch.Tensor, torch.Tensor]  # rows and slots, (M,) each, on the CPU
 
 
@@ -179,6 +181,10 @@ class MostCertain:
     * "entropy": the entropy in nats; with a threshold, as many tokens as have entropies that add
       up, without the largest, to at most it (EB-sampler, Ben-Hamu et al. 2025).
 
+    Tokens go in the order of their uncertainties, rounded to 2^-10; of equal ones the first in the
+    text goes first. Without that the rounding of kernels would choose among positions that see the
+    same, as all masks of a text's first block do.
+
     Args:
         tokens_per_step: reveal so many in every pass, or
         threshold: reveal all that reach it, but at least one.
@@ -220,8 +226,8 @@ class MostCertain:
         return 1 - (first_M2[:, 0] - first_M2[:, 1] if margin else first_M2[:, 0])
 
     def revealed(self, ordered_RS: torch.Tensor) -> torch.Tensor:
-        """Which tokens are revealed, bool (R, S), given their uncertainties in rising order
-        (infinite where there is no masked token)."""
+        """Which tokens are revealed, bool (R, S), given their uncertainties in the order in which
+        they go (infinite where there is no masked token)."""
         rank_S = torch.arange(ordered_RS.shape[1])
         if self.tokens_per_step is not None:
             kept_RS = (rank_S < self.tokens_per_step).expand_as(ordered_RS)
@@ -255,12 +261,13 @@ class _MostCertainCourse:
         uncertainty_M = self.process.uncertainty(logits_MV.softmax(-1)).cpu()
         all_RS = torch.full(self.open_RS.shape, torch.inf, dtype=torch.float64)
         all_RS[place_M] = uncertainty_M
-        ordered_RS, order_RS = all_RS.sort(dim=1, stable=True)
+        order_RS = (all_RS / TIE).round().argsort(dim=1, stable=True)
+        ordered_RS = all_RS.gather(1, order_RS)
         chosen_RS = torch.zeros_like(self.open_RS)
         chosen_RS.scatter_(1, order_RS, self.process.revealed(ordered_RS))
         chosen_M = chosen_RS[place_M]
         token_M, confidence_M = draw_tokens(
-            logits_MV[chosen_M.to(logits_MV.device)],
+            _rows(logits_MV, chosen_M),
             setting.config.mask_id,
             setting.filters,
             setting.generator,
@@ -301,11 +308,28 @@ class Remasking:
 
 
 class _RemaskingCourse:
+    """What happens to a token depends on coins alone, which are thrown before each pass: so logits
+    are needed where it reveals a token, only."""
+
     def __init__(self, process: Remasking, open_RS: torch.Tensor, setting: Setting):
         self.open_RS, self.undecided_RS = open_RS, open_RS.clone()
+        self.masked_RS = open_RS.clone()
         self.prob = _falling(process.schedule, process.steps)
         self.remask, self.setting = process.remask, setting
         self.step = 0
+        self._throw_coins()
+
+    def _throw_coins(self) -> None:
+        """Which tokens the next pass reveals, and which decided ones it masks again."""
+        now, then = self.prob[self.step], self.prob[self.step + 1]
+        keep = 1 - now
+        sigma = self.remask * min(1.0, then / keep) if keep > 0 else 0.0
+        reveal = 1 - (then - sigma * keep) / now
+        coin_RS = torch.rand(
+            self.open_RS.shape, generator=self.setting.generator, dtype=torch.float64
+        )
+        self.revealed_RS = self.masked_RS & ((coin_RS < reveal) | (then == 0))
+        self.forgotten_RS = self.open_RS & ~self.masked_RS & (coin_RS < sigma)
 
     def fill(self, block_RS: torch.Tensor) -> torch.Tensor:
         return block_RS
@@ -314,31 +338,28 @@ class _RemaskingCourse:
         return _same_for_all(self.prob[self.step], self.open_RS, self.setting)
 
     def wanted_RS(self) -> torch.Tensor:
-        return self.open_RS  # any of them may be masked now, and any may change
+        return self.revealed_RS
 
     def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
-        config, generator = self.setting.config, self.setting.generator
-        now, then = self.prob[self.step], self.prob[self.step + 1]
-        self.step += 1
-        keep = 1 - now
-        sigma = self.remask * min(1.0, then / keep) if keep > 0 else 0.0
-        reveal = 1 - (then - sigma * keep) / now
-        coin_M = torch.rand(len(ids_M), generator=generator, dtype=torch.float64)
-        masked_M = ids_M.cpu() == config.mask_id
-        revealed_M = masked_M & ((coin_M < reveal) | (then == 0))
-        forgotten_M = ~masked_M & (coin_M < sigma)
-        told_M = revealed_M | forgotten_M
-        token_M = torch.full_like(ids_M, config.mask_id)
-        confidence_M = torch.zeros(len(ids_M), dtype=logits_MV.dtype, device=ids_M.device)
-        on_device_M = revealed_M.to(ids_M.device)
-        token_M[on_device_M], confidence_M[on_device_M] = draw_tokens(
-            logits_MV[on_device_M], config.mask_id, self.setting.filters, generator
+        mask_id = self.setting.config.mask_id
+        token_M, confidence_M = draw_tokens(
+            logits_MV, mask_id, self.setting.filters, self.setting.generator
         )
-        if then == 0:
+        # No row leaves before the last step: all that is forgotten is in a row that goes on.
+        row_F, slot_F = self.forgotten_RS.nonzero(as_tuple=True)
+        self.masked_RS[place_M] = False
+        self.masked_RS |= self.forgotten_RS
+        self.step += 1
+        if self.prob[self.step] == 0:
             self.undecided_RS[:] = False
-        row_M, slot_M = (x[told_M] for x in place_M)
-        told_M = told_M.to(ids_M.device)
-        return Changes(row_M, slot_M, token_M[told_M], confidence_M[told_M])
+        else:
+            self._throw_coins()
+        return Changes(
+            torch.cat([place_M[0], row_F]),
+            torch.cat([place_M[1], slot_F]),
+            torch.cat([token_M, torch.full_like(row_F, mask_id, device=token_M.device)]),
+            torch.cat([confidence_M, confidence_M.new_zeros(len(row_F))]),
+        )
 
 
 # --- SEDD ---------------------------------------------------------------------------------------
@@ -395,7 +416,7 @@ class _AnalyticCourse:
             revealed_M[:] = True
         row_M, slot_M = (x[revealed_M] for x in place_M)
         token_M, confidence_M = draw_tokens(
-            logits_MV[revealed_M.to(logits_MV.device)],
+            _rows(logits_MV, revealed_M),
             config.mask_id,
             self.setting.filters,
             generator,
@@ -463,6 +484,11 @@ class _UniformCourse:
         on_cpu_M = told_M.cpu()
         row_M, slot_M = (x[on_cpu_M] for x in place_M)
         return Changes(row_M, slot_M, token_M[told_M], confidence_M[told_M])
+
+
+def _rows(logits_MV: torch.Tensor, chosen_M: torch.Tensor) -> torch.Tensor:
+    """Those that `chosen_M`, on the CPU, marks; without asking a GPU how many there are."""
+    return logits_MV[chosen_M.nonzero().flatten().to(logits_MV.device)]
 
 
 def _same_for_all(prob: float, open_RS: torch.Tensor, setting: Setting) -> torch.Tensor | None:

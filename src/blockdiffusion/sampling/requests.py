@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, check_number, check_whole
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import SamplingOptions
 from blockdiffusion.sampling.policies import FirstHitting, Policy, PolicySettings
 from blockdiffusion.sampling.processes import Process, check_fits, make_process
 
 Prompt = str | Sequence[int] | torch.Tensor
+WHOLE = ("max_new_tokens", "top_k", "window", "steps", "tokens_per_step")
+NUMBERS = ("temperature", "top_p", "threshold", "remask")
 
 
 def prepare_prompts(
@@ -28,6 +31,7 @@ def with_bos(
     model: Denoiser, rows: list[list[int]], num_samples: int, bos: bool | None
 ) -> list[list[int]]:
     """Rows with BOS where there shall be one, each repeated `num_samples` times."""
+    check_whole("num_samples", num_samples)
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}; it must be at least 1")
     if model.config.bos if bos is None else bos:
@@ -55,6 +59,12 @@ def sampling_options(
     Raises:
         UserError: one is out of range, or not of this kind of model.
     """
+    given = settings | dict(max_new_tokens=max_new_tokens, window=window)
+    given |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    for names, check in ((WHOLE, check_whole), (NUMBERS, check_number)):
+        for name in names:
+            if given.get(name) is not None:
+                check(name, given[name])
     if is_autoregressive(model):
         refuse_masks(policy=policy, **settings)
     return SamplingOptions(
@@ -74,6 +84,8 @@ def _policy(
         return FirstHitting()  # not read
     if isinstance(policy, str | None):
         return make_process(model.config, policy, settings)
+    if not isinstance(policy, Process) and not hasattr(policy, "plan"):
+        raise UserError(f"policy is {policy!r}; it must be a name, a Policy or a Process")
     if settings != PolicySettings():
         raise UserError(
             "steps, schedule and the like go with a policy's name; this policy object has its own"
@@ -100,8 +112,10 @@ def as_list(prompts: Any) -> list[Any]:
         return [prompts]
     if isinstance(prompts, torch.Tensor):
         return [prompts] if prompts.ndim == 1 else list(prompts)
+    if not isinstance(prompts, Iterable):
+        return [prompts]
     prompts = list(prompts)
-    if prompts and isinstance(prompts[0], int):
+    if prompts and isinstance(prompts[0], Real):
         return [prompts]
     return prompts
 
@@ -111,4 +125,23 @@ def _to_ids(model: Denoiser, prompt: Prompt) -> list[int]:
         if model.tokenizer is None:
             raise UserError("this model's directory has no tokenizer; give prompts as token ids")
         return model.tokenizer.encode(prompt, add_special_tokens=False)
-    return [int(token) for token in prompt]
+    return as_ids(prompt)
+
+
+def as_ids(given: Any) -> list[int]:
+    """Token ids as a list.
+
+    Raises:
+        UserError: they are none.
+    """
+    ids = given.tolist() if isinstance(given, torch.Tensor) else given
+    if not isinstance(ids, Iterable):
+        raise UserError(f"{ids!r} is given as a prompt; give a text, or a list of token ids")
+    ids = list(ids)
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, Integral):
+            raise UserError(
+                f"a prompt holds {token!r}, which is no token id; give a text, or a list of whole "
+                "numbers"
+            )
+    return [int(token) for token in ids]

@@ -12,7 +12,7 @@ from blockdiffusion.evaluate.generation.samples import DrawOptions
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.pareto import run as module
 from blockdiffusion.evaluate.pareto.picture import pareto_picture
-from blockdiffusion.evaluate.pareto.points import Point, parse_point, usual_points
+from blockdiffusion.evaluate.pareto.points import AUTHORS, Point, parse_point, usual_points
 from blockdiffusion.evaluate.pareto.run import Pareto, dominates, measure_pareto
 from blockdiffusion.evaluate.pareto.table import csv_text, markdown_text
 from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
@@ -37,7 +37,7 @@ def measure(make_model, judge, tmp_path):
         )  # fmt: skip
         return measure_pareto(options, load_model=lambda name: model)
 
-    measure.model = model
+    measure.model, measure.out = model, tmp_path
     return measure
 
 
@@ -117,6 +117,39 @@ def test_tables_and_picture(measure, tmp_path):
     assert pareto_picture(result).count("real text</text>") == 4
 
 
+def test_the_authors_setting_is_measured_and_marked(measure):
+    """With its own filters, whatever the other points have."""
+    points = ("first-hitting:top_p=0.9,top_p_rule=authors", "first-hitting")
+    result = measure(points=points)
+    assert [point["is_authors"] for point in result["points"]] == [True, False]
+    draw = DrawOptions(
+        num_samples=5, max_new_tokens=12, batch_size=3, eos=False, seed=4, top_p=0.9,
+        top_p_rule="authors",
+    )  # fmt: skip
+    again = measure(points=points[1:], draw=draw, out=measure.out / "again")
+    assert [point["is_authors"] for point in again["points"]] == [True]
+    assert again["points"][0]["text"] == result["points"][0]["text"] != result["points"][1]["text"]
+    assert "| first-hitting:top_p=0.9,top_p_rule=authors (the authors' setting) |" in (
+        markdown_text(result)
+    )
+    assert [row["is_authors"] for row in csv.DictReader(io.StringIO(csv_text(result)))] == [
+        "1",
+        "0",
+    ]
+    root = ET.fromstring(pareto_picture(result))
+    rings = [n for n in root.iter() if n.tag.endswith("circle") and "ring" in n.get("class", "")]
+    assert len(rings) == 2 * 3 + 1  # two costs, three sides, and the legend
+
+
+def test_the_usual_points_have_the_authors_setting_once(make_model, measure, monkeypatch):
+    assert usual_points(make_model().config)[0] == AUTHORS
+    monkeypatch.setattr(module, "usual_points", lambda config: (AUTHORS, Point("first-hitting")))
+    assert len(measure(points=())["points"]) == 2
+    draw = DrawOptions(num_samples=5, max_new_tokens=12, top_p=0.9, top_p_rule="authors")
+    (point,) = measure(points=(), draw=draw, out=measure.out / "again")["points"]
+    assert point["label"] == "first-hitting" and point["is_authors"]
+
+
 def test_dominated_points():
     def point(calls, perplexity, entropy):
         text = {"perplexity": perplexity, "entropy": {"value": entropy}}
@@ -144,7 +177,8 @@ def test_usual_points_fit_their_network(make_model, overrides):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("confidence:treshold=1", "treshold"), ("ancestral:steps=many", "no int"),
-    ("best", "unknown policy"), ("random:tokens_per_step=5", "at most 4"),
+    ("best", "unknown policy"), ("first-hitting:top_p=2", r"top_p is 2\.0; it must"),
+    ("random:tokens_per_step=5", "at most 4"),
     ("first-hitting:steps=3", "no meaning"),
 ])  # fmt: skip
 def test_a_point_that_there_is_not(make_model, text, message):

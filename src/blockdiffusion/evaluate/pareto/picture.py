@@ -1,8 +1,9 @@
 """Points as one SVG: quality over what a token costs, in network calls and in seconds.
 
-A line joins the points of a policy, a number stands for each, and a hollow dot is dominated. The
-quality has three sides, one above the other: perplexity under the judge, entropy, the model's own
-bound; a dashed line is real text. The file stands alone, with its own light and dark colours.
+A line joins the points of a policy, a number stands for each, a hollow dot is dominated, and a ring
+is around the authors' setting. The quality has three sides, one above the other: perplexity under
+the judge, entropy, the model's own bound; a dashed line is real text. The file stands alone, with
+its own light and dark colours.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from blockdiffusion.evaluate.generation.table import conventions, number
 from blockdiffusion.evaluate.likelihood import Z95
-from blockdiffusion.evaluate.pareto.table import filters
+from blockdiffusion.evaluate.pareto.table import AUTHORS_MARK, filters
 from blockdiffusion.evaluate.report.pictures import (
     CHART_STYLE,
     Frame,
@@ -36,7 +37,7 @@ STYLE = CHART_STYLE + (
         f".mark.f{i}{{stroke:none}}"
         for i, colour in enumerate(COLOURS)
     )
-    + ".dot{stroke-width:1.6}circle.hollow{fill:var(--paper)}"
+    + ".dot{stroke-width:1.6}circle.hollow{fill:var(--paper)}circle.ring{fill:none}"
 )
 Value = Callable[[Mapping[str, Any]], float | None]
 
@@ -209,7 +210,9 @@ def _family_lines(
     parts = []
     for index, family in enumerate(families):
         places = sorted(
-            _place(frame, point, cost, side) for point in points if point["policy"] == family
+            _place(frame, point, cost, side)
+            for point in points
+            if point["policy"] == family and not point["is_authors"]
         )
         if len(places) > 1:
             path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
@@ -241,10 +244,17 @@ def _dots(
             f"<g><title>{escape(point['label'])}</title>"
             f'<line class="{css}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
             f'<circle class="dot {css}{hollow}" cx="{x:.1f}" cy="{y:.1f}" r="3.6"/>'
+            f"{_ring(point, css, x, y)}"
             f'<text class="mark middle {css}" x="{name[0]:.1f}" y="{name[1]:.1f}">'
             f"{points.index(point) + 1}</text></g>"
         )
     return parts
+
+
+def _ring(point: Mapping[str, Any], css: str, x: float, y: float) -> str:
+    if not point["is_authors"]:
+        return ""
+    return f'<circle class="ring {css}" cx="{x:.1f}" cy="{y:.1f}" r="6.6"/>'
 
 
 def _legend(points: Sequence[Mapping[str, Any]], families: Sequence[str], top: int) -> list[str]:
@@ -261,6 +271,7 @@ def _legend(points: Sequence[Mapping[str, Any]], families: Sequence[str], top: i
             f"entropy {number(point['text']['entropy']['value'])}",
         ]
         parts.append(f'<circle class="dot {css}{hollow}" cx="{LEFT + 6}" cy="{y + 8}" r="3.6"/>')
+        parts.append(_ring(point, css, LEFT + 6, y + 8))
         parts.append(f'<text class="mark {css}" x="{LEFT + 16}" y="{y + 12}">{index + 1}</text>')
         parts.append(
             f'<text class="name" x="{LEFT + 38}" y="{y + 12}">{escape(point["label"])}</text>'
@@ -272,6 +283,6 @@ def _legend(points: Sequence[Mapping[str, Any]], families: Sequence[str], top: i
     y = top + LEGEND_LINE * len(points) + 14
     words = (
         "hollow: another point costs no more calls and is no worse in perplexity and entropy; "
-        "lines: 95 % intervals over samples"
+        f"ring: {AUTHORS_MARK}; lines: 95 % intervals over samples"
     )
     return [*parts, f'<text class="note" x="{LEFT}" y="{y}">{words}</text>']

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import PolicySettings
 from blockdiffusion.sampling.processes import make_process
 
@@ -15,11 +16,13 @@ KINDS: dict[str, type] = {
     name: get_args(kind)[0]  # without None
     for name, kind in get_type_hints(PolicySettings).items()
 }
+# What a point may filter in its own way, instead of as all points do (`sampling.logits.Filters`).
+FILTERS: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "top_p_rule": str}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A way to sample: `policy` and its settings by name, as in `PolicySettings`."""
+    """A way to sample: `policy` and its settings by name, as in `PolicySettings` and `Filters`."""
 
     policy: str
     settings: tuple[tuple[str, Any], ...] = ()
@@ -38,7 +41,14 @@ class Point:
                 read or that do not fit.
         """
         _refuse_autoregressive(config)
-        make_process(config, self.policy, PolicySettings(**dict(self.settings)))
+        own = {name: value for name, value in self.settings if name in FILTERS}
+        Filters(**own)
+        rest = {name: value for name, value in self.settings if name not in FILTERS}
+        make_process(config, self.policy, PolicySettings(**rest))
+
+
+# The published samples are drawn so: one token a pass, nucleus 0.9 by the authors' rule.
+AUTHORS = Point("first-hitting", (("top_p", 0.9), ("top_p_rule", "authors")))
 
 
 def parse_point(text: str) -> Point:
@@ -51,16 +61,17 @@ def parse_point(text: str) -> Point:
     settings = []
     for item in filter(None, rest.split(",")):
         name, _, value = item.partition("=")
-        if name not in KINDS:
+        kinds = KINDS | FILTERS
+        if name not in kinds:
             raise UserError(
-                f"the point {text!r} names the setting {name!r}; there are {', '.join(KINDS)}, as "
+                f"the point {text!r} names the setting {name!r}; there are {', '.join(kinds)}, as "
                 "in confidence:threshold=0.9"
             )
         try:
-            settings.append((name, KINDS[name](value)))
+            settings.append((name, kinds[name](value)))
         except ValueError:
             raise UserError(
-                f"the point {text!r} gives {value!r} for {name}, which is no {KINDS[name].__name__}"
+                f"the point {text!r} gives {value!r} for {name}, which is no {kinds[name].__name__}"
             ) from None
     return Point(policy, tuple(settings))
 
@@ -74,7 +85,8 @@ def _refuse_autoregressive(config: Any) -> None:
 
 
 def usual_points(config: Any) -> tuple[Point, ...]:
-    """Points from one token a pass to many, for a network of this configuration.
+    """Points from one token a pass to many, for a network of this configuration; for masked
+    diffusion the authors' is the first.
 
     Raises:
         UserError: an autoregressive network, which can be sampled in one way only.
@@ -90,6 +102,7 @@ def usual_points(config: Any) -> tuple[Point, ...]:
         return tuple(Point("analytic", (("steps", n),)) for n in (2 * size, *steps))
     no_times = () if config.time_conditioning else tokens[1:]  # which a random order does not tell
     return (
+        AUTHORS,
         Point("first-hitting"),
         *(Point("ancestral", (("steps", n),)) for n in steps),
         *(Point("random", (("tokens_per_step", n),)) for n in no_times),

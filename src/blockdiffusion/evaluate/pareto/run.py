@@ -30,7 +30,7 @@ from blockdiffusion.evaluate.generation.samples import (
 )
 from blockdiffusion.evaluate.journal import journal_beside
 from blockdiffusion.evaluate.likelihood import likelihood
-from blockdiffusion.evaluate.pareto.points import Point, usual_points
+from blockdiffusion.evaluate.pareto.points import AUTHORS, Point, usual_points
 from blockdiffusion.sampling.sliding import has_one_block
 
 FORMAT = "blockdiffusion-pareto-1"
@@ -80,6 +80,9 @@ def measure_pareto(
     """
     model = load_model(options.model)
     points = options.points or usual_points(model.config)
+    drawn = {point: _draw(options, point) for point in points}
+    if not options.points and drawn.get(Point("first-hitting")) == drawn.get(AUTHORS):
+        points = tuple(point for point in points if point != AUTHORS)  # it is there already
     for point in points:
         point.check(model.config)
     judge = load_judge(options.judge, device=device)
@@ -100,7 +103,9 @@ def measure_pareto(
                 progress=None if progress is None else _at_stage(progress, stage),
             )
         )
-    for value in measured:
+    authors = _draw(options, AUTHORS)
+    for point, value in zip(points, measured, strict=True):
+        value["is_authors"] = drawn[point] == authors
         value["dominated_by"] = [other["label"] for other in measured if dominates(other, value)]
     return {
         "format": FORMAT,
@@ -112,6 +117,11 @@ def measure_pareto(
         "warnings": warnings,
         "points": measured,
     }
+
+
+def _draw(options: Pareto, point: Point) -> DrawOptions:
+    """How a point is drawn: as all are, but for its policy and what it sets."""
+    return replace(options.draw, policy=point.policy, **dict(point.settings))
 
 
 def _at_stage(progress: Progress, point: str) -> Progress:
@@ -129,7 +139,7 @@ def _measured(
     progress: Progress | None,
 ) -> dict[str, Any]:
     """One point: read where it was measured before, or measured and written."""
-    draw = replace(options.draw, policy=point.policy, **dict(point.settings))
+    draw = _draw(options, point)
     file = options.out / "points" / f"{re.sub(r'[^a-z0-9.-]+', '-', point.label)}.json"
     reference = options.reference if with_reference else ()
     key = json.loads(json.dumps({

@@ -9,6 +9,8 @@ from typing import Any
 
 from blockdiffusion.evaluate.generation.table import conventions, number, with_error
 
+AUTHORS_MARK = "the authors' setting"
+
 
 def markdown_text(result: Mapping[str, Any]) -> str:
     """The table for a page, the cheapest points last, with the conventions under it."""
@@ -21,7 +23,7 @@ def markdown_text(result: Mapping[str, Any]) -> str:
     for point in result["points"]:
         seconds = point["seconds_per_token"]
         lines.append([
-            point["label"],
+            point["label"] + (f" ({AUTHORS_MARK})" if point["is_authors"] else ""),
             number(point["calls_per_token"]),
             number(None if seconds is None else 1000 * seconds),
             *_quality(point["text"]),
@@ -36,7 +38,7 @@ def markdown_text(result: Mapping[str, Any]) -> str:
     remarks = [
         conventions(result),
         f"{sampling['num_samples']} samples of at most {sampling['max_new_tokens']} tokens, "
-        f"{sampling['batch_size']} at a time, {filters(sampling)}",
+        f"{sampling['batch_size']} at a time, {filters(sampling)} unless a point says otherwise",
         "dominated: so many points cost no more calls and are no worse in perplexity and entropy",
         *result["warnings"],
     ]
@@ -68,6 +70,7 @@ def csv_text(result: Mapping[str, Any]) -> str:
         rows.append({
             "point": point["label"],
             "policy": point["policy"],
+            "is_authors": int(point["is_authors"]),
             "calls_per_token": point["calls_per_token"],
             "seconds_per_token": point["seconds_per_token"],
             "perplexity": text["perplexity"],
