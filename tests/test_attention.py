@@ -136,8 +136,8 @@ def test_flex_on_cuda_equals_dense(size, dtype, tolerance):
         assert (dense - flex).abs().max() < tolerance * dense.abs().max().clamp(min=1)
 
 
-def test_bf16_on_a_cpu_is_attended_to_in_float32(monkeypatch):
-    """Where that is faster; within the rounding of bf16 of the exact value, and with gradients."""
+def test_bf16_on_a_cpu_is_attended_to_in_float32():
+    """Within the rounding of bf16 of the exact value, and with gradients."""
     streams = Streams(16, 4, 1, True, "block")
     draw = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 32, 8, generator=draw).bfloat16().requires_grad_()
@@ -145,9 +145,6 @@ def test_bf16_on_a_cpu_is_attended_to_in_float32(monkeypatch):
         found = attend(q, k, v, streams, "chunked")
     exact = attend(q.double(), k.double(), v.double(), streams, "dense")
     assert found.dtype == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    rounded = attend(q, k, v, streams, "dense")
-    error = (found.double() - exact).abs().max()
-    assert error < 2**-8 * exact.abs().max() and error < (rounded.double() - exact).abs().max()
+    assert (found.double() - exact).abs().max() < 2**-8 * exact.abs().max()
     (gradient,) = torch.autograd.grad(found.float().square().sum(), v)
     assert gradient.isfinite().all() and gradient.abs().sum() > 0

@@ -63,18 +63,12 @@ def attend(
     """
     assert k_BHTE.shape[2] == streams.num_tokens
     function = {"dense": _dense, "chunked": _chunked, "flex": partial(_flex, built=built)}[backend]
-    if not _is_slow_in_bf16(q_BHQE):
+    if q_BHQE.device.type != "cpu" or q_BHQE.dtype != torch.bfloat16:
         return function(q_BHQE, k_BHTE, v_BHTE, streams, valid_BL)
+    # PyTorch's attention is faster in float32 there, its backward pass by half.
     with torch.autocast("cpu", enabled=False):
         q, k, v = q_BHQE.float(), k_BHTE.float(), v_BHTE.float()
         return function(q, k, v, streams, valid_BL).to(q_BHQE.dtype)
-
-
-def _is_slow_in_bf16(q: torch.Tensor) -> bool:
-    """Whether PyTorch's attention is faster in float32 than in the bf16 of these queries: on CPUs
-    without AMX, where the backward pass takes 1.5 times as long."""
-    has_amx = torch.cpu._is_amx_tile_supported
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and not has_amx()
 
 
 def attend_cached(

@@ -477,30 +477,36 @@ def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) ->
     the residual stream; the norm's output; the MLP before and after its nonlinearity (4 each); both
     branches before their gates, where these are learned. Attention over streams keeps its output
     once more, in the order of the tokens; in chunks it keeps keys and values as they are for clean
-    queries only, and copies for noisy ones.
+    queries only, and copies for noisy ones. bf16 on a CPU: streams attend in float32, with copies of
+    queries, keys and values in the place of the product.
     """
     width, short = network.width, BYTES[layout.dtype]
+    lifted = layout.dtype == "bf16" and not (layout.cuda or network.autoregressive)
+    attended = 4 if lifted else short
     read = p.rows * p.tokens(network)
     asked = p.rows * p.asked(network) if is_last else read
     kept = p.finished(network) if is_last else read
     dropped = (1 if layout.cuda else short) if network.dropout else 0
     chunked = p.attention == "chunked" and not network.autoregressive
     in_place = not chunked or (network.has_clean and not is_last)
-    before = width * (4 + (2 + 4 * in_place) * short) + 8
-    numbers = 13 - network.autoregressive - 2 * (network.cond_dim is None)
-    after = width * (4 + numbers * short + 2 * dropped) + 8
+    keys_and_values = 2 * attended if lifted else 4 * short
+    before = width * (4 + short + attended + keys_and_values * in_place) + 8
+    numbers = 12 - network.autoregressive - 2 * (network.cond_dim is None)
+    after = width * (4 + attended + numbers * short + 2 * dropped) + 8
     softmax = 4 * network.num_heads
     own = read * before + asked * softmax + kept * after
     if is_last:  # what attention gave is kept for all that asked, and the place of what is taken
-        own += (asked - kept) * width * short + (kept < asked) * 16 * kept
+        own += (asked - kept) * width * attended + (kept < asked) * 16 * kept
+        own -= (read - asked) * width * attended * lifted  # the copies are of what asks
     if network.time_conditioning:  # the modulation of every token, and what it is multiplied with
-        own += read * width * 6 * short + (read + kept) * width * (4 + short)
+        own += (kept * 2 if is_last else read * 6) * width * short
+        own += (read + kept) * width * (4 + short)
     if layout.dtype == "bf16" and not layout.cuda:  # angles, rounded anew for queries and keys
         own += 2 * 2 * short * p.tokens(network) * (width // network.num_heads // 2)
-    return own + (_chunk_bytes(network, p, short, is_last=is_last) if chunked else 0)
+    return own + (_chunk_bytes(network, p, attended, is_last=is_last) if chunked else 0)
 
 
-def _chunk_bytes(network: Network, p: Pass, short: int, *, is_last: bool) -> float:
+def _chunk_bytes(network: Network, p: Pass, attended: int, *, is_last: bool) -> float:
     """What chunked attention keeps besides: keys and values of every noisy chunk with the clean
     prefix behind them, the queries of several copies in another order, the masks as numbers."""
     streams = p.streams(network)
@@ -513,7 +519,7 @@ def _chunk_bytes(network: Network, p: Pass, short: int, *, is_last: bool) -> flo
         keys += copies * width
         masks += (stop - start) * (width + (0 if is_last or not streams.has_clean else stop))
     queries = copies * length if copies > 1 else 0
-    return short * (p.rows * network.width * (2 * keys + queries) + masks)
+    return attended * (p.rows * network.width * (2 * keys + queries) + masks)
 
 
 def _loss_bytes(network: Network, p: Pass, layout: Layout) -> float:
