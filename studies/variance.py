@@ -93,6 +93,7 @@ LONGER = (
     *ESTIMATORS,
     Arm("count, clip [0.45, 0.95], N = 2", (COUNT, CLIP, "objective.num_noisy=2"), 1.5, tier=1),
     Arm("clip [0.3, 0.8]", (LOWER_CLIP,), tier=1),
+    Arm("count, clip [0.3, 0.8], N = 2", (COUNT, LOWER_CLIP, "objective.num_noisy=2"), 1.5, tier=1),
     Arm("clip [0.3, 0.8], resampled", ("objective.estimator=resampled", LOWER_CLIP), tier=1),
 )
 # Without blocks and conditioning, whose sizes are then the defaults.

@@ -14,7 +14,7 @@ def all_jobs(runs):
 
 def test_every_run_of_the_variance_study_is_a_valid_recipe(tmp_path):
     found = all_jobs(tmp_path)
-    assert len({job.out for job in found}) == len(found) == 2 * (11 + 14) + 2 * 3 + 5 + 4
+    assert len({job.out for job in found}) == len(found) == 2 * (11 + 15) + 2 * 3 + 5 + 4
     bases = list(study.bases(tmp_path, [part.name for part in study.PARTS]))
     assert [job.out.name for job in bases] == ["base", "base-full"]
     for job in [*bases, *found]:
