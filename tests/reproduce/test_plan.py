@@ -170,7 +170,10 @@ def test_a_model_of_ones_own_can_judge(local, tmp_path):
     assert plan.judge == "some/model" and not any("judge" in s.name for s in plan.steps)
     measured = [step for step in plan.steps if step.kind == "measure"]
     assert all("some/model" in step.command for step in measured)
-    assert len(measured) == 11  # SEDD has no 2L
+    assert len(measured) == 12  # SEDD and D3PM have no 2L
+    d3pm = plan.step("wikitext2-d3pm-generated-L").command
+    assert d3pm[:2] == ("generate-eval", str(tmp_path / "out/runs/wikitext2-d3pm"))
+    assert d3pm[d3pm.index("--max-new-tokens") + 1] == "127"
 
 
 def test_a_listing_is_of_the_plan(local, tmp_path):
