@@ -212,7 +212,9 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
     mistakes = [
         ([*run, place / "run"], "both the model under test and its judge"),
         ([*run, GOLDEN / "bd3lm-hf"], "has no tokenizer"),
-        ([*run, tmp_path / "none/at/all"], "no local directory"),
+        ([*run, tmp_path / "none/at/all"], "none/at/all does not exist; give"),
+        ([*run, tmp_path / "jugde"], "is here and has no jugde in it; check the name"),
+        ([*run, GOLDEN / "ar-lightning/last.ckpt"], "blockdiff convert"),
         ([*run, judge, "--context", 25], "from 2 to 24"),
         ([*run, judge, "--stride", 24], "stride is 24"),
         ([*run, judge, "--num-samples", 0], "num_samples is 0"),
@@ -230,6 +232,60 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
         failed = blockdiff(*arguments)
         assert failed.returncode == 2, (arguments, failed.stdout, failed.stderr)
         assert expected in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
+
+
+def test_a_judge_of_other_ids_is_refused_before_samples_are_drawn(place, tmp_path):
+    judge = save_gpt2(tmp_path / "judge", vocab_size=100, bos_token_id=1, eos_token_id=1)
+    failed = blockdiff(
+        "generate-eval", place / "run", "--judge", judge, "--json", tmp_path / "a.json"
+    )
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1, failed.stderr
+    assert "gives ids up to 256, but its network has 100 ids; the two do not" in failed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["judge"]
+
+
+@pytest.fixture
+def interrupted_download(tmp_path, monkeypatch):
+    """A function that leaves some files of `a/b` in the hub's cache; there is no connection."""
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repo = tmp_path / "cache" / "models--a--b"
+    snapshot = repo / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("c0ffee")
+
+    def leave(**files):
+        for name, text in files.items():
+            (snapshot / f"{name}.json").write_text(text)
+
+    return leave
+
+
+@pytest.mark.parametrize(
+    ("files", "lacking"),
+    [
+        ({"tokenizer": "{}"}, "has no config.json and no model.safetensors; repeat with"),
+        ({"config": '{"model_type": "bd3lm"}'}, "has no model.safetensors; repeat with"),
+    ],
+)
+def test_an_interrupted_download_is_told(interrupted_download, place, tmp_path, files, lacking):
+    interrupted_download(**files)
+    recipe, new = place / "recipe.yaml", tmp_path / "new"
+    for command in (
+        ["sample", "a/b"],
+        ["convert", "a/b", "--out", new],
+        ["train", recipe, f"out={new}", "model.init_from=a/b"],
+    ):
+        failed = blockdiff(*command)
+        assert failed.returncode == 2, (command, failed.stdout, failed.stderr)
+        assert "a/b is incomplete in the cache: " in failed.stderr and lacking in failed.stderr
+        assert failed.stderr.count("\n") == 1 and not (new / "model").exists()
+    judged = blockdiff("generate-eval", place / "run", "--judge", "a/b", "--num-samples", 1)
+    assert judged.returncode == 2 and "a/b" in judged.stderr and judged.stderr.count("\n") == 1
 
 
 def test_sample_repeats_with_a_seed_and_gives_json(place):
