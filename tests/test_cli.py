@@ -11,6 +11,7 @@ import time
 import pytest
 import yaml
 
+import blockdiffusion.evaluate.likelihood as likelihood_module
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
 from tests.evaluate.judges import save_gpt2
@@ -75,6 +76,32 @@ def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
     assert f"<= {values['perplexity']:.2f}" in run.stdout
     # One token of the byte tokenizer is one byte (but for the EOS of documents).
     assert values["bits_per_byte"] == pytest.approx(values["nats_per_token"] / 0.6931, rel=0.02)
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 64)
+    files = [tmp_path / "whole.json", tmp_path / "killed.json"]
+    options = ("eval", place / "run", "--data", place / "data", "--samples", 2, "--per-row")
+    assert blockdiff(*options, "--json", files[0]).returncode == 0
+    real, groups = likelihood_module._Replicates._masked, []
+
+    def killed(*arguments):
+        groups.append(1)
+        if len(groups) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(likelihood_module._Replicates, "_masked", killed)
+    assert blockdiff(*options, "--json", files[1]).returncode == 130
+    journal = tmp_path / "killed.json.journal"
+    assert journal.read_text().count('"name"') == 2 and not files[1].exists()
+    again = blockdiff(*options, "--json", files[1])
+    assert again.returncode == 0, again.stderr
+    one, other = (json.loads(file.read_text()) | {"seconds": 0} for file in files)
+    assert one == other and not journal.exists()
+    monkeypatch.undo()
+    gone = blockdiff(*options, "--json", place / "recipe.yaml" / "a.json")
+    assert gone.returncode == 2 and gone.stderr.count("\n") == 1  # before it is measured
 
 
 def test_eval_keeps_the_rows_where_it_is_asked_to(place, tmp_path):
