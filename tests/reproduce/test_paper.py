@@ -36,7 +36,9 @@ def test_what_has_no_figure_is_measured_and_stands_in_no_order():
     assert without == {("T6", "mdlm"): ("median", "max"), ("T7", "d3pm"): ("L",)}
     for table in TABLES.values():
         for row in table.built:
-            assert set(row.measured) <= table.columns.keys() and not set(row.also) & set(row.figures)
+            assert set(row.measured) <= table.columns.keys() and not set(row.also) & set(
+                row.figures
+            )
     assert not any("d3pm" in chain for c in ("L", "2L") for chain in TABLES["T7"].expected(c))
 
 
