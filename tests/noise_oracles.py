@@ -214,11 +214,40 @@ def _block_law(model, past, steps, uniform):
         for key, at in zip(keys, logits, strict=True):
             if law[key] == 0:
                 continue
-            each = [step(at[i], key[i]).tolist() for i in range(size)]
-            for other in keys:
-                after[other] += law[key] * math.prod(e[i] for e, i in zip(each, other, strict=True))
+            each = torch.stack([step(at[i], key[i]) for i in range(size)])
+            chances = each.gather(1, states.T).prod(0)  # of every next state
+            for other, chance in zip(keys, chances.tolist(), strict=True):
+                after[other] += law[key] * chance
         law = after
     return {k: v for k, v in law.items() if mask_id not in k}
+
+
+def random_order_law(model):
+    """Probability of every row of L tokens (dict of tuples): those of a block are drawn one after
+    the other in a random order, each given the past and those before it.
+
+    For a network that reads no time this is the law of the continuous-time reverse process.
+    """
+    config = model.config
+    states = block_states(model, data_only=False)
+    keys, texts = [tuple(s) for s in states.tolist()], {(): 1.0}
+    for _ in range(config.seq_len // config.block_size):
+        longer = {}
+        for past, chance in texts.items():
+            guesses = denoised(model, logits_of(model, list(past), states, 1.0)).tolist()
+            law = dict.fromkeys(keys, 0.0) | {(config.mask_id,) * config.block_size: chance}
+            for _ in range(config.block_size):
+                after = dict.fromkeys(keys, 0.0)
+                for key, guess in zip(keys, guesses, strict=True):
+                    hidden = [i for i, token in enumerate(key) if token == config.mask_id]
+                    for i in hidden if law[key] > 0 else ():
+                        for token, prob in enumerate(guess[i]):
+                            new = (*key[:i], token, *key[i + 1 :])
+                            after[new] += law[key] * prob / len(hidden)
+                law = after
+            longer |= {(*past, *k): p for k, p in law.items() if config.mask_id not in k}
+        texts = longer
+    return texts
 
 
 def first_hitting_law(model, num_blocks=2, points=300):

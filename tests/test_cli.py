@@ -11,6 +11,7 @@ import time
 import pytest
 import yaml
 
+import blockdiffusion.evaluate.likelihood as likelihood_module
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
 from tests.evaluate.judges import save_gpt2
@@ -75,6 +76,32 @@ def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
     assert f"<= {values['perplexity']:.2f}" in run.stdout
     # One token of the byte tokenizer is one byte (but for the EOS of documents).
     assert values["bits_per_byte"] == pytest.approx(values["nats_per_token"] / 0.6931, rel=0.02)
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 64)
+    files = [tmp_path / "whole.json", tmp_path / "killed.json"]
+    options = ("eval", place / "run", "--data", place / "data", "--samples", 2, "--per-row")
+    assert blockdiff(*options, "--json", files[0]).returncode == 0
+    real, groups = likelihood_module._Replicates._masked, []
+
+    def killed(*arguments):
+        groups.append(1)
+        if len(groups) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(likelihood_module._Replicates, "_masked", killed)
+    assert blockdiff(*options, "--json", files[1]).returncode == 130
+    journal = tmp_path / "killed.json.journal"
+    assert journal.read_text().count('"name"') == 2 and not files[1].exists()
+    again = blockdiff(*options, "--json", files[1])
+    assert again.returncode == 0, again.stderr
+    one, other = (json.loads(file.read_text()) | {"seconds": 0} for file in files)
+    assert one == other and not journal.exists()
+    monkeypatch.undo()
+    gone = blockdiff(*options, "--json", place / "recipe.yaml" / "a.json")
+    assert gone.returncode == 2 and gone.stderr.count("\n") == 1  # before it is measured
 
 
 def test_eval_keeps_the_rows_where_it_is_asked_to(place, tmp_path):
@@ -212,7 +239,9 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
     mistakes = [
         ([*run, place / "run"], "both the model under test and its judge"),
         ([*run, GOLDEN / "bd3lm-hf"], "has no tokenizer"),
-        ([*run, tmp_path / "none/at/all"], "no local directory"),
+        ([*run, tmp_path / "none/at/all"], "none/at/all does not exist; give"),
+        ([*run, tmp_path / "jugde"], "is here and has no jugde in it; check the name"),
+        ([*run, GOLDEN / "ar-lightning/last.ckpt"], "blockdiff convert"),
         ([*run, judge, "--context", 25], "from 2 to 24"),
         ([*run, judge, "--stride", 24], "stride is 24"),
         ([*run, judge, "--num-samples", 0], "num_samples is 0"),
@@ -230,6 +259,60 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
         failed = blockdiff(*arguments)
         assert failed.returncode == 2, (arguments, failed.stdout, failed.stderr)
         assert expected in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
+
+
+def test_a_judge_of_other_ids_is_refused_before_samples_are_drawn(place, tmp_path):
+    judge = save_gpt2(tmp_path / "judge", vocab_size=100, bos_token_id=1, eos_token_id=1)
+    failed = blockdiff(
+        "generate-eval", place / "run", "--judge", judge, "--json", tmp_path / "a.json"
+    )
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1, failed.stderr
+    assert "gives ids up to 256, but its network has 100 ids; the two do not" in failed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["judge"]
+
+
+@pytest.fixture
+def interrupted_download(tmp_path, monkeypatch):
+    """A function that leaves some files of `a/b` in the hub's cache; there is no connection."""
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repo = tmp_path / "cache" / "models--a--b"
+    snapshot = repo / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("c0ffee")
+
+    def leave(**files):
+        for name, text in files.items():
+            (snapshot / f"{name}.json").write_text(text)
+
+    return leave
+
+
+@pytest.mark.parametrize(
+    ("files", "lacking"),
+    [
+        ({"tokenizer": "{}"}, "has no config.json and no model.safetensors; repeat with"),
+        ({"config": '{"model_type": "bd3lm"}'}, "has no model.safetensors; repeat with"),
+    ],
+)
+def test_an_interrupted_download_is_told(interrupted_download, place, tmp_path, files, lacking):
+    interrupted_download(**files)
+    recipe, new = place / "recipe.yaml", tmp_path / "new"
+    for command in (
+        ["sample", "a/b"],
+        ["convert", "a/b", "--out", new],
+        ["train", recipe, f"out={new}", "model.init_from=a/b"],
+    ):
+        failed = blockdiff(*command)
+        assert failed.returncode == 2, (command, failed.stdout, failed.stderr)
+        assert "a/b is incomplete in the cache: " in failed.stderr and lacking in failed.stderr
+        assert failed.stderr.count("\n") == 1 and not (new / "model").exists()
+    judged = blockdiff("generate-eval", place / "run", "--judge", "a/b", "--num-samples", 1)
+    assert judged.returncode == 2 and "a/b" in judged.stderr and judged.stderr.count("\n") == 1
 
 
 def test_sample_repeats_with_a_seed_and_gives_json(place):

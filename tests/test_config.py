@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import yaml
@@ -118,17 +119,20 @@ def test_mistakes_get_one_sentence_that_names_the_key(write, override, message):
         ("objective.estimator=count", r"objective\.estimator is count, but .* is ar, which draws"),
         (
             "objective.clip=[0.3,0.8]",
-            r"objective\.clip is \(0\.3, 0\.8\), .* out, or at null",
+            r"objective\.clip is \(0\.3, 0\.8\), .*; set objective\.clip=null$",
         ),
-        ("objective.schedule=cosine", r"objective\.schedule is cosine, .*, or at linear"),
+        (
+            "objective.schedule=cosine",
+            r"objective\.schedule is cosine, .*; set objective\.schedule=linear$",
+        ),
         ("objective.num_noisy=2", r"objective\.num_noisy is 2"),
         ("objective.t_min=0", r"objective\.t_min is 0\.0"),
         ("objective.stratify=none", r"objective\.stratify is none"),
         (
             "model.block_size=8",
-            r"model\.block_size is 8, but .* has no blocks .*leave it out, or at 1",
+            r"model\.block_size is 8, but .* has no blocks .*; set model\.block_size=1$",
         ),
-        ("model.cond_dim=64", r"model\.cond_dim is 64, .*leave it out, or at 128"),
+        ("model.cond_dim=64", r"model\.cond_dim is 64, .*; set model\.cond_dim=128$"),
         ("model.clean_attention=causal", r"model\.clean_attention is causal"),
         ("eval.estimator=count", r"eval\.estimator is count, .* whose likelihood is exact"),
         ("search.every=5", r"search\.every .* is ar, which draws no masks and has no clip; set"),
@@ -138,6 +142,32 @@ def test_what_ar_does_not_read_is_refused(write, override, message):
     source = write(MINIMAL | {"objective": {"name": "ar"}})
     with pytest.raises(UserError, match=message):
         load_recipe(source, [override])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override"),
+    [
+        ({"model": {"cond_dim": 64}}, "objective.name=ar"),
+        ({"model": {"block_size": 16}}, "objective.name=ar"),
+        ({"model": {"clean_attention": "causal"}}, "objective.name=ar"),
+        ({"eval": {"estimator": "count"}}, "objective.name=ar"),
+        ({"objective": {"estimator": "bernoulli", "clip": [0.3, 0.8]}}, "objective.name=ar"),
+        ({"objective": {"estimator": "bernoulli", "t_min": 0.01}}, "objective.estimator=null"),
+        ({"optim": {"name": "muon", "momentum": 0.9}}, "optim.name=adamw"),
+        ({"search": {"every": 5}}, "objective.name=d3pm"),
+    ],
+)
+def test_what_a_message_says_can_be_written_behind_the_command(write, recipe, override):
+    """An override cannot take a key out of a recipe; each message names one that mends it."""
+    source, overrides = write(MINIMAL | recipe), [override]
+    for _ in range(3):
+        try:
+            assert load_recipe(source, overrides) and len(overrides) > 1
+            return
+        except UserError as told:
+            (found,) = re.findall(r"; set ([a-z_.]+=\S+?),?(?: or .*)?$", str(told))
+            overrides.append(found)
+    raise AssertionError(overrides)
 
 
 @pytest.mark.parametrize("block_size", [1, 4])
@@ -151,10 +181,14 @@ def test_ar_has_no_blocks(write, block_size):
     ("name", "override", "message"),
     [
         ("bd3lm", "objective.transition=uniform", r"transition is uniform, .* has no such choice"),
-        ("mdlm", "objective.timesteps=5", r"timesteps is 5, .* mdlm, .* leave it out, or at 1000"),
+        (
+            "mdlm",
+            "objective.timesteps=5",
+            r"timesteps is 5, .* mdlm, .*; set objective\.timesteps=1000$",
+        ),
         ("sedd", "objective.timesteps=5", r"timesteps is 5, but objective\.name is sedd"),
         ("d3pm", "objective.estimator=count", r"estimator is count, .* whose time is discrete"),
-        ("d3pm", "objective.clip=[0.3,0.8]", r"clip is .* d3pm, .*, or at null"),
+        ("d3pm", "objective.clip=[0.3,0.8]", r"clip is .* d3pm, .*; set objective\.clip=null$"),
         ("d3pm", "objective.t_min=0", r"t_min is 0\.0, .* d3pm"),
         ("d3pm", "objective.timesteps=0", r"objective\.timesteps is 0; it must be at least 1"),
         ("d3pm", "search.every=5", r"search\.every .* is d3pm, whose time is discrete and has no"),

@@ -149,12 +149,12 @@ class Recipe:
             if value not in (default, stored):
                 raise UserError(
                     f"model.{name} is {value}, but objective.name is ar, whose network has no "
-                    f"blocks and no conditioning; leave it out, or at {stored}"
+                    f"blocks and no conditioning; set model.{name}={stored}"
                 )
         if self.eval.estimator not in ("auto", "exact"):
             raise UserError(
                 f"eval.estimator is {self.eval.estimator}, but objective.name is ar, whose "
-                "likelihood is exact; leave the estimator out"
+                "likelihood is exact; set eval.estimator=auto"
             )
 
 
@@ -385,7 +385,7 @@ def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
         if size not in (None, length):
             raise UserError(
                 f"model.block_size is {size}, but objective.name is mdlm, whose block is the whole "
-                f"row of {length} tokens; leave it out, or use bd3lm"
+                f"row of {length} tokens; set model.block_size=null, or objective.name=bd3lm"
             )
         size = length
     assert size is not None

@@ -477,8 +477,8 @@ def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) ->
     the residual stream; the norm's output; the MLP before and after its nonlinearity (4 each); both
     branches before their gates, where these are learned. Attention over streams keeps its output
     once more, in the order of the tokens; in chunks it keeps keys and values as they are for clean
-    queries only, and copies for noisy ones. bf16 on a CPU: streams attend in float32, with copies of
-    queries, keys and values in the place of the product.
+    queries only, and copies for noisy ones. On a CPU in bf16 streams attend in float32: copies of
+    queries, keys and values take the place of the product.
     """
     width, short = network.width, BYTES[layout.dtype]
     lifted = layout.dtype == "bf16" and not (layout.cuda or network.autoregressive)

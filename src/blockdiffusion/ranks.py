@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
+SHARED = ("train", "eval", "generate-eval")  # commands whose processes share the work
 SPEAKERS = 2  # ranks that report a lost process: one may be the lost one
 
 

@@ -112,9 +112,11 @@ def test_a_tokenizer_with_a_post_processor_adds_nothing(tmp_path):
         assert (loaded.mask_token_id, loaded.eos_token_id) == (257, 256)
 
 
-def test_bad_tokenizers_are_told_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"no tokenizer .*missing"):
-        load_tokenizer(tmp_path / "missing")
+def test_bad_tokenizers_are_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    for missing in (tmp_path / "missing", f"{tmp_path.name}/missing"):  # no id of the hub
+        with pytest.raises(UserError, match=r"no tokenizer .*missing"):
+            load_tokenizer(missing)
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"cut of')

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import blockdiffusion
+import blockdiffusion.evaluate.likelihood as likelihood_module
 from blockdiffusion.denoiser import causal_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks
@@ -445,3 +446,64 @@ def test_rows_of_an_autoregressive_model_do_not_see_each_other(make_ar, random_i
 def test_masks_are_refused_for_an_autoregressive_model(make_ar, random_ids, estimator):
     with pytest.raises(UserError, match=f"estimator is {estimator}, but .* exact in one pass"):
         blockdiffusion.likelihood(make_ar(), random_ids(1, 8), estimator)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "options"),
+    [
+        ("exact", {}),
+        ("complement", {"samples": 3}),
+        ("orders", {"samples": 2, "orders": 3}),
+        ("count", {"samples": 2, "target_stderr": 0.3}),
+        ("ar", {}),
+    ],
+)
+def test_a_killed_evaluation_goes_on_bit_for_bit(
+    make_model, make_ar, random_ids, tmp_path, monkeypatch, estimator, options
+):
+    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 96)  # a row or two at a time
+    model, name = (make_ar(), "auto") if estimator == "ar" else (make_model(), estimator)
+    ids, passes, stop = random_ids(7, 16), [], None
+    encode = "encode_causal" if estimator == "ar" else "encode"
+    real = getattr(model, encode)
+
+    def counted(*args, **more):
+        passes.append(1)
+        if len(passes) == stop:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    monkeypatch.setattr(model, encode, counted)
+    kept = dict(journal=tmp_path / "journal", **options)
+    told = []
+    whole = blockdiffusion.likelihood(
+        model, ids, name, **options, progress=lambda *state: told.append(state)
+    )
+    all_passes, last = len(passes), told[-1]
+    passes.clear()
+    stop = all_passes // 2 + 1
+    with pytest.raises(KeyboardInterrupt):
+        blockdiffusion.likelihood(model, ids, name, **kept)
+    passes.clear()
+    stop = None
+    again = blockdiffusion.likelihood(
+        model, ids, name, **kept, progress=lambda *state: told.append(state)
+    )
+    assert 0 < len(passes) < all_passes and told[-1] == last
+    one, other = (result.to_dict(rows=True) | {"seconds": None} for result in (whole, again))
+    assert one == other
+    passes.clear()
+    assert blockdiffusion.likelihood(model, ids, name, **kept).perplexity == whole.perplexity
+    assert not passes  # everything was found
+    for changed in (dict(bos=True), dict(generator=torch.Generator().manual_seed(5))):
+        if estimator in ("exact", "ar") and "generator" in changed:
+            continue  # which draw nothing
+        passes.clear()
+        plain = blockdiffusion.likelihood(model, ids, name, **options, **changed)
+        generator = changed.get("generator")
+        if generator is not None:
+            generator.manual_seed(5)
+        alone = len(passes)
+        passes.clear()
+        found = blockdiffusion.likelihood(model, ids, name, **kept, **changed)
+        assert found.nats_per_token == plain.nats_per_token and len(passes) == alone

@@ -43,7 +43,10 @@ def measure(folder: Path) -> None:
     with joined() as processes:
         for name, estimator, options in KINDS:
             model = BlockDiffusionModel.from_pretrained(folder / name).double().eval()
-            result = likelihood(model, ids, estimator, 3, team=processes, **options)
+            journal = folder / f"journal{processes.size}"
+            result = likelihood(
+                model, ids, estimator, 3, team=processes, journal=journal, **options
+            )
             found.append(result.to_dict(rows=True) | {"seconds": None})
         model = with_bytes(BlockDiffusionModel.from_pretrained(folder / "plain").double().eval())
         file = folder / f"samples{processes.size}.jsonl"
@@ -68,6 +71,24 @@ def test_likelihood_and_samples_are_those_of_one_process(models):
             for file in ((models / f"samples{s}.jsonl").read_text() for s in (1, size))
         ]
         assert lines[0] == lines[1]
+
+
+def test_any_number_of_processes_goes_on_from_the_journal_of_any_other(models, monkeypatch):
+    assert_ended_well(team(2, measure, models))
+    one, _ = json.loads((models / "found2.json").read_text())
+
+    def asked(*arguments, **more):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(BlockDiffusionModel, "encode", asked)
+    monkeypatch.setattr(BlockDiffusionModel, "encode_causal", asked)
+    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 96)
+    ids = torch.randint(256, (7, 16), generator=torch.Generator().manual_seed(1))
+    for (name, estimator, options), expected in zip(KINDS, one, strict=False):
+        model = BlockDiffusionModel.from_pretrained(models / name).double().eval()
+        found = likelihood(model, ids, estimator, 3, journal=models / "journal2", **options)
+        values = found.to_dict(rows=True) | {"seconds": None}
+        assert json.loads(json.dumps(values)) == expected
 
 
 def test_the_commands_say_and_write_what_one_process_does(models, tmp_path):

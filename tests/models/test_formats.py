@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import blockdiffusion
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
-from blockdiffusion.models.formats import copy_weights
+from blockdiffusion.models.formats import copy_weights, read_json
+from blockdiffusion.models.tensors import read_safetensors
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from tests.conftest import GOLDEN
 
@@ -101,6 +103,29 @@ def test_nothing_there(tmp_path):
         blockdiffusion.load(tmp_path / "nowhere" / "at" / "all")
     with pytest.raises(UserError, match=r"no config\.json"):
         blockdiffusion.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["runs/dmeo", "./dmeo", "a/b/c", "../a", "/nowhere/x", "~/x"])
+def test_no_hub_is_asked_for_a_path(name, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def asked(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match=f"^{re.escape(name)} does not exist") as told:
+        blockdiffusion.load(name)
+    here = "the folder runs is here and has no dmeo in it" in str(told.value)
+    assert here == (name == "runs/dmeo")
+
+
+def test_a_file_that_is_gone_is_no_traceback(copy):
+    with pytest.raises(UserError, match=r"config\.json cannot be read \(No such file"):
+        read_json(copy / "gone" / "config.json")
+    with pytest.raises(UserError, match=r"^there is no .*gone\.safetensors; copy or download"):
+        read_safetensors(copy / "gone.safetensors")
 
 
 def test_a_hub_id_that_cannot_be_had(monkeypatch):

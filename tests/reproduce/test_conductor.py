@@ -11,11 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from blockdiffusion.data.options import PrepareOptions
+from blockdiffusion.data.packing import prepare
 from blockdiffusion.errors import UserError
 from blockdiffusion.reproduce import conductor as module
-from blockdiffusion.reproduce.conductor import carry_out, launch, places
+from blockdiffusion.reproduce.conductor import Place, carry_out, launch, places
 from blockdiffusion.reproduce.kept import Kept
+from blockdiffusion.reproduce.listing import plan_lines
 from blockdiffusion.reproduce.plan import Plan, Step
+from blockdiffusion.reproduce.scales import PAPER, SMALL
+from tests.evaluate.judges import BYTES
 from tests.reproduce.toy import TOY
 
 
@@ -65,13 +70,13 @@ class Fakes:
         self.plan, self.settings, self.began, self.most = plan, settings, [], 0
         self.made = {}
 
-    def __call__(self, command, log, environment):
+    def __call__(self, command, log, place):
         step = self.plan.step(log.stem)
         self.began.append(step.name)
         self.made[step.name] = Fake(step.product, **self.settings.get(step.name, {}))
         running = [fake for fake in self.made.values() if fake.looks > 0]
         self.most = max(self.most, len(running))
-        assert environment == {"OMP_NUM_THREADS": "1"}
+        assert place == Place({"OMP_NUM_THREADS": "1"})
         return self.made[step.name]
 
 
@@ -107,7 +112,7 @@ def test_what_was_interrupted_keeps_its_journal(tmp_path):
     plan = plan_of(tmp_path, measure(tmp_path, "a"))
     journal = tmp_path / "results" / "a.json.journal"
 
-    def killed(command, log, environment):
+    def killed(command, log, place):
         journal.write_text("half")
         raise KeyboardInterrupt
 
@@ -122,12 +127,12 @@ def test_a_failure_is_the_steps_own_sentence_and_the_other_is_kept(tmp_path):
     plan = plan_of(tmp_path, measure(tmp_path, "a"), measure(tmp_path, "b"))
 
     class Telling(Fakes):
-        def __call__(self, command, log, environment):
+        def __call__(self, command, log, place):
             log.parent.mkdir(exist_ok=True)
             if log.stem == "b":
                 with open(log, "a") as file:
                     file.write(f"Traceback\nblockdiff: error: no room left ({len(self.began)})\n")
-            return super().__call__(command, log, environment)
+            return super().__call__(command, log, place)
 
     for _ in range(2):  # the sentence is that of this time, not of an earlier one in the log
         fakes = Telling(plan, b={"code": 2})
@@ -185,7 +190,7 @@ def test_processes_are_of_their_own_and_can_be_interrupted(tmp_path, monkeypatch
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     log = tmp_path / "logs" / "a.log"
-    process = launch(["train", "x.yaml"], log, {"OMP_NUM_THREADS": "3"})
+    process = launch(["train", "x.yaml"], log, Place({"OMP_NUM_THREADS": "3"}))
     deadline = time.monotonic() + 60
     while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -213,9 +218,60 @@ def test_notes_do_not_depend_on_the_place(tmp_path, monkeypatch):
 def test_a_step_for_each_gpu(monkeypatch):
     gpus = replace(TOY, jobs=None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    for count, expected in ((0, [{}]), (2, [{"CUDA_VISIBLE_DEVICES": n} for n in "01"])):
+    for count, expected in (
+        (0, [Place({})]),
+        (2, [Place({"CUDA_VISIBLE_DEVICES": n}) for n in "01"]),
+    ):
         monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
-        assert places(gpus) == expected
+        assert places(gpus) == places(SMALL) == expected
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert places(gpus) == [{"CUDA_VISIBLE_DEVICES": n} for n in "57"]
-    assert places(TOY) == [{"OMP_NUM_THREADS": "1"}] * 2
+    assert places(gpus) == [Place({"CUDA_VISIBLE_DEVICES": n}) for n in "57"]
+    assert places(TOY) == [Place({"OMP_NUM_THREADS": "1"})] * 2
+
+
+def test_the_papers_steps_are_spread_over_all_gpus(monkeypatch, tmp_path):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for gpus, processes in ((0, 1), (1, 1), (2, 2), (6, 4), (8, 8)):  # 6 do not divide 512 rows
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        (place,) = places(PAPER)
+        assert place.processes == processes
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if gpus else {}
+        assert place.environment == visible
+    lines = plan_lines(Plan(tables=(), scale=PAPER, out=tmp_path, data={}, judge=None, steps=()))
+    assert "one at a time, by 8 processes" in lines[2] and "by 8 processes" in lines[-1]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert places(PAPER) == [Place({"CUDA_VISIBLE_DEVICES": "3,5"}, 2)]
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate-eval", "zero-shot", "prepare"])
+def test_what_processes_share_is_started_by_torchrun(tmp_path, monkeypatch, command):
+    started = []
+    monkeypatch.setattr(module.subprocess, "Popen", lambda words, **more: started.append(words))
+    for processes in (1, 4):
+        launch([command, "x"], tmp_path / "log", Place({}, processes))
+    alone, together = started
+    assert alone == [sys.executable, "-m", "blockdiffusion.cli", command, "x"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
+    shared = command in ("train", "eval", "generate-eval")
+    assert together == ([*alone[:2], *torchrun, *alone[2:]] if shared else alone)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_step(tmp_path, make_model):
+    """Started by the conductor itself: the same numbers as of one process."""
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    options = PrepareOptions(seq_len=16, tokenizer="byte", valid_fraction=0.3, document_bytes=200)
+    prepare([str(tmp_path / "text.txt")], tmp_path / "data", options)
+    make_model(**BYTES).save_pretrained(tmp_path / "model")
+    found = []
+    for processes in (1, 2):
+        file, log = tmp_path / f"{processes}.json", tmp_path / f"{processes}.log"
+        command = ["eval", str(tmp_path / "model"), "--data", str(tmp_path / "data"), "--no-bos"]
+        process = launch([*command, "--json", str(file)], log, Place({}, processes))
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert process.poll() == 0, log.read_text()
+        found.append(json.loads(file.read_text()) | {"seconds": None})
+    assert found[0] == found[1]

@@ -30,6 +30,18 @@ def test_the_orders_are_those_of_the_paper():
     ]  # fmt: skip
 
 
+def test_what_has_no_figure_is_measured_and_stands_in_no_order():
+    without = {(t.name, row.system): row.measured for t in TABLES.values() for row in t.built
+               if not row.figures}  # fmt: skip
+    assert without == {("T6", "mdlm"): ("median", "max"), ("T7", "d3pm"): ("L",)}
+    for table in TABLES.values():
+        for row in table.built:
+            assert set(row.measured) <= table.columns.keys() and not set(row.also) & set(
+                row.figures
+            )
+    assert not any("d3pm" in chain for c in ("L", "2L") for chain in TABLES["T7"].expected(c))
+
+
 def test_bounds_and_quoted_rows_are_marked():
     bounds = {row.system: row.figures["perplexity"].is_bound for row in TABLES["T3"].rows}
     assert [name for name, is_bound in bounds.items() if not is_bound] == ["ar"]

@@ -1,5 +1,6 @@
 """Plans: every step after those it needs, recipes that load, the paper's sizes, refusals."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from blockdiffusion.reproduce.plan import recipe_text
 from blockdiffusion.reproduce.scales import PAPER, SCALES, TINY
 from blockdiffusion.terminal import amount
 from tests.command import blockdiff
-from tests.reproduce.toy import TOY
+from tests.reproduce.toy import DOCS, TOY
 
 
 @pytest.fixture
@@ -103,6 +104,30 @@ def test_the_paper_scale_has_the_papers_sizes(tmp_path):
     assert "--judge openai-community/gpt2-large --num-samples 300 --max-new-tokens 2047" in commands
 
 
+def test_the_cost_for_every_number_of_gpus_is_that_of_the_plan(tmp_path):
+    page = (DOCS / "how-to" / "reproduce.md").read_text()
+    head = next(line for line in page.splitlines() if line.startswith("| GPUs |"))
+    names = [cell.strip() for cell in head.split("|")[2:-1]]
+    rows = re.findall(r"^\| (\d+) \|(.*hours.*)\|$", page, re.M)
+    assert names == ["T1", "T2", "T3", "T4", "T7", "T8"] and [int(n) for n, _ in rows] == [
+        1,
+        2,
+        4,
+        8,
+    ]
+    flops = {}
+    for name in names:
+        runs = (step.run for step in plan_of(PAPER, [], tmp_path, [name]).steps if step.run)
+        flops[name] = sum(run.flops for run in runs)
+    for gpus, cells in rows:
+        for name, cell in zip(names, cells.split("|"), strict=True):
+            value, unit = cell.split()
+            seconds = flops[name] / PAPER.flops / int(gpus)
+            assert float(value) == pytest.approx(
+                seconds / {"hours": 3600, "days": 86_400}[unit], rel=0.03
+            ), (gpus, name)
+
+
 def test_a_dry_run_tells_the_sizes_and_writes_nothing(tmp_path):
     out = tmp_path / "out"
     ended = blockdiff("reproduce", "T4", "--scale", "paper", "--out", out, "--dry-run")
@@ -170,7 +195,10 @@ def test_a_model_of_ones_own_can_judge(local, tmp_path):
     assert plan.judge == "some/model" and not any("judge" in s.name for s in plan.steps)
     measured = [step for step in plan.steps if step.kind == "measure"]
     assert all("some/model" in step.command for step in measured)
-    assert len(measured) == 11  # SEDD has no 2L
+    assert len(measured) == 12  # SEDD and D3PM have no 2L
+    d3pm = plan.step("wikitext2-d3pm-generated-L").command
+    assert d3pm[:2] == ("generate-eval", str(tmp_path / "out/runs/wikitext2-d3pm"))
+    assert d3pm[d3pm.index("--max-new-tokens") + 1] == "127"
 
 
 def test_a_listing_is_of_the_plan(local, tmp_path):

@@ -9,9 +9,11 @@ import yaml
 
 from blockdiffusion.data import named
 from blockdiffusion.data.files import locked
+from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
+from blockdiffusion.data.registry import DATA_SETS, LastDocuments, find_set
 from blockdiffusion.errors import UserError
 from blockdiffusion.reproduce import Reproduced, conductor, plan_tables, reproduce
 from blockdiffusion.reproduce.cells import document_tokens
@@ -56,7 +58,7 @@ def few(name, *systems):
 
 SMALLER = [
     *(TABLES[name] for name in ("T3", "T5", "T6")),
-    few("T7", "ar", "s4", "mdlm", "sedd"),
+    few("T7", "ar", "s4", "mdlm", "sedd", "d3pm"),
     few("T1", "t1-ar", "t1-linear", "t1-tuned"),
     few("T2", "t2-sL-0.3-0.8", "t2-sL-0-1"),
     few("T8", "t8-s4-0.45-0.95", "t8-s4-log"),
@@ -154,11 +156,16 @@ def test_document_tokens_are_those_between_the_ends(tmp_path):
 def test_generated_text_has_entropy_and_calls_beside_it(made):
     plan, found, _ = made
     short, long = column(found["T7"], "L"), column(found["T7"], "2L")
-    assert set(short) - set(long) == {"sedd"}
+    assert set(short) - set(long) == {"sedd", "d3pm"}
+    assert short["d3pm"]["nfe"] <= 32  # no pass that reveals nothing
+    (row,) = (line for line in found["T7"].markdown.read_text().split("\n") if "| D3PM" in line)
+    assert row.endswith("|  |  |  |  |  |") and "±" in row  # no 2L, no figure of the paper
+    assert not any("D3PM" in said for said in found["T7"].values["said"])
     for cells, length in ((short, 31), (long, 63)):
         for cell in cells.values():
-            assert cell["samples"] == 3 and cell["nfe"] >= length and cell["value"] > 1
+            assert cell["samples"] == 3 and cell["value"] > 1
             assert cell["entropy"]["value"] > 0
+        assert all(c["nfe"] >= length for name, c in cells.items() if name != "d3pm")
     notes = " ".join(found["T7"].values["notes"])
     assert "Judge: runs/judge, autoregressive" in notes and plan.judge.endswith("runs/judge")
     judge, judged = (plan.step(name).run for name in ("train-judge", "train-pages-ar"))
@@ -216,17 +223,16 @@ def test_a_measurement_follows_its_run_and_options(made, data):
 
 
 def reduced(scale, tokenizer):
-    """`small` or `paper` with its own recipe, at the sizes of the toy and on the toy's text."""
+    """`small` or `paper` with its own recipe, at the sizes of the toy."""
     sizes = dict(seq_len=32, batch_size=4, micro_batch_size=2)
-    lm1b = replace(scale.texts["lm1b"], tokenizer=tokenizer, **sizes)
-    owt = replace(lm1b, name="owt", row_bos=False, row_eos=False)  # also on the sentences
+    texts = {name: replace(t, tokenizer=tokenizer, **sizes) for name, t in scale.texts.items()}
     measure = replace(
         scale.measure, variance_batch=2, variance_batches=2, documents=2, longest=40, generated=2,
         batch=2, samples=2,
     )  # fmt: skip
     return replace(
         scale,
-        texts={"lm1b": lm1b, "owt": owt},
+        texts=texts,
         model={**TOY.model, "dropout": scale.model["dropout"]},
         train={**scale.train, "device": "cpu"},
         optim={**scale.optim, "warmup_steps": 2},
@@ -238,22 +244,42 @@ def reduced(scale, tokenizer):
     )
 
 
+@pytest.fixture
+def few_held_out(monkeypatch):
+    """OpenWebText of which the last 20 documents are held out, not the last 100,000."""
+    cut = replace(find_set("openwebtext"), cut=LastDocuments(number=20))
+    monkeypatch.setitem(DATA_SETS, "openwebtext", cut)
+
+
 def made_reduced(scale, tables, folder, judge=None):
     """(plan, tables by name) of a reduced scale, on sentences of this project's pages."""
     sentences = [s for s in (DOCS / "concepts.md").read_text().split("\n") if len(s) > 60]
     (folder / "lm1b").mkdir()
     for split, part in (("train", sentences[:80]), ("test", sentences[80:100])):
         (folder / "lm1b" / f"{split}.txt").write_text("\n".join(part))
-    local = [f"lm1b={folder / 'lm1b'}"]
+    (folder / "openwebtext").mkdir()
+    (folder / "openwebtext" / "documents.txt").write_text("\n".join(sentences[:100]))
+    local = [f"{name}={folder / name}" for name in ("lm1b", "openwebtext")]
     plan = make_plan(tables, reduced(scale, "byte"), folder / "out", local, judge)
-    return plan, {one.name: one for one in reproduce(plan, lambda line: None, InProcess())}
+    found = {one.name: one for one in reproduce(plan, lambda line: None, InProcess())}
+    if any(table.corpus == "owt" for table in tables):
+        prepared = plan.out / "data" / "owt"
+        rows = {split: TokenRows(prepared, split) for split in ("train", "valid")}
+        text = {
+            split: bytes(i for i in kept.rows(range(kept.num_rows)).ids_BL.flatten() if i < 256)
+            for split, kept in rows.items()
+        }
+        first, last = sentences[80].encode(), sentences[98].encode()  # rows may cut the last off
+        assert first in text["valid"] and last in text["valid"]
+        assert first not in text["train"] and sentences[70].encode() in text["train"]
+    return plan, found
 
 
-def test_the_commands_of_small_at_reduced_size(tmp_path):
+def test_the_commands_of_small_at_reduced_size(tmp_path, few_held_out):
     judge = save_gpt2(tmp_path / "judge")
-    tables = [few("T3", "s4"), few("T6", "mdlm"), few("T7", "s4")]
+    tables = [few("T4", "s4"), few("T6", "mdlm"), few("T7", "s4")]
     plan, found = made_reduced(SMALL, tables, tmp_path, str(judge))
-    run = plan.out / "runs" / "lm1b-s4"
+    run = plan.out / "runs" / "owt-s4"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any("clip_grid" in line for line in lines)  # the schedule search
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["dtype"] == "bf16"
@@ -261,11 +287,15 @@ def test_the_commands_of_small_at_reduced_size(tmp_path):
     assert len(found["T6"].values["said"]) == 1
 
 
-def test_the_commands_of_paper_at_reduced_size(tmp_path, monkeypatch):
+@pytest.fixture
+def no_hub(monkeypatch):
     def unreachable(data_set, split):
         raise UserError(f"cannot reach the hub for {data_set.name}")
 
     monkeypatch.setattr(named, "fetch_split", unreachable)
+
+
+def test_the_commands_of_paper_at_reduced_size(tmp_path, few_held_out, no_hub):
     tables = [few("T3", "ar", "s4"), few("T5", "ar"), few("T1", "t1-linear")]
     plan, found = made_reduced(PAPER, tables, tmp_path)
     rows = Manifest.load(plan.out / "data" / "lm1b").splits["valid"].rows
@@ -275,6 +305,30 @@ def test_the_commands_of_paper_at_reduced_size(tmp_path, monkeypatch):
     assert list(t5["rows"][0]["ours"]) == ["lm1b"]
     assert any("ptb is missing: cannot reach the hub" in note for note in t5["notes"])
     assert column(found["T1"], "variance")["t1-linear"]["value"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [SMALL, PAPER], ids=lambda scale: scale.name)
+def test_every_table_of_small_and_paper_at_reduced_size(scale, tmp_path, few_held_out, no_hub):
+    """All rows but of T2 and T8, of which one of every block size, with every noise of T8."""
+    judge = save_gpt2(tmp_path / "judge")
+    tables = [
+        *(TABLES[name] for name in ("T1", "T3", "T4", "T5", "T6", "T7")),
+        few("T2", "t2-sL-0-0.5", "t2-s16-0.3-0.8", "t2-s4-0.5-1"),
+        few("T8", *(f"t8-s4-{noise}" for noise in ("linear", "log", "sqrt")),
+            "t8-s16-square", "t8-s16-cosine"),
+    ]  # fmt: skip
+    plan, found = made_reduced(scale, tables, tmp_path, str(judge))
+    for table in tables:
+        for name in table.columns:
+            # T5 has one local set; of T1 the autoregressive row has no noise.
+            wanted = {row.system for row in table.built if name in row.measured}
+            wanted = wanted if table.name != "T5" or name == "lm1b" else set()
+            made = {system for system in column(found[table.name], name) if system != "data"}
+            assert made == wanted, (table.name, name)
+    assert {step.name for step in plan.steps if step.kind == "prepare"} == {
+        "prepare-lm1b", "prepare-owt",
+    }  # fmt: skip
 
 
 def test_interrupted_and_resumed_is_as_uninterrupted(made, data, tmp_path, monkeypatch):
@@ -289,12 +343,12 @@ def test_interrupted_and_resumed_is_as_uninterrupted(made, data, tmp_path, monke
         return indices(self, step)
 
     class Stopping(InProcess):
-        def __call__(self, command, log, environment):
+        def __call__(self, command, log, place):
             if "pages-base" not in command[1]:
-                return super().__call__(command, log, environment)
+                return super().__call__(command, log, place)
             with monkeypatch.context() as patch:
                 patch.setattr(BatchOrder, "indices", interrupted)
-                return super().__call__(command, log, environment)
+                return super().__call__(command, log, place)
 
     steps = iter([None, None, 3])
     with pytest.raises(UserError, match="the step train-pages-base failed: it ended with code 130"):

@@ -87,7 +87,7 @@ class InProcess:
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
 
-    def __call__(self, command, log: Path, environment) -> Finished:
+    def __call__(self, command, log: Path, place) -> Finished:
         self.commands.append(list(command))
         ended = blockdiff(*command)
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from scipy import stats
 
+from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.sampling import Generation
 
 FALSE_ALARM = 1e-4  # of each test
 DRAWS = 8_000
+# Block sizes of rows whose law can be enumerated: 3 tokens and a mask, or 2 tokens and a mask.
+SHAPES = {
+    "S=1": dict(vocab_size=4, mask_id=3, seq_len=4, block_size=1),
+    "S=2": dict(vocab_size=4, mask_id=3, seq_len=4, block_size=2),
+    "S=4": dict(vocab_size=3, mask_id=2, seq_len=8, block_size=4),
+    "S=L": dict(vocab_size=4, mask_id=3, seq_len=4, block_size=4),
+}
+
+
+def of_shape(make: Callable[..., BlockDiffusionModel], shape: str) -> BlockDiffusionModel:
+    """A network of a shape whose law has many likely texts: with two tokens its random weights are
+    made smaller, or one text would be nearly certain."""
+    model = make(**SHAPES[shape])
+    if model.config.vocab_size == 3:
+        with torch.no_grad():
+            for parameter in model.output.parameters():
+                parameter.mul_(0.25)
+    return model
 
 
 def seeded(seed: int = 1) -> torch.Generator:

@@ -4,9 +4,10 @@ import torch
 import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+from tests import noise_oracles
 from tests.oracles import network, subs_log_prob
 from tests.sampling import laws
-from tests.sampling.laws import FALSE_ALARM, seeded
+from tests.sampling.laws import FALSE_ALARM, SHAPES, seeded
 from tests.test_cache import pattern
 
 DRAWS = 20_000
@@ -29,6 +30,36 @@ def test_ancestral_tends_to_the_law(tiny_law, tiny_law_expected):
     few = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=4)
     many = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=256)
     assert few < 1e-10 and many > FALSE_ALARM
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_samplers_have_their_laws_at_every_block_size(make_model, shape):
+    """First hitting that of a random order, ancestral steps that of their chain; at S = 1 both are
+    the law of the next token."""
+    model = laws.of_shape(make_model, shape)
+    config = model.config
+    order = noise_oracles.random_order_law(model)
+    assert abs(sum(order.values()) - 1) < 1e-9
+    assert len(order) == (config.vocab_size - 1) ** config.seq_len
+    halves = [
+        (p, noise_oracles.d3pm_step(model, "absorbing", [1 / 2, 1.0], i))
+        for i, p in ((1, 1.0), (0, 1 / 2))
+    ]
+    blocks = config.seq_len // config.block_size
+    chain = noise_oracles.chain_law(model, halves, uniform=False, num_blocks=blocks)
+    for options, law, other in (
+        (dict(policy="first-hitting"), order, chain),
+        (dict(policy="ancestral", steps=2), chain, order),
+    ):
+        result = blockdiffusion.generate(
+            model, num_samples=DRAWS, max_new_tokens=config.seq_len, bos=False,
+            generator=seeded(3), **options,
+        )  # fmt: skip
+        assert laws.p_value(result, law) > FALSE_ALARM
+        if config.block_size > 1:
+            assert laws.p_value(result, other) < 1e-6  # it tells laws apart
+        else:
+            assert max(abs(law[text] - other[text]) for text in law) < 1e-9
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "sqrt"])

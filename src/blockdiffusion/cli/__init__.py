@@ -19,7 +19,7 @@ from blockdiffusion.cli.measuring import evaluate, references, variance, zero_sh
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import plan, report, reproduce, train
 from blockdiffusion.errors import Elsewhere, UserError
-from blockdiffusion.ranks import joined, several_processes
+from blockdiffusion.ranks import SHARED, joined, several_processes
 
 app = typer.Typer(
     name="blockdiff",
@@ -52,9 +52,6 @@ COMMANDS = {
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
-
-# What processes started by torchrun share.
-SHARED = ("train", "eval", "generate-eval")
 
 # An unknown option or a missing argument; newer typer versions carry their own click.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]

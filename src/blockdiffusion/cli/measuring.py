@@ -43,7 +43,7 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     bos: BOS = None,
     seed: MASK_SEED = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    json_file: JSON_FILE = None,
     per_row: Annotated[
         bool, typer.Option("--per-row", help="Each row's value in --json, to compare in pairs.")
     ] = False,
@@ -53,6 +53,7 @@ def evaluate(
 ) -> None:
     """Likelihood of held-out text: nats per token, perplexity, bits per byte, with error bars."""
     from blockdiffusion.data.manifest import Manifest
+    from blockdiffusion.evaluate.journal import journal_beside
     from blockdiffusion.evaluate.likelihood import likelihood
     from blockdiffusion.evaluate.prepared import evaluation_facts, read_rows
     from blockdiffusion.ranks import joined
@@ -62,8 +63,10 @@ def evaluate(
 
     if per_row and json_file is None:
         raise UserError("--per-row says what --json holds; give --json FILE, too")
+    check_places(json_file)
     if card:
         check_card(model)
+    journal = journal_beside(json_file)
     with joined() as team, progress_bar("eval", quiet=not team.is_first) as report:
         network = load_model(model, device, dtype)
         text = read_rows(data, split, network, rows, bos)
@@ -80,6 +83,7 @@ def evaluate(
             generator=generator(seed, "likelihood"),
             progress=lambda done, total: report(estimator, done, total),
             team=team,
+            journal=journal,
         )
     if not team.is_first:
         return
@@ -88,6 +92,8 @@ def evaluate(
         if per_row:
             values["tokens_per_row"] = text.free_tokens().tolist()
         write_json(json_file, values | {"model": model, "data": str(data), "split": split})
+    if journal is not None:
+        journal.unlink(missing_ok=True)
     if card:
         facts = evaluation_facts(result, Manifest.load(data), data, split, seed=seed)
         record_evaluation(model, facts)

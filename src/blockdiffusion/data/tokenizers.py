@@ -43,7 +43,9 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
         return _load_file(path)
     if spec == "byte":
         return byte_tokenizer()
-    if str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1 or path.suffix == ".json":
+    is_path = str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1
+    in_folder = "/" in str(spec) and path.parent.is_dir()  # and no OWNER/NAME of the hub
+    if is_path or in_folder or path.suffix == ".json":
         raise UserError(
             f"there is no tokenizer {spec}: give a folder or a tokenizer.json that exists, byte, "
             "bpe:SIZE, or a Hugging Face name"

@@ -9,10 +9,12 @@ data, the *data* error how far that may lie from the value on all text of the ki
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -28,6 +30,7 @@ from blockdiffusion.denoiser import (
 )
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
+from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.exact import enumeration_is_cheap, exact_blocks, num_subsets
 from blockdiffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.ranks import ALONE, Team
@@ -168,6 +171,7 @@ def likelihood(
     num_bytes: float | None = None,
     progress: Progress | None = None,
     team: Team = ALONE,
+    journal: Path | None = None,
 ) -> Likelihood:
     """Nats per token, perplexity and bits per byte of `ids`, with error bars.
 
@@ -198,6 +202,9 @@ def likelihood(
         progress: called with (done, total) units of work.
         team: processes that call this alike and share the rows, group by group. All of them draw
             all masks, and return what one process would.
+        journal: file that keeps finished groups of rows, so that the same call goes on after a
+            kill, in a team of any size, to the same result but for `seconds`. The caller removes
+            it.
 
     Raises:
         UserError: for ids outside the vocabulary, a clipped schedule, blocks too long to
@@ -229,10 +236,14 @@ def likelihood(
     if num_tokens == 0:
         raise UserError("there is nothing to score: every token is given or padding")
 
+    kept = _Kept(None)
+    if journal is not None:
+        tensors = (clean_BL, free_BL, valid_BL)
+        kept = _Kept(Journal(journal, fingerprint(model, *tensors, estimator, orders, t_min)))
     if is_autoregressive(model):
-        found = _next_token(model, clean_BL, free_BL, valid_BL, progress, team)
+        found = _next_token(model, clean_BL, free_BL, valid_BL, progress, team, kept)
     elif estimator == "exact":
-        found = _enumerate(model, clean_BL, free_BL, valid_BL, progress, team)
+        found = _enumerate(model, clean_BL, free_BL, valid_BL, progress, team, kept)
     else:
         draw = _Replicates(
             model=model,
@@ -243,6 +254,7 @@ def likelihood(
             valid_BL=valid_BL,
             generator=generator if generator is not None else seeded_generator(0, "likelihood"),
             team=team,
+            kept=kept,
         )
         found = _draw_until(draw, samples, num_tokens, target_stderr, progress)
     row_B = found.nelbo_BR.mean(1)
@@ -379,24 +391,54 @@ class _Found:
         )
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """Finished groups of rows, in a journal where one is asked for: float64 tensors by name."""
+
+    journal: Journal | None
+
+    def get(self, name: str) -> list[torch.Tensor] | None:
+        found = None if self.journal is None else self.journal.get(name)
+        if found is None:
+            return None
+        return [torch.tensor(values, dtype=torch.float64) for values in found]
+
+    def put(self, name: str, *tensors: torch.Tensor) -> None:
+        if self.journal is not None:
+            self.journal.put(name, [tensor.tolist() for tensor in tensors])
+
+
 @torch.no_grad()
 def _next_token(
-    model: NextTokenModel, clean_BL, free_BL, valid_BL, progress: Progress | None, team: Team
+    model: NextTokenModel,
+    clean_BL,
+    free_BL,
+    valid_BL,
+    progress: Progress | None,
+    team: Team,
+    kept: _Kept,
 ) -> _Found:
     """The exact negative log-likelihood of an autoregressive model."""
     groups = row_groups(len(clean_BL), clean_BL.shape[1], PASS_TOKENS)
     nll = {}
     for index, rows in enumerate(groups):
-        if team.has(index):
+        if not team.has(index):
+            pass
+        elif (before := kept.get(str(rows))) is not None:
+            (nll[index],) = before
+        else:
             clean, free, valid = (x[rows].to(model.device) for x in (clean_BL, free_BL, valid_BL))
             nll[index] = causal_nll(model, clean, free, _maybe(valid)).double().sum(1).cpu()
+            kept.put(str(rows), nll[index])
         if progress is not None:
             progress(index + 1, len(groups))
     nll_B = torch.cat(team.collect(nll))
     return _Found(nll_B[:, None], groups, copies=1, exact_B=nll_B)
 
 
-def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None, team: Team) -> _Found:
+def _enumerate(
+    model, clean_BL, free_BL, valid_BL, progress: Progress | None, team: Team, kept: _Kept
+) -> _Found:
     """The bound (one replicate without noise) and the exact negative log-likelihood."""
     sets = num_subsets(model.config.block_size)
     copies = min(sets, COPIES)
@@ -410,7 +452,10 @@ def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None, te
             progress(done, sets * len(groups))
 
     for index, rows in enumerate(groups):
-        if not team.has(index):
+        before = kept.get(str(rows)) if team.has(index) else None
+        if before is not None:
+            nelbo[index], nll[index] = before
+        if before is not None or not team.has(index):
             advance(sets)
             continue
         blocks = exact_blocks(
@@ -422,6 +467,7 @@ def _enumerate(model, clean_BL, free_BL, valid_BL, progress: Progress | None, te
         )
         nelbo[index] = blocks.nelbo_BK.sum(1).cpu()
         nll[index] = blocks.nll_BK.sum(1).cpu()
+        kept.put(str(rows), nelbo[index], nll[index])
     nelbo_B, nll_B = torch.cat(team.collect(nelbo)), torch.cat(team.collect(nll))
     return _Found(nelbo_B[:, None], groups, sets, exact_B=nll_B)
 
@@ -439,6 +485,7 @@ class _Replicates:
     valid_BL: torch.Tensor
     generator: torch.Generator
     team: Team
+    kept: _Kept
 
     @property
     def copies(self) -> int:
@@ -461,13 +508,20 @@ class _Replicates:
             def passed(copies: int, done_rows: int = done_rows) -> None:
                 advance(copies * done_rows)
 
-            if not self.team.has(index):
+            name = f"{rows} {samples} {_digest(self.generator)}"
+            before = self.kept.get(name) if self.team.has(index) else None
+            if before is not None:
+                powers = [] if self.law is not None else _powers(self.orders)
+                own[index] = before[0], dict(zip(powers, before[1:], strict=True))
+            if before is not None or not self.team.has(index):
                 self._pass_over(clean, free, samples)
                 passed(samples * self.copies)
-            elif self.law is None:
+                continue
+            if self.law is None:
                 own[index] = self._ordered(clean, free, valid, samples, passed)
             else:
                 own[index] = self._masked(clean, free, valid, samples, passed), {}
+            self.kept.put(name, own[index][0], *own[index][1].values())
         nelbo, tighter = zip(*self.team.collect(own), strict=True)
         return _Found(
             torch.cat(nelbo),
@@ -477,7 +531,8 @@ class _Replicates:
         )
 
     def _pass_over(self, clean_BL, free_BL, samples: int) -> None:
-        """Draws what is not used: the noise of a group of rows that another process evaluates."""
+        """Draws what is not used: the noise of a group of rows that another process evaluates, or
+        that was evaluated before."""
         config = self.model.config
         if self.law is None:
             draw_orders(free_BL, config.block_size, samples * self.orders, self.generator)
@@ -561,6 +616,11 @@ def _draw_until(
         total = int(done * min(max(2, (error / target_stderr) ** 2), 1 + still / made))
         found = found.extended(replicates.draw(samples, advance))
     return found
+
+
+def _digest(generator: torch.Generator) -> str:
+    """Of what will be drawn next."""
+    return hashlib.sha256(generator.get_state().numpy().tobytes()).hexdigest()[:16]
 
 
 def _powers(orders: int) -> list[int]:

@@ -198,9 +198,28 @@ def _find(path_or_hub_id: str | Path) -> Path:
         return folder
     if path.is_dir():
         raise UserError(f"{path} holds no {CONFIG}; {_instead(path)}")
+    refuse_missing_path(path_or_hub_id)
     if not HUB_ID.fullmatch(str(path_or_hub_id)):
         raise UserError(f"{path} does not exist; give a model directory or a Hugging Face id")
     return _download(str(path_or_hub_id))
+
+
+def refuse_missing_path(name: str | Path) -> None:
+    """Refuses a local path where nothing is, before a hub is asked for it.
+
+    OWNER/NAME is a path where there is a folder OWNER.
+
+    Raises:
+        UserError: it is one.
+    """
+    text, parent = str(name), Path(name).parent
+    if "/" in text and parent.is_dir():
+        raise UserError(
+            f"{name} does not exist: the folder {parent} is here and has no {Path(name).name} in "
+            "it; check the name, or give a Hugging Face id"
+        )
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise UserError(f"{name} does not exist; give a model directory or a Hugging Face id")
 
 
 def _instead(folder: Path) -> str:
@@ -224,12 +243,19 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", WEIGHTS, "*.txt"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", WEIGHTS, "*.txt"]))
     except Exception as error:  # the hub client has no common base class for its failures
         raise UserError(
             f"{hub_id} is no local directory and could not be had from the hub "
             f"({type(error).__name__}); check the name and the connection, or give a directory"
         ) from error
+    # Without a connection what an interrupted download left in the cache is the snapshot.
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        raise UserError(
+            f"{hub_id} is incomplete in the cache: {folder} has no {' and no '.join(missing)}; "
+            "repeat with a connection, or give a directory that has both"
+        )
+    return folder
 
 
 # --- Reading directories --------------------------------------------------------------------------
@@ -255,10 +281,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it holds something else, or cannot be read.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); copy or download it again"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(raw, dict):

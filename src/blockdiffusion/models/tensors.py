@@ -15,11 +15,13 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file.
 
     Raises:
-        UserError: it is truncated or no safetensors file.
+        UserError: it is missing, truncated or no safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; copy or download it again") from error
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is truncated or no safetensors file ({error}); copy or download it again"

@@ -105,7 +105,7 @@ def _likelihood_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
             )
         if row.system == "d3pm":
             notes.append("D3PM has absorbing noise, T = 1,000 steps and the linear schedule.")
-        if "variance" in row.figures:
+        if "variance" in row.measured:
             cells[row.system, "variance"] = _variance_cell(plan, table, row.system)
     return cells, notes
 
@@ -206,7 +206,7 @@ def document_tokens(directory: Path) -> np.ndarray:
 def _generated_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
     cells, warnings, values = {}, {}, {}
     for row in table.built:
-        for column in row.figures:
+        for column in row.measured:
             values = _read(plan.result(table, row.system, f"generated-{column}"))
             text, mean = values["text"], values["text"]["mean_perplexity"]
             cells[row.system, column] = Cell(
@@ -228,8 +228,9 @@ def _generated_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
     notes = [
         f"{plan.scale.measure.generated} samples a cell, of L = {length} and 2L = {2 * length} "
         "tokens with the given BOS; EOS does not end them; nucleus 0.9 by the authors' rule; one "
-        "token a pass (SEDD: as many analytic steps as tokens); no sample is rejected. Values are "
-        "means over samples of each sample's perplexity, as the paper's.",
+        "token a pass (SEDD: as many analytic steps as tokens; D3PM: its 1,000 steps, less those "
+        "that reveal nothing); no sample is rejected. Values are means over samples of each "
+        "sample's perplexity, as the paper's.",
         f"Judge: {judge['name']}, {judge['kind']}, {judge['parameters']:,} parameters, windows of "
         f"{judge['context']} tokens.",
         *warnings,

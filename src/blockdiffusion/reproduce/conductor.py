@@ -1,4 +1,5 @@
-"""Carries out a plan: some steps at a time, each a `blockdiff` process with a log of its own."""
+"""Carries out a plan: some steps at a time, each a `blockdiff` process with a log of its own, or
+several that share a step."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ import torch
 
 from blockdiffusion.data.files import storage_error, write_whole
 from blockdiffusion.errors import UserError
+from blockdiffusion.ranks import SHARED
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.plan import Plan, Step, recipe_text
 from blockdiffusion.reproduce.scales import Scale
@@ -41,8 +43,20 @@ class Process(Protocol):
         ...
 
 
-Environment = dict[str, str]
-Launch = Callable[[Sequence[str], Path, Environment], Process]
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a step runs.
+
+    Attributes:
+        environment: what is added to that of this process.
+        processes: that share the step, where it is one of the commands that they can share.
+    """
+
+    environment: Mapping[str, str]
+    processes: int = 1
+
+
+Launch = Callable[[Sequence[str], Path, Place], Process]
 
 
 class _Subprocess:
@@ -60,21 +74,26 @@ class _Subprocess:
             self._process.send_signal(signal.SIGINT)
 
 
-def launch(command: Sequence[str], log: Path, environment: Environment) -> Process:
-    """Starts `blockdiff COMMAND` with some more environment; what it says is added to `log`.
+def launch(command: Sequence[str], log: Path, place: Place) -> Process:
+    """Starts `blockdiff COMMAND`, through torchrun where processes share it; what it says is added
+    to `log`.
 
     Raises:
         UserError: the log cannot be written.
     """
+    start = [sys.executable, "-m"]
+    if place.processes > 1 and command[0] in SHARED:
+        start += ["torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", str(place.processes), "-m"]
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "blockdiffusion.cli", *command],
+                [*start, "blockdiffusion.cli", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **environment},
+                env={**os.environ, **place.environment},
                 start_new_session=True,
             )
     except OSError as error:
@@ -82,24 +101,27 @@ def launch(command: Sequence[str], log: Path, environment: Environment) -> Proce
     return _Subprocess(process)
 
 
-def places(scale: Scale) -> list[Environment]:
-    """Where steps run side by side: the environment of each place.
+def places(scale: Scale) -> list[Place]:
+    """Where steps run side by side.
 
-    On the CPU as many as the scale says, of so many threads each; else one for each GPU.
+    On the CPU as many as the scale says, of so many threads each; else one for each GPU, or one for
+    all of them where the scale spreads its steps.
     """
     if scale.jobs is not None:
-        return [{"OMP_NUM_THREADS": str(scale.threads)}] * scale.jobs
+        return [Place({"OMP_NUM_THREADS": str(scale.threads)})] * scale.jobs
     count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}]
+    if scale.spread and names:
+        return [Place({"CUDA_VISIBLE_DEVICES": ",".join(names)}, scale.processes(count))]
+    return [Place({"CUDA_VISIBLE_DEVICES": name}) for name in names] or [Place({})]
 
 
 @dataclass(eq=False)
 class _Running:
     step: Step
     process: Process
-    place: Environment
+    place: Place
     log: Path
     log_size: int
     began: float
@@ -159,7 +181,7 @@ class _Conductor:
                 self.waiting.remove(step)
                 self.start(step, self.free.pop(0))
 
-    def start(self, step: Step, place: Environment) -> None:
+    def start(self, step: Step, place: Place) -> None:
         again = self.kept.state(step) == "interrupted"
         self.kept.begin(step)
         command = list(step.command)

@@ -12,13 +12,16 @@ from blockdiffusion.terminal import amount
 
 def plan_lines(plan: Plan) -> list[str]:
     """Every step with its command, state, sizes and estimated cost; the sum at the end."""
-    kept, scale, jobs = Kept(plan), plan.scale, len(places(plan.scale))
+    kept, scale, rooms = Kept(plan), plan.scale, places(plan.scale)
+    together = f"{len(rooms)} at a time"
+    if rooms[0].processes > 1:
+        together = f"one at a time, by {rooms[0].processes} processes"
     names = ", ".join(table.name for table in plan.tables)
     budget = "; ".join(f"{table.name}: {table.budget}" for table in plan.tables)
     lines = [
         f"{names} at the scale {scale.name}: {scale.about}",
         f"  in the paper    {budget}",
-        f"  everything in   {plan.out}, {jobs} at a time",
+        f"  everything in   {plan.out}, {together}",
         "",
     ]
     left = 0.0
@@ -36,8 +39,9 @@ def plan_lines(plan: Plan) -> list[str]:
         "",
         f"{len(plan.steps)} steps, {done} done; {len(runs)} runs of "
         f"{amount(sum(run.tokens for run in runs))} tokens in all",
-        f"training that is left: {left:.2g} FLOP, about {_time(left / scale.flops / jobs)} "
-        f"({jobs} at a time, each at {scale.flops:.2g} FLOP/s); measuring comes besides",
+        f"training that is left: {left:.2g} FLOP, about "
+        f"{_time(left / scale.flops / sum(room.processes for room in rooms))} ({together}, each at "
+        f"{scale.flops:.2g} FLOP/s); measuring comes besides",
     ]
     return lines
 

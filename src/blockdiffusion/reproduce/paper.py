@@ -29,13 +29,21 @@ class PaperRow:
         system: what it is called in a plan (see `systems`).
         label: as the paper calls it.
         figures: by column; a column may be missing.
+        also: columns that are measured here and have no figure in the paper: such a cell stands in
+            no order.
         quoted: why the row is not rebuilt; None: it is.
     """
 
     system: str
     label: str
     figures: dict[str, Figure]
+    also: tuple[str, ...] = ()
     quoted: str | None = None
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The columns that are measured here."""
+        return (*self.figures, *self.also)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,7 +307,7 @@ _T6 = PaperTable(
         ),
         PaperRow(system="ar", label="AR", figures=_perplexities(median=4008, max=131_000)),
         PaperRow(system="sedd", label="SEDD", figures=_perplexities(median=1021, max=1024)),
-        PaperRow(system="mdlm", label="MDLM", figures={}),
+        PaperRow(system="mdlm", label="MDLM", figures={}, also=("median", "max")),
         PaperRow(system="s16", label="BD3-LM S = 16", figures=_perplexities(median=798, max=9982)),
     ),
 )
@@ -314,6 +322,7 @@ _T7 = PaperTable(
     places=1,
     rows=(
         PaperRow(system="ar", label="AR", figures={"L": Figure(14.1), "2L": Figure(13.2)}),
+        PaperRow(system="d3pm", label="D3PM", figures={}, also=("L",)),
         PaperRow(system="sedd", label="SEDD", figures={"L": Figure(52.0)}),
         PaperRow(system="mdlm", label="MDLM", figures={"L": Figure(46.8), "2L": Figure(41.3)}),
         PaperRow(

@@ -185,7 +185,7 @@ class _Planner:
             case "T1" | "T2" | "T8":
                 for row in table.built:
                     self._test(text, row.system)
-                    if "variance" in row.figures:
+                    if "variance" in row.measured:
                         self._variance(text, row.system)
             case "T5":
                 self._check_zero_shot(table, text)
@@ -197,7 +197,7 @@ class _Planner:
             case "T7":
                 judge_model, needs = self._add_judge(judge)
                 for row in table.built:
-                    for column in row.figures:
+                    for column in row.measured:
                         self._generate(text, row.system, column, judge_model, needs)
 
     # --- text and models -------------------------------------------------------------------------

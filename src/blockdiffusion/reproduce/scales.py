@@ -113,6 +113,8 @@ class Scale:
         search: of the clip, for the short blocks; empty: none.
         judge: a Hugging Face id, or one that is trained here.
         jobs: steps at a time, of `threads` CPU threads each; None: one for each GPU.
+        spread: one step at a time instead, and those whose work processes share (`ranks.SHARED`) on
+            all GPUs of the machine.
         flops: per second and run that the hours of a plan are estimated with.
     """
 
@@ -132,7 +134,15 @@ class Scale:
     judge: str | TrainedJudge
     jobs: int | None = None
     threads: int = 1
+    spread: bool = False
     flops: float
+
+    def processes(self, gpus: int) -> int:
+        """How many processes share a step where it is spread: as many of the GPUs as divide the
+        batches."""
+        batches = [text.batch_size for text in self.texts.values()]
+        fitting = (n for n in range(gpus, 1, -1) if not any(size % n for size in batches))
+        return next(fitting, 1) if self.spread else 1
 
 
 def find_scale(name: str) -> Scale:
@@ -274,6 +284,7 @@ PAPER = Scale(
         batch=50,
     ),
     judge=GPT2_LARGE,
+    spread=True,
     flops=4e14,
 )
 

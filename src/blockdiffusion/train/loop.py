@@ -145,7 +145,7 @@ class ObjectiveOptions:
             raise UserError(
                 f"objective.clip is {self.clip}, but objective.estimator is {self.used_estimator}, "
                 f"which draws the number of masked tokens before the time that {self.name} reads; "
-                "leave the clip out or take bernoulli"
+                "set objective.clip=null, or objective.estimator=bernoulli"
             )
 
     @property
@@ -175,7 +175,8 @@ class ObjectiveOptions:
             if item.name not in ("name", *kind.reads) and value != default:
                 raise UserError(
                     f"objective.{item.name} is {value}, but objective.name is {self.name}, "
-                    f"{kind.why_not}; leave it out, or at {'null' if default is None else default}"
+                    f"{kind.why_not}; set objective.{item.name}="
+                    f"{'null' if default is None else default}"
                 )
 
     def _refuse_times_where_none_is_drawn(self) -> None:
@@ -188,8 +189,8 @@ class ObjectiveOptions:
             if value != default:
                 raise UserError(
                     f"objective.{name} is {value}, but objective.estimator is "
-                    f"{self.used_estimator}, which draws no times; leave it out, or set "
-                    "objective.estimator=bernoulli"
+                    f"{self.used_estimator}, which draws no times; set objective.{name}={default}, "
+                    "or objective.estimator=bernoulli"
                 )
 
     def make_estimator(self) -> Estimator:

@@ -51,7 +51,7 @@ class OptimOptions:
         if self.name != "muon" and self.momentum != MOMENTUM:
             raise UserError(
                 f"optim.momentum is {self.momentum}, but optim.name is {self.name}, which has "
-                "optim.betas; leave it out, or take muon"
+                f"optim.betas; set optim.momentum={MOMENTUM}, or optim.name=muon"
             )
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"optim.weight_decay is {self.weight_decay}; it must not be negative")

@@ -3,11 +3,13 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation import judge as judging
 from blockdiffusion.evaluate.generation.judge import (
@@ -261,10 +263,45 @@ def test_what_cannot_judge_is_refused(tmp_path, make_model):
     refused(tmp_path / "timed", "reads the time")
 
 
-def test_a_tokenizer_of_another_network_is_found_out(tmp_path):
-    judge = load_judge(str(save_gpt2(tmp_path, vocab_size=100, bos_token_id=1)))
-    with pytest.raises(UserError, match="has 100 ids; the two do not belong together"):
-        judge_samples(judge, read(judge))
+def test_a_tokenizer_of_another_network_is_found_out(tmp_path, make_ar):
+    save_gpt2(tmp_path / "gpt2", vocab_size=100, bos_token_id=1, eos_token_id=1)
+    with_bytes(make_ar()).save_pretrained(tmp_path / "ours")
+    byte_tokenizer().save_pretrained(tmp_path / "ours")
+    for name, size in (("gpt2", 100), ("ours", 13)):
+        with pytest.raises(UserError, match=f"network has {size} ids; the two do not belong"):
+            load_judge(str(tmp_path / name))
+
+
+def test_a_special_token_that_no_text_gets_may_be_beyond_the_network(tmp_path):
+    """As where a pad token was added without a place in the network."""
+    judge = load_judge(str(save_gpt2(tmp_path, vocab_size=257)))  # the mask token is 257
+    assert judge.read(("<|mask|>",)).text == tuple(b"<|mask|>")
+    (nats,) = judge_samples(judge, read(judge, ["some text"]))
+    assert nats > 0
+
+
+def test_a_lightning_file_is_to_be_converted(tmp_path):
+    file = tmp_path / "last.ckpt"
+    file.write_bytes(b"")
+    (tmp_path / "text.txt").write_text("")
+    for name in (file, tmp_path):
+        with pytest.raises(UserError, match=rf"blockdiff convert {file} --out DIRECTORY$"):
+            load_judge(str(name))
+    with pytest.raises(UserError, match=r"text\.txt is a file, and a judge is a directory"):
+        load_judge(str(tmp_path / "text.txt"))
+
+
+def test_no_hub_is_asked_for_a_path(tmp_path, monkeypatch):
+    def asked(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match=r"^runs/judge does not exist: the folder runs is here"):
+        load_judge("runs/judge")
+    with pytest.raises(UserError, match=r"could not be had from the hub \(AssertionError\)"):
+        load_judge("run/judge")  # no folder here: an id
 
 
 def test_ours_are_read_from_their_directories(tmp_path, make_model, make_ar):

@@ -25,7 +25,7 @@ from blockdiffusion.denoiser import bos_id, is_autoregressive, masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks
-from blockdiffusion.models.formats import PICKLES, load
+from blockdiffusion.models.formats import LIGHTNING, PICKLES, load, refuse_missing_path
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.objectives import subs_nll
 from blockdiffusion.seeding import generator
@@ -130,8 +130,15 @@ def load_judge(name: str, *, device: torch.device | str | None = None) -> Judge:
 
     Raises:
         UserError: nothing there, no causal language model, weights that do not fit or could run
-            code, no tokenizer, or one of ours that has no likelihood here.
+            code, no tokenizer, one whose ids the network does not have, or one of ours that has no
+            likelihood here.
     """
+    judge = _load(name, device)
+    _check_ids(judge)
+    return judge
+
+
+def _load(name: str, device: torch.device | str | None) -> Judge:
     if _model_type(name) not in OURS:
         return CausalJudge(name, *_load_causal(name, device))
     model = load(name, device=device)
@@ -148,6 +155,19 @@ def load_judge(name: str, *, device: torch.device | str | None = None) -> Judge:
             "judge; take an autoregressive model, or a block diffusion model without time input"
         )
     return DiffusionJudge(name, model)
+
+
+def _check_ids(judge: Judge) -> None:
+    """Refuses a tokenizer that can give ids to text which the network does not have."""
+    tokenizer, size = judge.tokenizer, judge.model.config.vocab_size
+    unread = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = set(tokenizer.get_vocab().values()) - unread  # see `encode`
+    ids |= {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    if max(ids) >= size:
+        raise UserError(
+            f"the tokenizer of the judge {judge.name} gives ids up to {max(ids)}, but its network "
+            f"has {size} ids; the two do not belong together, take another judge"
+        )
 
 
 # --- Windows --------------------------------------------------------------------------------------
@@ -222,15 +242,13 @@ def judge_samples(
             caller removes it.
 
     Raises:
-        UserError: context and stride do not fit, or the tokenizer gives ids that the network
-            does not have.
+        UserError: context and stride do not fit.
     """
     used, step = window_sizes(judge, context, stride)
     places = []
     for index, tokens in enumerate(samples):
         if any(tokens.scored):
             places += [_Place(index, row) for row in _rows(tokens, used, step)]
-    _check_ids(judge, places)
     places.sort(key=lambda place: len(place.row.ids), reverse=True)
     kept = None
     if journal is not None:
@@ -291,15 +309,6 @@ def _passes(places: Sequence[_Place], vocab_size: int) -> list[list[_Place]]:
         else:
             passes.append([place])
     return passes
-
-
-def _check_ids(judge: Judge, places: Sequence[_Place]) -> None:
-    largest = max((max(place.row.ids) for place in places), default=0)
-    if largest >= judge.model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer of the judge {judge.name} gives the id {largest}, but its network has "
-            f"{judge.model.config.vocab_size} ids; the two do not belong together"
-        )
 
 
 def _padded(
@@ -474,10 +483,16 @@ def _model_type(name: str) -> str | None:
     for place in (folder / "config.json", folder / "model" / "config.json"):
         if place.is_file():
             return _read_type(place)
-    if folder.exists():
+    if folder.is_file():
         raise UserError(
-            f"the judge {name} holds no config.json; give a model's or a training run's directory"
+            f"the judge {name} is a file, and a judge is a directory that holds its tokenizer, "
+            f"too; {_made_of(folder)}"
         )
+    if folder.exists():
+        files = sorted(folder.glob(f"*{LIGHTNING}"))
+        instead = _made_of(files[0]) if files else "give a model's or a training run's directory"
+        raise UserError(f"the judge {name} holds no config.json; {instead}")
+    refuse_missing_path(name)
     from huggingface_hub import hf_hub_download
 
     try:
@@ -489,6 +504,12 @@ def _model_type(name: str) -> str | None:
             f"the judge {name} is no local directory and could not be had from the hub "
             f"({type(error).__name__}); check the name and the connection, or give a directory"
         ) from error
+
+
+def _made_of(file: Path) -> str:
+    if file.suffix != LIGHTNING:
+        return "give that directory"
+    return f"make one of the Lightning file: blockdiff convert {file} --out DIRECTORY"
 
 
 def _read_type(path: Path) -> str | None:
