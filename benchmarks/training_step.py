@@ -155,8 +155,8 @@ def main() -> None:
         "| | seconds | TFLOP | of the peak | most memory, with AdamW | times the first |\n"
         "|---|---|---|---|---|---|"
     )
-    found = in_turn(tasks, args.repeats)
     peaks = {dtype: matrix_flops(getattr(torch, dtype)) for dtype in {t.dtype for t in tasks}}
+    found = in_turn(tasks, args.repeats)
     for task, (seconds, memory) in zip(tasks, found, strict=True):
         clean = torch.zeros(1, LENGTH, dtype=torch.long)
         masked = int((task.corrupted(clean).noisy_BNL == VOCAB - 1).sum())
