@@ -121,7 +121,10 @@ def test_mistakes_get_one_sentence_that_names_the_key(write, override, message):
             "objective.clip=[0.3,0.8]",
             r"objective\.clip is \(0\.3, 0\.8\), .*; set objective\.clip=null$",
         ),
-        ("objective.schedule=cosine", r"objective\.schedule is cosine, .*; set objective\.schedule=linear$"),
+        (
+            "objective.schedule=cosine",
+            r"objective\.schedule is cosine, .*; set objective\.schedule=linear$",
+        ),
         ("objective.num_noisy=2", r"objective\.num_noisy is 2"),
         ("objective.t_min=0", r"objective\.t_min is 0\.0"),
         ("objective.stratify=none", r"objective\.stratify is none"),
@@ -178,7 +181,11 @@ def test_ar_has_no_blocks(write, block_size):
     ("name", "override", "message"),
     [
         ("bd3lm", "objective.transition=uniform", r"transition is uniform, .* has no such choice"),
-        ("mdlm", "objective.timesteps=5", r"timesteps is 5, .* mdlm, .*; set objective\.timesteps=1000$"),
+        (
+            "mdlm",
+            "objective.timesteps=5",
+            r"timesteps is 5, .* mdlm, .*; set objective\.timesteps=1000$",
+        ),
         ("sedd", "objective.timesteps=5", r"timesteps is 5, but objective\.name is sedd"),
         ("d3pm", "objective.estimator=count", r"estimator is count, .* whose time is discrete"),
         ("d3pm", "objective.clip=[0.3,0.8]", r"clip is .* d3pm, .*; set objective\.clip=null$"),
