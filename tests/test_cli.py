@@ -240,7 +240,7 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
         ([*run, place / "run"], "both the model under test and its judge"),
         ([*run, GOLDEN / "bd3lm-hf"], "has no tokenizer"),
         ([*run, tmp_path / "none/at/all"], "none/at/all does not exist; give"),
-        ([*run, tmp_path / "jugde"], "is here and has no jugde in it; check the name"),
+        ([*run, tmp_path / "jugde"], "jugde does not exist; give a model directory"),
         ([*run, GOLDEN / "ar-lightning/last.ckpt"], "blockdiff convert"),
         ([*run, judge, "--context", 25], "from 2 to 24"),
         ([*run, judge, "--stride", 24], "stride is 24"),

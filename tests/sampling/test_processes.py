@@ -81,7 +81,7 @@ def test_a_sampler_has_the_law_of_its_chain_at_every_block_size(make, kind, shap
         )
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     model = of_shape(partial(make, kind), shape)
-    draws = 2_000 if shape == "S=1" else 20_000
+    draws = {"S=1": 2_000, "S=4": 20_000}.get(shape, DRAWS)
     result = draw(model, seed=3, draws=draws, steps=3, new=model.config.seq_len)
     assert p_value(result, exact_law(model, kind, 3)) > FALSE_ALARM
     assert p_value(result, exact_law(model, kind, 1)) < 1e-6

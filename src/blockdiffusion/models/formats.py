@@ -213,13 +213,13 @@ def refuse_missing_path(name: str | Path) -> None:
         UserError: it is one.
     """
     text, parent = str(name), Path(name).parent
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise UserError(f"{name} does not exist; give a model directory or a Hugging Face id")
     if "/" in text and parent.is_dir():
         raise UserError(
             f"{name} does not exist: the folder {parent} is here and has no {Path(name).name} in "
             "it; check the name, or give a Hugging Face id"
         )
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise UserError(f"{name} does not exist; give a model directory or a Hugging Face id")
 
 
 def _instead(folder: Path) -> str:
