@@ -74,12 +74,7 @@ def test_a_sampler_has_the_law_of_its_chain(make, kind, use_cache):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_sampler_has_the_law_of_its_chain_at_every_block_size(make, kind, shape, request):
-    if (kind, shape) == ("absorbing", "S=1"):  # rows of one token, each with a time of its own
-        reason = (
-            "with a cache, `_run_layers` gives the final norm of all rows the time of the first"
-        )
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_a_sampler_has_the_law_of_its_chain_at_every_block_size(make, kind, shape):
     model = of_shape(partial(make, kind), shape)
     draws = {"S=1": 2_000, "S=4": 20_000}.get(shape, DRAWS)
     result = draw(model, seed=3, draws=draws, steps=3, new=model.config.seq_len)

@@ -573,7 +573,7 @@ class BlockDiffusionModel(PreTrainedModel):
             x_BTD = (
                 checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
             )
-        per_token = cond is not None and cond.shape[1] > 1
+        per_token = cond is not None and cond.shape[:-1].numel() > 1
         return self._finish(x_BTD, take(cond, kept) if per_token else cond)
 
     def _require(self, *, autoregressive: bool) -> None:
