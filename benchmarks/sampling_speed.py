@@ -39,7 +39,8 @@ class Contestant:
 
     Attributes:
         write: writes so many tokens a row; returns the network calls that a row took.
-        floor: the least time of a call in seconds: to read the weights, for the matrix products.
+        floor: the least time of a call in seconds: to read the weights, and for the matrix products
+            where the speed of such products is measured (not in 8 bits).
         rival: key of the GPT-2 that it is compared with.
         block_size: key of the authors' network that it is compared with.
     """
@@ -48,7 +49,7 @@ class Contestant:
     name: str
     batch: int
     write: Callable[[int], int]
-    floor: tuple[float, float] | None = None
+    floor: tuple[float, ...] = ()
     rival: str | None = None
     block_size: int | None = None
     seconds: float = float("inf")
@@ -127,13 +128,14 @@ def contestants_of(
         for count in (n for n in counts if n <= size):
             # Every weight meets every token of the block; the head those that are drawn.
             products = 2 * batch * ((number - head) * size + head * count)
+            arithmetic = () if dtype == "int8" else (products / flops,)
             found.append(
                 Contestant(
                     dtype,
                     f"S = {size}, {count} a step",
                     batch,
                     partial(ours, model, batch, count),
-                    (number * bytes_each / bandwidth, products / flops),
+                    (number * bytes_each / bandwidth, *arithmetic),
                     rival,
                     size,
                 )
@@ -164,7 +166,7 @@ def others(
 def table(contestants: list[Contestant], compared: dict[str | int, Contestant], tokens: int) -> str:
     lines = []
     for one in contestants:
-        floor = "" if one.floor is None else ", ".join(f"{1e3 * x:.1f}" for x in one.floor)
+        floor = ", ".join(f"{1e3 * x:.1f}" for x in one.floor)
         lines.append(
             f"| {one.dtype} | {one.batch} | {one.name} | {one.rate(tokens):.1f} | "
             f"{1e3 * one.seconds / one.calls:.1f} | {one.calls} | {floor} | "

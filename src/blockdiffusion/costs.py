@@ -490,14 +490,14 @@ def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) ->
     chunked = p.attention == "chunked" and not network.autoregressive
     in_place = not chunked or (network.has_clean and not is_last)
     keys_and_values = 2 * attended if lifted else 4 * short
-    before = width * (4 + short + attended + keys_and_values * in_place) + 8
+    before = width * (4 + short + keys_and_values * in_place) + 8
+    queries = (asked if lifted else read) * width * attended  # the copies are of what asks
     numbers = 12 - network.autoregressive - 2 * (network.cond_dim is None)
     after = width * (4 + attended + numbers * short + 2 * dropped) + 8
     softmax = 4 * network.num_heads
-    own = read * before + asked * softmax + kept * after
+    own = read * before + queries + asked * softmax + kept * after
     if is_last:  # what attention gave is kept for all that asked, and the place of what is taken
         own += (asked - kept) * width * attended + (kept < asked) * 16 * kept
-        own -= (read - asked) * width * attended * lifted  # the copies are of what asks
     if network.time_conditioning:  # the modulation of every token, and what it is multiplied with
         own += (kept * 2 if is_last else read * 6) * width * short
         own += (read + kept) * width * (4 + short)

@@ -8,9 +8,13 @@ from torch import nn
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.models.inference import FoldedLayer, Int8Linear, sampling_copy
+from blockdiffusion.models.inference import FoldedLayer, Int8Linear, PackedLinear, sampling_copy
+from blockdiffusion.models.transformer import Linear, LinearGelu
 from tests.conftest import GOLDEN
 
+# The types whose products oneDNN has here.
+HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+PACKED = [torch.float32] * torch.backends.mkldnn.is_available() + [torch.bfloat16] * HAS_BF16
 KINDS = {
     "block": {},
     "causal past": dict(clean_attention="causal"),
@@ -87,6 +91,36 @@ def test_the_copy_is_made_for_the_same_use(make_model):
         for m, seed in zip((model, folded), seeds, strict=True)
     )
     assert torch.equal(one.sequences, two.sequences)
+
+
+@pytest.mark.parametrize("kind", [Linear, LinearGelu])
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 3, 48), (300, 48), (1, 0, 48)])
+def test_packed_weights_give_the_same_products(kind, dtype, shape):
+    draw = torch.Generator().manual_seed(0)
+    linear = kind(48, 96).to(dtype)
+    x = torch.randn(shape, generator=draw).to(dtype)
+    with torch.no_grad():
+        expected, found = linear.double()(x.double()), PackedLinear(linear.to(dtype))(x)
+    assert found.shape == expected.shape and found.dtype == dtype
+    step = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    assert torch.allclose(found.double(), expected, rtol=step, atol=step)
+
+
+def test_weights_are_packed_where_products_are_measured_to_gain(make_model):
+    """float32 and bf16 on CPUs; float64 is left as it is."""
+    for dtype in (torch.float64, *PACKED):
+        copied = sampling_copy(copy.deepcopy(make_model()).to(dtype))
+        parts = list(copied.modules())
+        assert any(isinstance(part, PackedLinear) for part in parts) == (dtype in PACKED)
+        assert any(isinstance(part, nn.Linear) for part in parts) == (dtype not in PACKED)
+
+
+def test_a_network_in_bf16_gives_logits_in_float32(make_model, random_ids):
+    model, ids = copy.deepcopy(make_model()).bfloat16(), random_ids(1, 16)
+    for network in (model, sampling_copy(model)):
+        with torch.no_grad():
+            assert network.denoise_logits(ids, ids).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)

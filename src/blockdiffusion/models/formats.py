@@ -200,7 +200,7 @@ def _find(path_or_hub_id: str | Path) -> Path:
         raise UserError(f"{path} holds no {CONFIG}; {_instead(path)}")
     refuse_missing_path(path_or_hub_id)
     if not HUB_ID.fullmatch(str(path_or_hub_id)):
-        raise UserError(f"{path} does not exist; give a model directory or a Hugging Face id")
+        raise _nowhere(path)
     return _download(str(path_or_hub_id))
 
 
@@ -214,12 +214,16 @@ def refuse_missing_path(name: str | Path) -> None:
     """
     text, parent = str(name), Path(name).parent
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise UserError(f"{name} does not exist; give a model directory or a Hugging Face id")
+        raise _nowhere(name)
     if "/" in text and parent.is_dir():
         raise UserError(
             f"{name} does not exist: the folder {parent} is here and has no {Path(name).name} in "
             "it; check the name, or give a Hugging Face id"
         )
+
+
+def _nowhere(name: str | Path) -> UserError:
+    return UserError(f"{name} does not exist; give a model directory or a Hugging Face id")
 
 
 def _instead(folder: Path) -> str:
