@@ -7,6 +7,8 @@ python -m benchmarks.training_step --authors CHECKOUT     (see benchmarks.author
 Each is a process of its own, so that its memory can be told; they take turns. AdamW's update comes
 after every step and is not timed. Freed memory is kept, as in `blockdiff train`, unless --give-back
 is given.
+
+On a GPU: python -m benchmarks.training_gpu.
 """
 
 from __future__ import annotations
@@ -32,28 +34,47 @@ from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusi
 VOCAB, LENGTH = 50258, 1024
 
 
-def paper_model(block_size: int) -> BlockDiffusionModel:
-    """The paper's network (110M parameters, 170M with both embeddings), generic weights."""
-    torch.manual_seed(0)
-    model = BlockDiffusionModel(
-        BlockDiffusionConfig(
-            vocab_size=VOCAB, seq_len=LENGTH, block_size=block_size, width=768, num_layers=12,
-            num_heads=12, cond_dim=128, dropout=0.1,
-        )
+def paper_config(block_size: int) -> BlockDiffusionConfig:
+    """The sizes of the paper's network: 110M parameters, 170M with both embeddings."""
+    return BlockDiffusionConfig(
+        vocab_size=VOCAB, seq_len=LENGTH, block_size=block_size, width=768, num_layers=12,
+        num_heads=12, cond_dim=128, dropout=0.1,
     )  # fmt: skip
-    for parameter in model.parameters():  # zeros would let kernels cheat
+
+
+def generic_model(config: BlockDiffusionConfig) -> BlockDiffusionModel:
+    """A network with generic weights: zeros would let kernels cheat."""
+    torch.manual_seed(0)
+    model = BlockDiffusionModel(config)
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
-def step_flops(masked: int, num_noisy: int = 1) -> float:
-    """Multiply-adds of forward and backward, times two; attention and head included."""
-    width, layers, streams = 768, 12, num_noisy + 1
+def paper_model(block_size: int) -> BlockDiffusionModel:
+    """The paper's network."""
+    return generic_model(paper_config(block_size))
+
+
+def step_flops(
+    config: BlockDiffusionConfig, masked: int, num_noisy: int = 1, batch: int = 1
+) -> float:
+    """Multiply-adds of forward and backward, times two; attention and head included.
+
+    `masked` tokens of the batch have logits. Where one block is the whole sequence there is no
+    clean stream.
+    """
+    width, layers, length = config.width, config.num_layers, config.seq_len
+    has_clean = config.block_size < length
+    streams = num_noisy + has_clean
+    tokens = batch * streams * length
     per_token = 2 * 12 * width**2  # qkv, out, mlp
-    unfinished = streams * LENGTH - masked  # by the last layer
-    blocks = per_token * streams * LENGTH * layers - 2 * 9 * width**2 * unfinished
-    attention = layers * streams * 2 * width * LENGTH * LENGTH  # a triangle of L x L each
-    return 3 * (blocks + attention + 2 * masked * width * VOCAB)
+    unfinished = tokens - masked  # by the last layer
+    blocks = per_token * tokens * layers - 2 * 9 * width**2 * unfinished
+    seen = (length + config.block_size) / 2  # keys of a query, on average, in every stream
+    queries = layers * tokens - has_clean * batch * length  # no clean ones in the last layer
+    attention = 2 * 2 * width * seen * queries
+    return 3 * (blocks + attention + 2 * masked * width * config.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -160,7 +181,8 @@ def main() -> None:
     for task, (seconds, memory) in zip(tasks, found, strict=True):
         clean = torch.zeros(1, LENGTH, dtype=torch.long)
         masked = int((task.corrupted(clean).noisy_BNL == VOCAB - 1).sum())
-        flops, best = step_flops(masked, task.num_noisy), min(seconds)
+        flops = step_flops(paper_config(size), masked, task.num_noisy)
+        best = min(seconds)
         share = f"{flops / best / peaks[task.dtype]:.0%} of {peaks[task.dtype] / 1e9:.0f} GFLOP/s"
         print(
             f"| {task.name} | {best:.2f} ({statistics.median(seconds):.2f}) | {flops / 1e12:.2f} | "
