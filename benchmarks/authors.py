@@ -87,13 +87,14 @@ def training_loss(network: Any, noisy: torch.Tensor, clean: torch.Tensor, weight
 @torch.no_grad()
 def write(network: Any, block_size: int, tokens: int, top_p: float) -> int:
     """Samples by first hitting with their cache, batch 1; returns the network calls."""
-    config = network.config
+    config, device = network.config, next(network.parameters()).device
     for block in network.backbone.blocks:
-        block.kv_cache = torch.zeros(1, config.model_length, 3 * config.hidden_dim)
+        shape = (1, config.model_length, 3 * config.hidden_dim)
+        block.kv_cache = torch.zeros(shape, device=device)
         block.cache_idx = 0
     calls = 0
     for _ in range(tokens // block_size):
-        x = torch.full((1, block_size), config.vocab_size - 1)
+        x = torch.full((1, block_size), config.vocab_size - 1, device=device)
         for _ in range(block_size):
             p = log_probabilities(network, x, x, sample_mode=True).double().exp()
             p = _their_nucleus(p, top_p)

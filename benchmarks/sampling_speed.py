@@ -90,7 +90,7 @@ def gpt2(dtype: torch.dtype) -> Any:
 @torch.no_grad()
 def theirs(model: Any, batch: int, tokens: int) -> int:
     torch.manual_seed(0)
-    start = torch.full((batch, 1), VOCAB - 2)
+    start = torch.full((batch, 1), VOCAB - 2, device=model.device)
     model.generate(
         start,
         attention_mask=torch.ones_like(start),

@@ -4,10 +4,10 @@ python -m benchmarks.training_gpu [--batch 16] [--repeats 10]
 python -m benchmarks.training_gpu --authors CHECKOUT     (see benchmarks.authors)
 python -m benchmarks.training_gpu --rehearse             (a tiny network in float32 on the CPU)
 
-One row a step, printed as soon as it is known: block diffusion at S = 16 and 4 with the batch that
-was given and with the largest of its doubles that fits, and beside S = 16, at the same batch, what
-the paper compares: two passes instead of one, SDPA with the dense mask instead of FlexAttention,
-plain diffusion (S = L, without a clean stream), and the authors' code.
+One row a step, printed as soon as it is known: block diffusion at S = 16, beside it, at the same
+batch, what the paper compares: two passes instead of one, SDPA with the dense mask instead of
+FlexAttention, plain diffusion (S = L, without a clean stream), and the authors' code; then compiled
+layers (`train.compile`) at S = 16 and 4, with that batch and the largest of its doubles that fits.
 
 Weights are float32 under autocast. AdamW's update comes after every step and is not timed; the
 first steps, which compile FlexAttention, are left out. FLOP are those that the step needs: what a
@@ -195,6 +195,14 @@ def one_pass_sdpa(model: Any, batch: Corrupted, clean_BL: torch.Tensor) -> torch
     """The same loss with PyTorch's attention and the whole mask."""
     with patch.object(transformer, "attend", dense_sdpa):
         return one_pass(model, batch, clean_BL)
+
+
+def compiled_model(config: BlockDiffusionConfig) -> BlockDiffusionModel:
+    """Ours with compiled layers."""
+    model = generic_model(config)
+    for layer in model.layers:
+        layer.compiled = True
+    return model
 
 
 def authors_loss(model: Any, batch: Corrupted, clean_BL: torch.Tensor) -> torch.Tensor:
@@ -437,7 +445,7 @@ def compare(table: Table, place: Place, batch: int, checkout: Path | None) -> No
     """All rows, the one that takes longest to compile at the end."""
     paper, short = place.config(16), place.config(4)
     plain = place.config(paper.seq_len)
-    found = [table.try_each(Step("block diffusion", paper, batch))]
+    table.try_each(Step("block diffusion", paper, batch))
     table.try_each(Step("two passes", paper, batch, two_passes))
     table.try_each(Step("SDPA, dense mask", paper, batch, one_pass_sdpa))
     table.try_each(Step("plain diffusion", plain, batch))
@@ -447,8 +455,9 @@ def compare(table: Table, place: Place, batch: int, checkout: Path | None) -> No
         step = Step("authors' code, SDPA", paper, batch, authors_loss, build)
         plainer = replace(step, name=f"{step.name}, no TorchScript", loss=unscripted_authors_loss)
         theirs = table.try_each(step, plainer)
-    found.append(table.try_each(Step("block diffusion", short, batch)))
-    for known in found:
+    for config in (paper, short):
+        name = "block diffusion, compiled"
+        known = table.try_each(Step(name, config, batch, network=compiled_model))
         if known is not None:
             table.add_largest(*known)
     if checkout is not None and theirs is not None:

@@ -4,11 +4,17 @@ import copy
 
 import pytest
 import torch
+from scipy import stats
 
 import blockdiffusion
 from blockdiffusion import Engine
+from blockdiffusion.attention import attend
+from blockdiffusion.denoiser import masked_loss
+from blockdiffusion.masks import Streams
 from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.objectives import exclude_mask_token_
 from blockdiffusion.sampling.engine import Finished
+from blockdiffusion.sampling.logits import Filters, draw_tokens, filtered_probs
 from tests.sampling.laws import DRAWS, FALSE_ALARM, law_of, p_value, seeded
 
 pytestmark = [
@@ -27,9 +33,36 @@ def test_a_checkpoint_has_its_logits(bd3lm, bd3lm_expected):
     assert (found - bd3lm_expected["train_logits"]).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "length, block_size",
+    [(length, size) for length in (1024, 4096) for size in (1, 4, 8, 16, 128, length)],
+)
+def test_flex_attention_equals_the_dense_oracle(length, block_size, dtype):
+    """Forward and backward; the oracle in float32, of the same rounded numbers."""
+    streams = Streams(length, block_size, has_clean=block_size < length)
+    draw = torch.Generator("cuda").manual_seed(0)
+    shape = (1, 2, streams.num_tokens, 64)
+    q, k, v, weight = (
+        torch.randn(shape, generator=draw, device="cuda").to(dtype) for _ in range(4)
+    )
+
+    def results(backend, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, streams, backend)
+        gradients = torch.autograd.grad((out * weight.to(dtype)).sum(), inputs)
+        return [x.detach().float() for x in (out, *gradients)]
+
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    for found, expected in zip(
+        results("flex", dtype), results("dense", torch.float32), strict=True
+    ):
+        assert (found - expected).norm() < tolerance * expected.norm()
+
+
 @torch.no_grad()
 def test_padding_changes_no_logits(make_model, random_ids):
-    model, ids = make_model(seq_len=128, num_layers=3).float(), random_ids(2, 128)
+    model, ids = make_model(seq_len=128, width=64, num_layers=3).float(), random_ids(2, 128)
     noisy = ids[:, None].masked_fill(ids[:, None] % 3 == 0, model.config.mask_id)
     valid = torch.arange(128)[None] < torch.tensor([[128], [90]])
     model.attention_backend = "dense"
@@ -64,15 +97,71 @@ def test_the_engine_keeps_the_law(tiny_law, tiny_law_expected):
 
 @pytest.mark.parametrize("policy", [
     dict(policy="ancestral", steps=3), dict(policy="confidence", tokens_per_step=2),
-    dict(policy="entropy", threshold=0.5), dict(policy="remask", steps=5), dict(top_p=0.8),
+    dict(policy="entropy", threshold=0.5), dict(policy="remask", steps=5),
+    dict(window=8), dict(eos=False),
 ])  # fmt: skip
-def test_every_policy_samples_what_a_cpu_samples(make_model, policy):
-    """In float64, where rounding changes no draw."""
+@pytest.mark.parametrize("recorded", [False, True])
+def test_every_policy_samples_what_a_cpu_samples(make_model, policy, recorded):
+    """In float64, where rounding changes no draw; passes one kernel at a time, and as graphs."""
     model = make_model()
+    on_gpu = copy.deepcopy(model).cuda()
+    on_gpu = sampling_copy(on_gpu) if recorded else on_gpu
+    assert on_gpu.records_passes == recorded
     results = [
         blockdiffusion.generate(
-            on_device, [[1, 2, 3], []], 3, max_new_tokens=17, generator=seeded(), **policy
-        ).sequences
-        for on_device in (copy.deepcopy(model), model.cuda())
+            on_device, [[1, 2, 3], []], 3, max_new_tokens=41, generator=seeded(), **policy
+        ).sequences.cpu()
+        for on_device in (model, on_gpu)
     ]
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("filters", [
+    {}, dict(top_p=0.8), dict(top_p=0.8, top_p_rule="authors"), dict(top_k=5, temperature=0.7),
+])  # fmt: skip
+@pytest.mark.parametrize("rows", [500, 2])
+def test_draws_keep_their_law(filters, rows):
+    """Many draws at once, and one after another (recorded); chi-square, false alarms 1e-4."""
+    filters, draw = Filters(**filters), seeded()
+    logits = torch.randn(12, generator=draw, dtype=torch.float64)
+    law = filtered_probs(exclude_mask_token_(logits.clone()[None], 11).softmax(-1), filters)[0]
+    counts = torch.zeros(12, dtype=torch.float64)
+    for _ in range(4000 // rows):
+        given = logits.cuda().expand(rows, -1).clone()
+        tokens, probs = draw_tokens(given, 11, filters, draw)
+        counts += torch.bincount(tokens.cpu(), minlength=12)
+        kept = exclude_mask_token_(logits.clone(), 11).softmax(-1)[tokens.cpu()]
+        assert torch.allclose(probs.cpu(), kept)
+    inside = law > 0
+    assert counts[~inside].sum() == 0
+    expected = law[inside] * counts.sum()
+    assert stats.chisquare(counts[inside], expected).pvalue > FALSE_ALARM
+
+
+def test_the_autoregressive_baseline_samples_what_a_cpu_samples(make_ar):
+    model = make_ar()
+    on_gpu = sampling_copy(copy.deepcopy(model).cuda())
+    assert on_gpu.records_passes
+    results = [
+        blockdiffusion.generate(
+            on_device, [[1, 2, 3], []], 3, max_new_tokens=30, generator=seeded()
+        ).sequences.cpu()
+        for on_device in (model, on_gpu)
+    ]
+    assert torch.equal(*results)
+
+
+def test_compiled_layers_have_the_same_gradients(make_model, random_ids):
+    """In float32, and with flex attention in both."""
+    model = make_model(width=64, num_layers=3, seq_len=128).float().cuda().train()
+    clean = random_ids(2, 128).cuda()
+    noisy = clean[:, None].masked_fill(clean[:, None] % 3 == 0, model.config.mask_id)
+    weight = torch.rand(2, 1, 128, generator=seeded()).cuda()
+    results = []
+    for compiled in (False, True):
+        for layer in model.layers:
+            layer.compiled = compiled
+        loss = masked_loss(model, noisy, clean, weight)
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() < 1e-3 * expected.norm() + 1e-6

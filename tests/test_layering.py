@@ -8,7 +8,7 @@ import blockdiffusion
 
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
-    ["errors"],
+    ["errors", "recording"],
     ["seeding", "ranks", "devices", "hardware", "schedules", "masks", "objectives", "cache"],
     ["corruption", "attention", "denoiser"],
     ["diffusions", "costs"],

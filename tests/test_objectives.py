@@ -3,6 +3,7 @@ import torch
 
 from blockdiffusion.denoiser import masked_nll
 from blockdiffusion.objectives import (
+    Pieces,
     log_score,
     prior_kl,
     score_entropy,
@@ -44,8 +45,8 @@ def test_masked_nll_is_zero_where_nothing_is_masked(make_model, random_ids):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("most_logits", [1, 33, 10_000])
-def test_the_loss_in_pieces_is_the_weighted_sum_with_its_gradients(most_logits, bias):
+@pytest.mark.parametrize("pieces", [(1, 1), (33, 1), (10_000, 1), (33, 8), (10_000, 64)])
+def test_the_loss_in_pieces_is_the_weighted_sum_with_its_gradients(pieces, bias):
     generator = torch.Generator().manual_seed(2)
     output = torch.nn.Linear(5, 11, bias=bias, dtype=torch.float64)
     hidden = torch.randn(7, 5, generator=generator, dtype=torch.float64).requires_grad_()
@@ -54,13 +55,14 @@ def test_the_loss_in_pieces_is_the_weighted_sum_with_its_gradients(most_logits, 
     inputs = [hidden, *output.parameters()]
     expected = (weight * subs_nll(output(hidden), target, mask_id=10)).sum()
     gradients = torch.autograd.grad(3 * expected, inputs)
-    loss = weighted_subs_nll(hidden, output, target, weight, 10, most_logits=most_logits)
+    loss = weighted_subs_nll(hidden, output, target, weight, 10, pieces=Pieces(*pieces))
     torch.testing.assert_close(loss, expected)
     for found, wanted in zip(torch.autograd.grad(3 * loss, inputs), gradients, strict=True):
         torch.testing.assert_close(found, wanted)
 
 
-def test_the_loss_in_pieces_computes_under_autocast_what_the_logits_would():
+@pytest.mark.parametrize("aligned", [1, 64])
+def test_the_loss_in_pieces_computes_under_autocast_what_the_logits_would(aligned):
     generator = torch.Generator().manual_seed(3)
     output = torch.nn.Linear(16, 33)
     hidden = torch.randn(9, 16, generator=generator).requires_grad_()
@@ -68,7 +70,7 @@ def test_the_loss_in_pieces_computes_under_autocast_what_the_logits_would():
     inputs = [hidden, *output.parameters()]
     with torch.autocast("cpu", torch.bfloat16):
         expected = (weight * subs_nll(output(hidden).float(), target, mask_id=32)).sum()
-        loss = weighted_subs_nll(hidden, output, target, weight, 32, most_logits=100)
+        loss = weighted_subs_nll(hidden, output, target, weight, 32, pieces=Pieces(100, aligned))
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=2e-3, atol=0)
     gradients = torch.autograd.grad(expected, inputs)

@@ -27,6 +27,7 @@ from blockdiffusion.masks import Streams, dense_mask, stream_predicate
 
 Backend = Literal["dense", "chunked", "flex"]
 BlockMasks = dict[int, Any]  # FlexAttention's, of a pass with padding, by the number of queries
+LAYOUTS = 64  # that a process compiles FlexAttention for, at most
 CHUNK = 128  # tokens of a query chunk; measured best between 64 and 256 at L = 1024 on CPU
 
 
@@ -77,7 +78,10 @@ def attend_cached(
     v_BHKE: torch.Tensor,
     mask_BTK: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of new tokens over the keys of a cache; `mask_BTK` True = visible, None = all."""
+    """Attention of new tokens over the keys of a cache.
+
+    `mask_BTK` is True where a key is visible, or what is added to its score; None = all are.
+    """
     mask = None if mask_BTK is None else mask_BTK[:, None]
     return F.scaled_dot_product_attention(q_BHTE, k_BHKE, v_BHKE, attn_mask=mask)
 
@@ -282,8 +286,12 @@ def _flex_block_mask(streams: Streams, queries: int, device: torch.device):
 
 @lru_cache(maxsize=1)
 def _compiled_flex():
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
+    # Every layout is compiled for itself; after 8 PyTorch would give up, and compute slowly.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, LAYOUTS)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -13,6 +13,10 @@ from typing import NamedTuple
 
 import torch
 
+from blockdiffusion.recording import Recorder
+
+SLOTS = 256  # passes of one kind read as many slots, or a multiple; see `BlockCache.static_used`
+
 
 class Placement(NamedTuple):
     """Rows and slots of a pass's tokens, on the cache's device; `straight` is the slice of
@@ -48,6 +52,7 @@ class BlockCache:
     Attributes:
         lengths_B: committed tokens of every row, int64 on the CPU.
         capacity: tokens a row can hold at a time.
+        recorder: of passes over this storage; None = each pass starts its own kernels.
     """
 
     def __init__(
@@ -60,12 +65,14 @@ class BlockCache:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        recorder: Recorder | None = None,
     ):
         shape = (batch, num_heads, capacity, head_width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.lengths_B = torch.zeros(batch, dtype=torch.long)
         self.capacity = capacity
+        self.recorder = recorder
 
     @property
     def uniform(self) -> bool:
@@ -93,6 +100,17 @@ class BlockCache:
     def _used(self, num_tokens_B: int | torch.Tensor) -> int:
         """Slots in use by any row once so many more are written."""
         return min(self.capacity, int((self.lengths_B + num_tokens_B).max()))
+
+    def static_used(self, num_tokens: int) -> int:
+        """`Placement.used` of a pass over so many tokens of every row, rounded up: the same for
+        many passes."""
+        return min(self.capacity, -(-self._used(num_tokens) // SLOTS) * SLOTS)
+
+    def place_static(self, lengths_B: torch.Tensor, num_tokens: int, used: int) -> Placement:
+        """`place`, from lengths on the cache's device: without a look at their values."""
+        column_T = torch.arange(num_tokens, device=lengths_B.device)
+        rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
+        return Placement(rows_B1, (lengths_B[:, None] + column_T) % self.capacity, None, used)
 
     def write(
         self, layer: int, k_BHTE: torch.Tensor, v_BHTE: torch.Tensor, place: Placement
@@ -122,10 +140,9 @@ class BlockCache:
 
         Positions are those after the next `num_tokens_B` tokens were written.
         """
-        slot = torch.arange(self._used(num_tokens_B))
-        end_B1 = (self.lengths_B + num_tokens_B)[:, None]
-        latest = end_B1 - 1 - (end_B1 - 1 - slot) % self.capacity
-        return latest.clamp(min=-1)
+        return held_positions(
+            self.lengths_B + num_tokens_B, self._used(num_tokens_B), self.capacity
+        )
 
     def commit(self, num_tokens_B: torch.Tensor | int) -> None:
         """Makes the first `num_tokens_B` of the tokens just written part of the cache."""
@@ -157,3 +174,13 @@ class BlockCache:
         self.keys = [x[rows.to(x.device)] for x in self.keys]
         self.values = [x[rows.to(x.device)] for x in self.values]
         self.lengths_B = self.lengths_B[rows]
+        if self.recorder is not None:
+            self.recorder.forget()
+
+
+def held_positions(ends_B: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    """Position held by each of the first `used` slots, (B, used), once all before `ends_B` were
+    written; -1 where a row's slot is empty."""
+    slot = torch.arange(used, device=ends_B.device)
+    last_B1 = ends_B[:, None] - 1
+    return (last_B1 - (last_B1 - slot) % capacity).clamp(min=-1)

@@ -608,8 +608,8 @@ def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
     init_from = recipe.model.init_from
     sections["model"]["init_from"] = None if init_from is None else public_name(init_from)
     # What is of this machine tells nobody anything.
-    of_machine = ("device", "threads", "micro_batch_size", "activation_checkpointing", "parallel")
-    for name in ("steps", *of_machine):
+    memory = ("micro_batch_size", "activation_checkpointing", "parallel")
+    for name in ("steps", "device", "threads", "compile", *memory):
         del sections["train"][name]
     names = [
         Path(source["name"]).name if "size" in source else source["name"].partition(":")[0]

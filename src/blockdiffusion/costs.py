@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from blockdiffusion.attention import CHUNK
 from blockdiffusion.masks import Streams
+from blockdiffusion.objectives import CPU_PIECES, GPU_PIECES
 
 AttentionKind = Literal["dense", "chunked", "flex", "causal", "needed"]
 Dtype = Literal["float32", "bf16"]
@@ -28,7 +29,6 @@ FREQUENCIES = 256  # features of the time embedding
 BYTES = {"float32": 4, "bf16": 2}
 # Attention's gradient makes the scores again: five products for the forward pass's two.
 ATTENTION_BACKWARD = 2.5
-MOST_LOGITS_BYTES = 2**24 * 4  # that the masked loss holds at a time (`objectives.LOGITS`)
 DRAW_BYTES = 32  # read and written for each logit of a drawn token: softmax, filters, sum
 
 
@@ -527,7 +527,8 @@ def _loss_bytes(network: Network, p: Pass, layout: Layout) -> float:
     vocab, width, short = network.vocab_size, network.width, BYTES[layout.dtype]
     if not layout.fused_loss:  # logits, and three more of their kind in the softmax
         return p.scored * vocab * (3 * 4 + short)
-    logits = min(MOST_LOGITS_BYTES, 4 * p.scored * vocab)
+    pieces = GPU_PIECES if layout.cuda else CPU_PIECES
+    logits = 4 * min(pieces.most_logits, p.scored * vocab)
     rounded = 2 * logits * short / 4 if layout.dtype == "bf16" else 0
     gradients = 4 * (vocab * width + vocab) + 2 * short * p.scored * width
     copies = 2 * vocab * width + 4 * vocab * width if layout.dtype == "bf16" else 0

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-LOGITS = 2**24  # logits that a loss holds at a time (64 MB in float32)
+
+class Pieces(NamedTuple):
+    """How `weighted_subs_nll` makes its logits.
+
+    Attributes:
+        most_logits: so many at a time.
+        aligned: rows of logits are filled up to a multiple of it by tokens without probability.
+    """
+
+    most_logits: int
+    aligned: int
+
+
+CPU_PIECES = Pieces(2**24, 1)  # 64 MB in float32
+# 1 GB: small products are slow there, and rows that begin at any multiple of 2 bytes.
+GPU_PIECES = Pieces(2**28, 64)
 
 
 def exclude_mask_token_(logits: torch.Tensor, mask_id: int) -> torch.Tensor:
@@ -34,19 +49,22 @@ def weighted_subs_nll(
     weight_M: torch.Tensor,
     mask_id: int,
     *,
-    most_logits: int = LOGITS,
+    pieces: Pieces | None = None,
 ) -> torch.Tensor:
     """Sum over M masked positions of weight times -log p(target): a scalar in nats, in float32.
 
     The same number, and the same gradients, as `subs_nll` of the logits `output(hidden_MD)`, but
-    no more than `most_logits` logits exist at a time: they are made a few rows after another, and
-    the gradient of those rows is computed at once, since the weights are known. Logits of a large
-    vocabulary are most of the memory of a training step, and filling fresh memory takes time.
+    few of them exist at a time, as `pieces` says (None: what suits the device): they are made a few
+    rows after another, and the gradient of those rows is computed at once, since the weights are
+    known. Logits of a large vocabulary are most of the memory of a training step, and filling fresh
+    memory takes time.
 
     Differentiable once, in `hidden_MD` and the parameters of `output`.
     """
+    if pieces is None:
+        pieces = GPU_PIECES if hidden_MD.device.type == "cuda" else CPU_PIECES
     loss = _WeightedSubsNll.apply(
-        hidden_MD, output.weight, output.bias, target_M, weight_M, mask_id, most_logits
+        hidden_MD, output.weight, output.bias, target_M, weight_M, mask_id, pieces
     )
     assert isinstance(loss, torch.Tensor)
     return loss
@@ -67,20 +85,24 @@ class _WeightedSubsNll(torch.autograd.Function):
         target_M: torch.Tensor,
         weight_M: torch.Tensor,
         mask_id: int,
-        most_logits: int,
+        pieces: Pieces,
     ) -> torch.Tensor:
         device = hidden_MD.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_MD.dtype
         exact = torch.promote_types(dtype, torch.float32)  # of the softmax, and of all sums
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_MD, weight_VD, bias_V)]
+        vocab = len(weight_VD)
         hidden_MD, weight_VD = hidden_MD.to(dtype), weight_VD.to(dtype)
+        if spare := -vocab % pieces.aligned:
+            weight_VD = F.pad(weight_VD, (0, 0, 0, spare))
+            bias_V = None if bias_V is None else F.pad(bias_V, (0, spare))
         wanted = ctx.needs_input_grad[:3]
         grad_MD = torch.empty_like(hidden_MD) if wanted[0] else None
         grad_VD = torch.zeros_like(weight_VD, dtype=exact) if wanted[1] else None
         grad_V = torch.zeros_like(weight_VD[:, 0], dtype=exact) if wanted[2] else None
         loss = torch.zeros((), dtype=exact, device=hidden_MD.device)
-        rows = min(len(target_M), max(1, most_logits // len(weight_VD)))
+        rows = min(len(target_M), max(1, pieces.most_logits // len(weight_VD)))
         logits_RV = torch.empty(rows, len(weight_VD), dtype=exact, device=hidden_MD.device)
         with torch.autocast(device, enabled=False):
             for first in range(0, len(target_M), max(1, rows)):
@@ -90,6 +112,7 @@ class _WeightedSubsNll(torch.autograd.Function):
                 logits_RV = logits_RV[: len(target_R)]
                 _linear_into(logits_RV, hidden_RD, weight_VD, bias_V)
                 exclude_mask_token_(logits_RV, mask_id)
+                logits_RV[:, vocab:] = -math.inf
                 logits_RV -= logits_RV.amax(1, keepdim=True)
                 of_target_R = logits_RV.gather(1, target_R)
                 total_R = logits_RV.exp_().sum(1, keepdim=True)
@@ -106,7 +129,11 @@ class _WeightedSubsNll(torch.autograd.Function):
                         grad_VD += short_RV.T @ hidden_RD
                     if grad_V is not None:
                         grad_V += logits_RV.sum(0)
-        ctx.grads = (grad_MD, grad_VD, grad_V)
+        ctx.grads = (
+            grad_MD,
+            None if grad_VD is None else grad_VD[:vocab],
+            None if grad_V is None else grad_V[:vocab],
+        )
         return loss
 
     @staticmethod

@@ -185,7 +185,7 @@ def test_processes_are_of_their_own_and_can_be_interrupted(tmp_path, monkeypatch
         f"#!{sys.executable}\nimport os, sys, time\n"
         "threads, leads = os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid()\n"
         "print(sys.argv[1:], threads, leads, flush=True)\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
+        "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
     )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blockdiffusion.sampling.nucleus import Nucleus, sorted_nuclei
+from blockdiffusion.sampling.nucleus import Nucleus, draw_from_sorted, sorted_nuclei
 
 
 # Nearly flat (where the library's sums in float32 go wrong), usual, peaked.
@@ -74,3 +74,17 @@ def test_draws_have_the_law_of_the_nucleus(rule, dtype, scale):
         shares_V = torch.bincount(ids, minlength=30) / points
         assert (shares_V - expected_V).abs().max() <= 1.001 / points
         assert expected_V[nucleus.draw(1 - 2**-53)] > 0 and expected_V[nucleus.draw(0.0)] > 0
+
+
+@pytest.mark.parametrize("rule", ["transformers", "authors"])
+@pytest.mark.parametrize("top_p", [0.05, 0.7, 0.95])
+def test_draws_from_the_sorted_list_have_its_law(rule, top_p):
+    """Numbers on a fine grid in [0, 1) meet every token as often as its probability says."""
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    logits[7] = float("-inf")
+    prob, grid = logits.softmax(-1), torch.arange(20_000, dtype=torch.float64) / 20_000
+    tokens = draw_from_sorted(prob.expand(len(grid), -1), top_p, rule, grid)
+    found = torch.bincount(tokens, minlength=30) / len(grid)
+    kept, ids = sorted_nuclei(prob[None], top_p, rule)
+    expected = torch.zeros(30, dtype=torch.float64).scatter(0, ids[0], kept[0] / kept.sum())
+    assert (found - expected).abs().max() <= 1.01 / len(grid)

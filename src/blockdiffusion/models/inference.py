@@ -7,6 +7,7 @@
   read: the same numbers, in half of the time where few rows are multiplied.
 * With `int8` the weights of all linear layers are stored in 8 bits, one scale per output, and
   inputs are rounded to 7 bits, one scale per pass: an approximation, for CPUs.
+* On a GPU the kernels of a pass over the cache are recorded, and started together.
 
 The copy samples, and scores; it is not trained or saved.
 """
@@ -57,6 +58,7 @@ def sampling_copy(model: BlockDiffusionModel, *, int8: bool = False) -> BlockDif
         _replace(made, Int8Linear)
     elif _packs(model):
         _replace(made, PackedLinear)
+    made.records_passes = model.device.type == "cuda"
     return made.eval()
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -38,11 +38,12 @@ from blockdiffusion.attention import (
     ragged_groups,
     resolve_backend,
 )
-from blockdiffusion.cache import BlockCache
+from blockdiffusion.cache import BlockCache, held_positions
 from blockdiffusion.corruption import Transition
 from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, decode_predicate
+from blockdiffusion.recording import Recorder
 from blockdiffusion.schedules import make_schedule
 
 NORM_EPS = 1e-5
@@ -190,6 +191,9 @@ def rotary_tables(
 def rotate(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
     cos, sin = cos.to(x_BHTE.dtype), sin.to(x_BHTE.dtype)
+    if torch.compiler.is_compiling():  # which makes one kernel of it
+        x1, x2 = x_BHTE.chunk(2, dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
     if torch.is_grad_enabled():
         return _Rotation.apply(x_BHTE, cos, sin)
     return _rotated(x_BHTE, cos, sin)  # without autograd's overhead: most of it, for few tokens
@@ -331,7 +335,14 @@ def attended(
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each with its norm, its modulation and its gate."""
+    """Attention and MLP, each with its norm, its modulation and its gate.
+
+    Attributes:
+        compiled: whether what stands before and behind attention is compiled, so that its small
+            operations become few: for training on GPUs.
+    """
+
+    compiled = False
 
     def __init__(self, config: BlockDiffusionConfig):
         super().__init__()
@@ -367,20 +378,51 @@ class Layer(nn.Module):
 
         With `kept`, that of these tokens (see `take`): the others give keys and values only.
         """
-        modulation = self.modulate(cond)
-        h_BTD = self.attn_norm(x_BTD, modulation[0], modulation[1])
-        out = self.attn_out(
-            attended(split_heads(self.attn_qkv(h_BTD), self.num_heads, rotary), read, kept)
+        before, behind = _compiled_parts() if self.compiled else (Layer._heads, Layer._behind)
+        shift, scale, *modulation = self.modulate(cond)
+        out = attended(before(self, x_BTD, shift, scale, rotary), read, kept)
+        if kept.place is not None:  # another number of tokens in each pass: compiled for each
+            behind = Layer._behind
+        modulation = [take(m, kept) if m.shape[:-1].numel() > 1 else m for m in modulation]
+        return behind(self, take(x_BTD, kept), out, *modulation)
+
+    def _heads(
+        self,
+        x_BTD: torch.Tensor,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """What attention reads; see `split_heads`."""
+        return split_heads(
+            self.attn_qkv(self.attn_norm(x_BTD, shift, scale)), self.num_heads, rotary
         )
-        modulation = tuple(take(m, kept) if m.shape[:-1].numel() > 1 else m for m in modulation)
-        _, _, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x_BTD = torch.addcmul(take(x_BTD, kept), attn_gate, self._drop(out))
-        h_BTD = self.mlp_norm(x_BTD, mlp_shift, mlp_scale)
-        out = self.mlp_out(self.mlp_in(h_BTD))
-        return torch.addcmul(x_BTD, mlp_gate, self._drop(out))
+
+    def _behind(
+        self,
+        x_BTD: torch.Tensor,
+        out_BTD: torch.Tensor,
+        attn_gate: torch.Tensor,
+        mlp_shift: torch.Tensor,
+        mlp_scale: torch.Tensor,
+        mlp_gate: torch.Tensor,
+    ) -> torch.Tensor:
+        """The residual stream after this layer, from the one before and what attention gave."""
+        x_BTD = torch.addcmul(x_BTD, attn_gate, self._drop(self.attn_out(out_BTD)))
+        out_BTD = self.mlp_out(self.mlp_in(self.mlp_norm(x_BTD, mlp_shift, mlp_scale)))
+        return torch.addcmul(x_BTD, mlp_gate, self._drop(out_BTD))
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+@lru_cache(maxsize=1)
+def _compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Those of all layers, whose weights are inputs; compiled once for each shape."""
+    return (
+        torch.compile(Layer._heads, dynamic=False),
+        torch.compile(Layer._behind, dynamic=False),
+    )
 
 
 # --- the model -------------------------------------------------------------------------------
@@ -395,6 +437,8 @@ class BlockDiffusionModel(PreTrainedModel):
         attention_backend: "dense", "chunked" or "flex"; None = the default of the device.
         activation_checkpointing: whether gradients keep only what enters the layers, and compute
             these again: less memory, a third more work, the same numbers.
+        records_passes: whether the kernels of passes over a cache are recorded and started
+            together (a CUDA graph; see `recording`). `inference.sampling_copy` decides.
     """
 
     config_class = BlockDiffusionConfig
@@ -407,6 +451,7 @@ class BlockDiffusionModel(PreTrainedModel):
         self.tokenizer = None
         self.attention_backend: str | None = None
         self.activation_checkpointing = False
+        self.records_passes = False
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.time = TimeEmbedding(config.cond_dim) if config.adaln else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))  # type: ignore
@@ -630,6 +675,7 @@ class BlockDiffusionModel(PreTrainedModel):
             capacity,
             dtype=self.dtype,
             device=self.device,
+            recorder=Recorder() if self.records_passes else None,
         )
 
     def decode(
@@ -651,6 +697,8 @@ class BlockDiffusionModel(PreTrainedModel):
             wanted: rows and columns (M,) of the tokens whose states are returned, as (M, D).
         """
         self._require(autoregressive=False)
+        if cache.recorder is not None and wanted is not None and isinstance(num_clean, int):
+            return self._decode_recorded(ids_BT, num_clean, cache, window, sigma_B, wanted)
         hidden = self._decode(ids_BT, num_clean, cache, window, sigma_B, wanted)
         return hidden if wanted is None else hidden[0]
 
@@ -713,6 +761,10 @@ class BlockDiffusionModel(PreTrainedModel):
         """
         self._require(autoregressive=True)
         # Clean blocks of one token: a token sees those up to itself.
+        if cache.recorder is not None and ids_BT.shape[1] == 1:
+            row_B = torch.arange(len(ids_BT), device=ids_BT.device)
+            first = (row_B, torch.zeros_like(row_B))
+            return self._decode_recorded(ids_BT, 1, cache, window, None, first)[:, None]
         return self._decode(ids_BT, ids_BT.shape[1], cache, window, None, None)
 
     def _decode(
@@ -745,6 +797,66 @@ class BlockDiffusionModel(PreTrainedModel):
             return attend_cached(q, keys, values, mask)
 
         return self._run_layers(x_BTD, cond, rotary, read, Kept(place=wanted))
+
+    def _decode_recorded(
+        self,
+        ids_BT: torch.Tensor,
+        num_clean: int,
+        cache: BlockCache,
+        window: int | None,
+        sigma_B: torch.Tensor | None,
+        wanted: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """`decode` by the cache's recorder. What differs between two passes of a kind is in the
+        tensors `ids`, `lengths`, `places` (padded, so that there are few kinds) and `sigma`."""
+        assert cache.recorder is not None
+        number = len(wanted[0])
+        padded = 1 << max(0, number - 1).bit_length()
+        places_2M = ids_BT.new_zeros(2, padded)
+        places_2M[:, :number] = torch.stack(wanted)
+        used = cache.static_used(ids_BT.shape[1])
+        inputs = (ids_BT, cache.lengths_B.to(ids_BT.device), places_2M)
+        kind = (ids_BT.shape, num_clean, window, padded, used, sigma_B is None)
+        function = partial(self._decode_static, cache, num_clean, window, used)
+        sigma = () if sigma_B is None else (sigma_B,)
+        (hidden_MD,) = cache.recorder.run(kind, function, (*inputs, *sigma))
+        return hidden_MD[:number]
+
+    def _decode_static(
+        self,
+        cache: BlockCache,
+        num_clean: int,
+        window: int | None,
+        used: int,
+        ids_BT: torch.Tensor,
+        lengths_B: torch.Tensor,
+        places_2M: torch.Tensor,
+        sigma_B: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor]:
+        """`_decode` of rows that hold `lengths_B` tokens, without a look at any tensor's values;
+        (M, D). It reads the first `used` slots, filled or not."""
+        batch, tokens = ids_BT.shape
+        place = cache.place_static(lengths_B, tokens, used)
+        column_1T = torch.arange(tokens, device=ids_BT.device)[None]
+        position_BT = lengths_B[:, None] + column_1T
+        clean_1T = column_1T < num_clean
+        key_BK = held_positions(lengths_B + tokens, used, cache.capacity)
+        visible_BTK = self._visible(position_BT, clean_1T, key_BK, window)
+        # As what attention adds to its scores: made once, and not from booleans in every layer.
+        bias_BTK = torch.zeros_like(visible_BTK, dtype=self.dtype)
+        bias_BTK.masked_fill_(~visible_BTK, -math.inf)
+        cos, sin = rotary_tables(
+            position_BT, self.config.width // self.config.num_heads, self.dtype
+        )
+        sigma_B1 = None if sigma_B is None else sigma_B[:, None]
+        cond = self._decode_condition(sigma_B1, clean_1T.expand(batch, tokens))
+
+        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attend_cached(q, *cache.write(index, k, v, place), bias_BTK)
+
+        rotary = (cos[:, None], sin[:, None])
+        kept = Kept(place=(places_2M[0], places_2M[1]))
+        return (self._run_layers(self.embedding(ids_BT), cond, rotary, read, kept)[0],)
 
     def _decode_condition(
         self, sigma_BT: torch.Tensor | None, clean_BT: torch.Tensor

@@ -239,7 +239,7 @@ SMALL = Scale(
         "owt": replace(_OWT, batch_size=32),
     },
     model={"num_layers": 6, "width": 512, "num_heads": 8, "cond_dim": 128, "dropout": 0.1},
-    train={"dtype": "bf16", "seed": 1},
+    train={"dtype": "bf16", "compile": True, "seed": 1},
     optim=_PAPER_OPTIM
     | {"lr": 1e-3, "betas": [0.9, 0.99], "warmup_steps": 1000, "ema_decay": 0.9995},
     evaluation={"every": 2500, "rows": 512},
@@ -265,7 +265,7 @@ PAPER = Scale(
     about="the paper's recipe: 110M parameters, 65B tokens of LM1B, 524B of OpenWebText a model",
     texts={"lm1b": _LM1B, "owt": _OWT},
     model={"num_layers": 12, "width": 768, "num_heads": 12, "cond_dim": 128, "dropout": 0.1},
-    train={"dtype": "bf16", "seed": 1},
+    train={"dtype": "bf16", "compile": True, "seed": 1},
     optim=_PAPER_OPTIM,
     evaluation={"every": 10_000, "rows": 1024},
     checkpoint={"every": 5000},

@@ -45,7 +45,7 @@ def sample_next_tokens(
             logits_RV, model.config.mask_id, options.filters, generator
         )
         positions_R = state.ends_B[state.active]
-        yield StepEvent(0, state.active, positions_R, token_R.cpu(), confidence_R.cpu())
+        yield StepEvent(0, state.active, positions_R, token_R, confidence_R)
         yield state.append(token_R, options.eos_id)
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
 

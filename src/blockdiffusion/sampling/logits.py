@@ -6,14 +6,17 @@ Filters act on the denoiser's p(x0 | .), which gives the mask token probability 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import get_args
 
 import torch
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.objectives import exclude_mask_token_
-from blockdiffusion.sampling.nucleus import Nucleus, TopPRule, sorted_nuclei
+from blockdiffusion.recording import Recorder
+from blockdiffusion.sampling.nucleus import Nucleus, TopPRule, draw_from_sorted, sorted_nuclei
 
+RECORDED_LOGITS = 2**24  # draws from more are long enough, and recordings hold memory
 TEMPERATURES = (1e-3, 1e3)  # beyond them quotients of logits overflow, or nothing is left of them
 
 
@@ -58,39 +61,59 @@ def draw_tokens(
 
     The probabilities are those before filtering. The draw inverts the cumulative distribution in
     float64 with one uniform number per token (Gumbel noise in float32 over a large vocabulary
-    would lower the temperature: Zheng et al. 2024).
+    would lower the temperature: Zheng et al. 2024). `logits_MV` may be overwritten.
     """
+    draw = partial(_drawn, mask_id, filters)
+    uniform_M = _uniforms(len(logits_MV), generator).to(logits_MV.device)
+    if logits_MV.device.type != "cuda" or not 0 < logits_MV.numel() <= RECORDED_LOGITS:
+        return draw(logits_MV, uniform_M)
+    kind = (logits_MV.shape, logits_MV.dtype, logits_MV.device, mask_id, filters)
+    token_M, confidence_M = _recorded_draws().run(kind, draw, (logits_MV, uniform_M))
+    return token_M, confidence_M
+
+
+def _drawn(
+    mask_id: int, filters: Filters, logits_MV: torch.Tensor, uniform_M: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`draw_tokens` with given numbers in [0, 1)."""
     prob_MV = exclude_mask_token_(logits_MV, mask_id).softmax(-1)
     warm_MV = prob_MV if filters.temperature == 1 else (logits_MV / filters.temperature).softmax(-1)
     kept_MC, ids_MC = _top_k(warm_MV, filters.top_k)
-    if filters.top_p < 1 and kept_MC.device.type == "cpu":
-        choice_M = _draw_from_nuclei(kept_MC, filters, generator)
+    if filters.top_p == 1 or not len(kept_MC):
+        choice_M = _columns_at(kept_MC, uniform_M)
+    elif kept_MC.device.type == "cpu":
+        choice_M = _from_nuclei(kept_MC, filters, uniform_M)
     else:
-        kept_MC, ids_MC = _nuclei(kept_MC, ids_MC, filters)
-        choice_M = draw_columns(kept_MC, generator)
+        choice_M = draw_from_sorted(kept_MC, filters.top_p, filters.top_p_rule, uniform_M)
     token_M1 = choice_M[:, None] if ids_MC is None else ids_MC.gather(1, choice_M[:, None])
     return token_M1[:, 0], prob_MV.gather(1, token_M1)[:, 0]
 
 
+@lru_cache(maxsize=1)
+def _recorded_draws() -> Recorder:
+    """Of all samplers of this process: a draw is some thirty kernels."""
+    return Recorder(most=8)
+
+
 def draw_columns(weight_MC: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A column (M,) of every row, drawn in proportion to its weight by inversion in float64."""
+    return _columns_at(weight_MC, _uniforms(len(weight_MC), generator).to(weight_MC.device))
+
+
+def _columns_at(weight_MC: torch.Tensor, uniform_M: torch.Tensor) -> torch.Tensor:
     cumulative_MC = weight_MC.double().cumsum(-1)
-    uniform_M1 = _uniforms(len(weight_MC), generator)[:, None]
-    target_M1 = uniform_M1.to(weight_MC.device) * cumulative_MC[:, -1:]
+    target_M1 = uniform_M[:, None] * cumulative_MC[:, -1:]
     return torch.searchsorted(cumulative_MC, target_M1, right=True)[:, 0]
 
 
-def _draw_from_nuclei(
-    weight_MC: torch.Tensor, filters: Filters, generator: torch.Generator
+def _from_nuclei(
+    weight_MC: torch.Tensor, filters: Filters, uniform_M: torch.Tensor
 ) -> torch.Tensor:
-    """`draw_columns` from the nuclei of the rows."""
-    draws = [
+    """`_columns_at` of the nuclei of the rows."""
+    return torch.stack([
         Nucleus(weight_C, filters.top_p, filters.top_p_rule).draw(uniform)
-        for weight_C, uniform in zip(
-            weight_MC, _uniforms(len(weight_MC), generator).tolist(), strict=True
-        )
-    ]
-    return torch.stack(draws) if draws else torch.zeros(0, dtype=torch.long)
+        for weight_C, uniform in zip(weight_MC, uniform_M.tolist(), strict=True)
+    ])  # fmt: skip
 
 
 def _uniforms(count: int, generator: torch.Generator) -> torch.Tensor:

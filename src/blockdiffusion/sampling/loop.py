@@ -44,7 +44,10 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One pass: M tokens were decided, or changed. All tensors are (M,) on the CPU.
+    """One pass: M tokens were decided, or changed. All tensors are (M,).
+
+    `ids` and `confidences` are on the network's device, where a look at them waits for the pass;
+    the others are on the CPU.
 
     Where noise turns tokens into others (uniform D3PM), the first pass tells all tokens of the
     block, and later ones those that change: the last word on a position counts.
@@ -133,8 +136,8 @@ def denoise_block(
             step,
             state.active[row_M],
             state.starts_R[row_M] + slot_M,
-            changes.ids.cpu(),
-            changes.confidences.cpu(),
+            changes.ids,
+            changes.confidences,
         )
         if options.eos_id is not None:
             ended_R |= _decided_up_to_eos(

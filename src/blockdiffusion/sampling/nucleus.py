@@ -86,6 +86,26 @@ def sorted_nuclei(
     Returns:
         Probabilities in descending order, zero outside the nucleus, and their ids; both (M, V).
     """
+    prob_MV, ids_MV, _, inside_MV = _sorted(prob_MV, top_p, rule)
+    return prob_MV * inside_MV, ids_MV
+
+
+def draw_from_sorted(
+    prob_MV: torch.Tensor, top_p: float, rule: TopPRule, uniform_M: torch.Tensor
+) -> torch.Tensor:
+    """A token of each nucleus (M,): the inverse, in float64, of the cumulative distribution (from
+    the likely tokens to the unlikely ones) at numbers in [0, 1); for GPUs."""
+    _, ids_MV, reached_MV, inside_MV = _sorted(prob_MV, top_p, rule)
+    target_M1 = uniform_M[:, None] * reached_MV.where(inside_MV, 0.0).amax(1, keepdim=True)
+    place_M1 = torch.searchsorted(reached_MV, target_M1, right=True)
+    return ids_MV.gather(1, place_M1)[:, 0]
+
+
+def _sorted(
+    prob_MV: torch.Tensor, top_p: float, rule: TopPRule
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Probabilities in descending order, their ids, sums in float64 up to each, and which are in
+    the nucleus."""
     prob_MV, ids_MV = prob_MV.sort(dim=-1, descending=True, stable=True)
     reached_MV = prob_MV.double().cumsum(-1)
     limit_M1 = top_p * reached_MV[:, -1:]
@@ -94,4 +114,4 @@ def sorted_nuclei(
     else:
         inside_MV = reached_MV <= limit_M1
     inside_MV[:, 0] = True
-    return prob_MV * inside_MV, ids_MV
+    return prob_MV, ids_MV, reached_MV, inside_MV

@@ -217,6 +217,8 @@ class TrainOptions:
     """Rows of one forward and backward pass; null: the whole batch. It saves memory only."""
     activation_checkpointing: bool = False
     """Keep only what enters the layers, and compute them again in the backward pass."""
+    compile: bool = False
+    """On GPUs, make few of the layers' small operations (after some twenty seconds)."""
     seed: int = 0
     dtype: Literal["float32", "bf16"] = "float32"
     """bf16 is autocast, in training: weights, average, optimizer and evaluation are float32."""
@@ -332,6 +334,8 @@ def train(
     model.to(device)  # type: ignore  # transformers wraps it without types
     spread = spread_over(model, team, options.parallel)
     model.activation_checkpointing = options.activation_checkpointing
+    for layer in model.layers:
+        layer.compiled = options.compile and device.type == "cuda"
     optimizer = make_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay)
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)

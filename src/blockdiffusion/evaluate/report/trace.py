@@ -80,7 +80,7 @@ def trace_of_events(
             length = int(event.lengths[row])
         if isinstance(event, StepEvent):
             here = event.rows == row
-            columns = (event.positions, event.ids, event.confidences)
+            columns = (event.positions, event.ids.cpu(), event.confidences.cpu())
             decided.append((event.step, zip(*(c[here].tolist() for c in columns), strict=True)))
     steps = []
     for step, tokens in decided:
