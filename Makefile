@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 TORCH := 2.13.0
 DEMO := runs/demo
 
-.PHONY: demo test test-all check format bench install clean
+.PHONY: demo test test-all check format bench bench-gpu install clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -50,9 +50,16 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.machine
-	$(BIN)/python -m benchmarks.training_step
-	$(BIN)/python -m benchmarks.sampling_speed --tokens-per-step 1 2 4 --dtypes float32 int8
-	$(BIN)/python -m benchmarks.sampling_speed --tokens-per-step 1 4 --batches 8
+	$(BIN)/python -m benchmarks.training_step --dtypes float32 bfloat16
+	$(BIN)/python -m benchmarks.sampling_speed --tokens-per-step 1 2 4 --dtypes float32 bfloat16 int8
+	$(BIN)/python -m benchmarks.sampling_speed --tokens-per-step 1 4 --batches 8 16 --dtypes bfloat16
+	$(BIN)/python -m benchmarks.engine_speed
+	$(BIN)/python -m benchmarks.account
+
+# On a GPU: training steps, and sampling.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.training_gpu
+	$(BIN)/python -m benchmarks.sampling_gpu
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .pyrefly_cache

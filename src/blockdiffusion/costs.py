@@ -461,11 +461,16 @@ def activation_bytes(network: Network, p: Pass, layout: Layout) -> Activations:
         saved += kept * network.width * (4 + short)
     loss, copies = _loss_bytes(network, p, layout), 0.0
     if layout.dtype == "bf16":
-        matrices = [s for name, s in network.shapes() if len(s) == 2 and "layers." in name]
+        # The product behind the GELU makes its copy anew.
+        matrices = [
+            s
+            for name, s in network.shapes()
+            if len(s) == 2 and "layers." in name and "mlp_out" not in name
+        ]
         copies = 2 * sum(map(prod, matrices))
         if layout.checkpointing:  # in the backward pass those of one layer
             loss, copies = loss + copies * (layers - 1) / layers, copies / layers
-    working = again + read * network.width * (10 * short + 8)
+    working = again + read * network.width * (14 * short + 8)
     return Activations(saved=saved, copies=copies, loss=loss, working=working)
 
 
@@ -474,7 +479,7 @@ def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) ->
 
     In units of the width: before attention the residual stream (float32), the norm's output,
     queries, keys, and the product that the values are a part of (3); after it what attention gave;
-    the residual stream; the norm's output; the MLP before and after its nonlinearity (4 each); both
+    the residual stream; the norm's output; the MLP before its nonlinearity (4); both
     branches before their gates, where these are learned. Attention over streams keeps its output
     once more, in the order of the tokens; in chunks it keeps keys and values as they are for clean
     queries only, and copies for noisy ones. On a CPU in bf16 streams attend in float32: copies of
@@ -489,10 +494,11 @@ def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) ->
     dropped = (1 if layout.cuda else short) if network.dropout else 0
     chunked = p.attention == "chunked" and not network.autoregressive
     in_place = not chunked or (network.has_clean and not is_last)
-    keys_and_values = 2 * attended if lifted else 4 * short
-    before = width * (4 + short + keys_and_values * in_place) + 8
+    beside = 0 if lifted else short  # rotated keys share their storage with the queries
+    keys_and_values = (2 * attended if lifted else 4 * short) if in_place else beside
+    before = width * (4 + short + keys_and_values) + 8
     queries = (asked if lifted else read) * width * attended  # the copies are of what asks
-    numbers = 12 - network.autoregressive - 2 * (network.cond_dim is None)
+    numbers = 8 - network.autoregressive - 2 * (network.cond_dim is None)
     after = width * (4 + attended + numbers * short + 2 * dropped) + 8
     softmax = 4 * network.num_heads
     own = read * before + queries + asked * softmax + kept * after

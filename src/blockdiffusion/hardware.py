@@ -1,9 +1,8 @@
 """What devices can do: a table of public specifications, and this machine, measured.
 
 The figures of the table are those of the makers' data sheets: dense products (no sparsity) with
-float32 sums, without TF32, which PyTorch leaves off for float32 products. None of the assumed
-shares of a GPU has been measured with this package; those of a CPU were found on one, see
-docs/results/account.md.
+float32 sums, without TF32, which PyTorch leaves off for float32 products. The assumed shares were
+found on one GPU, an H100, and on one CPU, see docs/results/account.md.
 """
 
 from __future__ import annotations
@@ -35,20 +34,32 @@ class Shares:
         products: of its FLOP/s, in the products of training.
         attention: the same, in attention.
         traffic: of its bandwidth, between the products of training.
+        traffic_compiled: the same with `train.compile`.
         reading: of its bandwidth, when a network call in sampling reads the weights.
-        layer_seconds: to start the kernels of a layer in a network call. On a GPU that happens
-            while others run; on a CPU it comes besides.
+        call_products: of its FLOP/s, in the small products of a network call.
+        call_rows: of its bandwidth there, for keys, values and the logits that are drawn from.
+        layer_seconds: to start the kernels of a layer in a network call, all small ones besides. On
+            a GPU weights are read meanwhile; on a CPU it comes besides.
     """
 
     products: float
     attention: float
     traffic: float
+    traffic_compiled: float
     reading: float
+    call_products: float
+    call_rows: float
     layer_seconds: float
 
 
-GPU = Shares(products=0.6, attention=0.25, traffic=0.7, reading=0.6, layer_seconds=120e-6)
-CPU = Shares(products=1.0, attention=0.8, traffic=0.18, reading=0.45, layer_seconds=2e-3)
+GPU = Shares(
+    products=0.6, attention=0.25, traffic=0.38, traffic_compiled=0.6, reading=0.6,
+    call_products=0.31, call_rows=0.12, layer_seconds=100e-6,
+)  # fmt: skip
+CPU = Shares(
+    products=1.0, attention=0.8, traffic=0.18, traffic_compiled=0.18, reading=0.45,
+    call_products=1.0, call_rows=0.45, layer_seconds=2e-3,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

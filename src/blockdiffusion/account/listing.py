@@ -5,7 +5,7 @@ from __future__ import annotations
 from blockdiffusion.account import Account
 from blockdiffusion.account.sampling import SamplingAccount
 from blockdiffusion.account.training import TrainingAccount
-from blockdiffusion.hardware import Hardware
+from blockdiffusion.hardware import Hardware, Shares
 from blockdiffusion.terminal import amount
 
 
@@ -42,14 +42,24 @@ def _device_lines(device: Hardware) -> list[str]:
         _line(
             "assumed",
             f"{shares.products:.0%} of the peak in products, {shares.attention:.0%} in attention; "
-            f"of the bandwidth {shares.traffic:.0%}",
+            f"of the bandwidth {_traffic(shares)}",
         ),
         _line(
             "",
-            f"between products, {shares.reading:.0%} for reading weights; "
-            f"{_time(shares.layer_seconds)} to start a layer",
+            f"between them; in sampling {shares.call_products:.0%} of the peak; of the bandwidth "
+            f"{shares.reading:.0%} for weights,",
+        ),
+        _line(
+            "",
+            f"{shares.call_rows:.0%} for the rest; {_time(shares.layer_seconds)} to start a layer",
         ),
     ]
+
+
+def _traffic(shares: Shares) -> str:
+    """Compiled layers only where they are others."""
+    plain, compiled = shares.traffic, shares.traffic_compiled
+    return f"{plain:.0%}" + (f" (compiled {compiled:.0%})" if compiled != plain else "")
 
 
 def _training_lines(a: TrainingAccount) -> list[str]:

@@ -60,8 +60,8 @@ class SamplingAccount:
         flops: of an average call, over all rows. flops_per_token: of a new token.
         bytes_read: of an average call: weights, keys and values, and logits drawn from.
         weight_bytes_read: the weights among them.
-        seconds_call: of reading, arithmetic and starting kernels the longest on a GPU, where they
-            overlap; elsewhere their sum.
+        seconds_call: the sum of reading, arithmetic and starting kernels, but that on a GPU
+            weights are read while kernels start.
         seconds_reading, seconds_arithmetic, seconds_starting: those three.
         tokens_per_second: of all rows. seconds_row: for the whole texts.
         weights, cache, logits: bytes of memory. largest_batch: rows that fit; 0: not even one.
@@ -119,14 +119,16 @@ def sampling_account(
     calls = sum(times for *_, times in course)
     drawn = sum(scored * times for _, _, scored, times in course) / calls
     weights_read = read_bytes(network, dtype)
-    read = weights_read + cache_bytes(network, rows, 1, dtype) * keys_read / calls
-    read += DRAW_BYTES * rows * drawn * network.vocab_size
-    reading = read / (device.bandwidth * shares.reading)
+    of_rows = cache_bytes(network, rows, 1, dtype) * keys_read / calls
+    of_rows += DRAW_BYTES * rows * drawn * network.vocab_size
+    weights_seconds = weights_read / (device.bandwidth * shares.reading)
+    rows_seconds = of_rows / (device.bandwidth * shares.call_rows)
     # Products of 8 bits are not measured; they are not slower than those of float32.
     peak = device.flops["float32" if dtype == "int8" else dtype]
-    arithmetic = flops.total / calls / (peak * shares.products)
+    arithmetic = flops.total / calls / (peak * shares.call_products)
     starting = network.num_layers * shares.layer_seconds
-    seconds = (max if device.cuda else _sum)(reading, arithmetic, starting)
+    both = (max if device.cuda else _sum)(weights_seconds, starting)
+    seconds = both + rows_seconds + arithmetic
     speed = rows * length / (calls * seconds)
 
     weights = weight_bytes(network, dtype)
@@ -140,10 +142,10 @@ def sampling_account(
         tokens_per_forward=length / calls,
         flops=flops.times(1 / calls),
         flops_per_token=flops.total / (rows * length),
-        bytes_read=read,
+        bytes_read=weights_read + of_rows,
         weight_bytes_read=weights_read,
         seconds_call=seconds,
-        seconds_reading=reading,
+        seconds_reading=weights_seconds + rows_seconds,
         seconds_arithmetic=arithmetic,
         seconds_starting=starting,
         tokens_per_second=speed,

@@ -359,9 +359,10 @@ def _seconds(
     count = -(-rows // micro)
     products = (flops.layers + flops.head) / (peak * shares.products)
     attention = flops.attention / (peak * shares.attention)
-    traffic = training_traffic(network, passes(rows), layout) / (device.bandwidth * shares.traffic)
     # A micro-batch's gradient is added to the sum, and its bf16 weights are made anew.
-    traffic += count * 4 * 3 * network.parameters / (device.bandwidth * shares.traffic)
+    moved = training_traffic(network, passes(rows), layout) + count * 4 * 3 * network.parameters
+    share = shares.traffic_compiled if recipe.train.compile else shares.traffic
+    traffic = moved / (device.bandwidth * share)
     update = update_traffic(network, optimizer) / shards / (device.bandwidth * shares.reading)
     if recipe.optim.name == "muon":
         shapes = [s for n, s in network.shapes() if is_hidden_matrix(n, len(s))]

@@ -245,8 +245,43 @@ class Linear(nn.Linear):
 class LinearGelu(Linear):
     """A linear layer and the GELU behind it."""
 
+    def before(self, input: torch.Tensor) -> torch.Tensor:
+        """What the GELU is of."""
+        return super().forward(input)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.gelu(super().forward(input), approximate="tanh")
+        return F.gelu(self.before(input), approximate="tanh")
+
+
+def mlp(input: torch.Tensor, inner: LinearGelu, outer: Linear) -> torch.Tensor:
+    """outer(inner(input)). For a gradient the GELU is computed again, and not kept."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return outer(inner(input))
+    out = _GeluLinear.apply(inner.before(input), outer.weight, outer.bias)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+class _GeluLinear(torch.autograd.Function):
+    """linear(gelu(h)), in the type of h, which under autocast is the shorter one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(h, weight)
+        with torch.autocast(h.device.type, enabled=False):
+            return F.linear(F.gelu(h, approximate="tanh"), weight.to(h.dtype), bias.to(h.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h, weight = ctx.saved_tensors
+        grad = grads[0].reshape(-1, len(weight))
+        short = h.reshape(-1, h.shape[-1])
+        grad_weight = (grad.T @ F.gelu(short, approximate="tanh")).to(weight.dtype)
+        grad_bias = grad.sum(0, dtype=weight.dtype)
+        grad_h = torch.ops.aten.gelu_backward(grad @ weight.to(h.dtype), short, approximate="tanh")
+        return grad_h.view_as(h), grad_weight, grad_bias
 
 
 class Norm(nn.Module):
@@ -409,7 +444,8 @@ class Layer(nn.Module):
     ) -> torch.Tensor:
         """The residual stream after this layer, from the one before and what attention gave."""
         x_BTD = torch.addcmul(x_BTD, attn_gate, self._drop(self.attn_out(out_BTD)))
-        out_BTD = self.mlp_out(self.mlp_in(self.mlp_norm(x_BTD, mlp_shift, mlp_scale)))
+        h_BTD = self.mlp_norm(x_BTD, mlp_shift, mlp_scale)
+        out_BTD = mlp(h_BTD, self.mlp_in, self.mlp_out)
         return torch.addcmul(x_BTD, mlp_gate, self._drop(out_BTD))
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:

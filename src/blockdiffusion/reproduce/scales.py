@@ -285,7 +285,7 @@ PAPER = Scale(
     ),
     judge=GPT2_LARGE,
     spread=True,
-    flops=4e14,
+    flops=3e14,
 )
 
 SCALES = {scale.name: scale for scale in (TINY, SMALL, PAPER)}
