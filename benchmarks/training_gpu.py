@@ -200,8 +200,7 @@ def one_pass_sdpa(model: Any, batch: Corrupted, clean_BL: torch.Tensor) -> torch
 def compiled_model(config: BlockDiffusionConfig) -> BlockDiffusionModel:
     """Ours with compiled layers."""
     model = generic_model(config)
-    for layer in model.layers:
-        layer.compiled = True
+    model.compile_layers()
     return model
 
 

@@ -16,7 +16,10 @@ KINDS = {
 
 
 def test_layers_are_not_compiled_unless_asked(make_model):
-    assert not any(layer.compiled for layer in make_model().layers)
+    model = make_model()
+    assert not any(layer.compiled for layer in model.layers)
+    model.compile_layers()
+    assert all(layer.compiled for layer in model.layers)
 
 
 @pytest.mark.slow

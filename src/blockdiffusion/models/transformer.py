@@ -508,6 +508,11 @@ class BlockDiffusionModel(PreTrainedModel):
             parameter.data = parameter.data.clone()
         return loaded
 
+    def compile_layers(self) -> None:
+        """Lets PyTorch's compiler make few of the layers' small operations; see `Layer`."""
+        for layer in self.layers:
+            layer.compiled = True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The authors' initialisation: PyTorch's defaults; modulations and the output at zero.

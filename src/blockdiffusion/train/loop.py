@@ -334,8 +334,8 @@ def train(
     model.to(device)  # type: ignore  # transformers wraps it without types
     spread = spread_over(model, team, options.parallel)
     model.activation_checkpointing = options.activation_checkpointing
-    for layer in model.layers:
-        layer.compiled = options.compile and device.type == "cuda"
+    if options.compile and device.type == "cuda":
+        model.compile_layers()
     optimizer = make_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay)
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
