@@ -36,20 +36,21 @@ def blockdiff_lines():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A working folder like the one the README supposes: some notes, and the recipes."""
+    """A working folder like the one the README supposes: some notes, recipes, a trained model."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "notes").mkdir()
     text = "Once upon a time there was a small model. It read one block after another.\n\n"
     (folder / "notes" / "story.txt").write_text(text * 300)
     (folder / "notes" / "other.md").write_text("# Notes\n\nIt was the best of times.\n" * 100)
-    (folder / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "pretrained"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
 
 
 def test_the_commands_run_in_order(place, monkeypatch):
     monkeypatch.chdir(place)
     lines = blockdiff_lines()
-    assert [shlex.split(line)[1] for line in lines] == list(SMALLER)
+    assert [shlex.split(line)[1] for line in lines] == ["sample", *SMALLER]
     for line in lines:
         _, command, *arguments = shlex.split(line, comments=True)
         run = blockdiff(command, *arguments, *SMALLER[command])

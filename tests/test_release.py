@@ -87,14 +87,26 @@ def test_our_own_format_round_trips_with_its_card(make_model, tmp_path):
     model = make_model(vocab_size=258, bos=True)
     model.save_pretrained(tmp_path / "ours")
     byte_tokenizer().save_pretrained(tmp_path / "ours")
-    card = Card(name="ours", training={"steps": 5}, datasets=["owner/text"])
+    notes = ["It knows *little*.", "It was trained for a test."]
+    card = Card(name="ours", training={"steps": 5}, datasets=["owner/text"], notes=notes)
     write_card(tmp_path / "ours", model.config, card)
     made = convert(tmp_path / "ours", tmp_path / "copy")
     assert equal_models(model, blockdiffusion.load(tmp_path / "copy")) and made.notes == ()
     assert read_card(tmp_path / "copy") == replace(card, name="copy")
+    text = (tmp_path / "copy" / "README.md").read_text()
+    assert "## Notes\n\nIt knows *little*.\n\nIt was trained for a test.\n\n## Network" in text
     again = blockdiffusion.load(tmp_path / "copy")
     assert again.tokenizer.get_vocab() == byte_tokenizer().get_vocab()
     assert (again.config.bos, again.config.bos_id, again.config.eos_id) == (True, 256, 256)
+
+
+def test_a_card_from_before_there_were_notes_is_read(make_model, tmp_path):
+    write_card(tmp_path, make_model().config, Card(name="old"))
+    facts = json.loads((tmp_path / "card.json").read_text())
+    del facts["notes"]
+    (tmp_path / "card.json").write_text(json.dumps(facts))
+    assert read_card(tmp_path) == Card(name="old")
+    assert "## Notes" not in (tmp_path / "README.md").read_text()
 
 
 def test_other_networks_have_no_place_in_the_published_format(make_ar, make_model, tmp_path):

@@ -61,6 +61,8 @@ class Card:
     evaluation: dict[str, Any] | None = None
     """How the perplexity was measured, and what came out: see
     `evaluate.prepared.evaluation_facts`."""
+    notes: list[str] | None = None
+    """What else its users should know, such as its limits; paragraphs, written by hand."""
 
     def to_json(self) -> str:
         """The content of card.json."""
@@ -92,7 +94,8 @@ def read_card(folder: Path) -> Card | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             raise ValueError("another format")
-        return Card(**{field.name: content[field.name] for field in fields(Card)})
+        known = {field.name for field in fields(Card)}  # older cards have no notes
+        return Card(**{name: value for name, value in content.items() if name in known})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
             f"{path} cannot be read as a {FORMAT} ({error!r}); remove it, and the card is "
@@ -118,6 +121,7 @@ def render(config: BlockDiffusionConfig, card: Card) -> str:
         f"# {card.name}",
         _summary(config),
         EXAMPLE.format(call=call),
+        *(["## Notes", *card.notes] if card.notes else []),
         "## Network",
         _table({name: getattr(config, name) for name in NETWORK}),
     ]
