@@ -11,7 +11,7 @@ from blockdiffusion.corruption import Bernoulli, Complement, Count, Timesteps
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.exact import exact_blocks
-from blockdiffusion.objectives import score_entropy, subs_nll
+from blockdiffusion.objectives import Pieces, score_entropy, subs_nll
 from tests import noise_oracles as oracles
 
 ROWS = [[0, 2, 1, 1], [2, 2, 0, 1]]
@@ -297,3 +297,49 @@ def test_estimators_that_a_network_does_not_have(make_tiny, objective, estimator
 def test_networks_without_noise_have_no_diffusion(make_ar):
     with pytest.raises(UserError, match="autoregressive draws no noise"):
         diffusion_of(make_ar().config)
+
+
+KINDS = {
+    "masks": ("block_diffusion", dict(time_conditioning=False)),
+    "masks, timed": ("block_diffusion", {}),
+    "sedd": ("score_entropy", {}),
+    "d3pm": ("d3pm", dict(transition="absorbing", timesteps=5)),
+    "d3pm, uniform": ("d3pm", dict(transition="uniform", timesteps=5)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_in_pieces_are_the_weighted_terms(make_tiny, monkeypatch, kind):
+    """No more logits at a time than a piece has; terms in pieces, too, with and without gradient."""
+    objective, options = KINDS[kind]
+    model = make_tiny(objective, **options).train()
+    diffusion = diffusion_of(model.config)
+    law, _ = diffusion.estimator(diffusion.usual_estimator)
+    clean = torch.tensor(ROWS * 3)
+    drawn = law(clean, torch.ones_like(clean, dtype=torch.bool), 2, 3, seeded())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def with_gradients(value):
+        return [value.detach(), *torch.autograd.grad(value, parameters, allow_unused=True)]
+
+    terms = diffusion.terms(model, drawn, clean)
+    expected = with_gradients((drawn.weight_BNL * terms).sum())
+    assert int((terms != 0).sum()) > 5
+
+    sizes = []
+    monkeypatch.setattr("blockdiffusion.objectives.CPU_PIECES", Pieces(8, 1))  # two rows of four
+    head = type(model).head
+    monkeypatch.setattr(
+        type(model), "head", lambda self, hidden: sizes.append(len(hidden)) or head(self, hidden)
+    )
+    for found in (
+        with_gradients(diffusion.loss(model, drawn, clean)),
+        with_gradients((drawn.weight_BNL * diffusion.terms(model, drawn, clean)).sum()),
+    ):
+        for one, other in zip(found, expected, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        torch.testing.assert_close(diffusion.terms(model, drawn, clean), terms.detach())
+    assert sizes and max(sizes) <= 2

@@ -411,7 +411,8 @@ class Layout:
         dtype: "bf16" is autocast: the residual stream and the sums stay float32.
         cuda: there dropout keeps bytes, elsewhere numbers of the compute type.
         checkpointing: whether only the inputs of the layers are kept.
-        fused_loss: whether logits are taken piece by piece (masked diffusion and autoregressive).
+        fused_loss: whether the gradient of the logits is made at once (cross-entropy), or later,
+            from logits that are made again.
     """
 
     dtype: Dtype = "float32"
@@ -531,10 +532,10 @@ def _chunk_bytes(network: Network, p: Pass, attended: int, *, is_last: bool) -> 
 def _loss_bytes(network: Network, p: Pass, layout: Layout) -> float:
     """Logits and the gradient of the output layer, which the masked loss makes at once."""
     vocab, width, short = network.vocab_size, network.width, BYTES[layout.dtype]
-    if not layout.fused_loss:  # logits, and three more of their kind in the softmax
-        return p.scored * vocab * (3 * 4 + short)
     pieces = GPU_PIECES if layout.cuda else CPU_PIECES
     logits = 4 * min(pieces.most_logits, p.scored * vocab)
+    if not layout.fused_loss:  # three more of their kind in the softmax, and what they are made of
+        return logits * (3 + short / 4) + 2 * short * p.scored * width
     rounded = 2 * logits * short / 4 if layout.dtype == "bf16" else 0
     gradients = 4 * (vocab * width + vocab) + 2 * short * p.scored * width
     copies = 2 * vocab * width + 4 * vocab * width if layout.dtype == "bf16" else 0

@@ -7,10 +7,11 @@ from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from blockdiffusion.cache import BlockCache
 from blockdiffusion.errors import UserError
-from blockdiffusion.objectives import subs_nll, weighted_subs_nll
+from blockdiffusion.objectives import subs_nll, usual_pieces, weighted_subs_nll
 
 
 class Denoiser(Protocol):
@@ -165,7 +166,7 @@ def masked_nll(
         noisy_BNL,
         clean_BL,
         masked_BNL,
-        lambda logits_MV: subs_nll(logits_MV, target_M, mask_id),
+        lambda logits_RV, part: subs_nll(logits_RV, target_M[part], mask_id),
         valid_BL,
         sigma_BNK,
     )
@@ -176,13 +177,28 @@ def scored_terms(
     noisy_BNL: torch.Tensor,
     clean_BL: torch.Tensor,
     scored_BNL: torch.Tensor,
-    term: Callable[[torch.Tensor], torch.Tensor],
+    term: Callable[[torch.Tensor, slice], torch.Tensor],
     valid_BL: torch.Tensor | None = None,
     sigma_BNK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `term` makes of the logits (M, V) of the scored positions, 0 elsewhere; (B, N, L)."""
+    """What `term` makes of the logits (M, V) of the scored positions, 0 elsewhere; (B, N, L).
+
+    It gets the logits (R, V) of some of the M positions at a time, and which these are. For a
+    gradient they are computed again, so that the logits of many positions never exist at once.
+    """
     hidden_MD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL, scored_BNL)
-    term_M = term(model.head(hidden_MD))
+    rows = max(1, usual_pieces(hidden_MD.device).most_logits // model.config.vocab_size)
+
+    def terms(hidden_RD: torch.Tensor, part: slice) -> torch.Tensor:
+        return term(model.head(hidden_RD), part)
+
+    if len(hidden_MD) <= rows:
+        term_M = terms(hidden_MD, slice(None))
+    else:
+        parts = [slice(first, first + rows) for first in range(0, len(hidden_MD), rows)]
+        term_M = torch.cat([
+            checkpoint(terms, hidden_MD[part], part, use_reentrant=False) for part in parts
+        ])  # fmt: skip
     return torch.zeros_like(noisy_BNL, dtype=term_M.dtype).masked_scatter(scored_BNL, term_M)
 
 

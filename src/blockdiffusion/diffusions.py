@@ -115,7 +115,7 @@ def diffusion_of(config: Any) -> Diffusion:
 
 
 class _SummedTerms:
-    """The loss of a diffusion is taken from all of its terms at once."""
+    """The loss of a diffusion is the sum of its terms."""
 
     def loss(
         self: Diffusion,
@@ -189,8 +189,7 @@ class MaskedDiffusion:
         valid_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Diffusion`; the logits of all masked positions never exist at once."""
-        sigma_BNK = _sigma(model, drawn) if self.config.time_conditioning else None
-        return masked_loss(model, drawn.noisy_BNL, clean_BL, drawn.weight_BNL, valid_BL, sigma_BNK)
+        return _loss_of_masks(model, drawn, clean_BL, valid_BL)
 
 
 @dataclass(frozen=True)
@@ -249,7 +248,7 @@ class ScoreEntropy(_SummedTerms, MaskedDiffusion):
             drawn.noisy_BNL,
             clean_BL,
             masked_BNL,
-            lambda logits_MV: score_entropy(logits_MV, target_M, mask_id),
+            lambda logits_RV, part: score_entropy(logits_RV, target_M[part], mask_id),
             valid_BL,
             _sigma(model, drawn),
         )
@@ -337,17 +336,37 @@ class DiscreteTime(_SummedTerms):
         scored_BNL = drawn.weight_BNL > 0
         target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
         noisy_M = drawn.noisy_BNL[scored_BNL]
-        keep_M, keep_before_M = (
+        keep_M, before_M = (
             1 - _per_token(prob_BNK, clean_BL)[scored_BNL.cpu()]
             for prob_BNK in (drawn.prob_BNK, drawn.before_BNK)
         )
 
-        def term(logits_MV: torch.Tensor) -> torch.Tensor:
-            return uniform_kl(
-                logits_MV, target_M, noisy_M, keep_M, keep_before_M, self.config.mask_id
-            )
+        def term(logits_RV: torch.Tensor, part: slice) -> torch.Tensor:
+            target_R, noisy_R = target_M[part], noisy_M[part]
+            keep_R, before_R = keep_M[part], before_M[part]
+            return uniform_kl(logits_RV, target_R, noisy_R, keep_R, before_R, self.config.mask_id)
 
         return scored_terms(model, drawn.noisy_BNL, clean_BL, scored_BNL, term, valid_BL, sigma_BNK)
+
+    def loss(
+        self,
+        model: Denoiser,
+        drawn: Corrupted,
+        clean_BL: torch.Tensor,
+        valid_BL: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Diffusion`; of absorbing noise it is that of masked diffusion."""
+        if self._uniform:
+            return super().loss(model, drawn, clean_BL, valid_BL)
+        return _loss_of_masks(model, drawn, clean_BL, valid_BL)
+
+
+def _loss_of_masks(
+    model: Denoiser, drawn: Corrupted, clean_BL: torch.Tensor, valid_BL: torch.Tensor | None
+) -> torch.Tensor:
+    """Weighted cross-entropy of the masked tokens."""
+    sigma_BNK = _sigma(model, drawn) if model.config.time_conditioning else None
+    return masked_loss(model, drawn.noisy_BNL, clean_BL, drawn.weight_BNL, valid_BL, sigma_BNK)
 
 
 def _timed(law: Estimator) -> Estimator:

@@ -26,6 +26,11 @@ CPU_PIECES = Pieces(2**24, 1)  # 64 MB in float32
 GPU_PIECES = Pieces(2**28, 64)
 
 
+def usual_pieces(device: torch.device) -> Pieces:
+    """Those that suit a device."""
+    return GPU_PIECES if device.type == "cuda" else CPU_PIECES
+
+
 def exclude_mask_token_(logits: torch.Tensor, mask_id: int) -> torch.Tensor:
     """Gives the mask token probability zero, in place (..., V); returns `logits`."""
     logits[..., mask_id] = -math.inf
@@ -62,7 +67,7 @@ def weighted_subs_nll(
     Differentiable once, in `hidden_MD` and the parameters of `output`.
     """
     if pieces is None:
-        pieces = GPU_PIECES if hidden_MD.device.type == "cuda" else CPU_PIECES
+        pieces = usual_pieces(hidden_MD.device)
     loss = _WeightedSubsNll.apply(
         hidden_MD, output.weight, output.bias, target_M, weight_M, mask_id, pieces
     )

@@ -158,7 +158,7 @@ def training_account(
         dtype=dtype,
         cuda=device.cuda,
         checkpointing=options.activation_checkpointing,
-        fused_loss=config.objective in ("block_diffusion", "autoregressive"),
+        fused_loss=_is_cross_entropy(config),
     )
 
     def passes(count: int) -> Pass:
@@ -217,6 +217,12 @@ def training_account(
         peak_share=done / device.flops[dtype],
         price=None if price_per_hour is None else price_per_hour * devices * total / 3600,
     )
+
+
+def _is_cross_entropy(config: Any) -> bool:
+    """Whether the loss is that of next or masked tokens, whose gradient is made at once."""
+    uniform = config.objective == "d3pm" and config.transition == "uniform"
+    return not (uniform or config.objective == "score_entropy")
 
 
 def _attention(network: Network, device: Hardware) -> Any:
