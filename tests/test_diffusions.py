@@ -310,7 +310,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_in_pieces_are_the_weighted_terms(make_tiny, monkeypatch, kind):
-    """No more logits at a time than a piece has; terms in pieces, too, with and without gradient."""
+    """No more logits at a time than a piece has, with and without a gradient; terms, too."""
     objective, options = KINDS[kind]
     model = make_tiny(objective, **options).train()
     diffusion = diffusion_of(model.config)
