@@ -16,7 +16,7 @@ from blockdiffusion.objectives import exclude_mask_token_
 from blockdiffusion.recording import Recorder
 from blockdiffusion.sampling.nucleus import Nucleus, TopPRule, draw_from_sorted, sorted_nuclei
 
-RECORDED_LOGITS = 2**24  # draws from more are long enough, and recordings hold memory
+RECORDED_LOGITS = 2**22  # draws from more take long anyway, and recordings hold memory
 TEMPERATURES = (1e-3, 1e3)  # beyond them quotients of logits overflow, or nothing is left of them
 
 
