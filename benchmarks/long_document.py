@@ -62,9 +62,10 @@ def write_document(
 
     from benchmarks.machine import describe
     from blockdiffusion.models.formats import load
+    from blockdiffusion.models.inference import sampling_copy
     from blockdiffusion.sampling import BlockEvent, Event, stream
 
-    network = demo_network() if model is None else load(path_of(model))
+    network = sampling_copy(demo_network() if model is None else load(path_of(model)))
 
     def sample(length: int) -> Iterator[Event]:
         generator = torch.Generator().manual_seed(0)

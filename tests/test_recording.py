@@ -62,13 +62,46 @@ def test_a_kind_is_recorded_when_it_comes_again():
     assert Rerun.made == 1
 
 
-def test_no_more_kinds_are_recorded_than_allowed():
-    recorder = Recorder(record=Rerun, most=1)
+def test_the_kinds_that_came_last_are_remembered():
+    """Old ones make place for new ones, however many there are."""
+    recorder = Recorder(record=Rerun, most=2)
     Rerun.made = 0
-    for kind in ("first", "second") * 3:
-        (out,) = recorder.run(kind, negated, (torch.ones(1),))
-        assert float(out) == -1
-    assert Rerun.made == 1
+    for kind in range(20):
+        for _ in range(3):
+            (out,) = recorder.run(kind, negated, (torch.ones(1),))
+            assert float(out) == -1
+    assert Rerun.made == 20
+    recorder.run(19, negated, (torch.ones(1),))
+    assert Rerun.made == 20
+    recorder.run(0, negated, (torch.ones(1),))  # its recording is gone, and it comes for the first
+    assert Rerun.made == 20  # time again
+
+
+def test_where_the_storage_moves_recordings_wait():
+    recorder = Recorder(record=Rerun)
+    Rerun.made, passes = 0, []
+    for moves in range(1, 7):
+        recorder.forget()
+        while Rerun.made < moves:
+            recorder.run("kind", negated, (torch.ones(1),))
+            passes.append(moves)
+    assert [passes.count(moves) for moves in range(1, 7)] == [3, 5, 9, 17, 17, 17]
+
+
+def test_threads_do_not_mix_their_passes():
+    """Each puts its inputs in place and gets what was made of them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    recorder = Recorder(record=Rerun)
+
+    def many(value):
+        given = torch.full((100,), float(value))
+        return all(
+            bool((recorder.run("kind", negated, (given,))[0] == -value).all()) for _ in range(200)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(many, range(4)))
 
 
 OPTIONS = [

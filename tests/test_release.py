@@ -272,6 +272,16 @@ def test_a_run_describes_its_model(run, prepared_bytes):
     assert str(prepared_bytes.parent) not in text + (folder / "card.json").read_text()
 
 
+def test_notes_written_by_hand_outlive_further_training(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "small")
+    facts = json.loads((copy / "model" / "card.json").read_text())
+    (copy / "model" / "card.json").write_text(json.dumps(facts | {"notes": ["Mine."]}))
+    newest = max((copy / "checkpoints").iterdir())
+    shutil.rmtree(newest)  # the last steps are done again
+    run_training(load_recipe(copy / "config.yaml", [f"out={copy}"]), resume=True)
+    assert newest.exists() and read_card(copy / "model").notes == ["Mine."]
+
+
 def test_the_front_matter_is_what_hubs_read(run):
     from huggingface_hub import ModelCard
 

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from blockdiffusion.cache import RaggedPlacement
+from blockdiffusion.devices import allow_compilations
 from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, dense_mask, stream_predicate
 
 Backend = Literal["dense", "chunked", "flex"]
 BlockMasks = dict[int, Any]  # FlexAttention's, of a pass with padding, by the number of queries
-LAYOUTS = 64  # that a process compiles FlexAttention for, at most
 CHUNK = 128  # tokens of a query chunk; measured best between 64 and 256 at L = 1024 on CPU
 
 
@@ -286,12 +286,9 @@ def _flex_block_mask(streams: Streams, queries: int, device: torch.device):
 
 @lru_cache(maxsize=1)
 def _compiled_flex():
-    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Every layout is compiled for itself; after 8 PyTorch would give up, and compute slowly.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, LAYOUTS)
+    allow_compilations()  # every layout is compiled for itself
     return torch.compile(flex_attention, dynamic=False)
 
 

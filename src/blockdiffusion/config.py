@@ -602,7 +602,7 @@ def _evaluation(
 
 def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
     """What the card of the run's released model says."""
-    from blockdiffusion.models.card import Card, public_name
+    from blockdiffusion.models.card import Card, public_name, read_card
 
     sections = {name: to_dict(recipe)[name] for name in ("model", "objective", "train", "optim")}
     init_from = recipe.model.init_from
@@ -615,8 +615,10 @@ def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
         Path(source["name"]).name if "size" in source else source["name"].partition(":")[0]
         for source in manifest.sources
     ]
+    before = read_card(Path(recipe.out) / "model")
     return Card(
         name=Path(recipe.out).resolve().name,
+        notes=None if before is None else before.notes,  # written by hand
         training={"steps": state.step, **sections},
         datasets=list(dict.fromkeys(names))[:MOST_NAMES],
         evaluation=state.evaluation,

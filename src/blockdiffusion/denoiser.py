@@ -197,7 +197,8 @@ def scored_terms(
     else:
         parts = [slice(first, first + rows) for first in range(0, len(hidden_MD), rows)]
         term_M = torch.cat([
-            checkpoint(terms, hidden_MD[part], part, use_reentrant=False) for part in parts
+            checkpoint(terms, hidden_MD[part], part, use_reentrant=False, preserve_rng_state=False)
+            for part in parts
         ])  # fmt: skip
     return torch.zeros_like(noisy_BNL, dtype=term_M.dtype).masked_scatter(scored_BNL, term_M)
 

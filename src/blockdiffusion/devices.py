@@ -57,3 +57,14 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(name, MOST) == 1 for name in (TRIM_THRESHOLD, MMAP_THRESHOLD))
+
+
+COMPILATIONS = 64  # of one function, each for other shapes
+
+
+def allow_compilations() -> None:
+    """Lets PyTorch compile a function for many shapes: after 8 it would go on uncompiled."""
+    import torch._dynamo
+
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, COMPILATIONS)

@@ -3,7 +3,14 @@ import torch
 
 from blockdiffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
-from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.transformer import (
+    BlockDiffusionConfig,
+    BlockDiffusionModel,
+    Linear,
+    LinearGelu,
+    mlp,
+)
 from tests.oracles import condition, mask_by_loops, network, subs_log_prob
 
 GOLDEN_TOLERANCE = 1e-4
@@ -309,3 +316,39 @@ def test_sequences_that_do_not_fit_are_refused(make_model, random_ids):
         model.denoise_logits(random_ids(1, 10), random_ids(1, 10))
     with pytest.raises(UserError, match="clean_ids are needed"):
         model.denoise_logits(random_ids(1, 8))
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["float64", "autocast"])
+def test_the_mlp_has_its_gradients_though_it_keeps_less(short):
+    """Against autograd's own; the GELU's output is not kept."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if short else torch.float64
+    inner, outer = LinearGelu(8, 32).to(dtype), Linear(32, 8).to(dtype)
+    x = torch.randn(2, 20, 8, dtype=dtype, requires_grad=True)  # few rows go another way
+    inputs, kept = [x, *inner.parameters(), *outer.parameters()], []
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=short),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t),
+    ):
+        found = mlp(x, inner, outer)
+    assert sum(shape[-1:] == (32,) and len(shape) == 3 for shape in kept) == 1
+    with torch.autocast("cpu", torch.bfloat16, enabled=short):
+        expected = outer(inner(x))
+    assert torch.equal(found, expected)
+    weight = torch.randn(expected.shape).to(expected.dtype)
+    for one, other in zip(
+        torch.autograd.grad(found, inputs, weight),
+        torch.autograd.grad(expected, inputs, weight),
+        strict=True,
+    ):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=0.02 if short else 1e-12, atol=0.02 * short)
+
+
+def test_copies_of_networks_that_read_the_time_score_with_gradients_enabled(make_model, random_ids):
+    """Their layers are packed, and no gradient goes through them."""
+    copy = sampling_copy(make_model(time_conditioning=True).float())
+    ids = random_ids(1, 16)
+    with torch.enable_grad():
+        logits = copy.denoise_logits(ids, ids, torch.ones(1))
+    assert logits.isfinite().all()

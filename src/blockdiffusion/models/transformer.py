@@ -41,6 +41,7 @@ from blockdiffusion.attention import (
 from blockdiffusion.cache import BlockCache, held_positions
 from blockdiffusion.corruption import Transition
 from blockdiffusion.denoiser import is_autoregressive
+from blockdiffusion.devices import allow_compilations
 from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, decode_predicate
 from blockdiffusion.recording import Recorder
@@ -255,7 +256,8 @@ class LinearGelu(Linear):
 
 def mlp(input: torch.Tensor, inner: LinearGelu, outer: Linear) -> torch.Tensor:
     """outer(inner(input)). For a gradient the GELU is computed again, and not kept."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    ours = type(inner) is LinearGelu and type(outer) is Linear  # and nothing put in their place
+    if not ours or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return outer(inner(input))
     out = _GeluLinear.apply(inner.before(input), outer.weight, outer.bias)
     assert isinstance(out, torch.Tensor)
@@ -374,7 +376,7 @@ class Layer(nn.Module):
 
     Attributes:
         compiled: whether what stands before and behind attention is compiled, so that its small
-            operations become few: for training on GPUs.
+            operations become few: for training on GPUs, where gradients are asked for.
     """
 
     compiled = False
@@ -413,7 +415,8 @@ class Layer(nn.Module):
 
         With `kept`, that of these tokens (see `take`): the others give keys and values only.
         """
-        before, behind = _compiled_parts() if self.compiled else (Layer._heads, Layer._behind)
+        compiled = self.compiled and torch.is_grad_enabled()
+        before, behind = _compiled_parts() if compiled else (Layer._heads, Layer._behind)
         shift, scale, *modulation = self.modulate(cond)
         out = attended(before(self, x_BTD, shift, scale, rotary), read, kept)
         if kept.place is not None:  # another number of tokens in each pass: compiled for each
@@ -455,6 +458,7 @@ class Layer(nn.Module):
 @lru_cache(maxsize=1)
 def _compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Those of all layers, whose weights are inputs; compiled once for each shape."""
+    allow_compilations()
     return (
         torch.compile(Layer._heads, dynamic=False),
         torch.compile(Layer._behind, dynamic=False),
@@ -738,7 +742,9 @@ class BlockDiffusionModel(PreTrainedModel):
             wanted: rows and columns (M,) of the tokens whose states are returned, as (M, D).
         """
         self._require(autoregressive=False)
-        if cache.recorder is not None and wanted is not None and isinstance(num_clean, int):
+        timeless = self.config.time_conditioning and sigma_B is None  # its tokens are looked at
+        recorded = cache.recorder is not None and isinstance(num_clean, int) and not timeless
+        if recorded and wanted is not None:
             return self._decode_recorded(ids_BT, num_clean, cache, window, sigma_B, wanted)
         hidden = self._decode(ids_BT, num_clean, cache, window, sigma_B, wanted)
         return hidden if wanted is None else hidden[0]
