@@ -182,7 +182,9 @@ def test_a_signal_is_passed_on_once(tmp_path, number, heeds_interrupts):
 def test_processes_are_of_their_own_and_can_be_interrupted(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text(
-        f"#!{sys.executable}\nimport os, sys, time\n"
+        f"#!{sys.executable}\nimport os, signal, sys, time\n"
+        # As `train` does: a shell's background jobs, and so their children, ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "threads, leads = os.environ['OMP_NUM_THREADS'], os.getsid(0) == os.getpid()\n"
         "print(sys.argv[1:], threads, leads, flush=True)\n"
         "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
