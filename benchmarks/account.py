@@ -86,9 +86,11 @@ def measured_training(recipe: Any, manifest: Any, updates: int) -> dict[str, flo
     from blockdiffusion.corruption import for_block_size
     from blockdiffusion.data.loader import Batch
     from blockdiffusion.diffusions import diffusion_of
+    from blockdiffusion.ranks import ALONE
     from blockdiffusion.train.loop import accumulate_gradients
     from blockdiffusion.train.loss import DiffusionLoss, NextTokenLoss
     from blockdiffusion.train.optim import MovingAverage, clip_gradients, make_optimizer
+    from blockdiffusion.train.spread import Spread
 
     draw = torch.Generator().manual_seed(0)
     shape = (recipe.train.batch_size, manifest.seq_len)
@@ -110,10 +112,10 @@ def measured_training(recipe: Any, manifest: Any, updates: int) -> dict[str, flo
         drawn = law(ids_BL, free_BL, config.block_size, config.mask_id, draw)
         loss = DiffusionLoss(Batch(ids_BL, None), drawn)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.train.dtype == "bf16")
-    times = []
+    spread, times = Spread(model, ALONE), []
     for step in range(1, updates + 2):
         start = time.process_time()
-        accumulate_gradients(model, loss, free_BL.sum().item(), step, recipe.train, autocast)
+        accumulate_gradients(spread, loss, free_BL.sum().item(), step, recipe.train, autocast)
         clip_gradients(model.parameters(), recipe.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -127,6 +129,7 @@ def measured_sampling(recipe: Any, manifest: Any, tokens: int) -> dict[str, floa
     import torch
 
     from blockdiffusion.config import build_model
+    from blockdiffusion.models.inference import sampling_copy
     from blockdiffusion.sampling import generate
 
     model = build_model(recipe, manifest).eval()
@@ -134,8 +137,10 @@ def measured_sampling(recipe: Any, manifest: Any, tokens: int) -> dict[str, floa
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=draw)
 
+    copy = sampling_copy(model)
+
     def sample(count: int) -> Any:
-        return generate(model, num_samples=1, max_new_tokens=count, top_p=0.9, generator=draw)
+        return generate(copy, num_samples=1, max_new_tokens=count, top_p=0.9, generator=draw)
 
     sample(2 * model.config.block_size)
     start = time.process_time()

@@ -57,8 +57,8 @@ GPU = Shares(
     call_products=0.31, call_rows=0.12, layer_seconds=100e-6,
 )  # fmt: skip
 CPU = Shares(
-    products=1.0, attention=0.8, traffic=0.18, traffic_compiled=0.18, reading=0.45,
-    call_products=1.0, call_rows=0.45, layer_seconds=2e-3,
+    products=1.0, attention=0.8, traffic=0.23, traffic_compiled=0.23, reading=0.9,
+    call_products=1.0, call_rows=0.9, layer_seconds=0.65e-3,
 )  # fmt: skip
 
 
