@@ -16,7 +16,6 @@ once, or that of its matrix products if it is longer.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import torch
 from benchmarks import authors
 from benchmarks.machine import describe
 from benchmarks.sampling_speed import TOP_P, gpt2, matrix_weights, ours, theirs
-from benchmarks.training_gpu import Gpu, Place, Rehearsal, product_flops
+from benchmarks.training_gpu import Place, chosen_place, product_flops
 from benchmarks.training_step import generic_model
 from blockdiffusion.hardware import best_seconds
 from blockdiffusion.models.inference import sampling_copy
@@ -146,10 +145,7 @@ def main() -> None:
     parser.add_argument("--authors", type=Path, help="a checkout of kuleshov-group/bd3lms")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny network")
     args = parser.parse_args()
-    if not args.rehearse and not torch.cuda.is_available():
-        print("this machine has no CUDA device; --rehearse goes without one", file=sys.stderr)
-        sys.exit(2)
-    place: Place = Rehearsal() if args.rehearse else Gpu()
+    place = chosen_place(args.rehearse)
     place.begin(1)
     print(f"{describe()}\n{place.describe()}")
     compare(Table(place, args.tokens), place, args)

@@ -164,6 +164,14 @@ class Rehearsal:
         return self.batch * GIB
 
 
+def chosen_place(rehearse: bool) -> Place:
+    """The GPU, or the CPU for a rehearsal; ends the program where there is no GPU."""
+    if not rehearse and not torch.cuda.is_available():
+        print("this machine has no CUDA device; --rehearse goes without one", file=sys.stderr)
+        sys.exit(2)
+    return Rehearsal() if rehearse else Gpu()
+
+
 def product_flops(place: Place) -> float:
     """FLOP/s of one large matrix product, measured."""
     size, together = place.product, 20
@@ -474,10 +482,7 @@ def main() -> None:
     parser.add_argument("--authors", type=Path, help="a checkout of kuleshov-group/bd3lms")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny network")
     args = parser.parse_args()
-    if not args.rehearse and not torch.cuda.is_available():
-        print("this machine has no CUDA device; --rehearse goes without one", file=sys.stderr)
-        sys.exit(2)
-    place: Place = Rehearsal() if args.rehearse else Gpu()
+    place = chosen_place(args.rehearse)
     place.begin(args.batch)
     peak, sheet = product_flops(place), place.data_sheet()
     print(f"{describe()}\n{place.describe()}")
