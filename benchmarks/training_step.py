@@ -30,6 +30,7 @@ from blockdiffusion.corruption import Corrupted, Count
 from blockdiffusion.denoiser import masked_loss
 from blockdiffusion.devices import keep_freed_memory
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.train.optim import OptimOptions, make_optimizer
 
 VOCAB, LENGTH = 50258, 1024
 
@@ -111,7 +112,10 @@ def steps(task: Task, pipe: Connection) -> None:
         model = authors.authors_network(task.checkout, task.block_size, VOCAB, LENGTH).train()
     else:
         model = paper_model(task.block_size).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    if task.checkout:
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    else:
+        optimizer = make_optimizer(model, OptimOptions(lr=1e-6))
     dtype = getattr(torch, task.dtype)
 
     def loss() -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from blockdiffusion.cache import RaggedPlacement
 from blockdiffusion.devices import allow_compilations
@@ -64,12 +65,17 @@ def attend(
     """
     assert k_BHTE.shape[2] == streams.num_tokens
     function = {"dense": _dense, "chunked": _chunked, "flex": partial(_flex, built=built)}[backend]
-    if q_BHQE.device.type != "cpu" or q_BHQE.dtype != torch.bfloat16:
-        return function(q_BHQE, k_BHTE, v_BHTE, streams, valid_BL)
-    # PyTorch's attention is faster in float32 there, its backward pass by half.
-    with torch.autocast("cpu", enabled=False):
-        q, k, v = q_BHQE.float(), k_BHTE.float(), v_BHTE.float()
+    with torch.autocast(q_BHQE.device.type, enabled=False):
+        q, k, v = q_BHQE, k_BHTE, v_BHTE
+        if backend != "chunked":  # which does it itself, and keeps the shorter numbers
+            q, k, v = map(lifted, (q, k, v))
         return function(q, k, v, streams, valid_BL).to(q_BHQE.dtype)
+
+
+def lifted(x: torch.Tensor) -> torch.Tensor:
+    """What attention over streams computes with: on a CPU float32 in the place of bf16. PyTorch's
+    kernel is faster with it there, its backward pass by half."""
+    return x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
 
 
 def attend_cached(
@@ -184,83 +190,203 @@ def _dense(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.Te
     return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v
 
 
-# --- chunked: exact, without the scores that the mask would throw away ------------------------
+# --- chunked: exact, without most of the scores that the mask would throw away -----------------
 
 
-@lru_cache(maxsize=64)
-def _chunk_masks(
-    streams: Streams, start: int, stop: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks of the queries [start, stop): noisy over [own noisy chunk; clean prefix], and clean
-    over the clean prefix. The prefix ends at `stop`."""
-    length = streams.seq_len
-    one = Streams(length, streams.block_size, 1, True, streams.clean_attention)
-    chunk = torch.arange(start, stop, device=device)
-    prefix = torch.arange(length, length + stop, device=device)
-    noisy = stream_predicate(one, chunk[:, None], torch.cat([chunk, prefix])[None])
-    clean = stream_predicate(one, (chunk + length)[:, None], prefix[None])
-    return noisy, clean
+class Part(NamedTuple):
+    """Queries and keys that are computed together. The keys of a clean query are all in one part,
+    those of a noisy one in two: its own block, and the clean blocks before.
+
+    Attributes:
+        queries, keys: five-dimensional views of them in tensors (B, H, T, ...) of all streams.
+        merged: two neighbouring dimensions of these views are one while computing, this and the
+            next; then they are (B', H, Q', ...) and (B', H, K', ...).
+        free: how many keys, from the first, all queries see.
+        mask: bool (Q', K' - free) or (B', 1, Q', K' - free): which of the others; None = all.
+    """
+
+    queries: Callable[[torch.Tensor], torch.Tensor]
+    keys: Callable[[torch.Tensor], torch.Tensor]
+    merged: int
+    free: int = 0
+    mask: torch.Tensor | None = None
+
+    def asking(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The queries' part of each, merged: a view where that can be."""
+        return [self.queries(x).flatten(self.merged, self.merged + 1) for x in tensors]
+
+    def asked(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """The keys' part of each."""
+        return [self.keys(x).flatten(self.merged, self.merged + 1) for x in tensors]
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What is added to the scores: 0 where a key is seen, else minus infinity."""
+        if self.mask is None:
+            return None
+        hidden = torch.zeros_like(self.mask, dtype=dtype).masked_fill_(~self.mask, -math.inf)
+        return F.pad(hidden, (self.free, 0))
+
+    def normaliser(self, lse: torch.Tensor) -> torch.Tensor:
+        """log sum exp of the scores, minus infinity for a query that sees no key."""
+        if self.mask is None or self.free:
+            return lse
+        return lse.masked_fill(~self.mask.any(-1), -math.inf)
 
 
 def _chunked(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.Tensor:
-    length, copies = streams.seq_len, streams.num_noisy
-    batch = q.shape[0]
-    size = streams.block_size * max(1, CHUNK // streams.block_size)
-    # Splits, not slices: their gradients are put together once, not padded and added.
-    (q_n, q_c), (k_n, k_c), (v_n, v_c) = (
-        x.split([copies * length, x.shape[2] - copies * length], dim=2) for x in (q, k, v)
-    )
-    chunks_n = [x.unflatten(2, (copies, length)).split(size, dim=3) for x in (q_n, k_n, v_n)]
-    chunks_c = q_c.split(size, dim=2)
-
-    noisy_out, clean_out = [], []
-    for index, start in enumerate(range(0, length, size)):
-        stop = min(start + size, length)
-        queries, own_keys, own_values = (x[index] for x in chunks_n)
-        noisy_mask, clean_mask = _chunk_masks(streams, start, stop, q.device)
-        # A noisy chunk of a single block sees nothing of its own block's clean tokens: drop them.
-        prefix = (stop - streams.block_size) if streams.has_clean else 0
-        noisy_mask = noisy_mask[:, : stop - start + prefix]
-        valid = None if valid_BL is None else valid_BL[:, :stop]
-        keys = _with_prefix(own_keys, k_c[:, :, :prefix])
-        values = _with_prefix(own_values, v_c[:, :, :prefix])
-        mask = _noisy_key_mask(noisy_mask, valid, start, prefix, copies)
-        out = F.scaled_dot_product_attention(
-            queries.transpose(1, 2).flatten(0, 1), keys, values, attn_mask=mask
-        )
-        noisy_out.append(out.unflatten(0, (batch, copies)).transpose(1, 2))
-        if q_c.shape[2]:
-            mask = clean_mask
-            if valid is not None:
-                itself = torch.eye(stop, dtype=torch.bool, device=q.device)[start:]
-                mask = (clean_mask & (valid[:, None] | itself))[:, None]
-            clean_out.append(
-                F.scaled_dot_product_attention(
-                    chunks_c[index], k_c[:, :, :stop], v_c[:, :, :stop], attn_mask=mask
-                )
-            )
-    out = torch.cat(noisy_out, dim=3).flatten(2, 3)
-    return torch.cat([out, *clean_out], dim=2) if clean_out else out
+    parts = [_own_blocks(streams, valid_BL)]
+    if streams.has_clean:
+        parts += _chunks(streams, valid_BL, q.device, is_noisy=True)
+    if q.shape[2] > streams.num_noisy * streams.seq_len:
+        parts += _chunks(streams, valid_BL, q.device, is_noisy=False)
+    out = _InParts.apply(q, k, v, parts)
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
-def _with_prefix(chunk_BHNCE: torch.Tensor, prefix_BHPE: torch.Tensor) -> torch.Tensor:
-    """(B*N, H, C + P, E): every noisy copy's own chunk, followed by the clean prefix they share."""
-    copies = chunk_BHNCE.shape[2]
-    shared = prefix_BHPE[:, :, None].expand(-1, -1, copies, -1, -1)
-    return torch.cat([chunk_BHNCE, shared], dim=3).transpose(1, 2).flatten(0, 1)
+def _own_blocks(streams: Streams, valid_BL: torch.Tensor | None) -> Part:
+    """The noisy blocks, each of which sees itself."""
+    size, noisy = streams.block_size, streams.num_noisy * streams.seq_len
+
+    def blocks(x_BHT: torch.Tensor) -> torch.Tensor:
+        return x_BHT[:, :, :noisy].unflatten(2, (-1, size)).transpose(1, 2)
+
+    if valid_BL is None:
+        return Part(blocks, blocks, merged=0)
+    valid = valid_BL.repeat(1, streams.num_noisy).view(-1, 1, 1, size)
+    itself = torch.eye(size, dtype=torch.bool, device=valid.device)
+    return Part(blocks, blocks, merged=0, mask=valid | itself)
 
 
-def _noisy_key_mask(
-    mask_CK: torch.Tensor, valid_BK: torch.Tensor | None, start: int, prefix: int, copies: int
+def _chunks(
+    streams: Streams, valid_BL: torch.Tensor | None, device: torch.device, *, is_noisy: bool
+) -> list[Part]:
+    """The noisy queries in chunks, or the clean ones, each with the clean keys that it sees."""
+    length, size = streams.seq_len, streams.block_size
+    noisy, copies = streams.num_noisy * length, streams.num_noisy if is_noisy else 1
+
+    def queries(start: int, stop: int, x_BHT: torch.Tensor) -> torch.Tensor:
+        mine = x_BHT[:, :, :noisy] if is_noisy else x_BHT[:, :, noisy:]
+        return mine.unflatten(2, (copies, length))[:, :, :, start:stop]
+
+    def keys(number: int, x_BHT: torch.Tensor) -> torch.Tensor:
+        return x_BHT[:, :, None, noisy : noisy + number]
+
+    parts, chunk = [], size * max(1, CHUNK // size)
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        number = stop - size * is_noisy  # nothing noisy sees the chunk's last clean block
+        if not number:
+            continue
+        free, mask = start, _chunk_mask(streams, start, stop, number, is_noisy, device)
+        if valid_BL is not None:  # and no query sees padding, except clean padding itself
+            valid = valid_BL[:, None, :number].expand(-1, stop - start, -1)
+            index = torch.arange(number, device=device)
+            valid = valid if is_noisy else valid | (index[start:stop, None] == index)
+            free, mask = 0, (valid & F.pad(mask, (start, 0), value=True))[:, None]
+        mask = torch.cat([mask] * copies, dim=-2)
+        parts.append(Part(partial(queries, start, stop), partial(keys, number), 2, free, mask))
+    return parts
+
+
+@lru_cache(maxsize=1024)
+def _chunk_mask(
+    streams: Streams, start: int, stop: int, number: int, is_noisy: bool, device: torch.device
 ) -> torch.Tensor:
-    if valid_BK is None:
-        return mask_CK
-    own = valid_BK[:, None, start:] | torch.eye(
-        mask_CK.shape[0], dtype=torch.bool, device=mask_CK.device
+    """Which clean keys in [start, number) the queries at [start, stop) see; earlier ones they do,
+    and later ones not."""
+    length, size = streams.seq_len, streams.block_size
+    one = Streams(length, size, 1, True, streams.clean_attention)
+    query = torch.arange(start, stop, device=device) + (0 if is_noisy else length)
+    key = torch.arange(start, number, device=device) + length
+    return stream_predicate(one, query[:, None], key)
+
+
+class _InParts(torch.autograd.Function):
+    """Attention part by part. Softmaxes over two parts are merged by their normalisers. No score
+    is kept for the gradient, which computes each part's again, normalised by the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, parts: Sequence[Part]) -> torch.Tensor:
+        attend_part = _flash if q.device.type == "cpu" else _written_out
+        given, (q, k, v) = (q, k, v), map(lifted, (q, k, v))
+        out = _tokens_first(q)
+        lse_BHT = out.new_full(out.shape[:3], -math.inf, dtype=_normaliser_type(q.dtype))
+        for part in parts:
+            found, lse = attend_part(*part.asking(q), *part.asked(k, v), part)
+            so_far, lse_so_far = part.queries(out), part.queries(lse_BHT)
+            lse = lse.view(lse_so_far.shape)
+            both = torch.logaddexp(lse_so_far, lse)
+            share = (lse - both).exp_().to(out.dtype)
+            so_far.lerp_(found.view(so_far.shape), share.unsqueeze(-1))
+            lse_so_far.copy_(both)
+        out = out.to(given[0].dtype)
+        ctx.save_for_backward(*given, out, lse_BHT)
+        ctx.parts = parts
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *given, lse_BHT = ctx.saved_tensors
+        grad, q, k, v, out = map(lifted, (grad_out, *given))
+        backward_part = _flash_backward if q.device.type == "cpu" else _written_out_backward
+        grads = tuple(_tokens_first(x) for x in (q, k, v))
+        for part in ctx.parts:
+            own = backward_part(
+                *part.asking(grad, out, lse_BHT), *part.asking(q), *part.asked(k, v), part
+            )
+            views = (part.queries(grads[0]), part.keys(grads[1]), part.keys(grads[2]))
+            for view, gradient in zip(views, own, strict=True):
+                view += gradient.view(view.shape)
+        return *(x.to(grad_out.dtype) for x in grads), None
+
+
+def _tokens_first(x_BHTE: torch.Tensor) -> torch.Tensor:
+    """Zeros of this shape that lie in memory as (B, T, H, E), as linear layers read and write."""
+    return x_BHTE.new_zeros(x_BHTE.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _flash(q, k, v, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a part on a CPU, and its normaliser: PyTorch's kernel, which tells both."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=part.bias(q.dtype)
     )
-    clean = valid_BK[:, None, :prefix].expand(-1, mask_CK.shape[0], -1)
-    mask_BCK = mask_CK & torch.cat([own, clean], dim=2)
-    return mask_BCK.repeat_interleave(copies, dim=0)[:, None]
+    return out, part.normaliser(lse)
+
+
+def _flash_backward(grad, out, lse, q, k, v, part: Part) -> tuple[torch.Tensor, ...]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, False, attn_mask=part.bias(q.dtype)
+    )
+
+
+def _written_out(q, k, v, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by products and a softmax, for other devices."""
+    scores = _scores(q, k, part)
+    lse = part.normaliser(scores.logsumexp(-1))
+    return (scores - lse[..., None]).exp().nan_to_num_(0.0).to(v.dtype) @ v, lse
+
+
+def _written_out_backward(grad, out, lse, q, k, v, part: Part) -> tuple[torch.Tensor, ...]:
+    prob = (_scores(q, k, part) - lse[..., None]).exp()
+    by_prob = grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
+    by_score = (prob * by_prob / math.sqrt(q.shape[-1])).to(q.dtype)
+    return (
+        by_score @ k,
+        by_score.transpose(-1, -2) @ q,
+        prob.to(grad.dtype).transpose(-1, -2) @ grad,
+    )
+
+
+def _scores(q, k, part: Part) -> torch.Tensor:
+    scores = (q @ k.transpose(-1, -2)).to(_normaliser_type(q.dtype)) / math.sqrt(q.shape[-1])
+    bias = part.bias(scores.dtype)
+    return scores if bias is None else scores + bias
+
+
+def _normaliser_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 # --- flex: block-sparse kernels on CUDA -------------------------------------------------------

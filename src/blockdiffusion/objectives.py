@@ -104,7 +104,9 @@ class _WeightedSubsNll(torch.autograd.Function):
             bias_V = None if bias_V is None else F.pad(bias_V, (0, spare))
         wanted = ctx.needs_input_grad[:3]
         grad_MD = torch.empty_like(hidden_MD) if wanted[0] else None
-        grad_VD = torch.zeros_like(weight_VD, dtype=exact) if wanted[1] else None
+        # The first product is written there, if there is one.
+        make = torch.empty_like if len(target_M) else torch.zeros_like
+        grad_VD = make(weight_VD, dtype=exact) if wanted[1] else None
         grad_V = torch.zeros_like(weight_VD[:, 0], dtype=exact) if wanted[2] else None
         loss = torch.zeros((), dtype=exact, device=hidden_MD.device)
         rows = min(len(target_M), max(1, pieces.most_logits // len(weight_VD)))
@@ -128,10 +130,8 @@ class _WeightedSubsNll(torch.autograd.Function):
                     short_RV = logits_RV.to(dtype)
                     if grad_MD is not None:
                         torch.mm(short_RV, weight_VD, out=grad_MD[part])
-                    if grad_VD is not None and dtype == exact:
-                        grad_VD.addmm_(short_RV.T, hidden_RD)
-                    elif grad_VD is not None:
-                        grad_VD += short_RV.T @ hidden_RD
+                    if grad_VD is not None:
+                        _add_product(grad_VD, short_RV.T, hidden_RD, is_first=not first)
                     if grad_V is not None:
                         grad_V += logits_RV.sum(0)
         ctx.grads = (
@@ -150,6 +150,16 @@ class _WeightedSubsNll(torch.autograd.Function):
             for grad, dtype in zip(grads, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None)
+
+
+def _add_product(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
+    """into += a @ b; the first time instead of what is there."""
+    if into.dtype == a.dtype:
+        torch.addmm(into, a, b, beta=0 if is_first else 1, out=into)
+    elif is_first:
+        into.copy_(a @ b)
+    else:
+        into += a @ b
 
 
 def _linear_into(

@@ -44,6 +44,7 @@ from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.devices import allow_compilations
 from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, decode_predicate
+from blockdiffusion.models import fused
 from blockdiffusion.recording import Recorder
 from blockdiffusion.schedules import make_schedule
 
@@ -251,7 +252,7 @@ class LinearGelu(Linear):
         return super().forward(input)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return F.gelu(self.before(input), approximate="tanh")
+        return fused.gelu(self.before(input))
 
 
 def mlp(input: torch.Tensor, inner: LinearGelu, outer: Linear) -> torch.Tensor:
@@ -259,31 +260,7 @@ def mlp(input: torch.Tensor, inner: LinearGelu, outer: Linear) -> torch.Tensor:
     ours = type(inner) is LinearGelu and type(outer) is Linear  # and nothing put in their place
     if not ours or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return outer(inner(input))
-    out = _GeluLinear.apply(inner.before(input), outer.weight, outer.bias)
-    assert isinstance(out, torch.Tensor)
-    return out
-
-
-class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(h)), in the type of h, which under autocast is the shorter one."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(h, weight)
-        with torch.autocast(h.device.type, enabled=False):
-            return F.linear(F.gelu(h, approximate="tanh"), weight.to(h.dtype), bias.to(h.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        h, weight = ctx.saved_tensors
-        grad = grads[0].reshape(-1, len(weight))
-        short = h.reshape(-1, h.shape[-1])
-        grad_weight = (grad.T @ F.gelu(short, approximate="tanh")).to(weight.dtype)
-        grad_bias = grad.sum(0, dtype=weight.dtype)
-        grad_h = torch.ops.aten.gelu_backward(grad @ weight.to(h.dtype), short, approximate="tanh")
-        return grad_h.view_as(h), grad_weight, grad_bias
+    return fused.gelu_linear(inner.before(input), outer.weight, outer.bias)
 
 
 class Norm(nn.Module):
@@ -295,11 +272,14 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         shape = self.weight.shape
-        if scale.numel() == self.weight.numel():  # one modulation for all: part of the affine map
-            dtype = self.weight.dtype  # under autocast the modulation comes in a shorter one
-            weight = self.weight * (1 + scale.reshape(shape).to(dtype))
-            return F.layer_norm(x, shape, weight, shift.reshape(shape).to(dtype), NORM_EPS)
+        if scale.numel() == self.weight.numel():
+            return F.layer_norm(x, shape, *self.affine(shift, scale), NORM_EPS)
         return F.layer_norm(x, shape, self.weight, None, NORM_EPS) * (1 + scale) + shift
+
+    def affine(self, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias (D,) of the norm with one modulation for all tokens."""
+        dtype = self.weight.dtype  # under autocast the modulation comes in a shorter one
+        return self.weight * (1 + scale.flatten().to(dtype)), shift.flatten().to(dtype)
 
 
 class TimeEmbedding(nn.Module):
@@ -415,11 +395,15 @@ class Layer(nn.Module):
 
         With `kept`, that of these tokens (see `take`): the others give keys and values only.
         """
-        compiled = self.compiled and torch.is_grad_enabled()
-        before, behind = _compiled_parts() if compiled else (Layer._heads, Layer._behind)
         shift, scale, *modulation = self.modulate(cond)
+        one_for_all = scale.numel() == scale.shape[-1]
+        before, behind = Layer._heads, Layer._behind
+        if torch.is_grad_enabled() and self.compiled:
+            before, behind = _compiled_parts()
+        elif torch.is_grad_enabled() and one_for_all and self._is_plain():
+            before, behind = Layer._heads_fused, Layer._behind_fused
         out = attended(before(self, x_BTD, shift, scale, rotary), read, kept)
-        if kept.place is not None:  # another number of tokens in each pass: compiled for each
+        if kept.place is not None and self.compiled:  # for each number of tokens anew
             behind = Layer._behind
         modulation = [take(m, kept) if m.shape[:-1].numel() > 1 else m for m in modulation]
         return behind(self, take(x_BTD, kept), out, *modulation)
@@ -450,6 +434,42 @@ class Layer(nn.Module):
         h_BTD = self.mlp_norm(x_BTD, mlp_shift, mlp_scale)
         out_BTD = mlp(h_BTD, self.mlp_in, self.mlp_out)
         return torch.addcmul(x_BTD, mlp_gate, self._drop(out_BTD))
+
+    def _is_plain(self) -> bool:
+        """Whether the linear layers are still those of `__init__`."""
+        linear = (self.attn_qkv, self.attn_out, self.mlp_out)
+        return all(type(x) is Linear for x in linear) and type(self.mlp_in) is LinearGelu
+
+    def _heads_fused(
+        self,
+        x_BTD: torch.Tensor,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """`_heads` for one modulation, with the gradient of `fused`."""
+        weight, bias = self.attn_norm.affine(shift, scale)
+        return fused.norm_heads(
+            x_BTD, weight, bias, self.attn_qkv.weight, NORM_EPS, rotary, self.num_heads
+        )
+
+    def _behind_fused(
+        self,
+        x_BTD: torch.Tensor,
+        out_BTD: torch.Tensor,
+        attn_gate: torch.Tensor,
+        mlp_shift: torch.Tensor,
+        mlp_scale: torch.Tensor,
+        mlp_gate: torch.Tensor,
+    ) -> torch.Tensor:
+        """`_behind` for one modulation, with the gradient of `fused`."""
+        dropout = self.dropout if self.training else 0.0
+        add = partial(fused.gated_sum, dropout=dropout)
+        out, inner, outer = self.attn_out, self.mlp_in, self.mlp_out
+        x_BTD = add(x_BTD, attn_gate.flatten(), out_BTD, out.weight, out.bias, has_gelu=False)
+        weight, bias = self.mlp_norm.affine(mlp_shift, mlp_scale)
+        h_BTI = fused.norm_linear(x_BTD, weight, bias, inner.weight, inner.bias, NORM_EPS)
+        return add(x_BTD, mlp_gate.flatten(), h_BTI, outer.weight, outer.bias, has_gelu=True)
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
