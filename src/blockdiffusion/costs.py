@@ -232,10 +232,10 @@ def attention_pairs(streams: Streams, kind: AttentionKind) -> tuple[int, int]:
         return _tile_pairs(streams)
     assert kind == "chunked", kind
     chunk = size * max(1, CHUNK // size)
-    noisy_pairs = clean_pairs = 0
+    noisy_pairs, clean_pairs = copies * length * size, 0
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        noisy_pairs += copies * (stop - start) * (stop - start + clean * (stop - size))
+        noisy_pairs += clean * copies * (stop - start) * (stop - size)
         clean_pairs += clean * (stop - start) * stop
     return noisy_pairs, clean_pairs
 
@@ -409,7 +409,7 @@ class Layout:
 
     Attributes:
         dtype: "bf16" is autocast: the residual stream and the sums stay float32.
-        cuda: there dropout keeps bytes, elsewhere numbers of the compute type.
+        cuda: there dropout of layers that read the time keeps bytes, elsewhere numbers of the type.
         checkpointing: whether only the inputs of the layers are kept.
         fused_loss: whether the gradient of the logits is made at once (cross-entropy), or later,
             from logits that are made again.
@@ -462,11 +462,14 @@ def activation_bytes(network: Network, p: Pass, layout: Layout) -> Activations:
         saved += kept * network.width * (4 + short)
     loss, copies = _loss_bytes(network, p, layout), 0.0
     if layout.dtype == "bf16":
-        # The product behind the GELU makes its copy anew.
+        # Of the weights whose products autograd differentiates: of all in layers that read the
+        # time (but the one behind the GELU), else of the modulations.
         matrices = [
-            s
-            for name, s in network.shapes()
-            if len(s) == 2 and "layers." in name and "mlp_out" not in name
+            shape
+            for name, shape in network.shapes()
+            if len(shape) == 2
+            and "layers." in name
+            and ("mlp_out" not in name if network.time_conditioning else "modulation" in name)
         ]
         copies = 2 * sum(map(prod, matrices))
         if layout.checkpointing:  # in the backward pass those of one layer
@@ -478,55 +481,33 @@ def activation_bytes(network: Network, p: Pass, layout: Layout) -> Activations:
 def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) -> float:
     """What one layer keeps for its gradient.
 
-    In units of the width: before attention the residual stream (float32), the norm's output,
-    queries, keys, and the product that the values are a part of (3); after it what attention gave;
-    the residual stream; the norm's output; the MLP before its nonlinearity (4); both
-    branches before their gates, where these are learned. Attention over streams keeps its output
-    once more, in the order of the tokens; in chunks it keeps keys and values as they are for clean
-    queries only, and copies for noisy ones. On a CPU in bf16 streams attend in float32: copies of
-    queries, keys and values take the place of the product.
+    In units of the width: the residual stream (float32), queries, keys and values, what attention
+    gave, the residual stream again, and the MLP before its nonlinearity (4); with dropout a byte of
+    each branch. FlexAttention's output is kept once more, in the order of the tokens.
+
+    A layer that reads the time leaves more to autograd: the outputs of its norms, rotated queries
+    and keys beside the product that the values are a part of, both branches before their gates, and
+    dropout's noise in their type.
     """
     width, short = network.width, BYTES[layout.dtype]
-    lifted = layout.dtype == "bf16" and not (layout.cuda or network.autoregressive)
-    attended = 4 if lifted else short
     read = p.rows * p.tokens(network)
     asked = p.rows * p.asked(network) if is_last else read
     kept = p.finished(network) if is_last else read
-    dropped = (1 if layout.cuda else short) if network.dropout else 0
-    chunked = p.attention == "chunked" and not network.autoregressive
-    in_place = not chunked or (network.has_clean and not is_last)
-    beside = 0 if lifted else short  # rotated keys share their storage with the queries
-    keys_and_values = (2 * attended if lifted else 4 * short) if in_place else beside
-    before = width * (4 + short + keys_and_values) + 8
-    queries = (asked if lifted else read) * width * attended  # the copies are of what asks
-    numbers = 8 - network.autoregressive - 2 * (network.cond_dim is None)
-    after = width * (4 + attended + numbers * short + 2 * dropped) + 8
-    softmax = 4 * network.num_heads
-    own = read * before + queries + asked * softmax + kept * after
-    if is_last:  # what attention gave is kept for all that asked, and the place of what is taken
-        own += (asked - kept) * width * attended + (kept < asked) * 16 * kept
-    if network.time_conditioning:  # the modulation of every token, and what it is multiplied with
+    timed = network.time_conditioning
+    before = width * (4 + (6 if timed else 3) * short) + 8
+    reordered = p.attention == "flex" and not network.autoregressive
+    attention = width * (1 + reordered) * short + 4 * network.num_heads
+    dropped = short if timed and not layout.cuda else 1
+    after = width * (4 + (7 if timed else 4) * short + 2 * dropped * (network.dropout > 0)) + 8
+    own = read * before + asked * attention + kept * after
+    if kept < asked:  # what attention gave is kept again for these, and their places
+        own += kept * (width * short + 16)
+    if timed:  # the modulation of every token, and what it is multiplied with
         own += (kept * 2 if is_last else read * 6) * width * short
         own += (read + kept) * width * (4 + short)
-    if layout.dtype == "bf16" and not layout.cuda:  # angles, rounded anew for queries and keys
-        own += 2 * 2 * short * p.tokens(network) * (width // network.num_heads // 2)
-    return own + (_chunk_bytes(network, p, attended, is_last=is_last) if chunked else 0)
-
-
-def _chunk_bytes(network: Network, p: Pass, attended: int, *, is_last: bool) -> float:
-    """What chunked attention keeps besides: keys and values of every noisy chunk with the clean
-    prefix behind them, the queries of several copies in another order, the masks as numbers."""
-    streams = p.streams(network)
-    length, size, copies = streams.seq_len, streams.block_size, streams.num_noisy
-    chunk = size * max(1, CHUNK // size)
-    keys = masks = 0
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
-        width = stop - start + (stop - size if streams.has_clean else 0)
-        keys += copies * width
-        masks += (stop - start) * (width + (0 if is_last or not streams.has_clean else stop))
-    queries = copies * length if copies > 1 else 0
-    return attended * (p.rows * network.width * (2 * keys + queries) + masks)
+        if layout.dtype == "bf16" and not layout.cuda:  # angles, rounded for queries and keys
+            own += 2 * 2 * short * p.tokens(network) * (width // network.num_heads // 2)
+    return own
 
 
 def _loss_bytes(network: Network, p: Pass, layout: Layout) -> float:
@@ -560,10 +541,13 @@ def training_traffic(network: Network, p: Pass, layout: Layout) -> float:
     )
     layers = network.num_layers
     forward = layers * read * before + ((layers - 1) * read + kept) * after
+    chunks = 0.0
     if p.attention == "chunked" and not network.autoregressive:
-        forward += 2 * layers * _chunk_bytes(network, p, short, is_last=False)
+        # The gradients of every chunk's keys and values, in float32, are added to the others'.
+        keys = sum(attention_pairs(p.streams(network), "chunked")) / CHUNK
+        chunks = layers * p.rows * keys * width * 2 * 3 * 4
     times = 3 + layout.checkpointing
-    return times * forward + 8 * 4 * p.scored * network.vocab_size
+    return times * forward + chunks + 8 * 4 * p.scored * network.vocab_size
 
 
 def update_traffic(network: Network, state_bytes: float) -> float:
