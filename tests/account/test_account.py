@@ -219,6 +219,19 @@ def test_shards_hold_a_part(recipe_of):
     options = {"batch_size": 16, "micro_batch_size": 1, "parallel": "fsdp"}
     two = account_of(recipe_of(train=options), devices=8).training
     assert two.memory.gradients == ddp.memory.gradients
+    # Muon's matrices are put together, in bf16, and made orthogonal by every device.
+    ddp, fsdp = (
+        account_of(
+            recipe_of(optim={"name": "muon"}, train={"batch_size": 8, "parallel": kind}), devices=8
+        ).training.seconds
+        for kind in ("ddp", "fsdp")
+    )
+    matrices = [s for n, s in shapes.items()
+                if len(s) == 2 and "layers" in n and "modulation" not in n]  # fmt: skip
+    put_together = 7 / 8 * 2 * sum(map(prod, matrices)) / H100.link
+    assert fsdp.exchange == pytest.approx(1.5 * ddp.exchange + put_together)
+    orthogonal = muon_flops(matrices) / (H100.flops["bf16"] * H100.shares.products)
+    assert fsdp.update - orthogonal == pytest.approx((ddp.update - orthogonal) / 8)
     # One device has it all, whatever the word.
     one = [account_of(recipe_of(train={"parallel": kind})).training for kind in ("ddp", "fsdp")]
     assert one[0] == one[1]

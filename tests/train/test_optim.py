@@ -1,12 +1,14 @@
 """Learning rates, AdamW's groups, clipping and the moving average, by hand."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.ranks import is_sharded, joined, local, whole
 from blockdiffusion.train.optim import (
     MovingAverage,
     OptimOptions,
@@ -15,6 +17,7 @@ from blockdiffusion.train.optim import (
     make_optimizer,
     set_learning_rate,
 )
+from tests.teams import assert_ended_well, team
 
 
 def rates(steps, **options):
@@ -129,6 +132,43 @@ def test_loaded_state_reaches_both():
     other.step()
     assert {int(s["step"]) for s in other.state.values() if "step" in s} == {2}
     assert not any(map(torch.equal, before, model.parameters()))
+
+
+def update_shards_and_whole_matrices(rows: list[list[int]]) -> None:
+    """Three updates from equal gradients; the processes hold `rows` of the two matrices."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(0)
+    model = Hidden()
+    model.layers[0].mlp_out = nn.Linear(7, 5)
+    options = OptimOptions(name="muon", lr=0.01, weight_decay=0.5)
+    with joined() as processes:
+        mesh = init_device_mesh("cpu", (processes.size,))
+        sharded = fully_shard(deepcopy(model), mesh=mesh)
+        optimizers = [make_optimizer(network, options) for network in (sharded, model)]
+        for _ in range(3):
+            for ours, theirs in zip(sharded.parameters(), model.parameters(), strict=True):
+                theirs.grad = torch.randn_like(theirs)
+                ours.grad = distribute_tensor(theirs.grad, mesh, [Shard(0)])
+            for optimizer in optimizers:
+                optimizer.step()
+        for name, held in zip(("mlp_in", "mlp_out"), rows, strict=True):
+            weights = [getattr(network.layers[0], name).weight for network in (sharded, model)]
+            momenta = [
+                optimizer.state[weight]["momentum_buffer"]
+                for optimizer, weight in zip(optimizers, weights, strict=True)
+            ]
+            for shard, oracle in (weights, momenta):
+                assert is_sharded(shard) and len(local(shard)) == held[processes.rank]
+                assert torch.equal(whole(shard), oracle)
+
+
+def test_muon_of_shards_makes_the_numbers_of_whole_matrices():
+    """Bit for bit, of a tall and of a wide matrix, where a process holds fewer rows or none."""
+    rows = [[2, 2, 2, 0], [2, 2, 1, 0]]
+    assert_ended_well(team(4, update_shards_and_whole_matrices, rows))
 
 
 def test_clipping_returns_the_norm_and_scales_to_the_limit():

@@ -83,25 +83,33 @@ def assert_same_run(one: Path, two: Path, tolerance: float = 1e-9) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "sizes"),
-    [("ddp", (2, 4)), ("fsdp", (2,)), pytest.param("fsdp", (2, 4), marks=pytest.mark.slow)],
+    ("optimizer", "parallel", "sizes"),
+    [
+        ("adamw", "ddp", (2, 4)),
+        ("adamw", "fsdp", (2,)),
+        pytest.param("adamw", "fsdp", (2, 4), marks=pytest.mark.slow),
+        pytest.param("muon", "ddp", (2, 4), marks=pytest.mark.slow),
+        ("muon", "fsdp", (2,)),
+        pytest.param("muon", "fsdp", (2, 4), marks=pytest.mark.slow),
+    ],
 )
 def test_the_losses_are_those_of_one_process_whoever_goes_on(
-    recipe_file, tmp_path, parallel, sizes
+    recipe_file, tmp_path, optimizer, parallel, sizes
 ):
     """50 steps by 1, 2 and 4 processes, and the second half of those of 2 by 1 and by 4."""
     one, two = tmp_path / "1", tmp_path / "2"
-    train_in_float64(recipe_file, [f"out={one}"])
+    common = [f"optim.name={optimizer}", f"train.parallel={parallel}"]
+    train_in_float64(recipe_file, [*common, f"out={one}"])
     assert curve(one)[-5:].mean() < 0.8 * curve(one)[0]
     for size in sizes:
-        overrides = [f"out={tmp_path / str(size)}", f"train.parallel={parallel}"]
+        overrides = [*common, f"out={tmp_path / str(size)}"]
         assert_ended_well(team(size, train_in_float64, recipe_file, overrides))
         assert_same_run(one, tmp_path / str(size))
     shutil.rmtree(checkpoint.latest(two))  # what is left is the one half way
     for size in (1, 4):
         out = tmp_path / f"2-{size}"
         shutil.copytree(two, out)
-        overrides = [f"out={out}", f"train.parallel={parallel}"]
+        overrides = [*common, f"out={out}"]
         assert_ended_well(team(size, train_in_float64, recipe_file, overrides, True))
         assert_same_run(one, out)
         (note,) = [line["note"] for line in read_metrics(out / "metrics.jsonl") if "note" in line]
@@ -110,17 +118,23 @@ def test_the_losses_are_those_of_one_process_whoever_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_in_float32_losses_differ_by_rounding(recipe_file, tmp_path, parallel):
-    """How much, the documentation says; it is printed here."""
+@pytest.mark.parametrize(("optimizer", "limit"), [("adamw", 2e-5), ("muon", 1e-3)])
+def test_in_float32_losses_differ_by_rounding(recipe_file, tmp_path, optimizer, limit, parallel):
+    """How much, the documentation says; it is printed here. Muon rounds a direction to bf16, where
+    a difference of the last bit in float32 now and then becomes one of the last bit in bf16; so do
+    the micro-batches of one process."""
     single = (False, torch.float32)
-    train_in_float64(recipe_file, [f"out={tmp_path / '1'}"], *single)
+    common = [f"train.parallel={parallel}", f"optim.name={optimizer}"]
+    if optimizer == "muon":
+        common.append("optim.lr=3e-3")
+    train_in_float64(recipe_file, [*common, f"out={tmp_path / '1'}"], *single)
     one = curve(tmp_path / "1")
     for size in (2, 4):
-        overrides = [f"out={tmp_path / str(size)}", f"train.parallel={parallel}"]
+        overrides = [*common, f"out={tmp_path / str(size)}"]
         assert_ended_well(team(size, train_in_float64, recipe_file, overrides, *single))
         away = (curve(tmp_path / str(size)) - one).abs().max().item()
-        print(f"{parallel}, {size} processes: losses of {STEPS} steps within {away:.1e} in float32")
-        assert len(one) == STEPS and away < 2e-5
+        print(f"{optimizer}, {parallel}, {size} processes: losses within {away:.1e} in float32")
+        assert len(one) == STEPS and away < limit
 
 
 def test_dropout_is_that_of_as_many_micro_batches(recipe_file, tmp_path):
@@ -178,7 +192,6 @@ def test_mistakes_are_told_once(recipe_file, tmp_path):
         (3, [], r"train.batch_size is 8, which 3 processes cannot share equally"),
         (2, ["train.steps=0"], "train.steps is 0; it must be at least 1"),
         (2, ["--resume"], "holds no run to resume"),
-        (2, ["train.parallel=fsdp", "optim.name=muon"], "take ddp or adamw"),
     ):
         ended = team(size, command, "train", recipe_file, f"out={tmp_path / 'new'}", *overrides)
         said = "".join(process.err for process in ended)

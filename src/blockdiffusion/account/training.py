@@ -370,14 +370,18 @@ def _seconds(
     share = shares.traffic_compiled if recipe.train.compile else shares.traffic
     traffic = moved / (device.bandwidth * share)
     update = update_traffic(network, optimizer) / shards / (device.bandwidth * shares.reading)
+    exchanged = 0
     if recipe.optim.name == "muon":
         shapes = [s for n, s in network.shapes() if is_hidden_matrix(n, len(s))]
         update += muon_flops(shapes) / (device.flops["bf16"] * shares.products)
+        if shards > 1:  # each puts the matrices together, in bf16, and computes all of them
+            exchanged = BYTES["bf16"] * sum(map(prod, shapes))
     starts = count * (3 + layout.checkpointing) * network.num_layers * shares.layer_seconds
     # Gradients are summed and handed back; with shards they are summed once, and weights handed out
     # for the forward and the backward pass of every micro-batch.
     rounds = 2 if shards == 1 else 1 + 2 * count
-    exchange = rounds * (devices - 1) / devices * 4 * network.parameters / device.link
+    exchanged += rounds * 4 * network.parameters
+    exchange = (devices - 1) / devices * exchanged / device.link
     return Seconds(
         products=products,
         attention=attention,

@@ -324,7 +324,7 @@ def train(
             saved.
     """
     _check_fit(model, rows, objective)
-    _check_shares(options, optim, team)
+    _check_shares(options, team)
     config = dict(config or {})
     device = team.claim(select_device(options.device, "train.device"))
     if options.threads is not None:
@@ -552,12 +552,7 @@ def _check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: Objective
             )
 
 
-def _check_shares(options: TrainOptions, optim: OptimOptions, team: Team) -> None:
-    if team.size > 1 and options.parallel == "fsdp" and optim.name == "muon":
-        raise UserError(
-            "optim.name is muon, which needs whole matrices, but train.parallel is fsdp, which "
-            "cuts them; take ddp or adamw"
-        )
+def _check_shares(options: TrainOptions, team: Team) -> None:
     if options.batch_size % team.size:
         raise UserError(
             f"train.batch_size is {options.batch_size}, which {team.size} processes cannot share "

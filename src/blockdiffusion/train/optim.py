@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.ranks import whole
+from blockdiffusion.ranks import first_row, is_sharded, local, whole
 
 MOMENTUM = 0.95
 
@@ -84,7 +84,7 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 
 def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
     """The optimizer of the trainable parameters: AdamW in two groups, matrices (decayed) and
-    vectors (not); with `muon` the hidden matrices are Muon's.
+    vectors (not); with `muon` the hidden matrices are Muon's, also where they are in shards.
 
     AdamW's fused kernel is used everywhere: on CPUs too it is several times faster than the others.
     """
@@ -109,7 +109,8 @@ def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optim
     )
     if not hidden:
         return adamw
-    muon = torch.optim.Muon(
+    kind = ShardedMuon if any(map(is_sharded, hidden)) else torch.optim.Muon
+    muon = kind(
         hidden,
         lr=options.lr,
         momentum=options.momentum,
@@ -136,6 +137,52 @@ def optimizer_state_keys(
         if "ns_steps" in group and any(parameter is p for p in group["params"]):
             return ("momentum_buffer",)
     return ("step", "exp_avg", "exp_avg_sq")
+
+
+class ShardedMuon(torch.optim.Muon):
+    """Muon of matrices whose rows are shared out (FSDP2); from equal gradients it makes the numbers
+    that `torch.optim.Muon` makes of whole matrices, bit for bit.
+
+    Weights and momentum stay in shards. Of one matrix at a time the direction is put together, in
+    the bf16 that Muon rounds it to, and every process makes all of it orthogonal, to keep its rows.
+    So an update exchanges 2 bytes for each number of the matrices, and takes every process the
+    operations of one that has them whole (`costs.muon_flops`), as with replicas.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update; common."""
+        assert closure is None
+        for group in self.param_groups:
+            assert group["nesterov"] and group["adjust_lr_fn"] == "match_rms_adamw"
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        grad, state, lr = parameter.grad, self.state[parameter], group["lr"]
+        assert grad is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        momentum = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+        direction_RC = whole(grad.lerp(momentum, group["momentum"]).bfloat16())
+        update_RC = _orthogonalized(direction_RC, group)
+        own, first = local(parameter), first_row(parameter)
+        own.mul_(1 - lr * group["weight_decay"])
+        scale = 0.2 * math.sqrt(max(parameter.shape))
+        own.add_(update_RC[first : first + len(own)], alpha=-lr * scale)
+
+
+def _orthogonalized(direction_RC: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """The Newton-Schulz iteration of `torch.optim.Muon`, whose singular values end near 1."""
+    a, b, c = group["ns_coefficients"]
+    is_tall = direction_RC.shape[0] > direction_RC.shape[1]
+    x = direction_RC.T if is_tall else direction_RC
+    x = x / x.norm().clamp(min=group["eps"])
+    for _ in range(group["ns_steps"]):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
 
 
 class Together(torch.optim.Optimizer):
