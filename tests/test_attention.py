@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from blockdiffusion import attention
 from blockdiffusion.attention import attend, attend_cached, resolve_backend
 from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, dense_mask
@@ -66,19 +67,49 @@ def test_noisy_queries_alone_give_the_same(streams, padded):
         assert (whole - part).abs().max() < TOLERANCE, backend
 
 
-def test_chunks_smaller_than_the_sequence(monkeypatch):
-    """Chunk borders must not show: 8-token chunks over 40 tokens, forward and backward."""
-    monkeypatch.setattr("blockdiffusion.attention.CHUNK", 8)
-    for streams in (Streams(40, 4), Streams(40, 2, num_noisy=2), Streams(40, 20)):
-        gradients = []
-        for backend in ("dense", "chunked"):
-            inputs = [x.requires_grad_() for x in tensors(streams)]
-            out = attend(*inputs, streams, backend)
-            weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
-            (out * weight).sum().backward()
-            gradients.append([out.detach(), *(x.grad for x in inputs)])
-        for dense, chunked in zip(*gradients, strict=True):
-            assert (dense - chunked).abs().max() < 1e-10
+@pytest.mark.parametrize("written_out", [False, True], ids=["CPU", "elsewhere"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "streams",
+    [
+        Streams(40, 4),
+        Streams(40, 2, num_noisy=2),
+        Streams(40, 20),
+        Streams(40, 5, clean_attention="causal"),
+        Streams(20, 20, num_noisy=2, has_clean=False),
+    ],
+    ids=str,
+)
+def test_chunks_smaller_than_the_sequence(streams, padded, written_out, monkeypatch):
+    """Chunk borders must not show: 8-token chunks over 40 tokens, forward and backward; with the
+    CPU's kernel and with plain products."""
+    monkeypatch.setattr(attention, "CHUNK", 8)
+    if written_out:
+        monkeypatch.setattr(attention, "_flash", attention._written_out)
+        monkeypatch.setattr(attention, "_flash_backward", attention._written_out_backward)
+    valid = None
+    if padded:  # also before the text, so that noisy tokens see no clean one
+        place = torch.arange(streams.seq_len)
+        valid = torch.stack([place < streams.seq_len - 3, place >= 11])
+    gradients = []
+    for backend in ("dense", "chunked"):
+        inputs = [x.requires_grad_() for x in tensors(streams)]
+        out = attend(*inputs, streams, backend, valid)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        (out * weight).sum().backward()
+        gradients.append([out.detach(), *(x.grad for x in inputs)])
+    for dense, chunked in zip(*gradients, strict=True):
+        assert (dense - chunked).abs().max() < 1e-10
+
+
+def test_chunked_attention_keeps_its_inputs_and_output_only():
+    """Of no chunk a copy: a gigabyte of them at the paper's sizes."""
+    streams, kept = Streams(512, 4), []
+    inputs = [x.requires_grad_() for x in tensors(streams)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = attend(*inputs, streams, "chunked")
+    numbers = {t.untyped_storage().data_ptr(): t.numel() for t in kept}
+    assert sum(numbers.values()) == 4 * out.numel() + out[..., 0].numel()
 
 
 def test_cached_attention_equals_the_formula():

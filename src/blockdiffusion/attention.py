@@ -313,7 +313,7 @@ class _InParts(torch.autograd.Function):
         out = _tokens_first(q)
         lse_BHT = out.new_full(out.shape[:3], -math.inf, dtype=_normaliser_type(q.dtype))
         for part in parts:
-            found, lse = attend_part(*part.asking(q), *part.asked(k, v), part)
+            found, lse = attend_part(part, *part.asking(q), *part.asked(k, v))
             so_far, lse_so_far = part.queries(out), part.queries(lse_BHT)
             lse = lse.view(lse_so_far.shape)
             both = torch.logaddexp(lse_so_far, lse)
@@ -327,19 +327,17 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
         *given, lse_BHT = ctx.saved_tensors
-        grad, q, k, v, out = map(lifted, (grad_out, *given))
+        grad, q, k, v, out = map(lifted, (grads_out[0], *given))
         backward_part = _flash_backward if q.device.type == "cpu" else _written_out_backward
         grads = tuple(_tokens_first(x) for x in (q, k, v))
         for part in ctx.parts:
-            own = backward_part(
-                *part.asking(grad, out, lse_BHT), *part.asking(q), *part.asked(k, v), part
-            )
+            own = backward_part(part, *part.asking(grad, out, lse_BHT, q), *part.asked(k, v))
             views = (part.queries(grads[0]), part.keys(grads[1]), part.keys(grads[2]))
             for view, gradient in zip(views, own, strict=True):
                 view += gradient.view(view.shape)
-        return *(x.to(grad_out.dtype) for x in grads), None
+        return *(x.to(grads_out[0].dtype) for x in grads), None
 
 
 def _tokens_first(x_BHTE: torch.Tensor) -> torch.Tensor:
@@ -347,7 +345,7 @@ def _tokens_first(x_BHTE: torch.Tensor) -> torch.Tensor:
     return x_BHTE.new_zeros(x_BHTE.transpose(1, 2).shape).transpose(1, 2)
 
 
-def _flash(q, k, v, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+def _flash(part: Part, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a part on a CPU, and its normaliser: PyTorch's kernel, which tells both."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, False, attn_mask=part.bias(q.dtype)
@@ -355,21 +353,21 @@ def _flash(q, k, v, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
     return out, part.normaliser(lse)
 
 
-def _flash_backward(grad, out, lse, q, k, v, part: Part) -> tuple[torch.Tensor, ...]:
+def _flash_backward(part: Part, grad, out, lse, q, k, v) -> tuple[torch.Tensor, ...]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, False, attn_mask=part.bias(q.dtype)
     )
 
 
-def _written_out(q, k, v, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+def _written_out(part: Part, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     """The same by products and a softmax, for other devices."""
-    scores = _scores(q, k, part)
+    scores = _scores(part, q, k)
     lse = part.normaliser(scores.logsumexp(-1))
     return (scores - lse[..., None]).exp().nan_to_num_(0.0).to(v.dtype) @ v, lse
 
 
-def _written_out_backward(grad, out, lse, q, k, v, part: Part) -> tuple[torch.Tensor, ...]:
-    prob = (_scores(q, k, part) - lse[..., None]).exp()
+def _written_out_backward(part: Part, grad, out, lse, q, k, v) -> tuple[torch.Tensor, ...]:
+    prob = (_scores(part, q, k) - lse[..., None]).exp()
     by_prob = grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
     by_score = (prob * by_prob / math.sqrt(q.shape[-1])).to(q.dtype)
     return (
@@ -379,7 +377,7 @@ def _written_out_backward(grad, out, lse, q, k, v, part: Part) -> tuple[torch.Te
     )
 
 
-def _scores(q, k, part: Part) -> torch.Tensor:
+def _scores(part: Part, q, k) -> torch.Tensor:
     scores = (q @ k.transpose(-1, -2)).to(_normaliser_type(q.dtype)) / math.sqrt(q.shape[-1])
     bias = part.bias(scores.dtype)
     return scores if bias is None else scores + bias

@@ -99,8 +99,8 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        *grads, grad_2d = _backward_behind_norm(ctx, grad)
+    def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        *grads, grad_2d = _backward_behind_norm(ctx, grads_out[0])
         return *grads, grad_2d.sum(0, dtype=ctx.dtype) if ctx.has_bias else None, None
 
 
@@ -117,8 +117,8 @@ class _NormHeads(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads_BHTE: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad = torch.stack([g.transpose(1, 2) for g in grads_BHTE], 2)
+    def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        grad = torch.stack([g.transpose(1, 2) for g in grads_out], 2)
         cos, sin = ctx.angles
         _rotate_in_place(grad[:, :, :2], cos, -sin)
         *grads, _ = _backward_behind_norm(ctx, grad.flatten(2))
@@ -181,7 +181,8 @@ class _GatedSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        (grad,) = grads_out
         gate, h, weight, bias, mask = ctx.saved_tensors
         short = h.dtype
         kept = grad.to(short) if mask is None else grad.to(short) * mask
@@ -216,8 +217,8 @@ class _GeluLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        h, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
+        (grad,), (h, weight) = grads_out, ctx.saved_tensors
         grad_2d, h_2d = grad.reshape(-1, len(weight)), h.reshape(-1, h.shape[-1])
         grad_weight = (grad_2d.T @ gelu(h_2d)).to(weight.dtype)
         grad_bias = grad_2d.sum(0, dtype=weight.dtype)
