@@ -42,10 +42,12 @@ CASES: dict[str, dict[str, Any]] = {
     "medium, micro-batches": {"L": 512, "V": 8192, "batch": 4, "micro": 1, "model": MEDIUM},
     "medium, checkpointing": {"L": 512, "V": 8192, "batch": 4, "model": MEDIUM,
                               "train": {"activation_checkpointing": True}},
+    "medium, bf16": {"L": 512, "V": 8192, "batch": 4, "model": MEDIUM, "train": {"dtype": "bf16"}},
     "demo, Muon": {"L": 128, "V": 2049, "batch": 4, "model": SMALL, "optim": {"name": "muon"}},
     "medium, autoregressive": {"L": 512, "V": 8192, "batch": 4, "objective": {"name": "ar"},
                                "model": {k: v for k, v in MEDIUM.items()
                                          if k not in ("block_size", "cond_dim")}},
+    "medium, Muon": {"L": 512, "V": 8192, "batch": 4, "model": MEDIUM, "optim": {"name": "muon"}},
     "paper, L = 512": {"L": 512, "V": 50258, "batch": 1, "model": PAPER | {"block_size": 16},
                        "objective": {"estimator": "bernoulli"}, "updates": 1},
 }  # fmt: skip

@@ -31,7 +31,7 @@ from blockdiffusion.data.loader import Batch
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.masks import Streams, dense_mask
 from blockdiffusion.models.inference import sampling_copy
-from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel, Layer
 from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
 
 SIZES = {"vocab_size": 53, "width": 24, "num_layers": 3, "num_heads": 2, "cond_dim": 8}
@@ -224,11 +224,14 @@ def test_bytes_of_weights_and_cache(sizes):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("how", ["", "checkpointing", "compiled"])
 @pytest.mark.parametrize(("sizes", "estimator"), CASES, ids=IDS)
-def test_activations_are_those_that_autograd_keeps(sizes, estimator, checkpointing, dtype):
+def test_activations_are_those_that_autograd_keeps(sizes, estimator, how, dtype, monkeypatch):
+    """(Of compiled layers those of the same layers before they are.)"""
     model, sizes_ = network({**sizes, "width": 64})
-    model.activation_checkpointing = checkpointing
+    checkpointing = model.activation_checkpointing = how == "checkpointing"
+    if how == "compiled":
+        monkeypatch.setattr(Layer, "_is_plain", lambda self: False)
     loss, p = update(model, estimator)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -253,7 +256,7 @@ def test_activations_are_those_that_autograd_keeps(sizes, estimator, checkpointi
     for hook in hooks:
         hook.remove()
     held = sum(size for size, _ in kept.values())
-    layout = Layout(dtype=dtype, checkpointing=checkpointing)
+    layout = Layout(dtype=dtype, checkpointing=checkpointing, compiled=how == "compiled")
     expected = activation_bytes(sizes_, p, layout)
     got = expected.saved + (0 if checkpointing else expected.copies)
     assert got == pytest.approx(held, rel=0.1 if checkpointing else 0.05)

@@ -409,8 +409,9 @@ class Layout:
 
     Attributes:
         dtype: "bf16" is autocast: the residual stream and the sums stay float32.
-        cuda: there dropout of layers that read the time keeps bytes, elsewhere numbers of the type.
+        cuda: there dropout left to autograd keeps bytes, elsewhere numbers of the compute type.
         checkpointing: whether only the inputs of the layers are kept.
+        compiled: whether layers are compiled, which leaves their gradients to autograd.
         fused_loss: whether the gradient of the logits is made at once (cross-entropy), or later,
             from logits that are made again.
     """
@@ -418,7 +419,12 @@ class Layout:
     dtype: Dtype = "float32"
     cuda: bool = False
     checkpointing: bool = False
+    compiled: bool = False
     fused_loss: bool = True
+
+    def fuses(self, network: Network) -> bool:
+        """Whether layers have gradients of their own (`models.fused`)."""
+        return not (self.compiled or network.time_conditioning)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -462,14 +468,14 @@ def activation_bytes(network: Network, p: Pass, layout: Layout) -> Activations:
         saved += kept * network.width * (4 + short)
     loss, copies = _loss_bytes(network, p, layout), 0.0
     if layout.dtype == "bf16":
-        # Of the weights whose products autograd differentiates: of all in layers that read the
-        # time (but the one behind the GELU), else of the modulations.
+        # Of the weights whose products autograd differentiates: of the modulations, and where layers
+        # have no gradients of their own of all others but the one behind the GELU.
         matrices = [
             shape
             for name, shape in network.shapes()
             if len(shape) == 2
             and "layers." in name
-            and ("mlp_out" not in name if network.time_conditioning else "modulation" in name)
+            and ("modulation" in name if layout.fuses(network) else "mlp_out" not in name)
         ]
         copies = 2 * sum(map(prod, matrices))
         if layout.checkpointing:  # in the backward pass those of one layer
@@ -485,28 +491,29 @@ def _layer_bytes(network: Network, p: Pass, layout: Layout, *, is_last: bool) ->
     gave, the residual stream again, and the MLP before its nonlinearity (4); with dropout a byte of
     each branch. FlexAttention's output is kept once more, in the order of the tokens.
 
-    A layer that reads the time leaves more to autograd: the outputs of its norms, rotated queries
-    and keys beside the product that the values are a part of, both branches before their gates, and
-    dropout's noise in their type.
+    A layer that reads the time, or is compiled, leaves more to autograd: the outputs of its norms,
+    rotated queries and keys beside the product that the values are a part of, both branches before
+    their gates (where these are learned), and dropout's noise in their type.
     """
     width, short = network.width, BYTES[layout.dtype]
     read = p.rows * p.tokens(network)
     asked = p.rows * p.asked(network) if is_last else read
     kept = p.finished(network) if is_last else read
-    timed = network.time_conditioning
-    before = width * (4 + (6 if timed else 3) * short) + 8
+    timed, plain = network.time_conditioning, not layout.fuses(network)
+    before = width * (4 + (6 if plain else 3) * short) + 8
     reordered = p.attention == "flex" and not network.autoregressive
     attention = width * (1 + reordered) * short + 4 * network.num_heads
-    dropped = short if timed and not layout.cuda else 1
-    after = width * (4 + (7 if timed else 4) * short + 2 * dropped * (network.dropout > 0)) + 8
+    dropped = short if plain and not layout.cuda else 1
+    numbers = (7 if network.cond_dim is not None else 5) if plain else 4
+    after = width * (4 + numbers * short + 2 * dropped * (network.dropout > 0)) + 8
     own = read * before + asked * attention + kept * after
     if kept < asked:  # what attention gave is kept again for these, and their places
         own += kept * (width * short + 16)
     if timed:  # the modulation of every token, and what it is multiplied with
         own += (kept * 2 if is_last else read * 6) * width * short
         own += (read + kept) * width * (4 + short)
-        if layout.dtype == "bf16" and not layout.cuda:  # angles, rounded for queries and keys
-            own += 2 * 2 * short * p.tokens(network) * (width // network.num_heads // 2)
+    if plain and layout.dtype == "bf16" and not layout.cuda:  # angles, rounded for each layer
+        own += 2 * 2 * short * p.tokens(network) * (width // network.num_heads // 2)
     return own
 
 

@@ -155,6 +155,7 @@ def training_account(
     drawn = drawn_rows(recipe, manifest, config)
     dtype = options.dtype
     layout = Layout(
+        compiled=recipe.train.compile,
         dtype=dtype,
         cuda=device.cuda,
         checkpointing=options.activation_checkpointing,
