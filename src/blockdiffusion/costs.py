@@ -550,6 +550,8 @@ def training_traffic(network: Network, p: Pass, layout: Layout) -> float:
     forward = layers * read * before + ((layers - 1) * read + kept) * after
     chunks = 0.0
     if p.attention == "chunked" and not network.autoregressive:
+        # In bf16 queries, keys, values and the output are lifted to float32, or brought back.
+        forward += layers * read * width * (24 if layout.dtype == "bf16" else 0)
         # The gradients of every chunk's keys and values, in float32, are added to the others'.
         keys = sum(attention_pairs(p.streams(network), "chunked")) / CHUNK
         chunks = layers * p.rows * keys * width * 2 * 3 * 4

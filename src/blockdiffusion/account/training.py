@@ -365,7 +365,8 @@ def _seconds(
     flops = training_flops(network, passes(rows), checkpointing=layout.checkpointing)
     count = -(-rows // micro)
     products = (flops.layers + flops.head) / (peak * shares.products)
-    attention = flops.attention / (peak * shares.attention)
+    attending = peak if device.cuda else device.flops["float32"]
+    attention = flops.attention / (attending * shares.attention)
     # A micro-batch's gradient is added to the sum, and its bf16 weights are made anew.
     moved = training_traffic(network, passes(rows), layout) + count * 4 * 3 * network.parameters
     share = shares.traffic_compiled if recipe.train.compile else shares.traffic
