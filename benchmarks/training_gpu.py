@@ -45,6 +45,7 @@ from blockdiffusion.models.transformer import (
     BlockDiffusionConfig,
     BlockDiffusionModel,
     Kept,
+    Rotary,
     rotary_tables,
     split_heads,
 )
@@ -257,7 +258,7 @@ class TwoPasses:
         return model._run_layers(x_BLD, cond, rotary, read, kept)[0]
 
     def _clean_pass(
-        self, clean_BL: torch.Tensor, cond: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]
+        self, clean_BL: torch.Tensor, cond: torch.Tensor, rotary: Rotary
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of every layer; the last one computes nothing else."""
         *layers, last = self.model.layers

@@ -468,8 +468,8 @@ def activation_bytes(network: Network, p: Pass, layout: Layout) -> Activations:
         saved += kept * network.width * (4 + short)
     loss, copies = _loss_bytes(network, p, layout), 0.0
     if layout.dtype == "bf16":
-        # Of the weights whose products autograd differentiates: of the modulations, and where layers
-        # have no gradients of their own of all others but the one behind the GELU.
+        # Of the weights whose products autograd differentiates: of the modulations, and where
+        # layers have no gradients of their own of all others but the one behind the GELU.
         matrices = [
             shape
             for name, shape in network.shapes()

@@ -49,12 +49,13 @@ def norm_heads(
     shift_D: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-    rotary: tuple[torch.Tensor, torch.Tensor],
+    cos: torch.Tensor,
+    sin: torch.Tensor,
     num_heads: int,
 ) -> tuple[torch.Tensor, ...]:
     """Rotated queries and keys, and values, each (B, H, T, E), of a linear layer without bias
-    behind the norm; `rotary` is cos and sin (T, E/2)."""
-    return _NormHeads.apply(x_BTD, scale_D, shift_D, weight, eps, *rotary, num_heads)
+    behind the norm; cos and sin of the angles are (T, 1, E/2)."""
+    return _NormHeads.apply(x_BTD, scale_D, shift_D, weight, eps, cos, sin, num_heads)
 
 
 def gated_sum(
@@ -110,17 +111,17 @@ class _NormHeads(torch.autograd.Function):
         ctx: Any, x, scale, shift, weight, eps: float, cos, sin, num_heads: int
     ) -> tuple[torch.Tensor, ...]:
         out = _forward_behind_norm(ctx, x, scale, shift, weight, None, eps)
-        heads = out.unflatten(-1, (3, num_heads, -1))
-        ctx.angles = [a[:, None, None].to(out.dtype) for a in (cos, sin)]
-        _rotate_in_place(heads[:, :, :2], *ctx.angles)
-        return tuple(x.transpose(1, 2) for x in heads.unbind(2))
+        heads = out.unflatten(-1, (3 * num_heads, -1))
+        ctx.angles = [a.to(out.dtype) for a in (cos, sin)]
+        _rotate_in_place(heads[:, :, : 2 * num_heads], *ctx.angles)
+        return heads.transpose(1, 2).chunk(3, dim=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
-        grad = torch.stack([g.transpose(1, 2) for g in grads_out], 2)
+        grad = torch.cat([g.transpose(1, 2) for g in grads_out], 2)
         cos, sin = ctx.angles
-        _rotate_in_place(grad[:, :, :2], cos, -sin)
+        _rotate_in_place(grad[:, :, : 2 * grads_out[0].shape[1]], cos, -sin)
         *grads, _ = _backward_behind_norm(ctx, grad.flatten(2))
         return *grads, None, None, None, None
 

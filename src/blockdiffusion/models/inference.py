@@ -33,6 +33,7 @@ from blockdiffusion.models.transformer import (
     Linear,
     LinearGelu,
     Modulation,
+    Rotary,
     TimeEmbedding,
     attended,
     split_heads,
@@ -81,14 +82,14 @@ class FoldedLayer(nn.Module):
         self,
         x_BTD: torch.Tensor,
         cond: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: Rotary,
         read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         kept: Kept = ALL,
     ) -> torch.Tensor:
         """See `Layer`; `cond` is in the weights."""
         qkv = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)
-        x_BTD = take(x_BTD, kept) + self.attn_out(attended(qkv, read, kept))
-        return x_BTD + self.mlp_out(self.mlp_in(_normed(x_BTD)))
+        x_BTD = _plus(take(x_BTD, kept), self.attn_out, attended(qkv, read, kept))
+        return _plus(x_BTD, self.mlp_out, self.mlp_in(_normed(x_BTD)))
 
 
 class PackedLinear(nn.Module):
@@ -105,6 +106,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, *self.then)
+
+    def plus(self, x: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
+        """x + self(input), rounded once; of layers without GELU."""
+        return torch.ops.mkldnn._linear_pointwise.binary(input, x, self.packed, self.bias, "add")
 
 
 class Int8Linear(nn.Module):
@@ -130,6 +135,11 @@ class Int8Linear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = torch.ops.quantized.linear_dynamic(input, self.packed, True)
         return F.gelu(out, approximate="tanh") if self.has_gelu else out
+
+
+def _plus(x: torch.Tensor, linear: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    """x + linear(input)."""
+    return linear.plus(x, input) if isinstance(linear, PackedLinear) else x + linear(input)
 
 
 def _normed(x: torch.Tensor) -> torch.Tensor:

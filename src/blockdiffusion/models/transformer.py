@@ -177,28 +177,43 @@ class BlockDiffusionConfig(PretrainedConfig):
 # --- small parts -----------------------------------------------------------------------------
 
 
-def rotary_tables(
-    positions: torch.Tensor, head_width: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (..., E/2) of the rotary angles, computed in float64.
+class Rotary(NamedTuple):
+    """The rotary angles of a pass's tokens, as they multiply heads (..., T, H, E).
+
+    Attributes:
+        cos, sin: (..., T, 1, E/2), for a half of each head.
+        cos_cos, sin_sin: (..., T, 1, E), for the whole: cos twice, and -sin beside sin.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cos_cos: torch.Tensor
+    sin_sin: torch.Tensor
+
+
+def rotary_tables(positions: torch.Tensor, head_width: int, dtype: torch.dtype) -> Rotary:
+    """Of positions (..., T); computed in float64.
 
     In float32 the angles at position 100,000 would already shift logits by 7e-4.
     """
     half = torch.arange(head_width // 2, device=positions.device, dtype=torch.float64)
     frequency = ROTARY_BASE ** (-2 * half / head_width)
-    angle = positions[..., None].to(torch.float64) * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = positions[..., None, None].to(torch.float64) * frequency
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return Rotary(cos, sin, torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
-def rotate(x_BHTE: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x_BTHE: torch.Tensor, rotary: Rotary) -> torch.Tensor:
     """Rotary embedding by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    cos, sin = cos.to(x_BHTE.dtype), sin.to(x_BHTE.dtype)
+    cos, sin, cos_cos, sin_sin = (x.to(x_BTHE.dtype) for x in rotary)
     if torch.compiler.is_compiling():  # which makes one kernel of it
-        x1, x2 = x_BHTE.chunk(2, dim=-1)
+        x1, x2 = x_BTHE.chunk(2, dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
     if torch.is_grad_enabled():
-        return _Rotation.apply(x_BHTE, cos, sin)
-    return _rotated(x_BHTE, cos, sin)  # without autograd's overhead: most of it, for few tokens
+        return _Rotation.apply(x_BTHE, cos, sin)
+    # In few operations: most of the time, for few tokens.
+    exchanged = x_BTHE.roll(x_BTHE.shape[-1] // 2, -1)
+    return torch.addcmul(exchanged.mul_(sin_sin), x_BTHE, cos_cos)
 
 
 class _Rotation(torch.autograd.Function):
@@ -310,14 +325,12 @@ class Modulation(Linear):
         return super().forward(input).chunk(self.count, dim=-1)
 
 
-def split_heads(
-    qkv_BTD: torch.Tensor, num_heads: int, rotary: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
+def split_heads(qkv_BTD: torch.Tensor, num_heads: int, rotary: Rotary) -> tuple[torch.Tensor, ...]:
     """Rotated queries and keys, and values, each (B, H, T, E), from all three (B, T, 3 H E)."""
-    both, v = qkv_BTD.unflatten(-1, (3, num_heads, -1)).split([2, 1], dim=-3)
-    cos, sin = (x.unsqueeze(1) if x.ndim == 4 else x for x in rotary)  # (B, 1, T, E/2) for rows
-    q, k = rotate(both.permute(0, 2, 3, 1, 4), cos, sin).unbind(1)
-    return q, k, v[:, :, 0].transpose(1, 2)
+    heads = qkv_BTD.unflatten(-1, (3 * num_heads, -1))
+    both, v = heads.split([2 * num_heads, num_heads], dim=2)
+    q, k = rotate(both, rotary).transpose(1, 2).chunk(2, dim=1)
+    return q, k, v.transpose(1, 2)
 
 
 class Kept(NamedTuple):
@@ -387,7 +400,7 @@ class Layer(nn.Module):
         self,
         x_BTD: torch.Tensor,
         cond: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: Rotary,
         read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         kept: Kept = ALL,
     ) -> torch.Tensor:
@@ -413,7 +426,7 @@ class Layer(nn.Module):
         x_BTD: torch.Tensor,
         shift: torch.Tensor,
         scale: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: Rotary,
     ) -> tuple[torch.Tensor, ...]:
         """What attention reads; see `split_heads`."""
         return split_heads(
@@ -445,13 +458,14 @@ class Layer(nn.Module):
         x_BTD: torch.Tensor,
         shift: torch.Tensor,
         scale: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: Rotary,
     ) -> tuple[torch.Tensor, ...]:
         """`_heads` for one modulation, with the gradient of `fused`."""
         weight, bias = self.attn_norm.affine(shift, scale)
         return fused.norm_heads(
-            x_BTD, weight, bias, self.attn_qkv.weight, NORM_EPS, rotary, self.num_heads
-        )
+            x_BTD, weight, bias, self.attn_qkv.weight, NORM_EPS, rotary.cos, rotary.sin,
+            self.num_heads,
+        )  # fmt: skip
 
     def _behind_fused(
         self,
@@ -666,7 +680,7 @@ class BlockDiffusionModel(PreTrainedModel):
         self,
         x_BTD: torch.Tensor,
         cond: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: Rotary,
         read: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         kept: Kept,
     ) -> torch.Tensor:
@@ -794,7 +808,7 @@ class BlockDiffusionModel(PreTrainedModel):
         position_P = cache.lengths_B[place.rows_P] + place.offsets_P
         clean_P = place.offsets_P < clean_B[place.rows_P]
         x_1PD = self.embedding(ids_P)[None]
-        cos, sin = rotary_tables(
+        rotary = rotary_tables(
             position_P.to(ids_P.device), config.width // config.num_heads, x_1PD.dtype
         )
         sigma_1P = None if sigma_B is None else sigma_B[place.rows_P.to(sigma_B.device)][None]
@@ -814,7 +828,7 @@ class BlockDiffusionModel(PreTrainedModel):
             return attend_ragged(q, *cache.write_ragged(index, k_PHE, v_PHE, stored), groups)
 
         wanted = None if wanted_M is None else (torch.zeros_like(wanted_M), wanted_M)
-        return self._run_layers(x_1PD, cond, (cos, sin), read, Kept(place=wanted))[0]
+        return self._run_layers(x_1PD, cond, rotary, read, Kept(place=wanted))[0]
 
     def decode_causal(
         self, ids_BT: torch.Tensor, cache: BlockCache, window: int | None = None
@@ -852,10 +866,9 @@ class BlockDiffusionModel(PreTrainedModel):
         clean_BT = torch.arange(tokens) < torch.as_tensor(num_clean).reshape(-1, 1)
         mask = self._decode_mask(position_BT, clean_BT, cache, window)
         x_BTD = self.embedding(ids_BT)
-        cos, sin = rotary_tables(
+        rotary = rotary_tables(
             position_BT.to(ids_BT.device), config.width // config.num_heads, x_BTD.dtype
         )
-        rotary = (cos[:, None], sin[:, None])
         sigma_B1 = None if sigma_B is None else sigma_B[:, None]
         cond = self._decode_condition(sigma_B1, clean_BT.expand(batch, tokens))
 
@@ -912,16 +925,13 @@ class BlockDiffusionModel(PreTrainedModel):
         # As what attention adds to its scores: made once, and not from booleans in every layer.
         bias_BTK = torch.zeros_like(visible_BTK, dtype=self.dtype)
         bias_BTK.masked_fill_(~visible_BTK, -math.inf)
-        cos, sin = rotary_tables(
-            position_BT, self.config.width // self.config.num_heads, self.dtype
-        )
+        rotary = rotary_tables(position_BT, self.config.width // self.config.num_heads, self.dtype)
         sigma_B1 = None if sigma_B is None else sigma_B[:, None]
         cond = self._decode_condition(sigma_B1, clean_1T.expand(batch, tokens))
 
         def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return attend_cached(q, *cache.write(index, k, v, place), bias_BTK)
 
-        rotary = (cos[:, None], sin[:, None])
         kept = Kept(place=(places_2M[0], places_2M[1]))
         return (self._run_layers(self.embedding(ids_BT), cond, rotary, read, kept)[0],)
 
