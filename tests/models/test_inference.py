@@ -107,6 +107,19 @@ def test_packed_weights_give_the_same_products(kind, dtype, shape):
     assert torch.allclose(found.double(), expected, rtol=step, atol=step)
 
 
+@pytest.mark.parametrize("dtype", PACKED)
+def test_a_sum_rides_on_a_packed_product(dtype):
+    """Within the rounding of its type of the exact sum; also of no rows at all."""
+    torch.manual_seed(0)
+    linear, x, input = Linear(24, 40), torch.randn(1, 5, 40), torch.randn(1, 5, 24)
+    linear, x, input = (part.to(dtype) for part in (linear, x, input))
+    packed = PackedLinear(linear)
+    found, nothing = packed.plus(x, input), packed.plus(x[:, :0], input[:, :0])
+    exact = x.double() + linear.double()(input.double())
+    assert found.dtype == dtype and nothing.shape == (1, 0, 40)
+    assert (found.double() - exact).abs().max() < torch.finfo(dtype).eps * exact.abs().max()
+
+
 def test_weights_are_packed_where_products_are_measured_to_gain(make_model):
     """float32 and bf16 on CPUs; float64 is left as it is."""
     for dtype in (torch.float64, *PACKED):

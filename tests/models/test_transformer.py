@@ -297,6 +297,7 @@ def test_rotary_angles_stay_exact_far_out():
     (dict(clean_attention="full"), "block or causal"),
     (dict(num_layers=0), "num_layers"),
     (dict(adaln=False, time_conditioning=True), "adaln"),
+    (dict(dropout=1.0), r"dropout is 1.0; it must be in \[0, 1\)"),
     (dict(objective="ar"), "choose block_diffusion or score_entropy or d3pm or"),
     (dict(objective="autoregressive", block_size=4), "block_size 1"),
     (dict(objective="d3pm"), "timesteps is None; a d3pm network needs"),

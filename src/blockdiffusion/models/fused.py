@@ -155,7 +155,7 @@ def _backward_behind_norm(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, .
     x, scale, shift, weight, mean, rstd = ctx.saved_tensors
     grad_2d = grad.reshape(-1, len(weight))
     normed = torch.native_layer_norm(x, scale.shape, scale, shift, ctx.eps)[0]
-    grad_weight = grad_2d.T @ normed.view(-1, len(scale)).to(grad.dtype)
+    grad_weight = grad_2d.T @ normed.reshape(-1, len(scale)).to(grad.dtype)
     grad_normed = (grad_2d @ weight.to(grad.dtype)).view_as(x).to(x.dtype)
     of_norm = aten.native_layer_norm_backward(
         grad_normed, x, scale.shape, mean, rstd, scale, shift, [True, True, True]
@@ -187,7 +187,7 @@ class _GatedSum(torch.autograd.Function):
         gate, h, weight, bias, mask = ctx.saved_tensors
         short = h.dtype
         kept = grad.to(short) if mask is None else grad.to(short) * mask
-        kept, h_2d = kept.view(-1, len(weight)), h.reshape(-1, h.shape[-1])
+        kept, h_2d = kept.reshape(-1, len(weight)), h.reshape(-1, h.shape[-1])
         inner = gelu(h_2d) if ctx.has_gelu else h_2d
         by_token = (kept.T @ inner).to(weight.dtype)  # M of the module's text
         total = kept.sum(0, dtype=weight.dtype)

@@ -145,6 +145,8 @@ class BlockDiffusionConfig(PretrainedConfig):
             raise UserError(
                 f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}"
             )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if self.clean_attention not in ("block", "causal"):
             raise UserError(f"clean_attention is {self.clean_attention!r}; choose block or causal")
         if self.time_conditioning and not self.adaln:
