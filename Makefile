@@ -54,6 +54,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.sampling_speed --tokens-per-step 1 2 4 --dtypes float32 bfloat16 int8
 	$(BIN)/python -m benchmarks.sampling_speed --tokens-per-step 1 4 --batches 8 16 --dtypes bfloat16
 	$(BIN)/python -m benchmarks.engine_speed
+	$(BIN)/python -m benchmarks.length_scaling
 	$(BIN)/python -m benchmarks.account
 
 # On a GPU: training steps, and sampling.
