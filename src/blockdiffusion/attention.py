@@ -3,8 +3,9 @@
 Three backends compute the same function:
 
 * `dense`: softmax over the whole masked score matrix, written out. Slow; the oracle.
-* `chunked`: scaled_dot_product_attention chunk by chunk, so that no score is computed for keys
-  that lie behind the chunk: about a quarter of the dense work. Default on CPU and MPS.
+* `chunked`: part by part, noisy blocks with themselves and chunks of queries with the clean keys
+  that lie before or in the chunk: about a quarter of the dense work, on CPUs by PyTorch's fused
+  kernel. Default on CPU and MPS.
 * `flex`: FlexAttention with a block mask built once per layout. Default on CUDA; it has no
   backward on CPU.
 
