@@ -68,9 +68,7 @@ def test_the_python_runs(place, monkeypatch, capsys):
 
 def test_the_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M)  # commands, not the samples' words
-    assert {"demo", "test"} <= set(targets)
-    for target in targets:
+    for target in re.findall(r"make ([a-z-]+)", README):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
