@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.charts import named_curves
 from benchmarks.machine import describe
-from benchmarks.training_step import VOCAB, generic_model, paper_config, step_flops
-from blockdiffusion.corruption import Corrupted, Count
+from benchmarks.training_step import VOCAB, Task, generic_model, paper_config, step_flops
+from blockdiffusion.corruption import Corrupted
 from blockdiffusion.denoiser import masked_loss
 from blockdiffusion.devices import keep_freed_memory
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
@@ -41,8 +41,7 @@ def corrupted(length: int) -> tuple[torch.Tensor, Corrupted]:
     """Rows, and the same with half of the tokens masked."""
     draw = torch.Generator().manual_seed(1)
     clean = torch.randint(0, VOCAB - 1, (rows_of(length), length), generator=draw)
-    free = torch.ones_like(clean, dtype=torch.bool)
-    return clean, Count()(clean, free, BLOCK_SIZE, VOCAB - 1, draw)
+    return clean, Task("float32", 1, BLOCK_SIZE).corrupted(clean)
 
 
 def step(model: BlockDiffusionModel, length: int, dtype: torch.dtype) -> float:

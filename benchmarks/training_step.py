@@ -110,11 +110,9 @@ def steps(task: Task, pipe: Connection) -> None:
     batch = task.corrupted(clean)
     if task.checkout:
         model = authors.authors_network(task.checkout, task.block_size, VOCAB, LENGTH).train()
-    else:
-        model = paper_model(task.block_size).train()
-    if task.checkout:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     else:
+        model = paper_model(task.block_size).train()
         optimizer = make_optimizer(model, OptimOptions(lr=1e-6))
     dtype = getattr(torch, task.dtype)
 

@@ -29,7 +29,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.masks import Streams, dense_mask, stream_predicate
 
 Backend = Literal["dense", "chunked", "flex"]
-BlockMasks = dict[int, Any]  # FlexAttention's, of a pass with padding, by the number of queries
+Built = dict[int, Any]  # what a backend makes of a pass's mask, by the number of queries
 CHUNK = 128  # tokens of a query chunk; measured best between 64 and 256 at L = 1024 on CPU
 
 
@@ -55,22 +55,27 @@ def attend(
     streams: Streams,
     backend: Backend,
     valid_BL: torch.Tensor | None = None,
-    built: BlockMasks | None = None,
+    built: Built | None = None,
 ) -> torch.Tensor:
     """Attention of a training pass (B, H, Q, E), softmax scale 1/sqrt(E).
 
     The queries are those of all streams, or of the noisy streams only (Q = num_noisy * seq_len).
     `valid_BL` (bool) marks the keys of each stream that exist; padding still sees itself, so that
-    no row of the softmax is empty. `built` keeps what flex makes of them: give all layers of a pass
-    the same one, empty at first.
+    no row of the softmax is empty. `built` keeps what a backend makes of the mask: give all layers
+    of a pass the same one, empty at first.
     """
     assert k_BHTE.shape[2] == streams.num_tokens
-    function = {"dense": _dense, "chunked": _chunked, "flex": partial(_flex, built=built)}[backend]
+    built = {} if built is None else built
+    functions = {
+        "dense": _dense,
+        "chunked": partial(_chunked, built=built),
+        "flex": partial(_flex, built=built),
+    }
     with torch.autocast(q_BHQE.device.type, enabled=False):
         q, k, v = q_BHQE, k_BHTE, v_BHTE
         if backend != "chunked":  # which does it itself, and keeps the shorter numbers
             q, k, v = map(lifted, (q, k, v))
-        return function(q, k, v, streams, valid_BL).to(q_BHQE.dtype)
+        return functions[backend](q, k, v, streams, valid_BL).to(q_BHQE.dtype)
 
 
 def lifted(x: torch.Tensor) -> torch.Tensor:
@@ -234,13 +239,18 @@ class Part(NamedTuple):
         return lse.masked_fill(~self.mask.any(-1), -math.inf)
 
 
-def _chunked(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.Tensor:
-    parts = [_own_blocks(streams, valid_BL)]
-    if streams.has_clean:
-        parts += _chunks(streams, valid_BL, q.device, is_noisy=True)
-    if q.shape[2] > streams.num_noisy * streams.seq_len:
-        parts += _chunks(streams, valid_BL, q.device, is_noisy=False)
-    out = _InParts.apply(q, k, v, parts)
+def _chunked(
+    q, k, v, streams: Streams, valid_BL: torch.Tensor | None, built: Built
+) -> torch.Tensor:
+    queries = q.shape[2]
+    if queries not in built:
+        parts = [_own_blocks(streams, valid_BL)]
+        if streams.has_clean:
+            parts += _chunks(streams, valid_BL, q.device, is_noisy=True)
+        if queries > streams.num_noisy * streams.seq_len:
+            parts += _chunks(streams, valid_BL, q.device, is_noisy=False)
+        built[queries] = parts
+    out = _InParts.apply(q, k, v, built[queries])
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -417,12 +427,10 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(
-    q, k, v, streams: Streams, valid_BL: torch.Tensor | None, built: BlockMasks | None = None
-) -> torch.Tensor:
+def _flex(q, k, v, streams: Streams, valid_BL: torch.Tensor | None, built: Built) -> torch.Tensor:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    built, queries = {} if built is None else built, q.shape[2]
+    queries = q.shape[2]
     if valid_BL is None:
         block_mask = _flex_block_mask(streams, queries, q.device)
     elif queries in built:

@@ -369,7 +369,7 @@ def _seconds(
     attention = flops.attention / (attending * shares.attention)
     # A micro-batch's gradient is added to the sum, and its bf16 weights are made anew.
     moved = training_traffic(network, passes(rows), layout) + count * 4 * 3 * network.parameters
-    share = shares.traffic_compiled if recipe.train.compile else shares.traffic
+    share = shares.traffic_compiled if layout.compiled else shares.traffic
     traffic = moved / (device.bandwidth * share)
     update = update_traffic(network, optimizer) / shards / (device.bandwidth * shares.reading)
     exchanged = 0

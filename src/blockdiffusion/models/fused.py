@@ -54,7 +54,7 @@ def norm_heads(
     num_heads: int,
 ) -> tuple[torch.Tensor, ...]:
     """Rotated queries and keys, and values, each (B, H, T, E), of a linear layer without bias
-    behind the norm; cos and sin of the angles are (T, 1, E/2)."""
+    behind the norm; cos and sin are those of `transformer.Rotary`, (T, 1, E)."""
     return _NormHeads.apply(x_BTD, scale_D, shift_D, weight, eps, cos, sin, num_heads)
 
 
@@ -102,7 +102,8 @@ class _NormLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
         *grads, grad_2d = _backward_behind_norm(ctx, grads_out[0])
-        return *grads, grad_2d.sum(0, dtype=ctx.dtype) if ctx.has_bias else None, None
+        has_bias = ctx.needs_input_grad[4]
+        return *grads, grad_2d.sum(0, dtype=grads[-1].dtype) if has_bias else None, None
 
 
 class _NormHeads(torch.autograd.Function):
@@ -127,11 +128,30 @@ class _NormHeads(torch.autograd.Function):
 
 
 def _rotate_in_place(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), the halves of the last dimension."""
+    """`transformer.rotate`, for which there is no second array."""
     first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.chunk(2, dim=-1)[1], sin.chunk(2, dim=-1)[1]
     before = first.clone()
     first.mul_(cos).addcmul_(second, sin, value=-1)
     second.mul_(cos).addcmul_(before, sin)
+
+
+def _linear(x, weight, bias, dtype: torch.dtype) -> torch.Tensor:
+    """A linear layer computed in a type."""
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _through_linear(
+    grad_2d, h, weight, weight_back, has_gelu: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of h, by the weight as `weight_back` has it, and of the weight, of linear(h) or
+    linear(gelu(h)); products are of h's type. `grad_2d` is the output's, (tokens, out)."""
+    h_2d = h.reshape(-1, h.shape[-1])
+    grad_weight = (grad_2d.T @ (gelu(h_2d) if has_gelu else h_2d)).to(weight.dtype)
+    grad_h = grad_2d @ weight_back.to(h.dtype)
+    if has_gelu:
+        grad_h = aten.gelu_backward(grad_h, h_2d, approximate="tanh")
+    return grad_h.view(h.shape), grad_weight
 
 
 def _product_type(x: torch.Tensor) -> torch.dtype:
@@ -143,10 +163,9 @@ def _forward_behind_norm(ctx: Any, x, scale, shift, weight, bias, eps: float) ->
     short = _product_type(x)
     with torch.autocast(x.device.type, enabled=False):
         normed, mean, rstd = torch.native_layer_norm(x, scale.shape, scale, shift, eps)
-        bias = None if bias is None else bias.to(short)
-        out = F.linear(normed.to(short), weight.to(short), bias)
+        out = _linear(normed, weight, bias, short)
     ctx.save_for_backward(x, scale, shift, weight, mean, rstd)
-    ctx.eps, ctx.has_bias, ctx.dtype = eps, bias is not None, weight.dtype
+    ctx.eps = eps
     return out
 
 
@@ -155,12 +174,11 @@ def _backward_behind_norm(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, .
     x, scale, shift, weight, mean, rstd = ctx.saved_tensors
     grad_2d = grad.reshape(-1, len(weight))
     normed = torch.native_layer_norm(x, scale.shape, scale, shift, ctx.eps)[0]
-    grad_weight = grad_2d.T @ normed.reshape(-1, len(scale)).to(grad.dtype)
-    grad_normed = (grad_2d @ weight.to(grad.dtype)).view_as(x).to(x.dtype)
+    grad_normed, grad_weight = _through_linear(grad_2d, normed.to(grad.dtype), weight, weight)
     of_norm = aten.native_layer_norm_backward(
-        grad_normed, x, scale.shape, mean, rstd, scale, shift, [True, True, True]
+        grad_normed.to(x.dtype), x, scale.shape, mean, rstd, scale, shift, [True, True, True]
     )
-    return *of_norm, grad_weight.to(weight.dtype), grad_2d
+    return *of_norm, grad_weight, grad_2d
 
 
 class _GatedSum(torch.autograd.Function):
@@ -169,8 +187,7 @@ class _GatedSum(torch.autograd.Function):
         short, mask = _product_type(h), None
         with torch.autocast(x.device.type, enabled=False):
             inner = gelu(h) if has_gelu else h
-            cast_bias = None if bias is None else bias.to(short)
-            branch = F.linear(inner.to(short), weight.to(short), cast_bias)
+            branch = _linear(inner, weight, bias, short)
             if dropout:
                 mask = kept_by_dropout(branch, dropout)
                 branch.mul_(mask)
@@ -185,23 +202,19 @@ class _GatedSum(torch.autograd.Function):
     def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
         (grad,) = grads_out
         gate, h, weight, bias, mask = ctx.saved_tensors
-        short = h.dtype
-        kept = grad.to(short) if mask is None else grad.to(short) * mask
-        kept, h_2d = kept.reshape(-1, len(weight)), h.reshape(-1, h.shape[-1])
-        inner = gelu(h_2d) if ctx.has_gelu else h_2d
-        by_token = (kept.T @ inner).to(weight.dtype)  # M of the module's text
+        kept = grad.to(h.dtype) if mask is None else grad.to(h.dtype) * mask
+        kept = kept.reshape(-1, len(weight))
         total = kept.sum(0, dtype=weight.dtype)
         factor = ctx.scale * gate.to(weight.dtype)
+        # M of the module's text is the gradient of a weight without its factor.
+        grad_h, by_token = _through_linear(kept, h, weight, factor[:, None] * weight, ctx.has_gelu)
         of_gate = (by_token * weight).sum(1)
         if bias is not None:
             of_gate += bias * total
-        grad_h = kept @ (factor[:, None] * weight).to(short)
-        if ctx.has_gelu:
-            grad_h = aten.gelu_backward(grad_h, h_2d, approximate="tanh")
         return (
             grad,
             (ctx.scale * of_gate).to(gate.dtype),
-            grad_h.view(h.shape),
+            grad_h,
             by_token.mul_(factor[:, None]),
             None if bias is None else factor * total,
             None,
@@ -214,14 +227,12 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, h, weight, bias) -> torch.Tensor:
         ctx.save_for_backward(h, weight)
         with torch.autocast(h.device.type, enabled=False):
-            return F.linear(gelu(h), weight.to(h.dtype), bias.to(h.dtype))
+            return _linear(gelu(h), weight, bias, h.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
         (grad,), (h, weight) = grads_out, ctx.saved_tensors
-        grad_2d, h_2d = grad.reshape(-1, len(weight)), h.reshape(-1, h.shape[-1])
-        grad_weight = (grad_2d.T @ gelu(h_2d)).to(weight.dtype)
-        grad_bias = grad_2d.sum(0, dtype=weight.dtype)
-        grad_h = aten.gelu_backward(grad_2d @ weight.to(h.dtype), h_2d, approximate="tanh")
-        return grad_h.view_as(h), grad_weight, grad_bias
+        grad_2d = grad.reshape(-1, len(weight))
+        of_h, of_weight = _through_linear(grad_2d, h, weight, weight, has_gelu=True)
+        return of_h, of_weight, grad_2d.sum(0, dtype=weight.dtype)

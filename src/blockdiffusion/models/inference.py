@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.models.fused import gelu
 from blockdiffusion.models.transformer import (
     ALL,
     NORM_EPS,
@@ -134,7 +135,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         out = torch.ops.quantized.linear_dynamic(input, self.packed, True)
-        return F.gelu(out, approximate="tanh") if self.has_gelu else out
+        return gelu(out) if self.has_gelu else out
 
 
 def _plus(x: torch.Tensor, linear: nn.Module, input: torch.Tensor) -> torch.Tensor:

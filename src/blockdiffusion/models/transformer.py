@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from blockdiffusion.attention import (
-    BlockMasks,
+    Built,
     attend,
     attend_cached,
     attend_causal,
@@ -180,17 +180,11 @@ class BlockDiffusionConfig(PretrainedConfig):
 
 
 class Rotary(NamedTuple):
-    """The rotary angles of a pass's tokens, as they multiply heads (..., T, H, E).
-
-    Attributes:
-        cos, sin: (..., T, 1, E/2), for a half of each head.
-        cos_cos, sin_sin: (..., T, 1, E), for the whole: cos twice, and -sin beside sin.
-    """
+    """The rotary angles of a pass's tokens, as they multiply heads (..., T, H, E): both halves of
+    `cos` are the cosines, and `sin` is -sin beside sin; (..., T, 1, E)."""
 
     cos: torch.Tensor
     sin: torch.Tensor
-    cos_cos: torch.Tensor
-    sin_sin: torch.Tensor
 
 
 def rotary_tables(positions: torch.Tensor, head_width: int, dtype: torch.dtype) -> Rotary:
@@ -202,43 +196,17 @@ def rotary_tables(positions: torch.Tensor, head_width: int, dtype: torch.dtype) 
     frequency = ROTARY_BASE ** (-2 * half / head_width)
     angle = positions[..., None, None].to(torch.float64) * frequency
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    return Rotary(cos, sin, torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+    return Rotary(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
 def rotate(x_BTHE: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Rotary embedding by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    cos, sin, cos_cos, sin_sin = (x.to(x_BTHE.dtype) for x in rotary)
-    if torch.compiler.is_compiling():  # which makes one kernel of it
-        x1, x2 = x_BTHE.chunk(2, dim=-1)
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
-    if torch.is_grad_enabled():
-        return _Rotation.apply(x_BTHE, cos, sin)
-    # In few operations: most of the time, for few tokens.
+    """Rotary embedding by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    In few operations, which are most of the time for few tokens; and none pads a gradient.
+    """
+    cos, sin = (x.to(x_BTHE.dtype) for x in rotary)
     exchanged = x_BTHE.roll(x_BTHE.shape[-1] // 2, -1)
-    return torch.addcmul(exchanged.mul_(sin_sin), x_BTHE, cos_cos)
-
-
-class _Rotation(torch.autograd.Function):
-    """Its gradient is the rotation back. Left to autograd, the halves' gradients would each be
-    padded with zeros and added, which costs more than the rotation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, -sin), None, None
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(x)
-    (x1, x2), (out1, out2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=out1).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=out2).addcmul_(x1, sin)
-    return out
+    return torch.addcmul(exchanged.mul_(sin), x_BTHE, cos)
 
 
 class Linear(nn.Linear):
@@ -274,10 +242,14 @@ class LinearGelu(Linear):
 
 def mlp(input: torch.Tensor, inner: LinearGelu, outer: Linear) -> torch.Tensor:
     """outer(inner(input)). For a gradient the GELU is computed again, and not kept."""
-    ours = type(inner) is LinearGelu and type(outer) is Linear  # and nothing put in their place
-    if not ours or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not _are_plain(inner, outer) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return outer(inner(input))
     return fused.gelu_linear(inner.before(input), outer.weight, outer.bias)
+
+
+def _are_plain(*layers: nn.Module) -> bool:
+    """Whether nothing was put in the place of linear layers."""
+    return all(type(layer) in (Linear, LinearGelu) for layer in layers)
 
 
 class Norm(nn.Module):
@@ -289,7 +261,7 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         shape = self.weight.shape
-        if scale.numel() == self.weight.numel():
+        if not is_per_token(scale):
             return F.layer_norm(x, shape, *self.affine(shift, scale), NORM_EPS)
         return F.layer_norm(x, shape, self.weight, None, NORM_EPS) * (1 + scale) + shift
 
@@ -325,6 +297,12 @@ class Modulation(Linear):
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         return super().forward(input).chunk(self.count, dim=-1)
+
+
+def is_per_token(m: torch.Tensor) -> bool:
+    """Whether a modulation (..., D), or a conditioning, is another than one vector for all tokens:
+    also where there are none."""
+    return m.shape[:-1].numel() != 1
 
 
 def split_heads(qkv_BTD: torch.Tensor, num_heads: int, rotary: Rotary) -> tuple[torch.Tensor, ...]:
@@ -411,16 +389,15 @@ class Layer(nn.Module):
         With `kept`, that of these tokens (see `take`): the others give keys and values only.
         """
         shift, scale, *modulation = self.modulate(cond)
-        one_for_all = scale.numel() == scale.shape[-1]
         before, behind = Layer._heads, Layer._behind
         if torch.is_grad_enabled() and self.compiled:
             before, behind = _compiled_parts()
-        elif torch.is_grad_enabled() and one_for_all and self._is_plain():
+        elif torch.is_grad_enabled() and not is_per_token(scale) and self._is_plain():
             before, behind = Layer._heads_fused, Layer._behind_fused
         out = attended(before(self, x_BTD, shift, scale, rotary), read, kept)
         if kept.place is not None and self.compiled:  # for each number of tokens anew
             behind = Layer._behind
-        modulation = [take(m, kept) if m.shape[:-1].numel() > 1 else m for m in modulation]
+        modulation = [take(m, kept) if is_per_token(m) else m for m in modulation]
         return behind(self, take(x_BTD, kept), out, *modulation)
 
     def _heads(
@@ -452,8 +429,7 @@ class Layer(nn.Module):
 
     def _is_plain(self) -> bool:
         """Whether the linear layers are still those of `__init__`."""
-        linear = (self.attn_qkv, self.attn_out, self.mlp_out)
-        return all(type(x) is Linear for x in linear) and type(self.mlp_in) is LinearGelu
+        return _are_plain(self.attn_qkv, self.attn_out, self.mlp_in, self.mlp_out)
 
     def _heads_fused(
         self,
@@ -465,9 +441,8 @@ class Layer(nn.Module):
         """`_heads` for one modulation, with the gradient of `fused`."""
         weight, bias = self.attn_norm.affine(shift, scale)
         return fused.norm_heads(
-            x_BTD, weight, bias, self.attn_qkv.weight, NORM_EPS, rotary.cos, rotary.sin,
-            self.num_heads,
-        )  # fmt: skip
+            x_BTD, weight, bias, self.attn_qkv.weight, NORM_EPS, *rotary, self.num_heads
+        )
 
     def _behind_fused(
         self,
@@ -644,7 +619,7 @@ class BlockDiffusionModel(PreTrainedModel):
         positions = torch.arange(length, device=ids_BT.device).repeat(copies + has_clean)
         rotary = rotary_tables(positions, config.width // config.num_heads, x_BTD.dtype)
         backend = resolve_backend(self.attention_backend, ids_BT.device)
-        built: BlockMasks = {}
+        built: Built = {}
 
         def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return attend(q, k, v, streams, backend, valid_BL, built)
@@ -699,7 +674,7 @@ class BlockDiffusionModel(PreTrainedModel):
             x_BTD = (
                 checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
             )
-        per_token = cond is not None and cond.shape[:-1].numel() > 1
+        per_token = cond is not None and is_per_token(cond)
         return self._finish(x_BTD, take(cond, kept) if per_token else cond)
 
     def _require(self, *, autoregressive: bool) -> None:
