@@ -153,10 +153,10 @@ def train_one(job: Job) -> None:
     import numpy as np
 
     from blockdiffusion.config import differences, load_recipe, to_dict
-    from blockdiffusion.data.files import written_aside
     from blockdiffusion.data.loader import TokenRows
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import likelihood
+    from blockdiffusion.files import written_aside
     from blockdiffusion.train import checkpoint as checkpoints
     from blockdiffusion.train.display import make_display
     from blockdiffusion.train.loop import Periodic, train

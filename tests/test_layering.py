@@ -9,7 +9,17 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
     ["errors", "recording"],
-    ["seeding", "ranks", "devices", "hardware", "schedules", "masks", "objectives", "cache"],
+    [
+        "files",
+        "seeding",
+        "ranks",
+        "devices",
+        "hardware",
+        "schedules",
+        "masks",
+        "objectives",
+        "cache",
+    ],
     ["corruption", "attention", "denoiser"],
     ["diffusions", "costs"],
     ["exact", "orders", "variance"],

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from safetensors.torch import save_file
 
-from blockdiffusion.data.files import written_aside
 from blockdiffusion.data.tokenizers import load_tokenizer, vocab_size
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import written_aside
 from blockdiffusion.models.bd3lm import to_bd3lm
 from blockdiffusion.models.card import (
     FACTS,

@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from blockdiffusion.data import named
-from blockdiffusion.data.files import locked
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS, LastDocuments, find_set
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import locked
 from blockdiffusion.reproduce import Reproduced, conductor, plan_tables, reproduce
 from blockdiffusion.reproduce.cells import document_tokens
 from blockdiffusion.reproduce.kept import Kept

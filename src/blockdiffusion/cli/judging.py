@@ -30,7 +30,7 @@ from blockdiffusion.cli.shared import (
     load_unquantised,
     write_json,
 )
-from blockdiffusion.data.files import write_whole
+from blockdiffusion.files import write_whole
 
 
 @grouped

@@ -18,8 +18,8 @@ from blockdiffusion.cli.options import (
     SAMPLES,
 )
 from blockdiffusion.cli.shared import check_places, load_model, write_json
-from blockdiffusion.data.files import write_whole
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import write_whole
 
 
 def evaluate(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.data.files import storage_error, write_whole
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import storage_error, write_whole
 
 INT8 = "int8"  # besides the types of tensors
 

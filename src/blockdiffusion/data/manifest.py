@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.data.files import written_aside
 from blockdiffusion.data.shards import Shard
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import written_aside
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

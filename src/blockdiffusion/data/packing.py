@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from blockdiffusion.data.corpus import Corpus
-from blockdiffusion.data.files import locked, storage_error, written_aside
 from blockdiffusion.data.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -34,6 +33,7 @@ from blockdiffusion.data.parts import UNIT_BYTES, Job, PartRules, id_dtype, read
 from blockdiffusion.data.shards import PACKERS, Packer, RowRules, ShardWriter
 from blockdiffusion.data.sources import Source
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import locked, storage_error, written_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blockdiffusion.data.detokenizers import DETOKENIZERS
-from blockdiffusion.data.files import written_aside
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import written_aside
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.data.files import storage_error
+from blockdiffusion.files import storage_error
 
 
 class Journal:

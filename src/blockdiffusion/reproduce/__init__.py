@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.data.files import locked, storage_error, write_whole
+from blockdiffusion.files import locked, storage_error, write_whole
 from blockdiffusion.reproduce.conductor import Launch, Say, carry_out, launch
 from blockdiffusion.reproduce.page import table_result
 from blockdiffusion.reproduce.paper import PaperTable, find_table

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from blockdiffusion.data.files import storage_error, write_whole
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import storage_error, write_whole
 from blockdiffusion.ranks import SHARED
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.plan import Plan, Step, recipe_text

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from blockdiffusion.data.files import write_whole
 from blockdiffusion.data.manifest import MANIFEST_FILE
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import write_whole
 from blockdiffusion.reproduce.plan import Plan, Step
 from blockdiffusion.train import checkpoint as checkpoints
 

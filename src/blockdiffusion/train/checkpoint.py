@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 import blockdiffusion
-from blockdiffusion.data.files import FULL_DISK, locked
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import FULL_DISK, locked
 from blockdiffusion.models.card import Card, write_card
 from blockdiffusion.ranks import ALONE, Team, is_sharded
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
 
-from blockdiffusion.data.files import written_aside
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import written_aside
 from blockdiffusion.train.checkpoint import disk_full_is_user_error
 
 

@@ -38,13 +38,13 @@ from blockdiffusion.corruption import (
     build_estimator,
     for_block_size,
 )
-from blockdiffusion.data.files import written_aside
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.devices import keep_freed_memory, select_device
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import written_aside
 from blockdiffusion.ranks import ALONE, Team, local
 from blockdiffusion.seeding import derive_seed, generator
 from blockdiffusion.train import checkpoint as checkpoints

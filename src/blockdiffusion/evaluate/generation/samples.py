@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.data.files import storage_error
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
+from blockdiffusion.files import storage_error
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream

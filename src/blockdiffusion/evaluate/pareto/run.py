@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.data.files import write_whole
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.independence import check_judge
 from blockdiffusion.evaluate.generation.judge import Judge, JudgeFacts, load_judge, window_sizes
@@ -31,6 +30,7 @@ from blockdiffusion.evaluate.generation.samples import (
 from blockdiffusion.evaluate.journal import journal_beside
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.pareto.points import AUTHORS, Point, usual_points
+from blockdiffusion.files import write_whole
 from blockdiffusion.sampling.sliding import has_one_block
 
 FORMAT = "blockdiffusion-pareto-1"

@@ -16,7 +16,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockdiffusion.data.files import storage_error, written_aside
 from blockdiffusion.evaluate.report import pictures
 from blockdiffusion.evaluate.report.curves import (
     ClipSearch,
@@ -34,6 +33,7 @@ from blockdiffusion.evaluate.report.markup import (
     two_digits,
 )
 from blockdiffusion.evaluate.report.trace import Trace, TraceStep, trace_section
+from blockdiffusion.files import storage_error, written_aside
 
 if TYPE_CHECKING:
     from blockdiffusion.masks import CleanAttention
