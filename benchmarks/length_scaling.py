@@ -49,7 +49,7 @@ def step(model: BlockDiffusionModel, length: int, dtype: torch.dtype) -> float:
     clean, noisy = corrupted(length)
     start = time.perf_counter()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        nats = masked_loss(model, noisy.noisy_BNL, clean, noisy.weight_BNL)
+        nats = masked_loss(model, noisy.noisy_BNL, clean, noisy.scored_BNL, noisy.weight_BNL)
     (nats / clean.numel()).backward()
     seconds = time.perf_counter() - start
     model.zero_grad()

@@ -191,7 +191,7 @@ def product_flops(place: Place) -> float:
 
 def one_pass(model: Any, batch: Corrupted, clean_BL: torch.Tensor) -> torch.Tensor:
     """The package's loss: a pass over [noisy ; clean]."""
-    nats = masked_loss(model, batch.noisy_BNL, clean_BL, batch.weight_BNL)
+    nats = masked_loss(model, batch.noisy_BNL, clean_BL, batch.scored_BNL, batch.weight_BNL)
     return nats / clean_BL.numel()
 
 

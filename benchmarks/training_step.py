@@ -121,7 +121,7 @@ def steps(task: Task, pipe: Connection) -> None:
             noisy, weight = batch.noisy_BNL[:, 0], batch.weight_BNL[:, 0]
             return authors.training_loss(model, noisy, clean, weight)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            nats = masked_loss(model, batch.noisy_BNL, clean, batch.weight_BNL)
+            nats = masked_loss(model, batch.noisy_BNL, clean, batch.scored_BNL, batch.weight_BNL)
         return nats / (task.num_noisy * LENGTH)
 
     while pipe.recv():

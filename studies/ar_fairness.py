@@ -138,13 +138,13 @@ def make_network(name: str, recipe: Any, manifest: Any) -> Any:
     import torch
 
     from blockdiffusion.config import build_model
-    from blockdiffusion.seeding import derive_seed
+    from blockdiffusion.seeding import seed_global
 
     ours = build_model(recipe, manifest)
     if name == "ours":
         return ours
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
+        seed_global(recipe.train.seed, "weights")
         return gpt2(ours.config)
 
 

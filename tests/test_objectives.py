@@ -33,11 +33,11 @@ def test_the_mask_token_gets_no_gradient():
 
 def test_masked_nll_is_zero_where_nothing_is_masked(make_model, random_ids):
     model, clean = make_model(), random_ids(2, 16)
-    nothing = masked_nll(model, clean[:, None], clean)
+    nothing = masked_nll(model, clean[:, None], clean, torch.zeros(2, 1, 16, dtype=torch.bool))
     assert (nothing == 0).all()
     noisy = clean.clone()
     noisy[:, 3] = model.config.mask_id
-    nll = masked_nll(model, noisy[:, None], clean)[:, 0]
+    nll = masked_nll(model, noisy[:, None], clean, (noisy != clean)[:, None])[:, 0]
     assert torch.equal((nll != 0).nonzero(), torch.tensor([[0, 3], [1, 3]]))
     logits = model.denoise_logits(noisy, clean)[:, 3]
     expected = -subs_log_prob(logits, model.config.mask_id).gather(1, clean[:, 3:4])[:, 0]

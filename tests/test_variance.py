@@ -61,7 +61,7 @@ def test_moments_have_the_enumerated_values_as_expectation(make_model, random_id
     probabilities, losses, gradients = [], [], []
     for probability, mask, weight in outcomes(free[0], size):
         noisy = clean.masked_fill(mask, model.config.mask_id)
-        nll = masked_nll(model, noisy[:, None], clean)[0, 0]
+        nll = masked_nll(model, noisy[:, None], clean, mask[None, None])[0, 0]
         loss = (nll * weight).sum() / free.sum()
         probabilities.append(probability)
         losses.append(loss.detach())
@@ -104,7 +104,7 @@ def test_moments_are_those_of_a_list_of_gradients(make_model, random_ids, spec, 
     for _ in range(6):
         own = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=source)))
         drawn = estimator(clean, free, 4, model.config.mask_id, own)
-        terms = masked_nll(model, drawn.noisy_BNL, clean) * drawn.weight_BNL
+        terms = masked_nll(model, drawn.noisy_BNL, clean, drawn.scored_BNL) * drawn.weight_BNL
         loss = terms.sum() / free.sum() / drawn.noisy_BNL.shape[1]
         losses.append(loss.detach())
         gradients.append(gradient_of(model, loss))
@@ -145,7 +145,7 @@ def test_a_law_without_chance_has_no_variance(make_model, random_ids):
         def __call__(self, clean_BL, free_BL, block_size, mask_id, generator):
             masked = (torch.arange(clean_BL.shape[1]) % block_size == block_size - 1) & free_BL
             noisy = clean_BL.masked_fill(masked, mask_id)
-            return Corrupted(noisy[:, None], masked[:, None].float())
+            return Corrupted(noisy[:, None], masked[:, None].float(), masked[:, None])
 
     moments = moments_of(make_model().float(), random_ids(3, 16), LastOfEveryBlock(), 5,
                          gradients=True)  # fmt: skip

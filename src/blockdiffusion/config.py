@@ -428,11 +428,11 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     import torch
 
     from blockdiffusion.models.transformer import BlockDiffusionModel
-    from blockdiffusion.seeding import derive_seed
+    from blockdiffusion.seeding import seed_global
 
     config = network_config(recipe, manifest)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
+        seed_global(recipe.train.seed, "weights")
         return BlockDiffusionModel(config)
 
 

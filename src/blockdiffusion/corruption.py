@@ -41,11 +41,15 @@ Stratify = Literal["none", "batch", "row"]
 
 @dataclass(frozen=True)
 class Corrupted:
-    """`noisy_BNL`: N noisy copies of every row. `weight_BNL`: loss weight, 0 where not scored.
+    """N noisy copies of every row, and what each of their tokens counts.
 
     sum(weight * term) over a row, divided by N, estimates the row's NELBO in nats.
 
     Attributes:
+        noisy_BNL: ids.
+        weight_BNL: loss weight, 0 where not scored.
+        scored_BNL: bool, the positions that have a term: those that the draw masked or, under
+            uniform noise, could have changed. Ids do not tell: padding may hold the mask token.
         prob_BNK: the probability p(t) with which every block's tokens were corrupted, which a
             time-conditioned network reads (as sigma); None where t is integrated out.
         before_BNK: the same one step earlier in time (closer to the text), where time is discrete.
@@ -54,6 +58,7 @@ class Corrupted:
 
     noisy_BNL: torch.Tensor
     weight_BNL: torch.Tensor
+    scored_BNL: torch.Tensor
     prob_BNK: torch.Tensor | None = None
     before_BNK: torch.Tensor | None = None
 
@@ -63,14 +68,19 @@ class Corrupted:
         return Corrupted(
             self.noisy_BNL[part],
             self.weight_BNL[part],
+            self.scored_BNL[part],
             None if self.prob_BNK is None else self.prob_BNK[part],
             None if self.before_BNK is None else self.before_BNK[part],
         )
 
     def to(self, device: torch.device) -> Corrupted:
-        """The same with ids and weights on a device."""
-        noisy_BNL, weight_BNL = self.noisy_BNL.to(device), self.weight_BNL.to(device)
-        return replace(self, noisy_BNL=noisy_BNL, weight_BNL=weight_BNL)
+        """The same on a device, but for the probabilities."""
+        return replace(
+            self,
+            noisy_BNL=self.noisy_BNL.to(device),
+            weight_BNL=self.weight_BNL.to(device),
+            scored_BNL=self.scored_BNL.to(device),
+        )
 
 
 def all_copies(drawn: Sequence[Corrupted]) -> Corrupted:
@@ -83,6 +93,7 @@ def all_copies(drawn: Sequence[Corrupted]) -> Corrupted:
     return Corrupted(
         torch.cat([c.noisy_BNL for c in drawn], dim=1),
         torch.cat([c.weight_BNL for c in drawn], dim=1),
+        torch.cat([c.scored_BNL for c in drawn], dim=1),
         joined([c.prob_BNK for c in drawn]),
         joined([c.before_BNK for c in drawn]),
     )
@@ -389,8 +400,10 @@ class Timesteps:
         device = clean_BL.device
         other_BNL = uniform_tokens(hit_BNL.shape, self.vocab_size, mask_id, generator).to(device)
         noisy_BNL = torch.where(hit_BNL.to(device), other_BNL, clean_BL[:, None])
-        weight_BNL = (self.timesteps * free_B1L.float()).expand(hit_BNL.shape).to(device)
-        return Corrupted(noisy_BNL, weight_BNL, prob_BNK, before_BNK)
+        scored_BNL = free_B1L.expand(hit_BNL.shape).to(device)
+        return Corrupted(
+            noisy_BNL, self.timesteps * scored_BNL.float(), scored_BNL, prob_BNK, before_BNK
+        )
 
 
 def for_block_size(estimator: Estimator, block_size: int) -> tuple[Estimator, str | None]:
@@ -460,7 +473,7 @@ def make_estimator(
 
 
 _SPEC = re.compile(
-    r"(?P<kind>[a-z]+)(:(?P<schedule>\w+))?(\[(?P<clip>[^\]]*)\])?(x(?P<copies>\d+))?"
+    r"(?P<kind>[a-z]+)(:(?P<schedule>\w+?))?(\[(?P<clip>[^\]]*)\])?(x(?P<copies>\d+))?"
 )
 
 
@@ -622,8 +635,12 @@ def uniform_tokens(
     shape: Sequence[int], vocab_size: int, mask_id: int, generator: torch.Generator
 ) -> torch.Tensor:
     """int64 ids, each uniform over the vocabulary without the mask."""
-    drawn = torch.randint(vocab_size - 1, tuple(shape), generator=generator)
-    return drawn + (drawn >= mask_id)
+    return without_mask(torch.randint(vocab_size - 1, tuple(shape), generator=generator), mask_id)
+
+
+def without_mask(number: torch.Tensor, mask_id: int) -> torch.Tensor:
+    """The ids of the tokens that are no mask, by their number among those."""
+    return number + (number >= mask_id)
 
 
 def _prob_of_count(
@@ -652,5 +669,6 @@ def _corrupted(
     size = masked_BNL.shape[-1] // weight_BNK.shape[-1]
     weight_BNL = weight_BNK.repeat_interleave(size, dim=-1)
     weight_BNL = torch.where(masked_BNL, weight_BNL, 0.0).float().to(device)
-    noisy_BNL = clean_BL[:, None].masked_fill(masked_BNL.to(device), mask_id)
-    return Corrupted(noisy_BNL, weight_BNL, prob_BNK)
+    masked_BNL = masked_BNL.to(device)
+    noisy_BNL = clean_BL[:, None].masked_fill(masked_BNL, mask_id)
+    return Corrupted(noisy_BNL, weight_BNL, masked_BNL, prob_BNK)

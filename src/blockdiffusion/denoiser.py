@@ -150,22 +150,23 @@ def masked_nll(
     model: Denoiser,
     noisy_BNL: torch.Tensor,
     clean_BL: torch.Tensor,
+    scored_BNL: torch.Tensor,
     valid_BL: torch.Tensor | None = None,
     sigma_BNK: torch.Tensor | None = None,
-    scored_BNL: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """-log p(x_l | noisy block, clean past) in nats at masked positions, 0 elsewhere; (B, N, L).
+    """-log p(x_l | noisy block, clean past) in nats at scored positions, 0 elsewhere; (B, N, L).
 
-    Logits are computed at the masked positions only, or at those of them in `scored_BNL`.
+    Args:
+        scored_BNL: bool, masked positions (all of them, or some), the only ones with logits. Other
+            tokens may equal the mask token, as padding does in places.
     """
     mask_id = model.config.mask_id
-    masked_BNL = noisy_BNL == mask_id if scored_BNL is None else scored_BNL
-    target_M = clean_BL[:, None].expand_as(noisy_BNL)[masked_BNL]
+    target_M = clean_BL[:, None].expand_as(noisy_BNL)[scored_BNL]
     return scored_terms(
         model,
         noisy_BNL,
         clean_BL,
-        masked_BNL,
+        scored_BNL,
         lambda logits_RV, part: subs_nll(logits_RV, target_M[part], mask_id),
         valid_BL,
         sigma_BNK,
@@ -207,22 +208,22 @@ def masked_loss(
     model: Denoiser,
     noisy_BNL: torch.Tensor,
     clean_BL: torch.Tensor,
+    scored_BNL: torch.Tensor,
     weight_BNL: torch.Tensor,
     valid_BL: torch.Tensor | None = None,
     sigma_BNK: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over masked positions of weight times `masked_nll`: a scalar in nats, for training.
+    """Sum over scored positions of weight times `masked_nll`: a scalar in nats, for training.
 
-    It never holds the logits of all masked positions; see `objectives.weighted_subs_nll`.
+    It never holds the logits of all scored positions; see `objectives.weighted_subs_nll`.
     """
-    masked_BNL = noisy_BNL == model.config.mask_id
-    hidden_MD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL, masked_BNL)
+    hidden_MD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL, scored_BNL)
     target_BNL = clean_BL[:, None].expand_as(noisy_BNL)
     return weighted_subs_nll(
         hidden_MD,
         model.output,
-        target_BNL[masked_BNL],
-        weight_BNL[masked_BNL],
+        target_BNL[scored_BNL],
+        weight_BNL[scored_BNL],
         model.config.mask_id,
     )
 
@@ -235,20 +236,19 @@ def causal_nll(
 ) -> torch.Tensor:
     """-log p(x_l | x^{<l}) in nats at free tokens, 0 elsewhere; (B, L).
 
-    The network reads x_0 .. x_{L-2} and predicts x_1 .. x_{L-1}. Where token 0 has to be predicted
-    too, because it is no given BOS, the mask token stands before it as a start symbol: a block
-    diffusion model and this one then score exactly the same tokens. A model that was trained with
-    the start symbol (`bos` is false in its configuration) always gets it. The mask token has
-    probability zero. Logits are computed at free tokens only.
+    The network reads x_0 .. x_{L-2} and predicts x_1 .. x_{L-1}. In rows whose token 0 has to be
+    predicted too, because it is no given BOS, the mask token stands before it as a start symbol: a
+    block diffusion model and this one then score exactly the same tokens. A model that was trained
+    with the start symbol (`bos` is false in its configuration) gets it in every row. The mask token
+    has probability zero. Logits are computed at free tokens only.
 
     Args:
         free_BL: bool, the tokens that are scored.
         valid_BL: bool, False at padding; None = no padding.
     """
-    hidden_MD, target_M, first, scored_BT = _before_free_tokens(model, clean_BL, free_BL, valid_BL)
+    hidden_MD, target_M = _before_free_tokens(model, clean_BL, free_BL, valid_BL)
     nll_M = subs_nll(model.head(hidden_MD), target_M, model.config.mask_id)
-    nll_BT = torch.zeros_like(scored_BT, dtype=nll_M.dtype).masked_scatter(scored_BT, nll_M)
-    return F.pad(nll_BT, (first, 0))
+    return torch.zeros_like(free_BL, dtype=nll_M.dtype).masked_scatter(free_BL, nll_M)
 
 
 def causal_loss(
@@ -258,7 +258,7 @@ def causal_loss(
     valid_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum of `causal_nll`: a scalar in nats, for training, as `masked_loss` does it."""
-    hidden_MD, target_M, _, _ = _before_free_tokens(model, clean_BL, free_BL, valid_BL)
+    hidden_MD, target_M = _before_free_tokens(model, clean_BL, free_BL, valid_BL)
     weight_M = torch.ones_like(target_M, dtype=torch.float32)
     return weighted_subs_nll(hidden_MD, model.output, target_M, weight_M, model.config.mask_id)
 
@@ -268,16 +268,18 @@ def _before_free_tokens(
     clean_BL: torch.Tensor,
     free_BL: torch.Tensor,
     valid_BL: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, int, torch.Tensor]:
-    """Hidden states (M, D) that predict the free tokens, those tokens, the first position that is
-    predicted (0 or 1), and which positions from there on are free."""
-    first = 0 if model.config.bos is False or bool(free_BL[:, 0].any()) else 1
-    start = (1 - first, 0)  # columns to put before
-    past_BT = F.pad(clean_BL[:, :-1], start, value=model.config.mask_id)
-    valid_BT = None if valid_BL is None else F.pad(valid_BL[:, :-1], start, value=True)
-    scored_BT = free_BL[:, first:]
-    hidden_BTD = model.encode_causal(past_BT, valid_BT)
-    return hidden_BTD[scored_BT], clean_BL[:, first:][scored_BT], first, scored_BT
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (M, D) that predict the free tokens, and those tokens."""
+    # Whether a row begins with the start symbol is its own matter, not its neighbours'.
+    first_B = (~free_BL[:, 0]).long() * (model.config.bos is not False)
+    longest = clean_BL.shape[1] - int(first_B.min())
+    column_BT = first_B[:, None] + torch.arange(longest, device=clean_BL.device)
+    past_BT = F.pad(clean_BL[:, :-1], (1, 1), value=model.config.mask_id).gather(1, column_BT)
+    valid_BT = None
+    if valid_BL is not None:
+        valid_BT = F.pad(valid_BL[:, :-1], (1, 1), value=True).gather(1, column_BT)
+    scored_BT = F.pad(free_BL, (0, 1)).gather(1, column_BT)  # in the order of `free_BL`
+    return model.encode_causal(past_BT, valid_BT)[scored_BT], clean_BL[free_BL]
 
 
 def row_groups(num_rows: int, tokens_per_row: int, pass_tokens: int) -> list[slice]:

@@ -179,7 +179,7 @@ class MaskedDiffusion:
     ) -> torch.Tensor:
         """See `Diffusion`: -log p(x_l) at masked positions."""
         sigma_BNK = _sigma(model, drawn) if self.config.time_conditioning else None
-        return masked_nll(model, drawn.noisy_BNL, clean_BL, valid_BL, sigma_BNK)
+        return masked_nll(model, drawn.noisy_BNL, clean_BL, drawn.scored_BNL, valid_BL, sigma_BNK)
 
     def loss(
         self,
@@ -241,13 +241,13 @@ class ScoreEntropy(_SummedTerms, MaskedDiffusion):
     ) -> torch.Tensor:
         """See `Diffusion`: score entropy over r at masked positions."""
         mask_id = self.config.mask_id
-        masked_BNL = drawn.noisy_BNL == mask_id
-        target_M = clean_BL[:, None].expand_as(masked_BNL)[masked_BNL]
+        scored_BNL = drawn.scored_BNL
+        target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
         return scored_terms(
             model,
             drawn.noisy_BNL,
             clean_BL,
-            masked_BNL,
+            scored_BNL,
             lambda logits_RV, part: score_entropy(logits_RV, target_M[part], mask_id),
             valid_BL,
             _sigma(model, drawn),
@@ -332,8 +332,10 @@ class DiscreteTime(_SummedTerms):
         """See `Diffusion` and `Timesteps`."""
         sigma_BNK = _sigma(model, drawn) if self.config.time_conditioning else None
         if not self._uniform:
-            return masked_nll(model, drawn.noisy_BNL, clean_BL, valid_BL, sigma_BNK)
-        scored_BNL = drawn.weight_BNL > 0
+            return masked_nll(
+                model, drawn.noisy_BNL, clean_BL, drawn.scored_BNL, valid_BL, sigma_BNK
+            )
+        scored_BNL = drawn.scored_BNL
         target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
         noisy_M = drawn.noisy_BNL[scored_BNL]
         keep_M, before_M = (
@@ -366,7 +368,15 @@ def _loss_of_masks(
 ) -> torch.Tensor:
     """Weighted cross-entropy of the masked tokens."""
     sigma_BNK = _sigma(model, drawn) if model.config.time_conditioning else None
-    return masked_loss(model, drawn.noisy_BNL, clean_BL, drawn.weight_BNL, valid_BL, sigma_BNK)
+    return masked_loss(
+        model,
+        drawn.noisy_BNL,
+        clean_BL,
+        drawn.scored_BNL,
+        drawn.weight_BNL,
+        valid_BL,
+        sigma_BNK,
+    )
 
 
 def _timed(law: Estimator) -> Estimator:

@@ -87,7 +87,7 @@ def exact_blocks(
         if part.any():
             noisy_BNL = clean_BL[:, None].masked_fill(part, model.config.mask_id)
             nll_BAL[:, first : first + per_pass] = masked_nll(
-                model, noisy_BNL, clean_BL, valid_BL
+                model, noisy_BNL, clean_BL, part, valid_BL
             ).double()
         if progress is not None:
             progress(part.shape[1])

@@ -56,7 +56,7 @@ def order_nll(
         hidden_BNL = (rank_BNL >= step) & free_BL[:, None]
         noisy_BNL = clean_BL[:, None].masked_fill(hidden_BNL, model.config.mask_id)
         next_BNL = hidden_BNL & (rank_BNL == step)
-        nll_BNL = masked_nll(model, noisy_BNL, clean_BL, valid_BL, scored_BNL=next_BNL)
+        nll_BNL = masked_nll(model, noisy_BNL, clean_BL, next_BNL, valid_BL)
         nll_BNK = nll_BNL.double().unflatten(2, (blocks, size)).sum(-1)
         total_BRK.index_add_(1, order, nll_BNK)
         if progress is not None:

@@ -155,7 +155,7 @@ class Clipped:
         self.base, self.beta, self.omega = base, float(beta), float(omega)
         low, high = base.inverse(torch.tensor([beta, omega], dtype=torch.float64)).tolist()
         self.t_range = (low, high)
-        self.name = f"{base.name}[{beta:g},{omega:g}]"
+        self.name = f"{base.name}[{_shortest(self.beta)},{_shortest(self.omega)}]"
 
     def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
         return self.base.mask_prob(t)
@@ -165,6 +165,12 @@ class Clipped:
 
     def inverse(self, p: torch.Tensor) -> torch.Tensor:
         return self.base.inverse(p)
+
+
+def _shortest(value: float) -> str:
+    """A number as short as it can be written to be read back the same."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 class Scaled:

@@ -8,6 +8,9 @@ number of processes never change a draw.
 from __future__ import annotations
 
 import hashlib
+import secrets
+import sys
+from array import array
 from typing import TYPE_CHECKING
 
 from blockdiffusion.errors import UserError, check_whole
@@ -15,29 +18,65 @@ from blockdiffusion.errors import UserError, check_whole
 if TYPE_CHECKING:
     import torch
 
+TWISTER_WORDS = 624  # of 32 bits each
+
 
 def derive_seed(seed: int, *names: int | str) -> int:
     """A 63-bit seed for the stream `names` of `seed`; equal on every machine and Python version."""
-    text = "\x1f".join([str(int(seed)), *(f"{type(n).__name__}:{n}" for n in names)])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    digest = hashlib.blake2b(_named(seed, names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, *names: int | str) -> torch.Generator:
     """A fresh CPU `torch.Generator` for the stream `names` of `seed`."""
-    import torch
-
-    return torch.Generator().manual_seed(derive_seed(seed, *names))
+    return _expanded(_named(seed, names))
 
 
 def seeded(seed: int) -> torch.Generator:
     """A fresh CPU `torch.Generator` of this very seed, as a caller gives it.
 
     Raises:
-        UserError: PyTorch has no such seed.
+        UserError: it is no seed.
     """
-    import torch
-
     check_whole("seed", seed)
     if not 0 <= seed < 2**64:
         raise UserError(f"seed is {seed}; it must lie in 0..2**64 - 1")
-    return torch.Generator().manual_seed(seed)
+    return _expanded(f"seed {int(seed)}")
+
+
+def fresh_seed() -> int:
+    """A seed like no other."""
+    return secrets.randbits(63)
+
+
+def seed_global(seed: int, *names: int | str) -> None:
+    """Sets PyTorch's own streams, which dropout and initial weights draw from, to the stream
+    `names` of `seed`."""
+    import torch
+
+    torch.manual_seed(derive_seed(seed, *names))  # GPUs, whose generators read all 64 bits
+    torch.set_rng_state(generator(seed, *names).get_state())
+
+
+def _named(seed: int, names: tuple[int | str, ...]) -> str:
+    return "\x1f".join([str(int(seed)), *(f"{type(n).__name__}:{n}" for n in names)])
+
+
+def _expanded(name: str) -> torch.Generator:
+    """A generator whose whole state is drawn from the name by SHAKE-256.
+
+    PyTorch's own `manual_seed` fills the state of its Mersenne twister from the lowest 32 bits of a
+    seed: seeds that differ above them give the same numbers, and of 100,000 named streams two are
+    likely to be one.
+    """
+    import torch
+
+    made = torch.Generator()
+    state = made.manual_seed(0).get_state().numpy()
+    words = array("I", hashlib.shake_256(name.encode()).digest(4 * TWISTER_WORDS))
+    if sys.byteorder == "big":
+        words.byteswap()
+    # Seed, number of words left, whether seeded, next word, words: each word takes 8 bytes.
+    state[24 : 24 + 8 * TWISTER_WORDS].view("uint64")[:] = words
+    made.set_state(torch.from_numpy(state))
+    return made

@@ -20,6 +20,7 @@ from blockdiffusion.corruption import Corrupted, Estimator
 from blockdiffusion.denoiser import row_groups
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
+from blockdiffusion.seeding import seeded
 
 PASS_TOKENS = 8192  # tokens of one pass over all streams, with its gradient: bounds memory
 
@@ -97,9 +98,7 @@ def batch_moments(
     try:
         for _ in range(replicates):
             seed = int(torch.randint(2**63 - 1, (), generator=generator))
-            drawn = law(
-                clean_BL, free_BL, size, model.config.mask_id, torch.Generator().manual_seed(seed)
-            )
+            drawn = law(clean_BL, free_BL, size, model.config.mask_id, seeded(seed))
             term_BL, gradient = _loss_terms(model, drawn, clean_BL, free_BL, valid_BL, parameters)
             spread.add(gradient)
             losses.append(float(term_BL.sum() / free_BL.sum().cpu()) + diffusion.prior_nats)

@@ -52,7 +52,7 @@ def test_golden_mdlm_logits_and_loss():
     model, expected = golden("mdlm")
     noisy, clean = expected["xt"], expected["x0"]
     assert not far(model.denoise_logits(noisy), expected["logits"])
-    loss = masked_nll(model, noisy[:, None], clean)[:, 0] / expected["t"]
+    loss = masked_nll(model, noisy[:, None], clean, (noisy == 100)[:, None])[:, 0] / expected["t"]
     assert not far(loss, expected["loss_per_token"])
     trained, _ = golden("mdlm", weights="raw")  # differ on purpose
     assert far(trained.denoise_logits(noisy), expected["logits"])
@@ -69,7 +69,7 @@ def test_golden_sedd_logits_scores_and_loss():
     assert far(model.denoise_logits(noisy, sigma=sigma[:, 0] + 1), expected["logits"])
     score = log_score(logits.flatten(0, 1), noisy.flatten(), sigma.expand_as(noisy).flatten())
     assert not far(score.view_as(logits), expected["log_score"])
-    drawn = Corrupted(noisy[:, None], torch.ones(3, 1, 32), t[:, None, :1])
+    drawn = Corrupted(noisy[:, None], torch.ones(3, 1, 32), (noisy == 100)[:, None], t[:, None, :1])
     loss = diffusion_of(model.config).terms(model, drawn, clean)[:, 0] / t
     assert not far(loss, expected["loss_per_token"])
     assert torch.equal(loss == 0, noisy != 100)

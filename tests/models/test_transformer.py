@@ -31,7 +31,7 @@ def test_golden_training_logits_and_loss(bd3lm, bd3lm_expected, backend):
     clean, noisy, t = (bd3lm_expected[name] for name in ("x0", "xt", "t"))
     logits = bd3lm.denoise_logits(noisy, clean)
     assert (logits - bd3lm_expected["train_logits"]).abs().max() < GOLDEN_TOLERANCE
-    loss = masked_nll(bd3lm, noisy[:, None], clean)[:, 0] / t
+    loss = masked_nll(bd3lm, noisy[:, None], clean, (noisy != clean)[:, None])[:, 0] / t
     assert (loss - bd3lm_expected["loss_per_token"]).abs().max() < GOLDEN_TOLERANCE
 
 
@@ -110,7 +110,9 @@ def test_decode_with_time_conditioning_equals_encode(make_model, random_ids):
 def test_blocks_of_one_token_are_the_chain_rule(make_model, random_ids):
     """S = 1, all masked: token l is read at a mask in position l after x_<l, causally."""
     model, clean = make_model(block_size=1), random_ids(1, 12)
-    nll = masked_nll(model, torch.full((1, 1, 12), 12), clean)[0, 0]
+    nll = masked_nll(
+        model, torch.full((1, 1, 12), 12), clean, torch.ones(1, 1, 12, dtype=torch.bool)
+    )[0, 0]
     for l in range(12):
         ids = torch.cat([clean[0, :l], torch.tensor([12])])
         causal = torch.ones(l + 1, l + 1, dtype=torch.bool).tril()
@@ -122,9 +124,9 @@ def test_one_pass_equals_two_passes_in_loss_and_gradient(make_model, random_ids)
     """[noisy ; clean] in one pass = clean keys and values first, then all noisy blocks on them."""
     model, clean = make_model(), random_ids(1, 16)
     noisy = half_masked(clean, 12)
-    masked_nll(model, noisy[:, None], clean).sum().backward()
+    masked_nll(model, noisy[:, None], clean, (noisy == 12)[:, None]).sum().backward()
     one_pass = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    loss = masked_nll(model, noisy[:, None], clean).sum()
+    loss = masked_nll(model, noisy[:, None], clean, (noisy == 12)[:, None]).sum()
 
     model.zero_grad()
     mask, past = mask_by_loops(16, 4, 1), []
@@ -267,7 +269,9 @@ def test_a_new_model_starts_at_the_uniform_distribution(random_ids):
     """Modulations and the output layer start at zero, as in the paper."""
     model = BlockDiffusionModel(BlockDiffusionConfig(vocab_size=13, width=24, num_layers=2)).eval()
     clean = random_ids(2, 16)
-    nll = masked_nll(model, torch.full((2, 1, 16), 12), clean)
+    nll = masked_nll(
+        model, torch.full((2, 1, 16), 12), clean, torch.ones(2, 1, 16, dtype=torch.bool)
+    )
     assert torch.allclose(nll, torch.log(torch.tensor(12.0)), atol=1e-6)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from scipy import stats
 
+from blockdiffusion import seeding
 from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.sampling import Generation
+from blockdiffusion.sampling.streams import RowStreams, row_streams
 
 FALSE_ALARM = 1e-4  # of each test
 DRAWS = 8_000
@@ -34,7 +36,12 @@ def of_shape(make: Callable[..., BlockDiffusionModel], shape: str) -> BlockDiffu
 
 
 def seeded(seed: int = 1) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return seeding.seeded(seed)
+
+
+def streams(rows: int, seed: int = 1) -> RowStreams:
+    """Random numbers for so many rows from nothing."""
+    return row_streams(seeded(seed), [[]] * rows, most=64)
 
 
 def texts_of(result: Generation) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import FirstHitting, RandomOrder
 from blockdiffusion.sampling.processes import MostCertain, Planned, Setting
 from tests import noise_oracles as oracles
-from tests.sampling.laws import FALSE_ALARM, p_value, seeded
+from tests.sampling.laws import FALSE_ALARM, p_value, seeded, streams
 
 DRAWS = 6000
 
@@ -76,7 +76,7 @@ def passes_of(process):
 
     open_RS = torch.tensor([[True] * 4, [False, True, True, False]])
     course = process.begin(
-        open_RS, Setting(Config, torch.device("cpu"), Filters(top_p=0.01), seeded())
+        open_RS, Setting(Config, torch.device("cpu"), Filters(top_p=0.01), streams(2))
     )
     passes = torch.full((2, 4), -1)
     for step in itertools.count():
@@ -94,9 +94,9 @@ def passes_of(process):
 
 def test_random_order_shares_first_hittings_passes():
     masked = torch.tensor([[True, True, False, True, True]])
-    one = FirstHitting().plan(masked, seeded())
-    assert torch.equal(RandomOrder(1).plan(masked, seeded()), one)
-    pairs = RandomOrder(2).plan(masked, seeded())
+    one = FirstHitting().plan(masked, streams(1))
+    assert torch.equal(RandomOrder(1).plan(masked, streams(1)), one)
+    pairs = RandomOrder(2).plan(masked, streams(1))
     assert torch.equal(pairs, torch.tensor([[a // 2 if a >= 0 else -1 for a in one[0].tolist()]]))
 
 
@@ -196,7 +196,7 @@ def test_a_time_reading_network_reads_the_share_of_masks(make_model):
     assert draw(model, policy="confidence", tokens_per_step=1).nfe.max() == 4
     process = MostCertain("confidence", tokens_per_step=1)
     open_RS = torch.tensor([[True, True], [False, True]])
-    setting = Setting(model.config, model.device, Filters(), seeded())
+    setting = Setting(model.config, model.device, Filters(), streams(2))
     course = process.begin(open_RS, setting)
     course.undecided_RS[0, 0] = False
     found = course.sigma_R()

@@ -11,7 +11,7 @@ import blockdiffusion
 from blockdiffusion import Engine, UserError
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.sampling.engine import BlockDone, Finished, Revealed
-from tests.sampling.laws import FALSE_ALARM, law_of, p_value
+from tests.sampling.laws import FALSE_ALARM, law_of, p_value, seeded
 
 TIMED = dict(time_conditioning=True)
 KINDS = {
@@ -72,7 +72,7 @@ def make_stopping(make_model):
 
 def alone(model, prompt, options, window=None):
     """What `generate` gives for one request: its ids."""
-    seed = torch.Generator().manual_seed(options["seed"])
+    seed = seeded(options["seed"])
     options = {name: value for name, value in options.items() if name != "seed"}
     result = blockdiffusion.generate(model, [prompt], generator=seed, window=window, **options)
     return result.sequences[0, : int(result.lengths[0])].tolist()

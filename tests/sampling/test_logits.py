@@ -7,11 +7,15 @@ from blockdiffusion.sampling.logits import Filters, draw_tokens, filtered_probs
 PROBS = torch.tensor([0.05, 0.6, 0.0, 0.35])  # id 2 is the mask token
 
 
+def uniforms(count):
+    return torch.rand(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
 def law(filters, draws=4000, probs=PROBS, mask_id=2):
     """Relative frequencies of the drawn ids."""
     logits = probs.log().clamp(min=-50).repeat(draws, 1)
     logits[:, mask_id] = 3.0  # whatever the network says there
-    ids, confidence = draw_tokens(logits, mask_id, filters, torch.Generator().manual_seed(0))
+    ids, confidence = draw_tokens(logits, mask_id, filters, uniforms(draws))
     assert torch.allclose(confidence, probs[ids], atol=1e-6)
     return torch.bincount(ids, minlength=len(probs)) / draws
 
@@ -53,15 +57,17 @@ def test_filtered_distributions_are_those_that_are_drawn_from():
 def test_nothing_to_draw_is_no_draw():
     nothing = torch.zeros(0, 4)
     for filters in (Filters(), Filters(top_p=0.5), Filters(top_k=2)):
-        ids, confidence = draw_tokens(nothing.clone(), 2, filters, torch.Generator())
+        ids, confidence = draw_tokens(nothing.clone(), 2, filters, uniforms(0))
         assert len(ids) == len(confidence) == 0 and not ids.is_floating_point()
 
 
-def test_the_same_generator_gives_the_same_draw():
+@pytest.mark.parametrize("filters", [Filters(), Filters(top_p=0.8), Filters(top_k=7)], ids=str)
+def test_a_draw_depends_on_its_own_number_alone(filters):
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
-    first = draw_tokens(logits.clone(), 29, Filters(), torch.Generator().manual_seed(4))[0]
-    again = draw_tokens(logits.clone(), 29, Filters(), torch.Generator().manual_seed(4))[0]
-    assert torch.equal(first, again)
+    together = draw_tokens(logits.clone(), 29, filters, uniforms(5))[0]
+    for row, number in enumerate(uniforms(5)):
+        alone = draw_tokens(logits[row : row + 1].clone(), 29, filters, number[None])[0]
+        assert alone == together[row]
 
 
 @pytest.mark.parametrize("options", [
@@ -78,7 +84,5 @@ def test_the_ends_of_the_temperatures_can_be_drawn_from(temperature, dtype):
     """The most likely token, and (nearly) any; 100 draws of two tokens, which miss one of them with
     a probability of 1.6e-30."""
     logits = torch.tensor([[60.0, -60.0, 90.0]], dtype=dtype).repeat(100, 1)
-    ids, confidence = draw_tokens(
-        logits, 2, Filters(temperature=temperature), torch.Generator().manual_seed(0)
-    )
+    ids, confidence = draw_tokens(logits, 2, Filters(temperature=temperature), uniforms(100))
     assert set(ids.tolist()) == ({0} if temperature < 1 else {0, 1}) and (confidence >= 0).all()

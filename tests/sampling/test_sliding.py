@@ -9,6 +9,7 @@ import torch
 import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+from blockdiffusion.sampling.streams import row_streams
 from tests.oracles import exact_block, network, subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
 
@@ -99,15 +100,15 @@ def test_skipping_passes_that_reveal_nothing_equals_recomputing_them(make_mdlm):
     tokens from the same random numbers, in fewer passes."""
     model, steps = make_mdlm(length=6, vocab_size=13), 40
     for seed in range(5):
-        generator = seeded(seed)
-        uniform = torch.rand(1, 6, generator=generator, dtype=torch.float64)[0]
+        numbers = row_streams(seeded(seed), [[]], most=6)
+        uniform = numbers.each(6)[0]
         ids = [12] * 6
         for step in range(steps, 0, -1):
             prob = log_prob(model, ids).exp()  # in every step
             low, high = (step - 1) / steps, step / steps  # the linear schedule's mask probabilities
             now = [i for i in range(6) if low <= uniform[i] < high]
             if now:
-                draws = torch.rand(len(now), 1, generator=generator, dtype=torch.float64)[:, 0]
+                draws = numbers.each(len(now))[0]
                 for i, u in zip(now, draws, strict=True):
                     ids[i] = int((prob[i].cumsum(0) <= u * prob[i].sum()).sum())
         result = blockdiffusion.generate(

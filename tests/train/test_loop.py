@@ -98,7 +98,7 @@ def test_the_first_step_is_adamw_on_the_papers_loss(run, recipe_file, prepared):
     batch = rows.rows(BatchOrder(rows.num_rows, 6, 0).indices(0))
     free = torch.ones_like(batch.ids_BL, dtype=torch.bool)
     drawn = Bernoulli()(batch.ids_BL, free, 4, rows.manifest.mask_id, generator(0, "corruption", 1))
-    nll = masked_nll(expected, drawn.noisy_BNL, batch.ids_BL)
+    nll = masked_nll(expected, drawn.noisy_BNL, batch.ids_BL, drawn.scored_BNL)
     loss = (nll * drawn.weight_BNL).sum() / free.sum()
     loss.backward()
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in expected.parameters()))

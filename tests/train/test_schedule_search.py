@@ -158,7 +158,7 @@ def brute_force(model, rows, clip, base, options, step, seed):
             own = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=draws)))
             drawn = law(ids, free, model.config.block_size, model.config.mask_id, own)
             model.eval().zero_grad()
-            nll = masked_nll(model, drawn.noisy_BNL, ids)
+            nll = masked_nll(model, drawn.noisy_BNL, ids, drawn.scored_BNL)
             loss = (nll * drawn.weight_BNL).sum() / ids.numel()
             loss.backward()
             losses.append(loss.item())

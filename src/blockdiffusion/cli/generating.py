@@ -136,11 +136,9 @@ def infill(
 
 def _generator(seed: int | None) -> tuple[Any, int]:
     """A source of randomness, and its seed: the given one, or any."""
-    import torch
+    from blockdiffusion.seeding import fresh_seed, seeded
 
-    from blockdiffusion.seeding import seeded
-
-    used = torch.Generator().seed() if seed is None else seed
+    used = fresh_seed() if seed is None else seed
     return seeded(used), used
 
 

@@ -29,11 +29,12 @@ from blockdiffusion.denoiser import (
     row_groups,
 )
 from blockdiffusion.diffusions import diffusion_of
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, check_whole
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.exact import enumeration_is_cheap, exact_blocks, num_subsets
 from blockdiffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.ranks import ALONE, Team
+from blockdiffusion.sampling.requests import as_ids
 from blockdiffusion.seeding import generator as seeded_generator
 
 PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
@@ -213,6 +214,7 @@ def likelihood(
     start = time.perf_counter()
     config = model.config
     for name, value in (("samples", samples), ("orders", orders)):
+        check_whole(name, value)
         if value < 1:
             raise UserError(f"{name} is {value}; at least 1 is needed")
     estimator, law, note = choose_estimator(estimator, config, samples, t_min)
@@ -657,7 +659,11 @@ def _bits_per_byte(nats: float, num_tokens: int, num_bytes: float | None) -> flo
 def _are_texts(ids: Any) -> TypeGuard[Sequence[str]]:
     if isinstance(ids, str):
         raise UserError("ids is a single text; give a list of texts")
-    return not isinstance(ids, torch.Tensor) and len(ids) > 0 and isinstance(ids[0], str)
+    if isinstance(ids, torch.Tensor) or not any(isinstance(row, str) for row in ids):
+        return False
+    if not all(isinstance(row, str) for row in ids):
+        raise UserError("ids holds texts and other things; give a list of texts, or of id lists")
+    return True
 
 
 def _tokenize(model: Denoiser, texts: Sequence[str], bos: bool) -> list[list[int]]:
@@ -677,21 +683,25 @@ def _rectangle(
     if isinstance(ids, torch.Tensor):
         if ids.ndim != 2 or ids.numel() == 0:
             raise UserError(f"ids have shape {tuple(ids.shape)}; (rows, tokens) is needed")
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise UserError(f"ids are of the type {ids.dtype}; token ids are whole numbers")
         clean = ids.long().cpu()
         valid = torch.ones_like(clean, dtype=torch.bool) if valid is None else valid.bool().cpu()
         if valid.shape != clean.shape:
             raise UserError(f"valid has shape {tuple(valid.shape)}, ids {tuple(clean.shape)}")
     else:
-        if not len(ids) or not all(len(row) for row in ids):
-            raise UserError("there is an empty row or no row at all; every row needs a token")
         if valid is not None:
             raise UserError("valid goes with a tensor of ids; lists are padded by themselves")
-        longest = max(len(row) for row in ids)
-        clean = torch.zeros(len(ids), longest, dtype=torch.long)
-        valid = torch.zeros(len(ids), longest, dtype=torch.bool)
-        for index, row in enumerate(ids):
-            clean[index, : len(row)] = torch.as_tensor(row)
+        rows = [torch.tensor(as_ids(row, "a row")) for row in ids]
+        if not rows or not all(map(len, rows)):
+            raise UserError("there is an empty row or no row at all; every row needs a token")
+        longest = max(len(row) for row in rows)
+        clean = torch.zeros(len(rows), longest, dtype=torch.long)
+        valid = torch.zeros(len(rows), longest, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            clean[index, : len(row)] = row
             valid[index, : len(row)] = True
+    clean = clean.masked_fill(~valid, 0)  # whatever padding holds, the network is not to read it
     missing = -clean.shape[1] % block_size
     pad = (0, missing)
     return torch.nn.functional.pad(clean, pad), torch.nn.functional.pad(valid, pad)

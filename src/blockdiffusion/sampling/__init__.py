@@ -31,6 +31,7 @@ from blockdiffusion.sampling.requests import (
     sampling_options,
 )
 from blockdiffusion.sampling.sliding import has_one_block, sample_sliding
+from blockdiffusion.seeding import fresh_seed, seeded
 
 __all__ = [
     "BlockEvent",
@@ -207,10 +208,7 @@ def infill(
 
 def _seeded(generator: torch.Generator | None) -> torch.Generator:
     """The given source, or a fresh one that is like no other."""
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    return generator
+    return seeded(fresh_seed()) if generator is None else generator
 
 
 def finish(model: Denoiser, events: Iterator[Event]) -> Generation:

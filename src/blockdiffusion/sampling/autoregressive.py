@@ -22,6 +22,7 @@ from blockdiffusion.sampling.loop import (
     StepEvent,
     check_request,
 )
+from blockdiffusion.sampling.streams import row_streams
 
 
 @torch.no_grad()
@@ -39,10 +40,12 @@ def sample_next_tokens(
     """
     check_request(model, prompts, options)
     state = _Rows(model, prompts, options)
+    streams = row_streams(generator, prompts, 1)
     while state.active.numel():
         logits_RV = model.head(state.past.read(state.last_R))
+        uniform_R = streams.of(state.active).each(1)[:, 0]
         token_R, confidence_R = draw_tokens(
-            logits_RV, model.config.mask_id, options.filters, generator
+            logits_RV, model.config.mask_id, options.filters, uniform_R
         )
         positions_R = state.ends_B[state.active]
         yield StepEvent(0, state.active, positions_R, token_R, confidence_R)

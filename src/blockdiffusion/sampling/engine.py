@@ -27,7 +27,8 @@ from blockdiffusion.sampling.policies import PolicySettings
 from blockdiffusion.sampling.processes import Course, Setting, as_process
 from blockdiffusion.sampling.requests import prepare_prompts, sampling_options
 from blockdiffusion.sampling.sliding import has_one_block
-from blockdiffusion.seeding import seeded
+from blockdiffusion.sampling.streams import RowStreams, row_streams
+from blockdiffusion.seeding import fresh_seed, seeded
 
 # What a request may choose beside its length, BOS and seed.
 OPTIONS = (
@@ -93,10 +94,8 @@ class _Request:
     """Where a request stands. `ids` are the prompt and the finished blocks; `num_read` of them are
     in the cache. The block in work begins at `start`, and its first `given` tokens are in `ids`."""
 
-    def __init__(
-        self, id: int, ids: list[int], options: SamplingOptions, generator: torch.Generator
-    ):
-        self.id, self.ids, self.options, self.generator = id, ids, options, generator
+    def __init__(self, id: int, ids: list[int], options: SamplingOptions, streams: RowStreams):
+        self.id, self.ids, self.options, self.streams = id, ids, options, streams
         self.prompt_tokens = len(ids)
         self.limit = len(ids) + options.max_new_tokens
         self.num_read = self.nfe = self.start = self.given = 0
@@ -248,8 +247,9 @@ class Engine:
                 f"a request of {total} tokens in all goes beyond the one block of this model, "
                 f"which has {self.model.config.seq_len}; generate slides its block over such texts"
             )
-        generator = seeded(torch.Generator().seed() if seed is None else seed)
-        request = _Request(self._next_id, list(prompts[0]), sampling, generator)
+        generator = seeded(fresh_seed() if seed is None else seed)
+        streams = row_streams(generator, prompts, self.model.config.block_size)
+        request = _Request(self._next_id, list(prompts[0]), sampling, streams)
         self._next_id += 1
         self._waiting.append(request)
         return request.id
@@ -356,7 +356,7 @@ class Engine:
 
     def _setting(self, request: _Request) -> Setting:
         return Setting(
-            self.model.config, self.model.device, request.options.filters, request.generator
+            self.model.config, self.model.device, request.options.filters, request.streams
         )
 
     def _leave(self, number: int) -> None:

@@ -100,9 +100,9 @@ def fill_events(
             f"a template has {longest} tokens, more than the one block of this model, which has "
             f"{length}; shorten it"
         )
-    state = _TemplateBatch(model, templates, options)
+    state = _TemplateBatch(model, templates, options, generator)
     while state.active.numel():
-        yield from denoise_block(model, state, options, generator)
+        yield from denoise_block(model, state, options)
         yield state.finish_block(None)
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.given_B, state.nfe_B)
 
@@ -111,7 +111,11 @@ class _TemplateBatch(BlockBatch):
     """Rows that go from one block with a mask to the next."""
 
     def __init__(
-        self, model: Denoiser, templates: Sequence[Sequence[int]], options: SamplingOptions
+        self,
+        model: Denoiser,
+        templates: Sequence[Sequence[int]],
+        options: SamplingOptions,
+        generator: torch.Generator,
     ):
         size, mask_id = model.config.block_size, model.config.mask_id
         self._due_B = [
@@ -121,7 +125,7 @@ class _TemplateBatch(BlockBatch):
             for row in templates
         ]  # fmt: skip
         self.given_B = torch.tensor([sum(token != mask_id for token in row) for row in templates])
-        super().__init__(model, templates, options)
+        super().__init__(model, templates, options, generator)
 
     def first_starts(self) -> torch.Tensor:
         """See `BlockBatch`."""

@@ -55,16 +55,17 @@ class Filters:
 
 
 def draw_tokens(
-    logits_MV: torch.Tensor, mask_id: int, filters: Filters, generator: torch.Generator
+    logits_MV: torch.Tensor, mask_id: int, filters: Filters, uniform_M: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws M tokens; returns their ids and the denoiser's probabilities of them, both (M,).
 
     The probabilities are those before filtering. The draw inverts the cumulative distribution in
-    float64 with one uniform number per token (Gumbel noise in float32 over a large vocabulary
-    would lower the temperature: Zheng et al. 2024). `logits_MV` may be overwritten.
+    float64 with one number of `uniform_M`, in [0, 1), per token (Gumbel noise in float32 over a
+    large vocabulary would lower the temperature: Zheng et al. 2024). `logits_MV` may be
+    overwritten.
     """
     draw = partial(_drawn, mask_id, filters)
-    uniform_M = _uniforms(len(logits_MV), generator).to(logits_MV.device)
+    uniform_M = uniform_M.to(logits_MV.device)
     if logits_MV.device.type != "cuda" or not 0 < logits_MV.numel() <= RECORDED_LOGITS:
         return draw(logits_MV, uniform_M)
     kind = (logits_MV.shape, logits_MV.dtype, logits_MV.device, mask_id, filters)
@@ -80,7 +81,7 @@ def _drawn(
     warm_MV = prob_MV if filters.temperature == 1 else (logits_MV / filters.temperature).softmax(-1)
     kept_MC, ids_MC = _top_k(warm_MV, filters.top_k)
     if filters.top_p == 1 or not len(kept_MC):
-        choice_M = _columns_at(kept_MC, uniform_M)
+        choice_M = draw_columns(kept_MC, uniform_M)
     elif kept_MC.device.type == "cpu":
         choice_M = _from_nuclei(kept_MC, filters, uniform_M)
     else:
@@ -95,12 +96,8 @@ def _recorded_draws() -> Recorder:
     return Recorder(most=8)
 
 
-def draw_columns(weight_MC: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def draw_columns(weight_MC: torch.Tensor, uniform_M: torch.Tensor) -> torch.Tensor:
     """A column (M,) of every row, drawn in proportion to its weight by inversion in float64."""
-    return _columns_at(weight_MC, _uniforms(len(weight_MC), generator).to(weight_MC.device))
-
-
-def _columns_at(weight_MC: torch.Tensor, uniform_M: torch.Tensor) -> torch.Tensor:
     cumulative_MC = weight_MC.double().cumsum(-1)
     target_M1 = uniform_M[:, None] * cumulative_MC[:, -1:]
     return torch.searchsorted(cumulative_MC, target_M1, right=True)[:, 0]
@@ -109,15 +106,11 @@ def _columns_at(weight_MC: torch.Tensor, uniform_M: torch.Tensor) -> torch.Tenso
 def _from_nuclei(
     weight_MC: torch.Tensor, filters: Filters, uniform_M: torch.Tensor
 ) -> torch.Tensor:
-    """`_columns_at` of the nuclei of the rows."""
+    """`draw_columns` of the nuclei of the rows."""
     return torch.stack([
         Nucleus(weight_C, filters.top_p, filters.top_p_rule).draw(uniform)
         for weight_C, uniform in zip(weight_MC, uniform_M.tolist(), strict=True)
     ])  # fmt: skip
-
-
-def _uniforms(count: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.rand(count, generator=generator, dtype=torch.float64)
 
 
 def filtered_probs(prob_MV: torch.Tensor, filters: Filters) -> torch.Tensor:

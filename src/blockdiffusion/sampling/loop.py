@@ -19,6 +19,7 @@ from blockdiffusion.sampling.context import CachedContext, RecomputedContext
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import FirstHitting, Policy
 from blockdiffusion.sampling.processes import Process, Setting, as_process
+from blockdiffusion.sampling.streams import row_streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +104,20 @@ def sample_events(
 ) -> Iterator[Event]:
     """Samples a continuation of every prompt (ids; may be empty or ragged)."""
     check_request(model, prompts, options)
-    state = BlockBatch(model, prompts, options)
+    state = BlockBatch(model, prompts, options, generator)
     while state.active.numel():
-        yield from denoise_block(model, state, options, generator)
+        yield from denoise_block(model, state, options)
         yield state.finish_block(options.eos_id)
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
 
 
 def denoise_block(
-    model: Denoiser, state: BlockBatch, options: SamplingOptions, generator: torch.Generator
+    model: Denoiser, state: BlockBatch, options: SamplingOptions
 ) -> Iterator[StepEvent]:
     """Takes the current block of all active rows from noise to text."""
     block_RS, open_RS, kept_RS = state.open_block()
-    setting = Setting(model.config, model.device, options.filters, generator)
+    streams = state.streams.of(state.active)
+    setting = Setting(model.config, model.device, options.filters, streams)
     course = as_process(options.policy).begin(open_RS, setting)
     block_RS = course.fill(block_RS)
     ended_R = torch.zeros(len(block_RS), dtype=torch.bool)
@@ -159,8 +161,15 @@ def _decided_up_to_eos(
 class BlockBatch:
     """Where every row stands. R counts the active rows, B all of them."""
 
-    def __init__(self, model: Denoiser, prompts: Sequence[Sequence[int]], options: SamplingOptions):
+    def __init__(
+        self,
+        model: Denoiser,
+        prompts: Sequence[Sequence[int]],
+        options: SamplingOptions,
+        generator: torch.Generator,
+    ):
         self.size = model.config.block_size
+        self.streams = row_streams(generator, prompts, self.size)
         self.mask_id = model.config.mask_id
         device = model.device
         self.prompts_B = torch.tensor([len(p) for p in prompts])

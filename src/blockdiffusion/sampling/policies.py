@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.sampling.streams import RowStreams
 from blockdiffusion.schedules import Linear, Schedule
 
 
@@ -23,10 +24,10 @@ class Policy(Protocol):
     @property
     def name(self) -> str: ...
 
-    def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def plan(self, masked_RS: torch.Tensor, streams: RowStreams) -> torch.Tensor:
         """int64 (R, S): the pass that reveals each position; -1 where it is not masked.
 
-        The passes of a row are 0..n-1 without gaps.
+        The passes of a row are 0..n-1 without gaps. `streams` has the random numbers of the R rows.
         """
         ...
 
@@ -35,7 +36,7 @@ class Policy(Protocol):
 class TimedPolicy(Policy, Protocol):
     """A policy that also knows when: needed for networks that read the time."""
 
-    def reveal_probs(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def reveal_probs(self, masked_RS: torch.Tensor, streams: RowStreams) -> torch.Tensor:
         """float64 (R, S): the mask probability p(t) of the time at which the network is asked for
         each masked position; `plan` is `in_order` of it."""
         ...
@@ -50,12 +51,12 @@ class FirstHitting:
 
     name: str = "first-hitting"
 
-    def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return in_order(self.reveal_probs(masked_RS, generator), masked_RS)
+    def plan(self, masked_RS: torch.Tensor, streams: RowStreams) -> torch.Tensor:
+        return in_order(self.reveal_probs(masked_RS, streams), masked_RS)
 
-    def reveal_probs(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def reveal_probs(self, masked_RS: torch.Tensor, streams: RowStreams) -> torch.Tensor:
         """See `TimedPolicy`."""
-        return 1 - torch.rand(masked_RS.shape, generator=generator, dtype=torch.float64)
+        return 1 - streams.each(masked_RS.shape[1])
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,16 @@ class Ancestral:
         if self.steps < 1:
             raise UserError(f"the ancestral sampler needs at least 1 step, not {self.steps}")
 
-    def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        return in_order(self.reveal_probs(masked_RS, generator), masked_RS)
+    def plan(self, masked_RS: torch.Tensor, streams: RowStreams) -> torch.Tensor:
+        return in_order(self.reveal_probs(masked_RS, streams), masked_RS)
 
-    def reveal_probs(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def reveal_probs(self, masked_RS: torch.Tensor, streams: RowStreams) -> torch.Tensor:
         """See `TimedPolicy`."""
         # A token masked at t=1 is revealed between grid times i and i-1 with probability
         # p(t_i) - p(t_{i-1}): the step in which a uniform number lies.
         grid = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
         prob = self.schedule.mask_prob(grid)
-        uniform_RS = torch.rand(masked_RS.shape, generator=generator, dtype=torch.float64)
+        uniform_RS = streams.each(masked_RS.shape[1])
         # Where noise ends before 1, what is left beyond the last p(t_i) goes with the first step.
         step_RS = torch.searchsorted(prob, uniform_RS, right=True).clamp(max=self.steps - 1)
         return prob[step_RS]
@@ -111,9 +112,9 @@ class RandomOrder:
     def __post_init__(self) -> None:
         check_tokens_per_step(self.tokens_per_step)
 
-    def plan(self, masked_RS: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def plan(self, masked_RS: torch.Tensor, streams: RowStreams) -> torch.Tensor:
         check_tokens_per_step(self.tokens_per_step, masked_RS.shape[1])
-        order_RS = FirstHitting().plan(masked_RS, generator)
+        order_RS = FirstHitting().plan(masked_RS, streams)
         return torch.where(masked_RS, order_RS // self.tokens_per_step, -1)
 
 

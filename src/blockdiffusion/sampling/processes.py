@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from blockdiffusion.corruption import uniform_tokens
+from blockdiffusion.corruption import without_mask
 from blockdiffusion.diffusions import DiscreteTime
 from blockdiffusion.errors import UserError
 from blockdiffusion.objectives import exclude_mask_token_, log_rate, uniform_reverse
@@ -37,6 +37,7 @@ from blockdiffusion.sampling.policies import (
     check_tokens_per_step,
     in_order,
 )
+from blockdiffusion.sampling.streams import RowStreams
 from blockdiffusion.schedules import Linear, Schedule, make_schedule, noise_level
 
 TIE = 2.0**-10  # uncertainties are told apart by as much; see `MostCertain`
@@ -45,12 +46,13 @@ Place = tuple[torch.Tensor, torch.Tensor]  # rows and slots, (M,) each, on the C
 
 
 class Setting(NamedTuple):
-    """What draws in a block depend on: the network's configuration and device, filters, source."""
+    """What draws in a block depend on: the network's configuration and device, filters, and the
+    random numbers of the block's rows."""
 
     config: Any
     device: torch.device
     filters: Filters
-    generator: torch.Generator
+    streams: RowStreams
 
 
 class Changes(NamedTuple):
@@ -126,13 +128,13 @@ class Planned:
             UserError: the network reads the time, and the policy knows none.
         """
         if not setting.config.time_conditioning:
-            return _PlannedCourse(self.policy.plan(open_RS, setting.generator), None, setting)
+            return _PlannedCourse(self.policy.plan(open_RS, setting.streams), None, setting)
         if not isinstance(self.policy, TimedPolicy):
             raise UserError(
                 f"this network reads the time, which the policy {self.policy.name} does not tell; "
                 "take first-hitting or ancestral"
             )
-        prob_RS = self.policy.reveal_probs(open_RS, setting.generator)
+        prob_RS = self.policy.reveal_probs(open_RS, setting.streams)
         return _PlannedCourse(in_order(prob_RS, open_RS), prob_RS, setting)
 
 
@@ -158,7 +160,7 @@ class _PlannedCourse:
     def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
         setting = self.setting
         token_M, confidence_M = draw_tokens(
-            logits_MV, setting.config.mask_id, setting.filters, setting.generator
+            logits_MV, setting.config.mask_id, setting.filters, setting.streams.at(place_M[0])
         )
         self.undecided_RS[place_M] = False
         self.step += 1
@@ -266,13 +268,13 @@ class _MostCertainCourse:
         chosen_RS = torch.zeros_like(self.open_RS)
         chosen_RS.scatter_(1, order_RS, self.process.revealed(ordered_RS))
         chosen_M = chosen_RS[place_M]
+        row_M, slot_M = (x[chosen_M] for x in place_M)
         token_M, confidence_M = draw_tokens(
             _rows(logits_MV, chosen_M),
             setting.config.mask_id,
             setting.filters,
-            setting.generator,
+            setting.streams.at(row_M),
         )
-        row_M, slot_M = (x[chosen_M] for x in place_M)
         self.undecided_RS[row_M, slot_M] = False
         return Changes(row_M, slot_M, token_M, confidence_M)
 
@@ -325,9 +327,7 @@ class _RemaskingCourse:
         keep = 1 - now
         sigma = self.remask * min(1.0, then / keep) if keep > 0 else 0.0
         reveal = 1 - (then - sigma * keep) / now
-        coin_RS = torch.rand(
-            self.open_RS.shape, generator=self.setting.generator, dtype=torch.float64
-        )
+        coin_RS = self.setting.streams.each(self.open_RS.shape[1])
         self.revealed_RS = self.masked_RS & ((coin_RS < reveal) | (then == 0))
         self.forgotten_RS = self.open_RS & ~self.masked_RS & (coin_RS < sigma)
 
@@ -343,7 +343,7 @@ class _RemaskingCourse:
     def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
         mask_id = self.setting.config.mask_id
         token_M, confidence_M = draw_tokens(
-            logits_MV, mask_id, self.setting.filters, self.setting.generator
+            logits_MV, mask_id, self.setting.filters, self.setting.streams.at(place_M[0])
         )
         # No row leaves before the last step: all that is forgotten is in a row that goes on.
         row_F, slot_F = self.forgotten_RS.nonzero(as_tuple=True)
@@ -406,12 +406,11 @@ class _AnalyticCourse:
         return self.undecided_RS
 
     def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
-        config, generator = self.setting.config, self.setting.generator
+        config, streams = self.setting.config, self.setting.streams
         now, then = self.prob[self.step], self.prob[self.step + 1]
         self.step += 1
         rate_M = log_rate(logits_MV, config.mask_id).double().exp().cpu()
-        coin_M = torch.rand(len(rate_M), generator=generator, dtype=torch.float64)
-        revealed_M = coin_M < (now - then) / now * rate_M
+        revealed_M = streams.at(place_M[0]) < (now - then) / now * rate_M
         if then == 0:
             revealed_M[:] = True
         row_M, slot_M = (x[revealed_M] for x in place_M)
@@ -419,7 +418,7 @@ class _AnalyticCourse:
             _rows(logits_MV, revealed_M),
             config.mask_id,
             self.setting.filters,
-            generator,
+            streams.at(row_M),
         )
         self.undecided_RS[row_M, slot_M] = False
         return Changes(row_M, slot_M, token_M, confidence_M)
@@ -456,11 +455,9 @@ class _UniformCourse:
         self.step = 0
 
     def fill(self, block_RS: torch.Tensor) -> torch.Tensor:
-        config = self.setting.config
-        noise_RS = uniform_tokens(
-            block_RS.shape, config.vocab_size, config.mask_id, self.setting.generator
-        )
-        device = block_RS.device
+        config, device = self.setting.config, block_RS.device
+        uniform_RS = self.setting.streams.each(block_RS.shape[1])
+        noise_RS = without_mask((uniform_RS * (config.vocab_size - 1)).long(), config.mask_id)
         return torch.where(self.open_RS.to(device), noise_RS.to(device), block_RS)
 
     def sigma_R(self) -> torch.Tensor | None:
@@ -475,7 +472,7 @@ class _UniformCourse:
         prob_MV = exclude_mask_token_(logits_MV, mask_id).softmax(-1)
         clean_MV = filtered_probs(prob_MV, self.setting.filters)
         reverse_MV = uniform_reverse(clean_MV, ids_M, 1 - now, 1 - then, mask_id)
-        token_M = draw_columns(reverse_MV, self.setting.generator)
+        token_M = draw_columns(reverse_MV, self.setting.streams.at(place_M[0]))
         confidence_M = prob_MV.gather(-1, token_M[:, None])[:, 0]
         told_M = (token_M != ids_M) | (self.step == 0)
         self.step += 1
@@ -532,7 +529,8 @@ def check_fits(policy: Policy | Process, config: Any) -> None:
     Raises:
         UserError: it reads too many tokens at a time, or the network reads times it does not tell.
     """
-    setting = Setting(config, torch.device("cpu"), Filters(), torch.Generator())
+    streams = RowStreams([bytes(16)], config.block_size)
+    setting = Setting(config, torch.device("cpu"), Filters(), streams)
     as_process(policy).begin(torch.ones(1, config.block_size, dtype=torch.bool), setting)
 
 

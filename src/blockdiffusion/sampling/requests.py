@@ -128,7 +128,7 @@ def _to_ids(model: Denoiser, prompt: Prompt) -> list[int]:
     return as_ids(prompt)
 
 
-def as_ids(given: Any) -> list[int]:
+def as_ids(given: Any, what: str = "a prompt") -> list[int]:
     """Token ids as a list.
 
     Raises:
@@ -136,12 +136,12 @@ def as_ids(given: Any) -> list[int]:
     """
     ids = given.tolist() if isinstance(given, torch.Tensor) else given
     if not isinstance(ids, Iterable):
-        raise UserError(f"{ids!r} is given as a prompt; give a text, or a list of token ids")
+        raise UserError(f"{ids!r} is given as {what}; give a text, or a list of token ids")
     ids = list(ids)
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, Integral):
+        if isinstance(token, bool) or not isinstance(token, Integral) or abs(int(token)) >= 2**63:
             raise UserError(
-                f"a prompt holds {token!r}, which is no token id; give a text, or a list of whole "
+                f"{what} holds {token!r}, which is no token id; give a text, or a list of whole "
                 "numbers"
             )
     return [int(token) for token in ids]

@@ -27,6 +27,7 @@ from blockdiffusion.sampling.loop import (
     check_request,
     denoise_block,
 )
+from blockdiffusion.sampling.streams import row_streams
 
 
 def has_one_block(model: Denoiser) -> bool:
@@ -69,9 +70,9 @@ def sample_sliding(
             f"sliding that block, so that a token sees at most its {size} tokens; leave window out"
         )
     check_request(model, prompts, replace(options, window=None))
-    state = _SlidingBatch(model, prompts, options, stride)
+    state = _SlidingBatch(model, prompts, options, generator, stride)
     while state.active.numel():
-        yield from denoise_block(model, state, options, generator)
+        yield from denoise_block(model, state, options)
         yield state.finish_block(options.eos_id)
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
 
@@ -91,9 +92,11 @@ class _SlidingBatch(BlockBatch):
         model: Denoiser,
         prompts: Sequence[Sequence[int]],
         options: SamplingOptions,
+        generator: torch.Generator,
         stride: int,
     ):
         self.size, self.stride = model.config.block_size, stride
+        self.streams = row_streams(generator, prompts, self.size)
         self.mask_id = model.config.mask_id
         self.prompts_B = torch.tensor([len(prompt) for prompt in prompts])
         self.limits_B = self.prompts_B + options.max_new_tokens

@@ -46,7 +46,7 @@ from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import written_aside
 from blockdiffusion.ranks import ALONE, Team, local
-from blockdiffusion.seeding import derive_seed, generator
+from blockdiffusion.seeding import generator, seed_global
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
 from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
@@ -480,7 +480,7 @@ def accumulate_gradients(
     losses = []
     for number, rows in passes.items():
         # Dropout draws from PyTorch's global stream, which evaluation and samples use too.
-        torch.manual_seed(derive_seed(options.seed, "dropout", step, number))
+        seed_global(options.seed, "dropout", step, number)
         with spread.last_pass(len(losses) == len(passes) - 1):
             with autocast:
                 loss = spread.nats(batch_loss, rows) / num_free

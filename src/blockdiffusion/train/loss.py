@@ -62,9 +62,7 @@ class DiffusionLoss:
     @property
     def num_scored(self) -> int:
         """See `BatchLoss`."""
-        drawn = self.corrupted
-        changed_BNL = drawn.noisy_BNL != self.batch.ids_BL[:, None]
-        return int((changed_BNL | (drawn.weight_BNL > 0)).sum())
+        return int(self.corrupted.scored_BNL.sum())
 
     def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
         """See `BatchLoss`."""

@@ -429,7 +429,7 @@ class DiffusionJudge:
         source, total_B = generator(0, "judge", number), torch.zeros(len(rows)).double()
         for _ in range(PAIRS):
             drawn = Complement()(clean_BL, free_BL, config.block_size, config.mask_id, source)
-            nll_BNL = masked_nll(self.model, drawn.noisy_BNL, clean_BL, valid_BL)
+            nll_BNL = masked_nll(self.model, drawn.noisy_BNL, clean_BL, drawn.scored_BNL, valid_BL)
             total_B += (nll_BNL * drawn.weight_BNL).double().sum(-1).mean(-1).cpu()
         return (total_B / PAIRS).tolist()
 

@@ -84,8 +84,8 @@ class LikelihoodNumbers:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], text: str = "held-out text") -> LikelihoodNumbers:
         """From `Likelihood.to_dict()`, or from what `blockdiff eval --json` wrote."""
-        known = {entry.name for entry in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known} | {"text": text})
+        known = {entry.name for entry in fields(cls)} - {"text"}
+        return cls(**{k: v for k, v in values.items() if k in known}, text=text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
