@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-CHUNK = 1024  # numbers that a row draws at a time
+CHUNK = 256  # numbers that a row draws at a time
 
 
 class RowStreams:
