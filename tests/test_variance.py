@@ -9,6 +9,7 @@ import torch
 from blockdiffusion.corruption import Bernoulli, Complement, Corrupted, Count, make_estimator
 from blockdiffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
+from blockdiffusion.seeding import seeded
 from blockdiffusion.variance import average, batch_moments
 
 
@@ -102,7 +103,7 @@ def test_moments_are_those_of_a_list_of_gradients(make_model, random_ids, spec, 
     source = torch.Generator().manual_seed(3)
     losses, gradients, blocks = [], [], []
     for _ in range(6):
-        own = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=source)))
+        own = seeded(int(torch.randint(2**63 - 1, (), generator=source)))
         drawn = estimator(clean, free, 4, model.config.mask_id, own)
         terms = masked_nll(model, drawn.noisy_BNL, clean, drawn.scored_BNL) * drawn.weight_BNL
         loss = terms.sum() / free.sum() / drawn.noisy_BNL.shape[1]

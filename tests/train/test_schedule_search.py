@@ -15,7 +15,7 @@ from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.schedules import Clipped, Cosine, Linear
-from blockdiffusion.seeding import generator
+from blockdiffusion.seeding import generator, seeded
 from blockdiffusion.train import checkpoint, schedule_search
 from blockdiffusion.train.loggers import read_metrics
 from blockdiffusion.train.loop import ObjectiveOptions
@@ -155,7 +155,7 @@ def brute_force(model, rows, clip, base, options, step, seed):
         free = torch.ones_like(ids, dtype=torch.bool)
         losses, gradients = [], []
         for _ in range(options.replicates):
-            own = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=draws)))
+            own = seeded(int(torch.randint(2**63 - 1, (), generator=draws)))
             drawn = law(ids, free, model.config.block_size, model.config.mask_id, own)
             model.eval().zero_grad()
             nll = masked_nll(model, drawn.noisy_BNL, ids, drawn.scored_BNL)

@@ -24,7 +24,7 @@ from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule
-from blockdiffusion.seeding import derive_seed, generator
+from blockdiffusion.seeding import derive_seed, seeded
 
 STREAM = "generate-eval"
 MOST_TRIES = 10  # samples drawn for each one that a guard lets through
@@ -253,7 +253,7 @@ def _draw_batch(
         model,
         prompts,
         bos=False,  # already in the prompts
-        generator=generator(options.seed, STREAM, first),
+        generator=seeded(derive_seed(options.seed, STREAM, first)),
         **options.sampling(),
     )
     for event in events:
