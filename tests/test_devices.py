@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from blockdiffusion.devices import select_device
+from blockdiffusion.devices import SPINS, select_device
 from blockdiffusion.errors import UserError
 
 
@@ -49,3 +49,25 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise(own):
     kept, faults = run.stdout.split()
     assert kept == str(not own)
     assert int(faults) < 16 if not own else int(faults) >= 4 * 32
+
+
+WAITING = """
+import os, sys
+from blockdiffusion import cli
+cli.app = lambda *args, **options: print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("given", "spins"), [
+    ({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+])  # fmt: skip
+def test_the_command_lets_waiting_threads_sleep_unless_the_user_has_said_how(given, spins):
+    """Set before PyTorch is imported, which reads it then."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", WAITING], env=environment | given, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(spins), "False"]

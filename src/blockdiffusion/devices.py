@@ -1,4 +1,4 @@
-"""Which device to use, and how its memory is to be kept."""
+"""Which device to use, how its memory is to be kept, and how its threads wait."""
 
 from __future__ import annotations
 
@@ -57,6 +57,23 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all(mallopt(name, MOST) == 1 for name in (TRIM_THRESHOLD, MMAP_THRESHOLD))
+
+
+SPINS = 1000  # turns of a loop: some microseconds, as long as it takes to wake a thread
+
+
+def spin_briefly() -> None:
+    """Lets threads that wait for others of this process sleep soon, before PyTorch is imported.
+
+    By default GNU's OpenMP has a thread turn in a loop for milliseconds between two parallel parts
+    of a network. On a busy machine it holds the core that the partner it waits for needs, and both
+    stand still. On a quiet one the partner is there before it would sleep. The number of threads
+    stays: results may differ in their last digits with it.
+
+    What the environment says already (`GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`) counts.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
 COMPILATIONS = 64  # of one function, each for other shapes

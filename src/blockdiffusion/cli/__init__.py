@@ -18,6 +18,7 @@ from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import plan, report, reproduce, train
+from blockdiffusion.devices import spin_briefly
 from blockdiffusion.errors import Elsewhere, UserError
 from blockdiffusion.ranks import SHARED, joined, several_processes
 
@@ -82,6 +83,7 @@ def _options(
 
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence and exit code 2."""
+    spin_briefly()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
