@@ -8,7 +8,7 @@ import blockdiffusion
 
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
-    ["errors", "recording"],
+    ["errors", "escape", "recording"],
     [
         "files",
         "seeding",

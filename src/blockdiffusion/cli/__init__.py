@@ -6,6 +6,7 @@ answers at once.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from blockdiffusion.cli.measuring import evaluate, references, variance, zero_sh
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import plan, report, reproduce, train
 from blockdiffusion.errors import Elsewhere, UserError
+from blockdiffusion.escape import say
 from blockdiffusion.ranks import SHARED, joined, several_processes
 
 app = typer.Typer(
@@ -53,6 +55,8 @@ COMMANDS = {
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
+LONGEST_MESSAGE = 2000
+
 # An unknown option or a missing argument; newer typer versions carry their own click.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 
@@ -61,7 +65,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from blockdiffusion import __version__
 
-        typer.echo(f"blockdiff {__version__}")
+        say(f"blockdiff {__version__}")
         raise typer.Exit
 
 
@@ -82,6 +86,9 @@ def _options(
 
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks becomes a sign
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
@@ -90,10 +97,10 @@ def main() -> None:
         _fail(error.format_message())
     except Elsewhere as end:
         if str(end):
-            typer.echo(f"blockdiff: error: {end}", err=True)
+            say(f"blockdiff: error: {end}", err=True)
         sys.exit(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("blockdiff: stopped", err=True)
+        say("blockdiff: stopped", err=True)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,5 +110,7 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    typer.echo(f"blockdiff: error: {message}", err=True)
+    if len(message) > LONGEST_MESSAGE:  # something given is quoted in it
+        message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
+    say(f"blockdiff: error: {message}", err=True)
     sys.exit(2)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from blockdiffusion.escape import say
+
 
 def prepare(
     sources: Annotated[
@@ -77,9 +79,9 @@ def prepare(
     )
     with progress_bar("prepare") as report:
         manifest = run(sources, out, options, report)
-    typer.echo(f"{out}: V = {manifest.vocab_size}, L = {manifest.seq_len}")
+    say(f"{out}: V = {manifest.vocab_size}, L = {manifest.seq_len}")
     for name, split in manifest.splits.items():
-        typer.echo(
+        say(
             f"  {name:<6}{split.documents:>10,} documents  {split.tokens:>13,} tokens  "
             f"{split.bytes:>14,} bytes  {split.rows:>9,} rows"
         )
@@ -89,4 +91,4 @@ def datasets() -> None:
     """List the data sets that are known by name: splits, sources, licences."""
     from blockdiffusion.data.registry import set_lines
 
-    typer.echo("\n".join(set_lines()))
+    say("\n".join(set_lines()))

@@ -19,6 +19,7 @@ from blockdiffusion.cli.options import (
 )
 from blockdiffusion.cli.shared import check_places, load_model, write_json
 from blockdiffusion.errors import UserError
+from blockdiffusion.escape import say
 from blockdiffusion.files import write_whole
 
 
@@ -97,7 +98,7 @@ def evaluate(
     if card:
         facts = evaluation_facts(result, Manifest.load(data), data, split, seed=seed)
         record_evaluation(model, facts)
-    typer.echo("\n".join(likelihood_lines(result, f"{model} on {data} ({split})")))
+    say("\n".join(likelihood_lines(result, f"{model} on {data} ({split})")))
 
 
 def zero_shot(
@@ -193,7 +194,7 @@ def zero_shot(
         write_whole(csv_file, zero_shot_csv(table).encode())
     if markdown is not None:
         write_whole(markdown, zero_shot_markdown(table, model).encode())
-    typer.echo("\n".join(zero_shot_lines(table, model)))
+    say("\n".join(zero_shot_lines(table, model)))
 
 
 def references(
@@ -245,7 +246,7 @@ def references(
         write_json(json_file, table.to_dict() | {"data": str(data)})
     if markdown is not None:
         write_whole(markdown, page.encode())
-    typer.echo(page, nl=False)
+    say(page, end="")
 
 
 def variance(
@@ -299,7 +300,7 @@ def variance(
         write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
     if plot is not None:
         write_whole(plot, variance_picture(table, what).encode())
-    typer.echo("\n".join(variance_lines(table, what)))
+    say("\n".join(variance_lines(table, what)))
 
 
 def _sizes(text: str) -> tuple[int, ...]:

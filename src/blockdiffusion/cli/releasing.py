@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from blockdiffusion.escape import say
+
 
 def convert(
     source: Annotated[
@@ -65,12 +67,12 @@ def convert(
         bos=bos,
     )
     config = made.model.config
-    typer.echo(
+    say(
         f"{out}: {config.objective}, S = {config.block_size}, L = {config.seq_len}, "
         f"V = {config.vocab_size}, mask {config.mask_id}"
     )
     for note in made.notes:
-        typer.echo(f"  {note}")
+        say(f"  {note}")
 
 
 def push(
@@ -81,4 +83,4 @@ def push(
     """Upload a model with its card and tokenizer to the Hugging Face hub."""
     from blockdiffusion.release import push as run
 
-    typer.echo(run(directory, repo_id, private=private))
+    say(run(directory, repo_id, private=private))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from blockdiffusion.cli.shared import check_places, write_json
+from blockdiffusion.escape import say
 
 
 def plan(
@@ -70,7 +71,7 @@ def plan(
             dtype=sample_dtype,  # type: ignore[arg-type]  # it is checked there
         ),
     )
-    typer.echo("\n".join(account_lines(account)))
+    say("\n".join(account_lines(account)))
     if json is not None:
         write_json(json, account.to_dict())
 
@@ -93,10 +94,10 @@ def train(
             state = run_training(parsed, resume=resume)
         except Interrupted as stop:
             if team.is_first:
-                typer.echo(str(stop), err=True)
+                say(str(stop), err=True)
             raise typer.Exit(stop.exit_code) from None
     if team.is_first:
-        typer.echo(
+        say(
             f"{parsed.out}: {state.step} steps in {state.seconds:.0f} s; model in "
             f"{parsed.out}/model"
         )
@@ -124,7 +125,7 @@ def report(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    typer.echo(f"{page}")
+    say(f"{page}")
 
 
 def reproduce(
@@ -153,7 +154,7 @@ def reproduce(
     place = Path("runs") / f"reproduce-{scale}" if out is None else out
     plan = plan_tables(tables, scale, place, data or (), judge)
     if dry_run:
-        typer.echo("\n".join(plan_lines(plan)))
+        say("\n".join(plan_lines(plan)))
         return
-    for made in run(plan, lambda line: typer.echo(line, err=True)):
-        typer.echo(made.markdown.read_text())
+    for made in run(plan, lambda line: say(line, err=True)):
+        say(made.markdown.read_text())

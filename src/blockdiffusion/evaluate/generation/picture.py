@@ -12,9 +12,9 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from blockdiffusion.escape import html as escape
 from blockdiffusion.evaluate.generation.table import conventions, number, real_label
 from blockdiffusion.evaluate.likelihood import Z95
 from blockdiffusion.evaluate.report.pictures import (

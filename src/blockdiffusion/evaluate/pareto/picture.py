@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from blockdiffusion.escape import html as escape
 from blockdiffusion.evaluate.generation.table import conventions, number
 from blockdiffusion.evaluate.likelihood import Z95
 from blockdiffusion.evaluate.pareto.table import AUTHORS_MARK, filters

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
+
+from blockdiffusion.escape import html as escape
 
 if TYPE_CHECKING:
     from blockdiffusion.masks import CleanAttention

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
+from blockdiffusion.escape import html as escape
 from blockdiffusion.evaluate.report.pictures import CHART_STYLE, Frame, tick_label
 from blockdiffusion.evaluate.variance.table import PAPER, Measured, VarianceRow, VarianceTable
 
