@@ -19,7 +19,7 @@ from typing import IO, Any
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff"
 _FOR_TERMINAL = re.compile(f"[{UNSEEN}]|\r(?!\n)")
 _FOR_FILES = re.compile(f"[{UNSEEN}]")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_FORMULA = ("=", "+", "-", "@", "\t", "\n")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 
@@ -57,14 +57,15 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _csv_cell(value: Any) -> Any:
     if value is None or isinstance(value, int | float):
         return value
-    text = _FOR_FILES.sub("\ufffd", str(value))
+    # A bare \r ends a row for some readers, and Python's writer does not quote it.
+    text = re.sub("\r\n?", "\n", _FOR_FILES.sub("\ufffd", str(value)))
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def markdown(text: object) -> str:
-    """One line of plain text: no tag, no code, no link, no border of a table's cell."""
+    """One line of text without tags and links; what marks it up otherwise stays."""
     line = " ".join(markdown_prose(_ENTITY.sub("&amp;", str(text))).split())
-    return re.sub(r"[\\`|]|(?<=\])(?=\()", r"\\\g<0>", line)
+    return line.replace("](", "]\\(")
 
 
 def markdown_prose(text: str) -> str:
@@ -74,7 +75,11 @@ def markdown_prose(text: str) -> str:
 
 def markdown_table(rows: Iterable[Iterable[object]]) -> list[str]:
     """The lines of a table; the second row holds the rules below the heads."""
-    return [f"| {' | '.join(map(markdown, row))} |" for row in rows]
+    return [f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows]
+
+
+def _markdown_cell(text: object) -> str:
+    return markdown(re.sub(r"[\\`|]", r"\\\g<0>", str(text)))
 
 
 def html(text: object) -> str:
