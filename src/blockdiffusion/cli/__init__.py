@@ -18,7 +18,7 @@ from blockdiffusion.cli.generating import infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.releasing import convert, push
-from blockdiffusion.cli.training import plan, report, reproduce, train
+from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
 from blockdiffusion.errors import Elsewhere, UserError
 from blockdiffusion.escape import say
 from blockdiffusion.ranks import SHARED, joined, several_processes
@@ -94,7 +94,7 @@ def main() -> None:
     except UserError as error:
         _fail(str(error))
     except USAGE_ERROR as error:
-        _fail(error.format_message())
+        _fail(_as_recipe_key(error) or error.format_message())
     except Elsewhere as end:
         if str(end):
             say(f"blockdiff: error: {end}", err=True)
@@ -107,6 +107,17 @@ def main() -> None:
         sys.exit(141)
     except PermissionError as error:
         _fail(f"no permission for {error.filename}: choose another place or change its rights")
+
+
+def _as_recipe_key(error: Any) -> str | None:
+    """What to write instead of an option that is a key of a recipe."""
+    option, command = getattr(error, "option_name", None), getattr(error.ctx, "info_name", None)
+    if option is None or command not in ("plan", "train"):
+        return None
+    key = recipe_key(option, sys.argv)
+    if key is None:
+        return None
+    return f"there is no option {option}; write {key}, without dashes, behind the recipe"
 
 
 def _fail(message: str) -> None:

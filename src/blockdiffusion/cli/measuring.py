@@ -11,11 +11,14 @@ from blockdiffusion.cli.options import (
     BOS,
     DEVICE,
     DTYPE,
+    ESTIMATOR,
     JSON_FILE,
+    LAWS,
     MASK_SEED,
     MODEL,
     ORDERS,
     SAMPLES,
+    one_of,
 )
 from blockdiffusion.cli.shared import check_places, load_model, write_json
 from blockdiffusion.errors import UserError
@@ -32,7 +35,8 @@ def evaluate(
         typer.Option(
             help="auto (exact where that costs no more than --samples complement pairs, else "
             "these), exact (enumerates; S <= 8), orders (a tighter bound), or a law of masks: "
-            "complement, count, bernoulli, bernoulli:cosine, ..."
+            "complement, count, bernoulli, bernoulli:cosine, ...",
+            autocompletion=ESTIMATOR,
         ),
     ] = "auto",
     samples: SAMPLES = 8,
@@ -103,16 +107,29 @@ def evaluate(
 
 def zero_shot(
     model: MODEL,
-    suite: Annotated[str, typer.Option(help="Which sets: paper (its table 5).")] = "paper",
+    suite: Annotated[
+        str, typer.Option(help="Which sets: paper (its table 5).", autocompletion=one_of("paper"))
+    ] = "paper",
     only: Annotated[
-        list[str] | None, typer.Option(help="A set of the suite; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="A set of the suite (ptb, wikitext, lm1b, lambada, ag_news, pubmed or arxiv); may "
+            "be repeated.",
+            autocompletion=one_of(
+                "ptb", "wikitext", "lm1b", "lambada", "ag_news", "pubmed", "arxiv"
+            ),
+        ),
     ] = None,
     local: Annotated[
         list[str] | None,
         typer.Option(help="NAME=PATH (or NAME:split=PATH), a set's local files; may be repeated."),
     ] = None,
     packing: Annotated[
-        str, typer.Option(help="wrap (rows, as the paper) or document (windows with a stride).")
+        str,
+        typer.Option(
+            help="wrap (rows, as the paper) or document (windows with a stride).",
+            autocompletion=one_of("wrap", "document"),
+        ),
     ] = "wrap",
     context: Annotated[
         int | None, typer.Option(help="Tokens of a row or window; by default the model's.")
@@ -121,7 +138,11 @@ def zero_shot(
         int | None, typer.Option(help="Tokens from window to window; half of them by default.")
     ] = None,
     frame: Annotated[
-        str, typer.Option(help="Ends of a row: auto (as in training), none, bos or bos-eos.")
+        str,
+        typer.Option(
+            help="Ends of a row: auto (as in training), none, bos or bos-eos.",
+            autocompletion=one_of("auto", "none", "bos", "bos-eos"),
+        ),
     ] = "auto",
     document_eos: Annotated[bool, typer.Option(help="Put an EOS after every document.")] = False,
     max_documents: Annotated[
@@ -129,7 +150,10 @@ def zero_shot(
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Score only the first rows of each set.")] = None,
     estimator: Annotated[
-        str, typer.Option(help="auto, exact, orders or a law of masks, as for eval.")
+        str,
+        typer.Option(
+            help="auto, exact, orders or a law of masks, as for eval.", autocompletion=ESTIMATOR
+        ),
     ] = "auto",
     samples: SAMPLES = 8,
     orders: ORDERS = 8,
@@ -211,7 +235,11 @@ def references(
     ] = None,
     bos: BOS = None,
     estimator: Annotated[
-        str, typer.Option(help="Of models: auto, exact, orders or a law of masks, as for eval.")
+        str,
+        typer.Option(
+            help="Of models: auto, exact, orders or a law of masks, as for eval.",
+            autocompletion=ESTIMATOR,
+        ),
     ] = "auto",
     samples: SAMPLES = 8,
     orders: ORDERS = 8,
@@ -255,7 +283,11 @@ def variance(
     split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
     estimators: Annotated[
         list[str] | None,
-        typer.Option(help="A law of masks, such as count or bernoulli[0.3,0.8]; may be repeated."),
+        typer.Option(
+            help="A law of masks: complement, count, bernoulli or resampled, as in "
+            "bernoulli[0.3,0.8]; may be repeated.",
+            autocompletion=one_of(*LAWS),
+        ),
     ] = None,
     block_sizes: Annotated[str, typer.Option(help="Every S to measure at.")] = "1,4,8,16",
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
