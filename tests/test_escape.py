@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import blockdiffusion
+from blockdiffusion.cli import main
 from blockdiffusion.escape import csv_table, html, markdown, markdown_table, say, terminal
 from tests.command import blockdiff
 from tests.hostile import HOSTILE, STEERING, check_csv, check_markdown
@@ -73,6 +74,17 @@ def test_a_message_that_quotes_what_was_given_cannot_steer_a_terminal(command, m
 def test_a_message_is_never_as_long_as_what_was_given():
     ended = blockdiff("plan", "recipe.yaml", f"--{'x' * 1_000_000}")
     assert ended.returncode == 2 and len(ended.stderr) < 3000
+
+
+def test_what_an_encoding_lacks_is_shown_by_a_sign(monkeypatch):
+    """A terminal that is not UTF-8 ends nothing."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("blockdiffusion.data.registry.set_lines", lambda: ["é █ \udc80"])
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["blockdiff", "datasets"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code and out.buffer.getvalue() == b"\\xe9 \\u2588 \\udc80\n"
 
 
 def names_called(tree: ast.AST) -> set[str]:
