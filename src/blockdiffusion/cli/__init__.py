@@ -55,10 +55,9 @@ COMMANDS = {
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
-LONGEST_MESSAGE = 2000
-
 # An unknown option or a missing argument; newer typer versions carry their own click.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
+MOST_CHARACTERS = 1200  # of a sentence
 
 
 def _version(wanted: bool) -> None:
@@ -86,9 +85,9 @@ def _options(
 
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks becomes a sign
-            stream.reconfigure(errors="backslashreplace")
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # what its encoding lacks is written as \xe9
+            output.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
@@ -121,7 +120,7 @@ def _as_recipe_key(error: Any) -> str | None:
 
 
 def _fail(message: str) -> None:
-    if len(message) > LONGEST_MESSAGE:  # something given is quoted in it
-        message = f"{message[: LONGEST_MESSAGE // 2]} ... {message[-LONGEST_MESSAGE // 2 :]}"
+    if len(message) > MOST_CHARACTERS:  # what was given may be of any length
+        message = f"{message[:MOST_CHARACTERS]} ... {message[-MOST_CHARACTERS // 4 :]}"
     say(f"blockdiff: error: {message}", err=True)
     sys.exit(2)
