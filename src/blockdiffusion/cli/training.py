@@ -118,10 +118,10 @@ def train(
 
 def recipe_key(option: str, arguments: list[str]) -> str | None:
     """How a key of the recipe is given, where somebody wrote it as an `option`; None for others."""
-    from blockdiffusion.config import Recipe, keys
+    from blockdiffusion.config import Recipe, dotted_keys
 
     wanted = option.lstrip("-").replace("-", "_")
-    known = [key for key in keys(Recipe) if key == wanted or key.endswith(f".{wanted}")]
+    known = [key for key in dotted_keys(Recipe) if key == wanted or key.endswith(f".{wanted}")]
     given = " ".join(arguments).partition(f"{option}")[2].lstrip(" =").split(" ")[0] or "VALUE"
     return " or ".join(f"{key}={given}" for key in known) or None
 
