@@ -34,7 +34,7 @@ def test_a_terminal_gets_signs_for_what_would_steer_it(monkeypatch):
     assert not STEERING.search(terminal(HOSTILE)) and STEERING.search(HOSTILE)
 
 
-@pytest.mark.parametrize("first", "=+-@\t\r\n")
+@pytest.mark.parametrize("first", "=+-@\t\r\n＝＠")
 def test_no_cell_of_a_csv_file_is_a_formula(first):
     text = csv_table([{"a": f"{first}1+1\r=2", "b": -1.5, "c": None}, {"d": True}])
     (row, other) = csv.DictReader(io.StringIO(text, newline=""))
