@@ -47,9 +47,4 @@ def named_curves(
     )
     body = chart[chart.index(">") + 1 :].removesuffix("</svg>")
     height = HEIGHT + 20 * len(curves) + 12
-    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{title}">'
-        f"<style>{STYLE}</style>"
-        f'<rect class="paper" width="{WIDTH}" height="{height}"/>{body}{names}</svg>\n'
-    )
+    return pictures.picture_file("curves", (WIDTH, height), title, STYLE, [body, names]) + "\n"

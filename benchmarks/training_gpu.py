@@ -38,7 +38,7 @@ from benchmarks.training_step import generic_model, paper_config, step_flops
 from blockdiffusion.attention import attend, resolve_backend
 from blockdiffusion.corruption import Corrupted, Count
 from blockdiffusion.denoiser import masked_loss
-from blockdiffusion.hardware import best_seconds, hardware_of_gpu
+from blockdiffusion.hardware import best_seconds, hardware_of_gpu, share_of_peak
 from blockdiffusion.masks import Streams, dense_mask
 from blockdiffusion.models import transformer
 from blockdiffusion.models.transformer import (
@@ -410,13 +410,16 @@ class Table:
         per_token = found.median / tokens
         self.per_token = self.per_token or per_token
         speed = found.flops / found.median
-        of_sheet = f" ({speed / sheet:.0%})" if sheet else ""
+        of_peak, of_sheet = (
+            share_of_peak(speed, self.peak),
+            f" ({speed / sheet:.0%})" if sheet else "",
+        )
         return " | ".join(
             [
                 f"{found.median * 1e3:.1f} ({min(found.seconds) * 1e3:.1f})",
                 f"{1 / per_token:,.0f}",
                 f"{speed / 1e12:.3g}",
-                f"{speed / self.peak:.0%}{of_sheet}",
+                f"{'' if of_peak is None else f'{of_peak:.0%}'}{of_sheet}",
                 f"{found.most / GIB:.2f} GiB",
                 f"{found.first:.1f} s",
                 f"{per_token / self.per_token:.2f}",

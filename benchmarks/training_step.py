@@ -5,8 +5,8 @@ python -m benchmarks.training_step --num-noisy 1 2        (N copies on one clean
 python -m benchmarks.training_step --authors CHECKOUT     (see benchmarks.authors)
 
 Each is a process of its own, so that its memory can be told; they take turns. AdamW's update comes
-after every step and is not timed. Freed memory is kept, as in `blockdiff train`, unless --give-back
-is given.
+after every step and is not timed; products are, after that, whose best rate is the peak. Freed
+memory is kept, as in `blockdiff train`, unless --give-back is given.
 
 On a GPU: python -m benchmarks.training_gpu.
 """
@@ -29,6 +29,7 @@ from benchmarks.machine import describe, matrix_flops
 from blockdiffusion.corruption import Corrupted, Count
 from blockdiffusion.denoiser import masked_loss
 from blockdiffusion.devices import keep_freed_memory
+from blockdiffusion.hardware import share_of_peak
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.train.optim import OptimOptions, make_optimizer
 
@@ -103,7 +104,8 @@ class Task:
 
 
 def steps(task: Task, pipe: Connection) -> None:
-    """Performs a step whenever asked; answers its seconds and the most memory so far, in bytes."""
+    """Performs a step whenever asked; answers its seconds, the most memory so far in bytes, and the
+    FLOP/s of matrix products right after it."""
     if task.keep_freed and not task.checkout:
         keep_freed_memory()
     clean = torch.randint(0, VOCAB - 1, (1, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -130,11 +132,12 @@ def steps(task: Task, pipe: Connection) -> None:
         seconds = time.perf_counter() - start
         optimizer.step()
         optimizer.zero_grad()
-        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        pipe.send((seconds, memory, 0.0 if task.checkout else matrix_flops(dtype)))
 
 
-def in_turn(tasks: list[Task], rounds: int) -> list[tuple[list[float], float]]:
-    """Seconds of every step, the first one left out, and the most memory, for every task."""
+def in_turn(tasks: list[Task], rounds: int) -> list[tuple[list[float], float, float]]:
+    """Seconds of every step, the first one left out, the most memory and the peak of every task."""
     spawn = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for task in tasks:
@@ -142,12 +145,13 @@ def in_turn(tasks: list[Task], rounds: int) -> list[tuple[list[float], float]]:
         processes.append(spawn.Process(target=steps, args=(task, theirs), daemon=True))
         processes[-1].start()
         pipes.append(ours)
-    found: list[tuple[list[float], float]] = [([], 0.0) for _ in tasks]
+    found: list[tuple[list[float], float, float]] = [([], 0.0, 0.0) for _ in tasks]
     for turn in range(rounds + 1):
         for index, pipe in enumerate(pipes):
             pipe.send(True)
-            seconds, memory = pipe.recv()
-            found[index] = (found[index][0] + [seconds] * (turn > 0), memory)
+            seconds, memory, flops = pipe.recv()
+            times, _, peak = found[index]
+            found[index] = (times + [seconds] * (turn > 0), memory, max(peak, flops))
     for pipe, process in zip(pipes, processes, strict=True):
         pipe.send(False)
         process.join()
@@ -178,17 +182,17 @@ def main() -> None:
         "| | seconds | TFLOP | of the peak | most memory, with AdamW | times the first |\n"
         "|---|---|---|---|---|---|"
     )
-    peaks = {dtype: matrix_flops(getattr(torch, dtype)) for dtype in {t.dtype for t in tasks}}
     found = in_turn(tasks, args.repeats)
-    for task, (seconds, memory) in zip(tasks, found, strict=True):
+    for task, (seconds, memory, peak) in zip(tasks, found, strict=True):
         clean = torch.zeros(1, LENGTH, dtype=torch.long)
         masked = int((task.corrupted(clean).noisy_BNL == VOCAB - 1).sum())
         flops = step_flops(paper_config(size), masked, task.num_noisy)
         best = min(seconds)
-        share = f"{flops / best / peaks[task.dtype]:.0%} of {peaks[task.dtype] / 1e9:.0f} GFLOP/s"
+        share = share_of_peak(flops / best, peak)
+        of_peak = "" if share is None else f"{share:.0%} of {peak / 1e9:.0f} GFLOP/s"
         print(
             f"| {task.name} | {best:.2f} ({statistics.median(seconds):.2f}) | {flops / 1e12:.2f} | "
-            f"{'' if task.checkout else share} | {memory / 2**30:.2f} GiB | "
+            f"{'' if task.checkout else of_peak} | {memory / 2**30:.2f} GiB | "
             f"{best / min(found[0][0]):.2f} |"
         )
 

@@ -1,17 +1,34 @@
 """The command line: what it prints, and how it tells a mistake."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 import yaml
 
 import blockdiffusion.evaluate.likelihood as likelihood_module
+from blockdiffusion.corruption import EstimatorName
+from blockdiffusion.costs import SampleDtype
+from blockdiffusion.data.detokenizers import DETOKENIZERS
+from blockdiffusion.data.options import DOCUMENT_RULES, PACKERS
+from blockdiffusion.data.registry import DATA_SETS
+from blockdiffusion.evaluate.zero_shot import suite
+from blockdiffusion.hardware import NAMES
+from blockdiffusion.models.lightning import Weights
+from blockdiffusion.release import Target
+from blockdiffusion.reproduce.scales import SCALES
+from blockdiffusion.sampling.nucleus import TopPRule
+from blockdiffusion.sampling.processes import _MASKED
+from blockdiffusion.schedules import SCHEDULES
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
 from tests.evaluate.judges import save_gpt2
@@ -520,3 +537,77 @@ def test_signals_save_and_tell_how_to_go_on(place, tmp_path):
         assert process.returncode == code
         assert "blockdiff train" in message and "--resume" in message
         assert list((out / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "written"),
+    [
+        (["--train.steps", "5"], "write train.steps=5,"),
+        (["--lr=1e-3"], "write optim.lr=1e-3,"),
+        (["--num-layers", "2"], "write model.num_layers=2,"),
+        (["--batch_size"], "write search.batch_size=VALUE or train.batch_size=VALUE,"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_an_option_that_is_a_key_of_the_recipe_says_how_it_is_written(command, given, written):
+    ended = blockdiff(command, "recipes/demo.yaml", *given)
+    assert ended.returncode == 2 and written in ended.stderr and ended.stderr.count("\n") == 1
+    assert "No such option: --foo" in blockdiff(command, "recipes/demo.yaml", "--foo").stderr
+
+
+def test_python_runs_the_package():
+    shown = subprocess.run(
+        [sys.executable, "-m", "blockdiffusion", "--version"], capture_output=True, text=True
+    )
+    assert shown.stdout == blockdiff("--version").stdout and shown.stdout.startswith("blockdiff ")
+
+
+def completions(words, monkeypatch):
+    """What the shell is offered for the last word."""
+    from blockdiffusion.cli import app
+
+    words, out = f"blockdiff {words}", io.StringIO()
+    monkeypatch.setenv("_BLOCKDIFF_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split(" ")) - 1))
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        app([], prog_name="blockdiff", standalone_mode=False)
+    return out.getvalue().split()
+
+
+def test_the_shell_completes_values_to_those_that_there_are(monkeypatch):
+    """All of them, and each is in the help."""
+    allowed = {
+        "prepare x --packing": PACKERS,
+        "prepare x --documents": DOCUMENT_RULES,
+        "prepare x --detokenize": DETOKENIZERS,
+        "plan x --device": NAMES,
+        "plan x --sample-dtype": get_args(SampleDtype),
+        "sample x --policy": {*_MASKED, "analytic"},
+        "sample x --schedule": SCHEDULES,
+        "sample x --top-p-rule": get_args(TopPRule),
+        "sample x --device": ("auto", "cpu", "cuda", "mps"),
+        "sample x --dtype": ("auto", "float32", "float64", "bf16", "int8"),
+        "eval x --dtype": ("auto", "float32", "float64", "bf16"),
+        "variance x --estimators": get_args(EstimatorName),
+        "zero-shot x --packing": suite.PACKINGS,
+        "zero-shot x --frame": suite.FRAMES,
+        "zero-shot x --suite": suite.SUITES,
+        "zero-shot x --only": [task.name for task in suite.SUITES["paper"]],
+        "reproduce T1 --scale": SCALES,
+        "convert x --to": get_args(Target),
+        "convert x --weights": get_args(Weights),
+    }
+    for words, values in allowed.items():
+        assert sorted(completions(f"{words} ", monkeypatch)) == sorted(values), words
+        command, *_, option = words.split()
+        monkeypatch.delenv("_BLOCKDIFF_COMPLETE")
+        shown = blockdiff(command, "--help").stdout.replace("-\n", "-")
+        about = " ".join(re.split(r"\n +--", shown.partition(f"  {option} ")[2])[0].split())
+        assert all(value in about for value in values), (words, about)
+    for words in ("eval x --estimator ", "zero-shot x --estimator ", "references x --estimator "):
+        assert completions(words, monkeypatch)[:3] == ["auto", "exact", "orders"]
+    assert completions("prepare wiki", monkeypatch) == [
+        n for n in DATA_SETS if n.startswith("wiki")
+    ]
+    assert completions("prepare ", monkeypatch) == []  # the shell's own: files

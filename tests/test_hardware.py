@@ -9,12 +9,14 @@ from blockdiffusion import hardware
 from blockdiffusion.errors import UserError
 from blockdiffusion.hardware import (
     GPUS,
+    best_seconds,
     choose_hardware,
     find_hardware,
     hardware_of_gpu,
     matrix_flops,
     quick_peak,
     read_bandwidth,
+    share_of_peak,
 )
 
 
@@ -83,6 +85,27 @@ def test_measuring_finds_what_was_computed(monkeypatch):
     assert matrix_flops(torch.float32, 4, lambda: next(ticks)) == 2 * 4 * 768 * 3072
     monkeypatch.setattr(torch, "ones", lambda count: torch.zeros(()).expand(count))
     assert read_bandwidth(lambda: next(ticks)) == 2**29
+
+
+def test_calls_go_on_until_none_is_faster():
+    """The first calls share the core with another program."""
+    seconds, now = [], [0.0]
+
+    def call():
+        now[0] += seconds.pop(0)
+
+    def best(*of_calls, most=100.0):
+        seconds[:] = [5.0, *of_calls]  # the first one is the warm-up
+        return best_seconds(call, 3, lambda: now[0], most=most)
+
+    assert best(*[2.0] * 4, *[1.0] * 9) == 2.0 and len(seconds) == 9
+    assert best(2.0, 2.0, 1.5, *[1.0] * 9) == 1.0 and len(seconds) == 5
+    assert best(2.0, 2.0, 1.5, *[1.0] * 9, most=5.0) == 1.5
+
+
+def test_a_peak_that_was_passed_is_none():
+    assert share_of_peak(1.0, 4.0) == 0.25 and share_of_peak(4.0, 4.0) == 1.0
+    assert share_of_peak(4.1, 4.0) is None
 
 
 def test_the_global_random_stream_is_left_alone():

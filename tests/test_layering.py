@@ -8,7 +8,7 @@ import blockdiffusion
 
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
-    ["errors", "recording"],
+    ["errors", "escape", "recording"],
     [
         "files",
         "seeding",
@@ -33,6 +33,7 @@ LAYERS = [
     ["config"],
     ["account", "reproduce"],
     ["cli"],
+    ["__main__"],
 ]
 PURE = {"schedules", "masks", "corruption", "objectives"}
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

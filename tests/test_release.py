@@ -19,6 +19,7 @@ from blockdiffusion.models.lightning import LightningOptions
 from blockdiffusion.release import convert, push
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
+from tests.hostile import HOSTILE, check_markdown
 from tests.models.lightning_files import lightning, save_with_settings, settings
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
@@ -303,6 +304,14 @@ def test_the_measured_step_is_told_where_it_is_not_the_last(make_model):
         assert ("after step 2; these are those after step 5" in text) == told
         assert "Perplexity 8.00" in text and "<=" not in text
     assert "not been measured yet" in render(config, Card(name="m"))
+    hostile = Card(
+        name=HOSTILE, source={HOSTILE: HOSTILE}, training={"x": {HOSTILE: 1}}, notes=[HOSTILE],
+        datasets=[HOSTILE],
+    )  # fmt: skip
+    page = render(config, hostile)
+    page = page[page.index("\n---\n") :]  # behind the front matter, where YAML quotes it
+    assert "<script" not in page and page.count("](d)") == 1  # of the note, written by hand
+    check_markdown(page[page.index("## Source") :])
 
 
 def test_a_resumed_run_keeps_what_was_measured(run, tmp_path):

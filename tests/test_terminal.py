@@ -39,6 +39,20 @@ def test_what_is_done_soon_prints_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_bar_keeps_its_digits_at_every_width(width, monkeypatch):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=width)
+    monkeypatch.setattr(terminal, "error_console", lambda: console)
+    with terminal.progress_bar("zero-shot") as report:
+        report("[bold]x\x1b[2J" + "y" * 200, 5, 10)
+        report("[bold]x\x1b[2J" + "y" * 200, 5, 10)
+    *_, line = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).strip().split("\r")
+    assert line.startswith("zero-shot [bo"[: width // 5]) and "\x1b" not in line
+    assert re.search(r" 50% .*\d:\d\d:\d\d|-:--:--", line) and len(line) <= width
+    assert ("\\x1b" in line) == (width >= 60)
+
+
 # --- a sample while it is made --------------------------------------------------------------------
 
 
@@ -110,3 +124,17 @@ def test_a_terminal_keeps_the_lines_of_a_long_text(monkeypatch):
     places = [shown.rindex(line) for line in lines]
     assert places == sorted(places)
     assert shown.count(lines[10]) < 40  # drawn anew only until it was settled
+
+
+def test_sampled_text_cannot_steer_the_terminal(monkeypatch, capsys):
+    text = "a\x1b]0;t\x07[bold]\u202e\n"
+    ids = list(text.encode())
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=60)
+    monkeypatch.setattr(terminal, "Console", lambda: console)
+    terminal.show_stream(told(ids[4:], ids[:4]), byte_tokenizer(), ids[:4])
+    assert "\x1b]" not in out.getvalue() and "\x07" not in out.getvalue()
+    assert "\u202e" not in out.getvalue() and "[bold]\\u202e" in out.getvalue()
+    monkeypatch.undo()
+    terminal.show_stream(told(ids[4:], ids[:4]), byte_tokenizer(), ids[:4])
+    assert capsys.readouterr().out == text + "\n"

@@ -272,7 +272,7 @@ def _build(kind: type, tree: Mapping[str, Any], prefix: str, source: str) -> Any
 def _unknown_key(path: str, prefix: str, known: list[str], source: str) -> str:
     """The message for an unknown key, with the nearest known one of its section, or of any."""
     here = [f"{prefix}{name}" for name in known]
-    everywhere = list(_keys(Recipe, ""))
+    everywhere = list(dotted_keys(Recipe))
     nearest = difflib.get_close_matches(path, here, n=1, cutoff=0.75) or [
         key for key in everywhere if key.split(".")[-1] == path.split(".")[-1]
     ]
@@ -283,11 +283,12 @@ def _unknown_key(path: str, prefix: str, known: list[str], source: str) -> str:
     )
 
 
-def _keys(kind: type, prefix: str) -> Iterator[str]:
+def dotted_keys(kind: type, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all values of a dataclass of options."""
     types = get_type_hints(kind)
     for item in fields(kind):
         if is_dataclass(types[item.name]):
-            yield from _keys(types[item.name], f"{prefix}{item.name}.")
+            yield from dotted_keys(types[item.name], f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}"
 

@@ -9,7 +9,9 @@ exact log-likelihood of the first-hitting sampler, log p = f(all free tokens), b
 
     f(A) = log (1/k * sum over l in A of p(x_l | x with A masked) * exp f(A - l)),   f(empty) = 0,
 
-because that sampler reveals a uniformly chosen masked token at each step.
+because that sampler reveals a uniformly chosen masked token at each step. It is the marginal over
+random orders. DUEL (Turok et al. 2026, arXiv 2603.01367) has the likelihood of samplers with a
+deterministic order, TUBE (Ivanov et al. 2026, arXiv 2605.24292) an upper bound on log p.
 """
 
 from __future__ import annotations

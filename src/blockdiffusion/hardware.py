@@ -7,13 +7,13 @@ found on one GPU, an H100, and on one CPU, see docs/results/account.md.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,28 +193,46 @@ def best_seconds(
     function: Callable[[], object],
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
+    most: float = 3.0,
 ) -> float:
-    """Shortest time of `repeats` calls after one warm-up."""
+    """Shortest time of a call, after one warm-up.
+
+    Calls go on until `repeats` of them in a row were not faster by 1 % than the best before: other
+    programs take a core away for longer than a call. After `most` seconds `repeats` calls do.
+    """
     function()
-    times = []
-    for _ in range(repeats):
+    best, spent, calls, since = math.inf, 0.0, 0, 0
+    while since < repeats and (calls < repeats or spent < most):
         start = clock()
         function()
-        times.append(clock() - start)
-    return min(times)
+        seconds = clock() - start
+        since = 0 if seconds < 0.99 * best else since + 1
+        best, spent, calls = min(best, seconds), spent + seconds, calls + 1
+    return best
 
 
 def matrix_flops(
     dtype: torch.dtype, rows: int = 2048, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """FLOP/s of the matrix products that dominate a training step (rows x 768 x 3072)."""
+    """FLOP/s of matrix products as in a training step, the fastest of three shapes.
+
+    They are rows x 768 x 3072, rows x 1536 x 1536 and rows x 3072 x 768.
+    """
     import torch
     import torch.nn.functional as F
 
     draw = torch.Generator().manual_seed(0)  # not the global stream, which training uses
-    a = torch.randn(rows, 768, generator=draw).to(dtype)
-    w = torch.randn(3072, 768, generator=draw).to(dtype)
-    return 2 * rows * 768 * 3072 / best_seconds(lambda: F.linear(a, w), clock=clock)
+    times = []
+    for width in (768, 1536, 3072):
+        a = torch.randn(rows, width, generator=draw).to(dtype)
+        w = torch.randn(768 * 3072 // width, width, generator=draw).to(dtype)
+        times.append(best_seconds(functools.partial(F.linear, a, w), clock=clock))
+    return 2 * rows * 768 * 3072 / min(times)
+
+
+def share_of_peak(flops: float, peak: float) -> float | None:
+    """How much of the peak was reached; None where it was passed, so that it is no peak."""
+    return flops / peak if flops <= peak else None
 
 
 def read_bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
@@ -244,11 +262,11 @@ def this_cpu(clock: Callable[[], float] = time.perf_counter) -> Hardware:
     )
 
 
-@lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=8)
 def quick_peak(device: str, dtype: str, threads: int) -> float | None:
     """Peak FLOP/s of where a run takes place, or None where it is not known at once.
 
-    On a GPU that of the table; on a CPU it is measured where that takes less than a second.
+    On a GPU that of the table; on a CPU it is measured where that takes a second or so.
 
     Args:
         device: as PyTorch names it. dtype: "float32" or "bf16". threads: in use; for the memory of
@@ -264,8 +282,8 @@ def quick_peak(device: str, dtype: str, threads: int) -> float | None:
         return None
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     guess = matrix_flops(torch_dtype, rows=16)  # of few rows: lower than the peak
-    seconds = 6 * 2 * 512 * 768 * 3072 / guess
-    return matrix_flops(torch_dtype, rows=512) if seconds < 1 else None
+    seconds = 3 * 7 * 2 * 256 * 768 * 3072 / guess  # three shapes, each a few times
+    return matrix_flops(torch_dtype, rows=256) if seconds < 2 else None
 
 
 def machine_memory() -> float:

@@ -7,8 +7,9 @@ Revealing the n free tokens of a block one at a time in an order o gives it the 
 The first-hitting sampler draws the order uniformly, so the likelihood is log E_o p(x | o), and the
 NELBO is E_o log p(x | o) (Uria et al. 2014). In between lies the expectation of the log of the mean
 of p(x | o) over K random orders: it is the NELBO at K = 1, grows with K and tends to the exact
-value (Burda et al. 2016 show the same of importance-weighted bounds). It costs S passes per order,
-all blocks of a row at once.
+value (Burda et al. 2016 show the same of importance-weighted bounds; Eso-LM, Sahoo et al. 2025,
+arXiv 2506.01928, theorem 3.1, has it for any-order models). It costs S passes per order, all blocks
+of a row at once.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
+
+from blockdiffusion.escape import say, terminal
 
 if TYPE_CHECKING:
     from blockdiffusion.data.packing import Progress as Stages
@@ -64,11 +66,17 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[Stages]:
     if not console.is_terminal:
         yield _ProgressLines(title)
         return
+    # Where it is narrow the name gives way, and not the digits behind it.
+    elapsed = [TimeElapsedColumn()] if console.width >= 60 else []
+    width = min(30, max(console.width - 60, 6))
+    name = Column(
+        no_wrap=True, overflow="ellipsis", max_width=console.width - width - 24 - 8 * len(elapsed)
+    )
     bar = Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=30),
+        TextColumn("{task.description}", "bold", markup=False, table_column=name),
+        BarColumn(bar_width=width),
         TaskProgressColumn(show_speed=True),
-        TimeElapsedColumn(),
+        *elapsed,
         TimeRemainingColumn(),
         console=console,
         transient=True,
@@ -77,7 +85,8 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[Stages]:
         task = bar.add_task(title, total=None)
 
         def report(stage: str, done: int, total: int | None) -> None:
-            bar.update(task, description=f"{title} {stage}".strip(), completed=done, total=total)
+            words = terminal(f"{title} {stage}".strip())
+            bar.update(task, description=words, completed=done, total=total)
 
         yield report
 
@@ -98,7 +107,7 @@ class _ProgressLines:
         if total:
             left = (now - self.began) * (total - done) / max(done, 1)
             line += f" of {total:,}, {_time_left(left)} left"
-        print(line, file=sys.stderr, flush=True)
+        say(line, err=True)
 
 
 def _time_left(seconds: float) -> str:
@@ -148,10 +157,9 @@ def _print_blocks(events: Iterator[Event], view: _SampleView) -> Event:
             view.finish(event)
         elif isinstance(event, DoneEvent):
             view.end()
-        sys.stdout.write(view.take())  # as it is: a console would turn tabs into spaces
-        sys.stdout.flush()
-        if isinstance(event, DoneEvent):
-            sys.stdout.write("\n")
+        done = isinstance(event, DoneEvent)
+        say(view.take(), end="\n" * done)  # a console would turn tabs into spaces
+        if done:
             return event
     raise AssertionError("the block loop always ends with a DoneEvent")
 
@@ -228,7 +236,7 @@ class _SampleView:
             last = max(self.block)
             for position in range(len(self.finished), last + 1):
                 if position in self.block:
-                    out.append(self.decode([self.block[position]]), style="bold green")
+                    out.append(terminal(self.decode([self.block[position]])), style="bold green")
                 else:
                     out.append(HIDDEN, style="dim")
             out.append(HIDDEN, style="dim")
@@ -237,7 +245,7 @@ class _SampleView:
 
 def _styled(text: str, given: int) -> Text:
     """Text whose first `given` characters are those of the prompt."""
-    return Text().append(text[:given], style="bold").append(text[given:])
+    return Text().append(terminal(text[:given]), style="bold").append(terminal(text[given:]))
 
 
 def likelihood_lines(result: Likelihood, what: str) -> list[str]:

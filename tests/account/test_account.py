@@ -278,6 +278,29 @@ def test_the_largest_micro_batch_is_the_last_that_fits(recipe_of):
     assert [largest(lambda n, k=k: n <= k, 20) for k in (0, 1, 7, 20, 99)] == [0, 1, 7, 20, 20]
 
 
+def test_the_most_that_fit_are_no_cap(recipe_of):
+    """More rows are looked for where there is more memory, or it is said that none were."""
+    recipe, counts = recipe_of(train={"batch_size": 64}), []
+    for memory in (1e12, 1e15):
+        account = account_of(recipe, replace(H100, memory=memory))
+        words = "\n".join(account_lines(account))
+        assert "all 64 rows that a device has of an update fit at once, or more" in words
+        assert f"{account.sampling.largest_batch:,} rows are the most that fit" in words
+        counts.append(account.sampling.largest_batch)
+    assert counts[1] / counts[0] == pytest.approx(1000, rel=0.01) and counts[1] > 65_536
+    sampling = account.sampling
+    row = sampling.cache + sampling.logits
+    assert sampling.weights + counts[1] * row <= 1e15 < sampling.weights + (counts[1] + 1) * row
+    assert "31 rows are the most that fit; the recipe's" in "\n".join(
+        account_lines(account_of(recipe, replace(H100, memory=_memory_of(recipe_of, 31))))
+    )
+
+
+def _memory_of(recipe_of, rows):
+    recipe = recipe_of(train={"batch_size": 64, "micro_batch_size": rows})
+    return account_of(recipe).training.memory.peak
+
+
 def test_checkpointing_takes_memory_away_and_adds_a_forward_pass(recipe_of):
     plain, again = (
         account_of(recipe_of(model={"num_layers": 8}, train={"activation_checkpointing": on}))

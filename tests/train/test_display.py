@@ -100,7 +100,43 @@ def test_terminals_get_a_live_line():
     shown = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())  # without colours
     for text in ("step 5/5", "loss 4.", "1,234 tok/s", "validation bound 4.2500", "[bold]two"):
         assert text in shown
-    assert "bound 4.250 clip 0.45-0.95 1,234 tok/s 45.6 GFLOP/s (38%) lr 1.0e-03" in shown
+    assert "bound 4.250 clip 0.45-0.95 0:00:00 left 1,234 tok/s 45.6 GFLOP/s (38%) lr" in shown
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_the_live_line_keeps_what_must_be_told_at_every_width(width):
+    console = Console(file=io.StringIO(), width=width, force_terminal=True)
+    display = make_display(140_000, console)
+    display.start({}, 1)
+    display.log(99, {"valid_bound": 4.25, "valid_perplexity_bound": 70.105, "valid_exact": 4.125})
+    display.log(99, {"clip": [0.45, 0.95]})
+    for step in (100, 35_000):
+        display._drawn = 0.0
+        display.log(step, {"loss": 4.5, "lr": 1e-3, "tokens_per_second": 12345.0})
+    display.finish()
+    with console.capture() as captured:
+        console.print(*display._progress.get_renderables())
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", captured.get()).split("\n")
+    shown = " ".join(lines)
+    assert max(map(len, lines)) <= width
+    parts = ["step 35000/140000 ━", "loss 4.500", "bound 4.250", " left", "12,345 tok/s"]
+    places = [shown.index(part) for part in parts]
+    assert places == sorted(places) and re.search(r"\d:\d\d:\d\d left", shown)
+    assert ("exact 4.125" in shown) == (width == 120)
+
+
+def test_the_live_display_shows_what_would_steer_a_terminal():
+    out = io.StringIO()
+    display = make_display(5, Console(file=out, width=120, force_terminal=True))
+    display.start({}, 1)
+    display.log(1, {"samples": ["a\x1b]0;title\x07b\x9b2Jc\u202ed"], "note": "n\x1b[2J"})
+    display.finish()
+    assert "a\\x1b]0;titleb\\x9b2Jc\\u202ed" in out.getvalue() and "n\\x1b[2J" in out.getvalue()
+    plain = io.StringIO()
+    display = make_display(5, Console(file=plain, width=120))
+    display.start({}, 1)
+    display.log(1, {"samples": ["a\x1b[2Jb"]})
+    assert plain.getvalue() == "step 1: a\x1b[2Jb\n"
 
 
 @pytest.mark.parametrize(

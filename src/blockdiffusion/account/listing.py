@@ -23,7 +23,7 @@ def account_lines(account: Account) -> list[str]:
                             f"{amount(rest)}"),
         *_device_lines(device),
         "",
-        *_training_lines(account.training),
+        *_training_lines(account.training, account.devices),
         "",
         *_sampling_lines(account.sampling),
     ]  # fmt: skip
@@ -62,7 +62,7 @@ def _traffic(shares: Shares) -> str:
     return f"{plain:.0%}" + (f" (compiled {compiled:.0%})" if compiled != plain else "")
 
 
-def _training_lines(a: TrainingAccount) -> list[str]:
+def _training_lines(a: TrainingAccount, devices: int) -> list[str]:
     memory, seconds = a.memory, a.seconds
     flops, total = a.flops, a.flops.total
     lines = [
@@ -85,7 +85,7 @@ def _training_lines(a: TrainingAccount) -> list[str]:
         _line("", f"logits and output's gradient {_bytes(memory.loss)}, backward pass of a layer "
                   f"{_bytes(memory.working)}"),
         _line("", f"at most {_bytes(memory.peak)} at a time, of {_bytes(a.memory_of_device)}"),
-        _line("micro-batch", _fit(a)),
+        _line("micro-batch", _fit(a, devices)),
         _line("time", f"{_time(a.seconds_run)} in all; an update {_time(seconds.total)}"),
         _line("", _shares(a)),
     ]  # fmt: skip
@@ -109,13 +109,16 @@ def _shares(a: TrainingAccount) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
 
 
-def _fit(a: TrainingAccount) -> str:
+def _fit(a: TrainingAccount, devices: int) -> str:
+    rows = a.batch_size // devices
     if a.largest_micro_batch == 0:
         return (
             "not even one row fits; take train.activation_checkpointing=true, a shorter L, or "
             "more memory"
         )
-    most = f"{a.largest_micro_batch} rows are the most that fit"
+    if a.largest_micro_batch == rows:  # more than an update has are not looked for
+        return f"all {rows:,} rows that a device has of an update fit at once, or more"
+    most = f"{a.largest_micro_batch:,} rows are the most that fit"
     return most if a.fits else f"{most}; the recipe's train.micro_batch_size does not"
 
 

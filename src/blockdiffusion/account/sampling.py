@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from blockdiffusion.account.training import largest
 from blockdiffusion.costs import (
     DRAW_BYTES,
     Flops,
@@ -18,8 +17,6 @@ from blockdiffusion.costs import (
 )
 from blockdiffusion.errors import UserError
 from blockdiffusion.hardware import Hardware
-
-MOST_ROWS = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +151,7 @@ def sampling_account(
         cache=rows * cache,
         logits=rows * logits,
         memory_of_device=device.memory,
-        largest_batch=largest(
-            lambda count: weights + count * (cache + logits) <= device.memory, MOST_ROWS
-        ),
+        largest_batch=max(0, int((device.memory - weights) // (cache + logits))),
         price_per_million=None if price_per_hour is None else price_per_hour / 3600 / speed * 1e6,
     )
 

@@ -6,6 +6,7 @@ answers at once.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -17,9 +18,10 @@ from blockdiffusion.cli.generating import infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.releasing import convert, push
-from blockdiffusion.cli.training import plan, report, reproduce, train
+from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
 from blockdiffusion.devices import spin_briefly
 from blockdiffusion.errors import Elsewhere, UserError
+from blockdiffusion.escape import say
 from blockdiffusion.ranks import SHARED, joined, several_processes
 
 app = typer.Typer(
@@ -56,13 +58,14 @@ for _name, _command in COMMANDS.items():
 
 # An unknown option or a missing argument; newer typer versions carry their own click.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
+MOST_CHARACTERS = 1200  # of a sentence
 
 
 def _version(wanted: bool) -> None:
     if wanted:
         from blockdiffusion import __version__
 
-        typer.echo(f"blockdiff {__version__}")
+        say(f"blockdiff {__version__}")
         raise typer.Exit
 
 
@@ -84,18 +87,21 @@ def _options(
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence and exit code 2."""
     spin_briefly()
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):  # what its encoding lacks is written as \xe9
+            output.reconfigure(errors="backslashreplace")
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
         _fail(str(error))
     except USAGE_ERROR as error:
-        _fail(error.format_message())
+        _fail(_as_recipe_key(error) or error.format_message())
     except Elsewhere as end:
         if str(end):
-            typer.echo(f"blockdiff: error: {end}", err=True)
+            say(f"blockdiff: error: {end}", err=True)
         sys.exit(end.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        typer.echo("blockdiff: stopped", err=True)
+        say("blockdiff: stopped", err=True)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -104,6 +110,19 @@ def main() -> None:
         _fail(f"no permission for {error.filename}: choose another place or change its rights")
 
 
+def _as_recipe_key(error: Any) -> str | None:
+    """What to write instead of an option that is a key of a recipe."""
+    option, command = getattr(error, "option_name", None), getattr(error.ctx, "info_name", None)
+    if option is None or command not in ("plan", "train"):
+        return None
+    key = recipe_key(option, sys.argv)
+    if key is None:
+        return None
+    return f"there is no option {option}; write {key}, without dashes, behind the recipe"
+
+
 def _fail(message: str) -> None:
-    typer.echo(f"blockdiff: error: {message}", err=True)
+    if len(message) > MOST_CHARACTERS:  # what was given may be of any length
+        message = f"{message[:MOST_CHARACTERS]} ... {message[-MOST_CHARACTERS // 4 :]}"
+    say(f"blockdiff: error: {message}", err=True)
     sys.exit(2)

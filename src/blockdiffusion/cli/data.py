@@ -7,22 +7,42 @@ from typing import Annotated
 
 import typer
 
+from blockdiffusion.cli.options import one_of
+from blockdiffusion.escape import say
+
+
+def _set_names(incomplete: str) -> list[str]:
+    """Names of data sets; where nothing is typed yet the shell offers files."""
+    from blockdiffusion.data.registry import DATA_SETS
+
+    names = (*DATA_SETS, "python-docs", "python-source")
+    return one_of(*names)(incomplete) if incomplete else []
+
 
 def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
             help="Text files, folders, .jsonl, .parquet, a set by name (blockdiff datasets) or "
-            "NAME=PATH, Hugging Face data sets, python-docs or python-source."
+            "NAME=PATH, Hugging Face data sets, python-docs or python-source.",
+            autocompletion=_set_names,
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the prepared data.")],
     tokenizer: Annotated[
-        str, typer.Option(help="bpe:SIZE (trained here), byte, or a Hugging Face name or path.")
+        str,
+        typer.Option(
+            help="bpe:SIZE (trained here), byte, or a Hugging Face name or path.",
+            autocompletion=one_of("bpe:", "byte"),
+        ),
     ] = "bpe:2048",
     seq_len: Annotated[int, typer.Option(help="L, tokens of a row.")] = 128,
     packing: Annotated[
-        str, typer.Option(help="wrap (documents one after another) or document (one a row).")
+        str,
+        typer.Option(
+            help="wrap (documents one after another) or document (one a row).",
+            autocompletion=one_of("wrap", "document"),
+        ),
     ] = "wrap",
     row_bos: Annotated[
         bool, typer.Option(help="Begin every row with a BOS, which is given.")
@@ -30,7 +50,10 @@ def prepare(
     row_eos: Annotated[bool, typer.Option(help="End every row with an EOS.")] = False,
     document_eos: Annotated[bool, typer.Option(help="Put an EOS after every document.")] = True,
     valid: Annotated[
-        list[str] | None, typer.Option(help="Source of the validation split; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Source of the validation split; may be repeated.", autocompletion=_set_names
+        ),
     ] = None,
     valid_fraction: Annotated[
         float, typer.Option(help="Share of documents held out where no --valid is given.")
@@ -39,7 +62,11 @@ def prepare(
         str, typer.Option(help="Field of the text in JSON lines and tables.")
     ] = "text",
     documents: Annotated[
-        str, typer.Option(help="Documents of a text file: auto, file, line or blank-line.")
+        str,
+        typer.Option(
+            help="Documents of a text file: auto, file, line or blank-line.",
+            autocompletion=one_of("auto", "file", "line", "blank-line"),
+        ),
     ] = "auto",
     document_bytes: Annotated[
         int, typer.Option(help="Size above which auto cuts a text file at a blank line.")
@@ -48,7 +75,10 @@ def prepare(
         str,
         typer.Option(
             help="none (a set by name brings its own), wikitext, wikitext-paper, ptb, lm1b, "
-            "lambada or scientific-papers."
+            "lambada or scientific-papers.",
+            autocompletion=one_of(
+                "none", "wikitext", "wikitext-paper", "ptb", "lm1b", "lambada", "scientific-papers"
+            ),
         ),
     ] = "none",
     seed: Annotated[int, typer.Option(help="Of the train/validation split.")] = 0,
@@ -77,9 +107,9 @@ def prepare(
     )
     with progress_bar("prepare") as report:
         manifest = run(sources, out, options, report)
-    typer.echo(f"{out}: V = {manifest.vocab_size}, L = {manifest.seq_len}")
+    say(f"{out}: V = {manifest.vocab_size}, L = {manifest.seq_len}")
     for name, split in manifest.splits.items():
-        typer.echo(
+        say(
             f"  {name:<6}{split.documents:>10,} documents  {split.tokens:>13,} tokens  "
             f"{split.bytes:>14,} bytes  {split.rows:>9,} rows"
         )
@@ -89,4 +119,4 @@ def datasets() -> None:
     """List the data sets that are known by name: splits, sources, licences."""
     from blockdiffusion.data.registry import set_lines
 
-    typer.echo("\n".join(set_lines()))
+    say("\n".join(set_lines()))

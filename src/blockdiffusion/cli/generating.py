@@ -27,6 +27,7 @@ from blockdiffusion.cli.options import (
 )
 from blockdiffusion.cli.shared import check_places, load_sampler, write_json
 from blockdiffusion.errors import UserError
+from blockdiffusion.escape import say
 
 
 @grouped
@@ -158,11 +159,11 @@ def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
                 "tokens_per_forward": float(result.tokens_per_forward[row]),
                 "seed": seed,
             }
-            typer.echo(json.dumps(values, ensure_ascii=False))
+            say(json.dumps(values, ensure_ascii=False))
         else:
             if len(result.sequences) > 1:
-                typer.echo(f"--- sample {row + 1} of {len(result.sequences)}")
-            typer.echo(" ".join(map(str, ids)) if text is None else text)
+                say(f"--- sample {row + 1} of {len(result.sequences)}")
+            say(" ".join(map(str, ids)) if text is None else text)
 
 
 @grouped
@@ -203,4 +204,4 @@ def lengths(
         )
     if json_file is not None:
         write_json(json_file, found.to_dict() | {"model": model})
-    typer.echo("\n".join(length_lines(found, model)))
+    say("\n".join(length_lines(found, model)))

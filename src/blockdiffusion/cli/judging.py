@@ -30,6 +30,7 @@ from blockdiffusion.cli.shared import (
     load_unquantised,
     write_json,
 )
+from blockdiffusion.escape import say
 from blockdiffusion.files import write_whole
 
 
@@ -126,7 +127,7 @@ def generate_eval(
     if json_file is not None:
         write_json(json_file, values)
     _write_generation_tables([values], [], csv_file, markdown, plot)
-    typer.echo("\n".join(generation_lines(values)))
+    say("\n".join(generation_lines(values)))
 
 
 def generate_compare(
@@ -149,7 +150,7 @@ def generate_compare(
     read = [read_result(path) for path in results]
     notes = check_comparable(read, [str(path) for path in results])
     _write_generation_tables(read, notes, csv_file, markdown, plot)
-    typer.echo(markdown_text(read, notes), nl=False)
+    say(markdown_text(read, notes), end="")
 
 
 @grouped
@@ -214,7 +215,7 @@ def pareto(
     write_whole(out / "pareto.md", table.encode())
     write_whole(out / "pareto.csv", csv_text(result).encode())
     write_whole(out / "pareto.svg", pareto_picture(result).encode())
-    typer.echo(table, nl=False)
+    say(table, end="")
 
 
 def _write_generation_tables(

@@ -11,14 +11,18 @@ from blockdiffusion.cli.options import (
     BOS,
     DEVICE,
     DTYPE,
+    ESTIMATOR,
     JSON_FILE,
+    LAWS,
     MASK_SEED,
     MODEL,
     ORDERS,
     SAMPLES,
+    one_of,
 )
 from blockdiffusion.cli.shared import check_places, load_model, write_json
 from blockdiffusion.errors import UserError
+from blockdiffusion.escape import say
 from blockdiffusion.files import write_whole
 
 
@@ -31,7 +35,8 @@ def evaluate(
         typer.Option(
             help="auto (exact where that costs no more than --samples complement pairs, else "
             "these), exact (enumerates; S <= 8), orders (a tighter bound), or a law of masks: "
-            "complement, count, bernoulli, bernoulli:cosine, ..."
+            "complement, count, bernoulli, bernoulli:cosine, ...",
+            autocompletion=ESTIMATOR,
         ),
     ] = "auto",
     samples: SAMPLES = 8,
@@ -97,21 +102,34 @@ def evaluate(
     if card:
         facts = evaluation_facts(result, Manifest.load(data), data, split, seed=seed)
         record_evaluation(model, facts)
-    typer.echo("\n".join(likelihood_lines(result, f"{model} on {data} ({split})")))
+    say("\n".join(likelihood_lines(result, f"{model} on {data} ({split})")))
 
 
 def zero_shot(
     model: MODEL,
-    suite: Annotated[str, typer.Option(help="Which sets: paper (its table 5).")] = "paper",
+    suite: Annotated[
+        str, typer.Option(help="Which sets: paper (its table 5).", autocompletion=one_of("paper"))
+    ] = "paper",
     only: Annotated[
-        list[str] | None, typer.Option(help="A set of the suite; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="A set of the suite (ptb, wikitext, lm1b, lambada, ag_news, pubmed or arxiv); may "
+            "be repeated.",
+            autocompletion=one_of(
+                "ptb", "wikitext", "lm1b", "lambada", "ag_news", "pubmed", "arxiv"
+            ),
+        ),
     ] = None,
     local: Annotated[
         list[str] | None,
         typer.Option(help="NAME=PATH (or NAME:split=PATH), a set's local files; may be repeated."),
     ] = None,
     packing: Annotated[
-        str, typer.Option(help="wrap (rows, as the paper) or document (windows with a stride).")
+        str,
+        typer.Option(
+            help="wrap (rows, as the paper) or document (windows with a stride).",
+            autocompletion=one_of("wrap", "document"),
+        ),
     ] = "wrap",
     context: Annotated[
         int | None, typer.Option(help="Tokens of a row or window; by default the model's.")
@@ -120,7 +138,11 @@ def zero_shot(
         int | None, typer.Option(help="Tokens from window to window; half of them by default.")
     ] = None,
     frame: Annotated[
-        str, typer.Option(help="Ends of a row: auto (as in training), none, bos or bos-eos.")
+        str,
+        typer.Option(
+            help="Ends of a row: auto (as in training), none, bos or bos-eos.",
+            autocompletion=one_of("auto", "none", "bos", "bos-eos"),
+        ),
     ] = "auto",
     document_eos: Annotated[bool, typer.Option(help="Put an EOS after every document.")] = False,
     max_documents: Annotated[
@@ -128,7 +150,10 @@ def zero_shot(
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Score only the first rows of each set.")] = None,
     estimator: Annotated[
-        str, typer.Option(help="auto, exact, orders or a law of masks, as for eval.")
+        str,
+        typer.Option(
+            help="auto, exact, orders or a law of masks, as for eval.", autocompletion=ESTIMATOR
+        ),
     ] = "auto",
     samples: SAMPLES = 8,
     orders: ORDERS = 8,
@@ -193,7 +218,7 @@ def zero_shot(
         write_whole(csv_file, zero_shot_csv(table).encode())
     if markdown is not None:
         write_whole(markdown, zero_shot_markdown(table, model).encode())
-    typer.echo("\n".join(zero_shot_lines(table, model)))
+    say("\n".join(zero_shot_lines(table, model)))
 
 
 def references(
@@ -210,7 +235,11 @@ def references(
     ] = None,
     bos: BOS = None,
     estimator: Annotated[
-        str, typer.Option(help="Of models: auto, exact, orders or a law of masks, as for eval.")
+        str,
+        typer.Option(
+            help="Of models: auto, exact, orders or a law of masks, as for eval.",
+            autocompletion=ESTIMATOR,
+        ),
     ] = "auto",
     samples: SAMPLES = 8,
     orders: ORDERS = 8,
@@ -245,7 +274,7 @@ def references(
         write_json(json_file, table.to_dict() | {"data": str(data)})
     if markdown is not None:
         write_whole(markdown, page.encode())
-    typer.echo(page, nl=False)
+    say(page, end="")
 
 
 def variance(
@@ -254,7 +283,11 @@ def variance(
     split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
     estimators: Annotated[
         list[str] | None,
-        typer.Option(help="A law of masks, such as count or bernoulli[0.3,0.8]; may be repeated."),
+        typer.Option(
+            help="A law of masks: complement, count, bernoulli or resampled, as in "
+            "bernoulli[0.3,0.8]; may be repeated.",
+            autocompletion=one_of(*LAWS),
+        ),
     ] = None,
     block_sizes: Annotated[str, typer.Option(help="Every S to measure at.")] = "1,4,8,16",
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 16,
@@ -299,7 +332,7 @@ def variance(
         write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
     if plot is not None:
         write_whole(plot, variance_picture(table, what).encode())
-    typer.echo("\n".join(variance_lines(table, what)))
+    say("\n".join(variance_lines(table, what)))
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -11,13 +11,44 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+
+def one_of(*values: str) -> Callable[[str], list[str]]:
+    """What the shell completes an option's value to."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+SCHEDULES = ("linear", "cosine", "square", "sqrt", "log")
+WEIGHTS = ("auto", "float32", "float64", "bf16")
+POLICIES = (
+    "first-hitting", "ancestral", "random", "confidence", "margin", "entropy", "remask", "analytic",
+)  # fmt: skip
+
 MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
-DEVICE = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-DTYPE = Annotated[str, typer.Option(help="Weights: auto (as saved), float32, float64 or bf16.")]
+DEVICE = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda or mps.", autocompletion=one_of("auto", "cpu", "cuda", "mps")
+    ),
+]
+DTYPE = Annotated[
+    str,
+    typer.Option(
+        help="Weights: auto (as saved), float32, float64 or bf16.", autocompletion=one_of(*WEIGHTS)
+    ),
+]
 SAMPLING_DTYPE = Annotated[
     str,
-    typer.Option(help="Weights: auto (as saved), float32, float64, bf16 or int8 (approximate)."),
+    typer.Option(
+        help="Weights: auto (as saved), float32, float64, bf16 or int8 (approximate).",
+        autocompletion=one_of(*WEIGHTS, "int8"),
+    ),
 ]
+LAWS = ("complement", "count", "bernoulli", "resampled")
+ESTIMATOR = one_of("auto", "exact", "orders", *LAWS[:-1])  # what a likelihood may be estimated by
 BOS = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
@@ -55,14 +86,19 @@ class PolicyOptions:
         str | None,
         typer.Option(
             help="first-hitting, ancestral, random, confidence, margin, entropy or remask; SEDD: "
-            "analytic; by default the model's."
+            "analytic; by default the model's.",
+            autocompletion=one_of(*POLICIES),
         ),
     ] = None
     steps: Annotated[
         int | None, typer.Option(help="Steps per block, for ancestral, remask and analytic.")
     ] = None
     schedule: Annotated[
-        str | None, typer.Option(help="Noise schedule of the steps: linear, cosine, square, ...")
+        str | None,
+        typer.Option(
+            help="Noise schedule of the steps: linear, cosine, square, sqrt or log.",
+            autocompletion=one_of(*SCHEDULES),
+        ),
     ] = None
     tokens_per_step: Annotated[
         int | None,
@@ -85,7 +121,10 @@ class FilterOptions:
     top_p: Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")] = 1.0
     top_p_rule: Annotated[
         str,
-        typer.Option(help="transformers (keeps the token that crosses) or authors (drops it)."),
+        typer.Option(
+            help="transformers (keeps the token that crosses) or authors (drops it).",
+            autocompletion=one_of("transformers", "authors"),
+        ),
     ] = "transformers"
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None
     temperature: Annotated[float, typer.Option(help="In [0.001, 1000].")] = 1.0

@@ -7,20 +7,35 @@ from typing import Annotated
 
 import typer
 
+from blockdiffusion.cli.options import one_of
+from blockdiffusion.escape import say
+
 
 def convert(
     source: Annotated[
         str, typer.Argument(help="Lightning .ckpt, model or run directory, or a Hugging Face id.")
     ],
     out: Annotated[Path, typer.Option(help="New directory for the model.")],
-    to: Annotated[str, typer.Option(help="blockdiffusion, or bd3lm (published).")] = (
-        "blockdiffusion"
-    ),
+    to: Annotated[
+        str,
+        typer.Option(
+            help="blockdiffusion, or bd3lm (published).",
+            autocompletion=one_of("blockdiffusion", "bd3lm"),
+        ),
+    ] = "blockdiffusion",
     weights: Annotated[
-        str, typer.Option(help="Of a .ckpt: ema (the moving average) or raw (as trained).")
+        str,
+        typer.Option(
+            help="Of a .ckpt: ema (the moving average) or raw (as trained).",
+            autocompletion=one_of("ema", "raw"),
+        ),
     ] = "ema",
     kind: Annotated[
-        str | None, typer.Option(help="Of a .ckpt that does not say: mdlm, sedd, ar or bd3lm.")
+        str | None,
+        typer.Option(
+            help="Of a .ckpt that does not say: mdlm, sedd, ar or bd3lm.",
+            autocompletion=one_of("mdlm", "sedd", "ar", "bd3lm"),
+        ),
     ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="S, of a bd3lm .ckpt that does not say.")
@@ -65,12 +80,12 @@ def convert(
         bos=bos,
     )
     config = made.model.config
-    typer.echo(
+    say(
         f"{out}: {config.objective}, S = {config.block_size}, L = {config.seq_len}, "
         f"V = {config.vocab_size}, mask {config.mask_id}"
     )
     for note in made.notes:
-        typer.echo(f"  {note}")
+        say(f"  {note}")
 
 
 def push(
@@ -81,4 +96,4 @@ def push(
     """Upload a model with its card and tokenizer to the Hugging Face hub."""
     from blockdiffusion.release import push as run
 
-    typer.echo(run(directory, repo_id, private=private))
+    say(run(directory, repo_id, private=private))

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from blockdiffusion.cli.options import one_of
 from blockdiffusion.cli.shared import check_places, write_json
+from blockdiffusion.escape import say
+from blockdiffusion.hardware import NAMES
 
 
 def plan(
@@ -16,7 +19,12 @@ def plan(
         list[str] | None, typer.Argument(help="section.key=value, as often as you like.")
     ] = None,
     device: Annotated[
-        str, typer.Option(help="cpu (this machine, measured), h100, a100-80gb, rtx-4090, ...")
+        str,
+        typer.Option(
+            help=f"cpu (this machine, measured), {', '.join(NAMES[:-1])}; or any name, with "
+            "--tflops, --bandwidth and --memory.",
+            autocompletion=one_of(*NAMES),
+        ),
     ] = "cpu",
     devices: Annotated[int, typer.Option(help="How many share the rows of an update.")] = 1,
     price_per_hour: Annotated[
@@ -41,7 +49,13 @@ def plan(
     ] = 1,
     max_new_tokens: Annotated[int | None, typer.Option(help="Sampling: by default L.")] = None,
     window: Annotated[int | None, typer.Option(help="Sampling: tokens that a token sees.")] = None,
-    sample_dtype: Annotated[str, typer.Option(help="Sampling: float32, bf16 or int8.")] = "float32",
+    sample_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Sampling: float32, bf16 or int8.",
+            autocompletion=one_of("float32", "bf16", "int8"),
+        ),
+    ] = "float32",
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the account here, too.")
     ] = None,
@@ -70,7 +84,7 @@ def plan(
             dtype=sample_dtype,  # type: ignore[arg-type]  # it is checked there
         ),
     )
-    typer.echo("\n".join(account_lines(account)))
+    say("\n".join(account_lines(account)))
     if json is not None:
         write_json(json, account.to_dict())
 
@@ -93,13 +107,23 @@ def train(
             state = run_training(parsed, resume=resume)
         except Interrupted as stop:
             if team.is_first:
-                typer.echo(str(stop), err=True)
+                say(str(stop), err=True)
             raise typer.Exit(stop.exit_code) from None
     if team.is_first:
-        typer.echo(
+        say(
             f"{parsed.out}: {state.step} steps in {state.seconds:.0f} s; model in "
             f"{parsed.out}/model"
         )
+
+
+def recipe_key(option: str, arguments: list[str]) -> str | None:
+    """How a key of the recipe is given, where somebody wrote it as an `option`; None for others."""
+    from blockdiffusion.config import Recipe, dotted_keys
+
+    wanted = option.lstrip("-").replace("-", "_")
+    known = [key for key in dotted_keys(Recipe) if key == wanted or key.endswith(f".{wanted}")]
+    given = " ".join(arguments).partition(f"{option}")[2].lstrip(" =").split(" ")[0] or "VALUE"
+    return " or ".join(f"{key}={given}" for key in known) or None
 
 
 def report(
@@ -124,13 +148,24 @@ def report(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    typer.echo(f"{page}")
+    say(f"{page}")
 
 
 def reproduce(
-    tables: Annotated[list[str], typer.Argument(metavar="TABLE...", help="T1 to T8.")],
+    tables: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TABLE...",
+            help="T1 to T8.",
+            autocompletion=one_of(*(f"T{number}" for number in range(1, 9))),
+        ),
+    ],
     scale: Annotated[
-        str, typer.Option(help="tiny (two CPU cores), small (one GPU for hours) or paper.")
+        str,
+        typer.Option(
+            help="tiny (two CPU cores), small (one GPU for hours) or paper.",
+            autocompletion=one_of("tiny", "small", "paper"),
+        ),
     ],
     data: Annotated[
         list[str] | None, typer.Option(help="NAME=PATH, a set's local files; may be repeated.")
@@ -153,7 +188,7 @@ def reproduce(
     place = Path("runs") / f"reproduce-{scale}" if out is None else out
     plan = plan_tables(tables, scale, place, data or (), judge)
     if dry_run:
-        typer.echo("\n".join(plan_lines(plan)))
+        say("\n".join(plan_lines(plan)))
         return
-    for made in run(plan, lambda line: typer.echo(line, err=True)):
-        typer.echo(made.markdown.read_text())
+    for made in run(plan, lambda line: say(line, err=True)):
+        say(made.markdown.read_text())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.escape import markdown, markdown_prose, markdown_table
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionConfig
@@ -118,10 +119,10 @@ def render(config: BlockDiffusionConfig, card: Card) -> str:
     parts = [
         f"---\n{_front_matter(config, card)}\n---",
         MARK,
-        f"# {card.name}",
+        f"# {markdown(card.name)}",
         _summary(config),
         EXAMPLE.format(call=call),
-        *(["## Notes", *card.notes] if card.notes else []),
+        *(["## Notes", *map(markdown_prose, card.notes)] if card.notes else []),
         "## Network",
         _table({name: getattr(config, name) for name in NETWORK}),
     ]
@@ -200,10 +201,9 @@ def _evaluation(config: BlockDiffusionConfig, card: Card) -> str:
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items() if value is not None]
-    return "\n".join(["| | |", "|---|---|", *rows])
-
-
-def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    rows = [
+        (name, value if isinstance(value, str) else json.dumps(value))
+        for name, value in values.items()
+        if value is not None
+    ]
+    return "\n".join(["| | |", "|---|---|", *markdown_table(rows)])

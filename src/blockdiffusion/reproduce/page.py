@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import blockdiffusion
+from blockdiffusion.escape import markdown, markdown_table
 from blockdiffusion.reproduce.cells import Cell, Cells, read_cells
 from blockdiffusion.reproduce.order import (
     ERROR_BARS,
@@ -165,11 +166,11 @@ def _page(plan: Plan, table: PaperTable, cells: Cells, said: list[str], notes: l
         f"# {table.name} at the scale {plan.scale.name}: {table.title}", "",
         *_table(table, cells), "", explained, "",
         "## The order", "", *([] if table.name == "T6" else [bars, ""]),
-        *(f"* {sentence}" for sentence in said), "",
+        *(f"* {markdown(sentence)}" for sentence in said), "",
     ]  # fmt: skip
     if quoted:
         lines += ["## Quoted rows", "", *quoted, ""]
-    return "\n".join([*lines, "## Conditions", "", *(f"* {note}" for note in notes), ""])
+    return "\n".join([*lines, "## Conditions", "", *(f"* {markdown(note)}" for note in notes), ""])
 
 
 def _table(table: PaperTable, cells: Cells) -> list[str]:
@@ -190,7 +191,7 @@ def _table(table: PaperTable, cells: Cells) -> list[str]:
             line += ["" if cell is None else show(cell) for _, show in more[column]]
             line.append(_figure(row, column, table.places))
         lines.append(line)
-    return [f"| {' | '.join(line)} |" for line in lines]
+    return markdown_table(lines)
 
 
 def _figure(row: PaperRow, column: str, places: int) -> str:

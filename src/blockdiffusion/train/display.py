@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.progress import Progress, Task, TaskID
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
+from blockdiffusion.escape import for_stream, terminal
 from blockdiffusion.train.loggers import Logger
 
 SMOOTHING = 0.95  # of the loss that is shown; the true one is in metrics.jsonl
+LONGEST_BAR, SHORTEST_BAR = 16, 4
 SPARK = "▁▂▃▄▅▆▇█"
 TIGHTER = (("valid_exact", "exact", ""), ("valid_orders", "tighter bound", "<= "))  # than the bound
 
@@ -42,7 +47,7 @@ class LossCurve:
         self._sum = self._weight = 0.0
         self._points: list[float] = []
         self._stride = 1
-        self._seen = 0
+        self.seen = 0
 
     @property
     def value(self) -> float:
@@ -52,8 +57,8 @@ class LossCurve:
     def add(self, loss: float) -> None:
         self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * loss
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        self._seen += 1
-        if self._seen % self._stride == 0:
+        self.seen += 1
+        if self.seen % self._stride == 0:
             self._points.append(self.value)
             if len(self._points) == 2 * self.width:
                 self._points = self._points[1::2]
@@ -69,38 +74,85 @@ class LossCurve:
         return "".join(SPARK[round((point - low) * scale)] for point in points)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A piece of the live line. What has a `rank` is shown where there is room, the least first."""
+
+    text: Text
+    rank: int = 0
+
+
+class _LiveLine(Progress):
+    """The progress of a run in one line; in several where what must be told does not fit in one."""
+
+    parts: Callable[[Task], tuple[str, Sequence[_Part]]]
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            step, parts = self.parts(task)
+            yield _fitted(task, step, parts, self.console.width)
+
+
+def _fitted(task: Task, step: str, parts: Sequence[_Part], width: int) -> RenderableType:
+    """Step, bar and parts, with as many of those that may be missing as fit in the width."""
+
+    def length(kept: Sequence[_Part]) -> int:
+        return len(step) + sum(1 + part.text.cell_len for part in kept)
+
+    kept = [part for part in parts if not part.rank]
+    bar = max(min(LONGEST_BAR, width - length(kept) - 1), SHORTEST_BAR)
+    for part in sorted((part for part in parts if part.rank), key=lambda part: part.rank):
+        if length([*kept, part]) + 1 + bar <= width:
+            kept.append(part)
+    lines, room = [Text()], width - len(step) - 1 - bar
+    for part in (part for part in parts if part in kept):
+        if room < 1 + part.text.cell_len:
+            lines.append(Text())
+            room = width + 1
+        lines[-1].append(" ").append_text(part.text)
+        room -= 1 + part.text.cell_len
+    head = Table.grid()
+    head.add_row(
+        Text(f"{step} ", style="bold"),
+        ProgressBar(total=task.total, completed=task.completed, width=bar),
+        lines[0],
+    )
+    return Group(head, *(line[1:] for line in lines[1:]))
+
+
 class LiveDisplay:
-    """A progress bar with the loss and its curve, the bound, the speed and the time left."""
+    """A progress bar with the loss, the bound, the time left and the speed; the rest where there is
+    room."""
 
     def __init__(self, steps: int, console: Console):
         self._steps, self._console = steps, console
         self._curve = LossCurve()
-        self._bound = ""
+        self._bound = self._exact = self._clip = self._speed = ""
+        self._rest: list[str] = []
         self._drawn = 0.0
         self._task = TaskID(0)
 
     def start(self, config: Mapping[str, Any], first_step: int) -> None:
-        self._progress = Progress(
-            TextColumn("[bold]step {task.completed}/{task.total}"),
-            BarColumn(bar_width=16),
-            TextColumn("[cyan]loss {task.fields[loss]}[/] [dim]{task.fields[spark]}[/]"),
-            TextColumn("[green]{task.fields[bound]}"),
-            TextColumn("[magenta]{task.fields[clip]}"),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._task = self._progress.add_task(
-            "train",
-            total=self._steps,
-            completed=first_step - 1,
-            loss="-",
-            spark="",
-            bound="",
-            clip="",
-            speed="",
-        )
+        self._progress = _LiveLine(console=self._console)
+        self._progress.parts = self._parts
+        self._task = self._progress.add_task("train", total=self._steps, completed=first_step - 1)
         self._progress.start()
+
+    def _parts(self, task: Task) -> tuple[str, list[_Part]]:
+        """The step, and what stands behind the bar, in its order."""
+        left = task.time_remaining
+        loss = f"{self._curve.value:.3f}" if self._curve.seen else "-"
+        parts = [
+            _Part(Text(f"loss {loss}", style="cyan")),
+            _Part(Text(self._curve.spark(), style="dim"), rank=6),
+            _Part(Text(self._bound, style="green")),
+            _Part(Text(self._exact, style="green"), rank=1),
+            _Part(Text(self._clip, style="magenta"), rank=2),
+            _Part(Text(f"{'-:--:--' if left is None else _clock(left)} left", style="blue")),
+            _Part(Text(self._speed)),
+            *(_Part(Text(text), rank) for rank, text in enumerate(self._rest, 3)),
+        ]  # fmt: skip
+        return f"step {task.completed:.0f}/{self._steps}", [part for part in parts if part.text]
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         if "loss" in values:
@@ -109,30 +161,18 @@ class LiveDisplay:
             if now - self._drawn < 0.1 and step < self._steps:
                 return
             self._drawn = now
-            self._progress.update(
-                self._task,
-                completed=step,
-                loss=f"{self._curve.value:.3f}",
-                spark=self._curve.spark(),
-                bound=self._bound,
-                speed=" ".join(
-                    [
-                        f"{values['tokens_per_second']:,.0f} tok/s",
-                        *_rate(values),
-                        f"lr {values['lr']:.1e}",
-                    ]
-                ),
-            )
+            self._speed = f"{values['tokens_per_second']:,.0f} tok/s"
+            self._rest = [*_rate(values), f"lr {values['lr']:.1e}"]
+            self._progress.update(self._task, completed=step)
         if "valid_bound" in values:
             kind = "valid" if "valid_perplexity" in values else "bound"
             self._bound = f"{kind} {values['valid_bound']:.3f}"
-            if kind == "bound" and "valid_exact" in values:
-                self._bound += f" exact {values['valid_exact']:.3f}"
-            self._progress.update(self._task, bound=self._bound)
+            known = kind == "bound" and "valid_exact" in values
+            self._exact = f"exact {values['valid_exact']:.3f}" if known else ""
         if "clip" in values:
-            self._progress.update(self._task, clip=f"clip {_clip(values['clip'])}")
+            self._clip = f"clip {_clip(values['clip'])}"
         for line in _sentences(step, values):
-            self._console.print(line)
+            self._console.print(Text(terminal(line.plain), style=line.style))
 
     def finish(self) -> None:
         self._progress.stop()
@@ -172,7 +212,8 @@ class PlainDisplay:
         """Nothing is held open."""
 
     def _line(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        shown = for_stream(text, self._console.file)
+        self._console.print(shown, markup=False, highlight=False, soft_wrap=True)
 
 
 def _sentences(step: int, values: Mapping[str, Any]) -> Sequence[Text]:

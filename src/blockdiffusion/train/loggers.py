@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Literal, Protocol
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.escape import markdown_prose
 from blockdiffusion.files import written_aside
 from blockdiffusion.train.checkpoint import disk_full_is_user_error
 
@@ -104,7 +105,7 @@ class TensorBoard:
         for name in ("samples", "note"):
             if name in values:
                 texts = [values[name]] if isinstance(values[name], str) else values[name]
-                self._writer.add_text(name, "\n\n---\n\n".join(texts), step)
+                self._writer.add_text(name, "\n\n---\n\n".join(map(markdown_prose, texts)), step)
 
     def finish(self) -> None:
         self._writer.close()

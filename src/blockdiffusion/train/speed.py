@@ -8,7 +8,7 @@ import torch
 
 from blockdiffusion.attention import resolve_backend
 from blockdiffusion.costs import Network, Pass, training_flops
-from blockdiffusion.hardware import quick_peak
+from blockdiffusion.hardware import quick_peak, share_of_peak
 
 if TYPE_CHECKING:
     from blockdiffusion.train.loop import TrainOptions
@@ -19,7 +19,8 @@ class Speed:
     """Knows what an update takes, and what the devices of all processes could do.
 
     The peak is that of the table for a known GPU; on a CPU it is measured now, where that takes
-    less than a second. Elsewhere there is no share.
+    a second or so. Elsewhere there is no share, and none any more once an update was faster than
+    the peak: other programs ran while it was measured.
     """
 
     def __init__(
@@ -49,6 +50,9 @@ class Speed:
         checkpointing = self.options.activation_checkpointing
         flops = training_flops(self.network, whole, checkpointing=checkpointing).total / seconds
         values = {"tflops_per_second": float(f"{flops / 1e12:.4g}")}
-        if self.peak is not None:
-            values["peak_share"] = float(f"{flops / self.peak:.3g}")
+        share = None if self.peak is None else share_of_peak(flops, self.peak)
+        if share is None:
+            self.peak = None
+        else:
+            values["peak_share"] = float(f"{share:.3g}")
         return values

@@ -34,6 +34,7 @@ from blockdiffusion.evaluate.generation.table import (
 )
 from blockdiffusion.terminal import generation_lines
 from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
+from tests.hostile import HOSTILE, check_csv, check_markdown, check_picture
 
 TEXTS = ["It was the best", "of times, of times, of times", "", "xyz", "aaaa aaaa aaaa", "o"]
 REAL = ["the worst of times", "that there ever was"]
@@ -126,6 +127,17 @@ def test_the_picture_has_a_dot_for_every_result_and_text(result):
     assert len(bars) == sum(count > 0 for count in values["lengths"]["counts"])
     words = " ".join(e.text or "" for e in picture.iter())
     assert "a <second> & more" in words and "33 % ended" not in words and "50 % ended" in words
+
+
+def test_text_from_outside_does_no_harm(result):
+    judge = {**result.to_dict()["judge"], "name": HOSTILE}
+    values = {
+        **result.to_dict(), "label": HOSTILE, "model": HOSTILE, "judge": judge,
+        "reference_source": HOSTILE, "warnings": [HOSTILE],
+    }  # fmt: skip
+    check_csv(csv_text([values]))
+    check_markdown(markdown_text([values], [HOSTILE]))
+    check_picture(generation_picture([values]))
 
 
 def test_dots_stand_at_their_values(result):

@@ -16,6 +16,7 @@ from blockdiffusion.evaluate.pareto.points import AUTHORS, Point, parse_point, u
 from blockdiffusion.evaluate.pareto.run import Pareto, dominates, measure_pareto
 from blockdiffusion.evaluate.pareto.table import csv_text, markdown_text
 from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
+from tests.hostile import HOSTILE, check_csv, check_markdown, check_picture
 
 DRAW = DrawOptions(num_samples=5, max_new_tokens=12, batch_size=3, eos=False, seed=4)
 POINTS = ("first-hitting", "random:tokens_per_step=2", "confidence:threshold=0.0")
@@ -115,6 +116,11 @@ def test_tables_and_picture(measure, tmp_path):
     dots = [n for n in root.iter() if n.tag.endswith("circle") and "dot" in n.get("class", "")]
     assert len(dots) == 3 * (2 * 3 + 1)  # two costs, three sides, and the legend
     assert pareto_picture(result).count("real text</text>") == 4
+    result |= {"model": HOSTILE, "reference_source": HOSTILE, "warnings": [HOSTILE]}
+    result["judge"]["name"] = result["points"][0]["label"] = HOSTILE
+    check_csv(csv_text(result))
+    check_markdown(markdown_text(result))
+    check_picture(pareto_picture(result))
 
 
 def test_the_authors_setting_is_measured_and_marked(measure):

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from blockdiffusion.evaluate.references.ngram import count_ngrams
 from blockdiffusion.evaluate.references.table import coders_markdown
 from blockdiffusion.evaluate.scoring import ScoreOptions
 from tests.data.corpora import sentences
+from tests.hostile import HOSTILE, check_markdown
 
 SIZES = dict(vocab_size=258, seq_len=32, mask_id=257)
 TRAIN = [sentences(4000, seed) for seed in range(3)]
@@ -190,6 +192,9 @@ def test_the_page_has_every_coder_and_its_conventions(directory, make_model):
     assert f"| ours, exact | {exact.bits_per_byte:.4f} |" in page
     assert "128 tokens" in page and "no BOS given" in page
     assert "ours: S = 4, all mask sets enumerated\n" in page
+    named = replace(table.rows[-1], coder=HOSTILE)
+    models = {HOSTILE: table.models["ours"]}
+    check_markdown(coders_markdown(replace(table, rows=(named,), models=models), HOSTILE))
     values = table.to_dict()
     assert values["rows"] == 4 and len(values["coders"]) == len(table.rows)
     assert values["versions"]["torch"] == torch.__version__

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -384,10 +385,17 @@ def test_mask_picture_covers_exactly_the_mask(block_size, num_blocks, clean_atte
 
 
 def test_the_mask_of_the_documentation_is_up_to_date() -> None:
-    path = Path(__file__).parents[2] / "docs" / "mask.svg"
+    path = Path(__file__).parents[3] / "docs" / "mask.svg"
     if not path.exists():
         pytest.skip("the documentation is not beside the tests")
     assert path.read_text(encoding="utf-8") == mask_picture(4, 4, standalone=True) + "\n"
+
+
+def test_every_picture_of_the_documentation_has_a_name() -> None:
+    for path in (Path(__file__).parents[3] / "docs").rglob("*.svg"):
+        picture = ET.fromstring(path.read_bytes())
+        assert picture.get("role") == "img", path
+        assert picture[0].tag.endswith("title") and picture[0].text == picture.get("aria-label")
 
 
 def test_drawn_blocks_stay_small() -> None:

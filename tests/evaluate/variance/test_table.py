@@ -25,6 +25,7 @@ from blockdiffusion.evaluate.variance.table import (
 from blockdiffusion.seeding import generator
 from blockdiffusion.terminal import short_exponent, variance_lines
 from blockdiffusion.variance import batch_moments
+from tests.hostile import HOSTILE, check_picture
 
 
 def text_of(ids, valid=None, bos=False):
@@ -290,6 +291,7 @@ def test_one_batch_has_no_errors_over_batches(make_model, random_ids):
     assert row.loss_variance.stderr is None and row.loss_gain.stderr is None
     assert row.loss.stderr > 0
     assert "±" not in variance_lines(table, "x")[5].split("bound")[1]
+    check_picture(variance_picture(table, HOSTILE))
     assert "<circle" in variance_picture(table, "x")
 
 

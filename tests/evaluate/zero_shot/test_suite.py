@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from blockdiffusion.evaluate.zero_shot.table import (
     zero_shot_lines,
     zero_shot_markdown,
 )
+from tests.hostile import HOSTILE, check_csv, check_markdown
 
 BYTES = dict(vocab_size=258, mask_id=257, seq_len=16, bos_id=256, eos_id=256)
 EXACT = ScoreOptions(estimator="exact")
@@ -237,6 +239,11 @@ def test_csv_and_markdown_say_the_same(make_model, local):
             assert f"detokenizer {row.detokenizer}; {row.result.num_rows:,} rows" in page
     assert "| lm1b | missing |" in page and "a BOS at the beginning of every row, given" in page
     assert "nothing between them, wrapped to rows of 16 tokens" in page
+    hostile = replace(
+        table, rows=(table.rows[0], replace(table.rows[1], task=HOSTILE, missing=HOSTILE))
+    )
+    check_csv(zero_shot_csv(hostile))
+    check_markdown(zero_shot_markdown(hostile, HOSTILE))
     values = json.loads(json.dumps(table.to_dict()))
     assert values["sets"][0]["num_tokens"] == table.rows[0].result.num_tokens
     assert values["context"] == 16 and values["score"]["estimator"] == "exact"

@@ -12,9 +12,9 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from blockdiffusion.escape import html as escape
 from blockdiffusion.evaluate.generation.table import conventions, number, real_label
 from blockdiffusion.evaluate.likelihood import Z95
 from blockdiffusion.evaluate.report.pictures import (
@@ -22,6 +22,7 @@ from blockdiffusion.evaluate.report.pictures import (
     Frame,
     log_ticks,
     nice_ticks,
+    picture_file,
     tick_label,
 )
 
@@ -59,19 +60,14 @@ def generation_picture(results: Sequence[Mapping[str, Any]]) -> str:
     legend_top = HEAD + PLOT + 50
     lengths, height = _lengths(results, legend_top + LEGEND_LINE * len(dots) + 34)
     parts = [
-        f'<svg class="generation" xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" '
-        f'height="{height}" viewBox="0 0 {WIDTH} {height}" role="img" '
-        'aria-label="Generative perplexity against entropy, and lengths of samples">',
-        f"<style>{STYLE}</style>",
-        f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
         '<text class="title" x="16" y="28">Generative perplexity against entropy</text>',
         *_noted(conventions(results[0])),
         *_plot(dots, results[0]["judge"]["is_bound"]),
         *_legend(dots, legend_top),
         *lengths,
-        "</svg>",
     ]
-    return "".join(parts)
+    title = "Generative perplexity against entropy, and lengths of samples"
+    return picture_file("generation", (WIDTH, height), title, STYLE, parts)
 
 
 def _noted(words: str) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.escape import csv_table, markdown, markdown_table
 from blockdiffusion.evaluate.generation.result import DISTINCT, FORMAT, REPETITION
 
 Result = Mapping[str, Any]  # what `GenerationResult.to_dict` gives
@@ -113,16 +112,8 @@ def csv_text(results: Sequence[Result]) -> str:
         rows.append(columns(result))
         if result["reference"] is not None:
             real = _text_columns(result["reference"], result["judge"]["is_bound"])
-            rows.append(
-                dict.fromkeys(rows[0])
-                | {"label": real_label(result), "judge": result["judge"]["name"]}
-                | real
-            )
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+            rows.append({"label": real_label(result), "judge": result["judge"]["name"]} | real)
+    return csv_table(rows)
 
 
 def real_label(result: Result) -> str:
@@ -147,11 +138,9 @@ def markdown_text(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
             seen.add(real_label(result))  # the same text beside every result
             more = ["", "", "", "", str(result["reference"]["num_samples"]), ""]
             lines.append([real_label(result), *_cells(result["reference"], sign), *more])
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-                      for row in lines)  # fmt: skip
     remarks = [conventions(results[0]), *notes]
     remarks += dict.fromkeys(warning for result in results for warning in result["warnings"])
-    return table + "\n\n" + "\n".join(f"* {remark}" for remark in remarks) + "\n"
+    return "\n".join([*markdown_table(lines), "", *(f"* {markdown(r)}" for r in remarks), ""])
 
 
 def conventions(result: Result) -> str:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from blockdiffusion.escape import html as escape
 from blockdiffusion.evaluate.generation.table import conventions, number
 from blockdiffusion.evaluate.likelihood import Z95
 from blockdiffusion.evaluate.pareto.table import AUTHORS_MARK, filters
@@ -22,6 +22,7 @@ from blockdiffusion.evaluate.report.pictures import (
     Frame,
     log_ticks,
     nice_ticks,
+    picture_file,
     tick_label,
 )
 
@@ -75,12 +76,8 @@ def pareto_picture(result: Mapping[str, Any]) -> str:
             parts += _dots(frame, shown, points, families, cost, side)
     legend_top = HEAD + len(sides) * (PLOT_HEIGHT + ROW_GAP) + 6
     height = legend_top + LEGEND_LINE * len(points) + 44
-    return "".join([
-        f'<svg class="pareto" xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" '
-        f'height="{height}" viewBox="0 0 {WIDTH} {height}" role="img" '
-        'aria-label="Quality of samples against their cost">',
-        f"<style>{STYLE}</style>",
-        f'<rect class="paper" width="{WIDTH}" height="{height}"/>',
+    title = "Quality of samples against their cost"
+    return picture_file("pareto", (WIDTH, height), title, STYLE, [
         '<text class="title" x="16" y="28">Quality of samples against their cost</text>',
         f'<text class="note" x="16" y="47">{escape(result["model"])}: '
         f"{result['sampling']['num_samples']} samples of at most "
@@ -89,7 +86,6 @@ def pareto_picture(result: Mapping[str, Any]) -> str:
         f'<text class="note" x="16" y="63">{escape(conventions(result))}</text>',
         *parts,
         *_legend(points, families, legend_top),
-        "</svg>",
     ])  # fmt: skip
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from typing import Any
 
+from blockdiffusion.escape import csv_table, markdown, markdown_table
 from blockdiffusion.evaluate.generation.table import conventions, number, with_error
 
 AUTHORS_MARK = "the authors' setting"
@@ -33,7 +32,6 @@ def markdown_text(result: Mapping[str, Any]) -> str:
     if result["reference"] is not None:
         real = f"real text ({result['reference_source']})"
         lines.append([real, "", "", *_quality(result["reference"]), "", ""])
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     sampling = result["sampling"]
     remarks = [
         conventions(result),
@@ -42,7 +40,7 @@ def markdown_text(result: Mapping[str, Any]) -> str:
         "dominated: so many points cost no more calls and are no worse in perplexity and entropy",
         *result["warnings"],
     ]
-    return table + "\n\n" + "\n".join(f"* {remark}" for remark in remarks) + "\n"
+    return "\n".join([*markdown_table(lines), "", *(f"* {markdown(r)}" for r in remarks), ""])
 
 
 def filters(sampling: Mapping[str, Any]) -> str:
@@ -82,8 +80,4 @@ def csv_text(result: Mapping[str, Any]) -> str:
             "bound_stderr": bound.get("stderr"),
             "dominated_by": "; ".join(point["dominated_by"]),
         })  # fmt: skip
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return csv_table(rows)

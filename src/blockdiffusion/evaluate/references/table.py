@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from blockdiffusion.escape import markdown, markdown_table
 from blockdiffusion.evaluate.references.coders import CoderRow, CoderTable
 
 HEADS = ("coder", "bits/byte", "± data", "± noise", "bits/token", "reads")
@@ -11,9 +12,8 @@ def coders_markdown(table: CoderTable, what: str) -> str:
     """The table, its conventions below."""
     cells = [HEADS, ("---", *("---:" for _ in HEADS[1:-1]), "---")]
     cells += [_cells(row) for row in table.rows]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    notes = [f"* {note}" for note in conventions(table)]
-    return "\n".join([f"# Bits: {what}", "", *lines, "", *notes, ""])
+    notes = [f"* {markdown(note)}" for note in conventions(table)]
+    return "\n".join([f"# Bits: {markdown(what)}", "", *markdown_table(cells), "", *notes, ""])
 
 
 def conventions(table: CoderTable) -> list[str]:

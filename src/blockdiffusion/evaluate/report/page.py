@@ -11,11 +11,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockdiffusion.escape import html as escape
 from blockdiffusion.evaluate.report import pictures
 from blockdiffusion.evaluate.report.curves import (
     ClipSearch,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
+
+from blockdiffusion.escape import html as escape
 
 if TYPE_CHECKING:
     from blockdiffusion.masks import CleanAttention
@@ -369,27 +370,20 @@ def mask_picture(
     cell = side / len(rows)
     height = top + side + (92 if standalone else 8)
     width = left + side + (26 if standalone else 8)
-    # What `page.js` reads to name the cell under the pointer; a file of its own has no script.
-    data = (
-        ' xmlns="http://www.w3.org/2000/svg"'
-        if standalone
-        else f' data-left="{left}" data-top="{top}" data-side="{side}" data-block="{block_size}" '
-        f'data-rows="{" ".join(rows)}"'
-    )
-    parts = [
-        f'<svg class="mask" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="Attention mask: which key each query sees"{data}>',
-    ]
-    if standalone:
-        parts.append(f"<style>{STANDALONE_STYLE}</style>")
-        parts.append(f'<rect class="paper" width="{width}" height="{height}"/>')
-    parts.append(f'<rect class="unseen" x="{left}" y="{top}" width="{side}" height="{side}"/>')
+    parts = [f'<rect class="unseen" x="{left}" y="{top}" width="{side}" height="{side}"/>']
     parts += _mask_cells(rows, left, top, cell)
     parts += _mask_lines(len(rows), block_size, left, top, cell)
     parts += _mask_labels(num_blocks, left, top, side)
+    title = "Attention mask: which key each query sees"
     if standalone:
         parts += _mask_legend(24, top + side + 22, clean_attention)
-    return "".join([*parts, "</svg>"])
+        return picture_file("mask", (width, height), title, STANDALONE_STYLE, parts)
+    # What `page.js` reads to name the cell under the pointer.
+    data = f'data-left="{left}" data-top="{top}" data-side="{side}" data-block="{block_size}"'
+    return (
+        f'<svg class="mask" viewBox="0 0 {width} {height}" role="img" aria-label="{title}" {data} '
+        f'data-rows="{" ".join(rows)}">{"".join(parts)}</svg>'
+    )
 
 
 def causal_picture(num_tokens: int) -> str:
@@ -491,6 +485,25 @@ def mask_legend(clean_attention: CleanAttention = "block") -> list[tuple[str, st
     if clean_attention == "causal":
         entries[2] = (entries[2][0], *TOKEN_CAUSAL)
     return entries
+
+
+def picture_file(
+    css: str, size: tuple[int, int], title: str, style: str, parts: Sequence[str]
+) -> str:
+    """A picture as a file of its own: one `<svg>` with a name, its style and its ground.
+
+    Args:
+        css: its class. size: width and height. parts: what is drawn, as SVG.
+    """
+    width, height = size
+    return "".join([
+        f'<svg class="{css}" xmlns="http://www.w3.org/2000/svg" width="{width}" '
+        f'height="{height}" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title)}"><title>{escape(title)}</title><style>{style}</style>'
+        f'<rect class="paper" width="{width}" height="{height}"/>',
+        *parts,
+        "</svg>",
+    ])  # fmt: skip
 
 
 STANDALONE_STYLE = """

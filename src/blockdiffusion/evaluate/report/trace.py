@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING
 
+from blockdiffusion.escape import html as escape
 from blockdiffusion.evaluate.report.markup import missing
 
 if TYPE_CHECKING:

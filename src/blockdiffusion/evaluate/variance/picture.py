@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from html import escape
 
-from blockdiffusion.evaluate.report.pictures import CHART_STYLE, Frame, tick_label
+from blockdiffusion.escape import html as escape
+from blockdiffusion.evaluate.report.pictures import (
+    CHART_STYLE,
+    Frame,
+    picture_file,
+    tick_label,
+)
 from blockdiffusion.evaluate.variance.table import PAPER, Measured, VarianceRow, VarianceTable
 
 PLOT, BETWEEN, RIGHT = 330, 34, 24
@@ -60,19 +65,9 @@ def variance_picture(table: VarianceTable, what: str) -> str:
             parts.append(f'<g transform="translate({shift} 0)">')
             parts += [*_axis(frame), *_dots(frame, rows, kind), "</g>"]
         top += height
-    return "".join(
-        [
-            f'<svg class="variance" xmlns="http://www.w3.org/2000/svg" width="{width}" '
-            f'height="{top + FOOT}" viewBox="0 0 {width} {top + FOOT}" role="img" '
-            f'aria-label="Variance of the estimators at equal compute">',
-            f"<style>{STYLE}</style>",
-            f'<rect class="paper" width="{width}" height="{top + FOOT}"/>',
-            *_head(table, what, kinds, left),
-            *parts,
-            *_legend(table, left, top + 10),
-            "</svg>",
-        ]
-    )
+    parts = [*_head(table, what, kinds, left), *parts, *_legend(table, left, top + 10)]
+    title = "Variance of the estimators at equal compute"
+    return picture_file("variance", (width, top + FOOT), title, STYLE, parts)
 
 
 def _log_range(rows: Sequence[VarianceRow], kind: str) -> tuple[float, float]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import textwrap
 
+from blockdiffusion.escape import csv_table, markdown, markdown_table
 from blockdiffusion.evaluate.likelihood import CUT, Likelihood
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotRow, ZeroShotTable
 
@@ -31,9 +30,9 @@ def zero_shot_markdown(table: ZeroShotTable, what: str) -> str:
     """The same as a page."""
     cells = [HEADS, ("---", *("---:" for _ in HEADS[1:]))]
     cells += [_cells(row) for row in table.rows]
-    notes = [f"* {note}" for note in [*_missing(table), *conventions(table)]]
-    rows = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([f"# Zero-shot: {what}", "", *rows, "", *notes, ""])
+    notes = [f"* {markdown(note)}" for note in [*_missing(table), *conventions(table)]]
+    head = f"# Zero-shot: {markdown(what)}"
+    return "\n".join([head, "", *markdown_table(cells), "", *notes, ""])
 
 
 def zero_shot_csv(table: ZeroShotTable) -> str:
@@ -42,13 +41,7 @@ def zero_shot_csv(table: ZeroShotTable) -> str:
         "packing": table.options.packing, "context": table.context, "stride": table.stride,
         "frame": table.frame, "document_eos": table.options.document_eos,
     }  # fmt: skip
-    records = [common | _flat(row) for row in table.rows]
-    names = list(dict.fromkeys(name for record in records for name in record))
-    file = io.StringIO()
-    writer = csv.DictWriter(file, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return file.getvalue()
+    return csv_table([common | _flat(row) for row in table.rows])
 
 
 def conventions(table: ZeroShotTable) -> list[str]:

@@ -1,0 +1,87 @@
+"""Text from outside, made safe for where it is shown: a terminal, CSV, Markdown, HTML and SVG.
+
+Sampled and read text, labels, paths, tokens and names out of files may hold anything. What shows
+them passes one of these functions, and nothing else in the package writes to a standard stream or
+builds a table's cells.
+"""
+
+from __future__ import annotations
+
+import csv
+import html as library
+import io
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any
+
+# Control characters, those that turn the direction of writing, and halves of surrogate pairs.
+UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff"
+_FOR_TERMINAL = re.compile(f"[{UNSEEN}]|\r(?!\n)")
+_FOR_FILES = re.compile(f"[{UNSEEN}]")
+_FORMULA = tuple("=+-@\t\n\uff1d\uff0b\uff0d\uff20")  # the last four are wide
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
+_ENTITY = re.compile(r"&(?=#?\w+;)")
+
+
+def terminal(text: str) -> str:
+    """Signs such as `\\x1b` in place of what would steer a terminal; newlines and tabs stay."""
+    return _FOR_TERMINAL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def for_stream(text: str, stream: IO[str]) -> str:
+    """As `terminal` has it where the stream is one; elsewhere the text as it is."""
+    return terminal(text) if stream.isatty() else text
+
+
+def say(text: str, *, err: bool = False, end: str = "\n") -> None:
+    """Writes to standard output or error."""
+    stream = sys.stderr if err else sys.stdout
+    stream.write(for_stream(text, stream) + end)
+    stream.flush()
+
+
+def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV file of a line for each row; what a row does not have, or None, is empty.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe before it.
+    """
+    out = io.StringIO()
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(out, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
+    return out.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    if value is None or isinstance(value, int | float):
+        return value
+    # A bare \r ends a row for some readers, and Python's writer does not quote it.
+    text = re.sub("\r\n?", "\n", _FOR_FILES.sub("\ufffd", str(value)))
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def markdown(text: object) -> str:
+    """One line of text without tags and links; what marks it up otherwise stays."""
+    line = " ".join(markdown_prose(_ENTITY.sub("&amp;", str(text))).split())
+    return line.replace("](", "]\\(")
+
+
+def markdown_prose(text: str) -> str:
+    """Markdown that somebody wrote by hand, without its tags."""
+    return _TAG.sub("&lt;", _FOR_FILES.sub("\ufffd", text))
+
+
+def markdown_table(rows: Iterable[Iterable[object]]) -> list[str]:
+    """The lines of a table; the second row holds the rules below the heads."""
+    return [f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows]
+
+
+def _markdown_cell(text: object) -> str:
+    return markdown(re.sub(r"[\\`|]", r"\\\g<0>", str(text)))
+
+
+def html(text: object) -> str:
+    """Text inside an element or an attribute of HTML or SVG, without what no XML file may hold."""
+    return library.escape(_FOR_FILES.sub("\ufffd", str(text)))

@@ -1,0 +1,105 @@
+"""Text from outside where it is shown: what each place makes of it, and that there is no other."""
+
+import ast
+import csv
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+import blockdiffusion
+from blockdiffusion.cli import main
+from blockdiffusion.escape import csv_table, html, markdown, markdown_table, say, terminal
+from tests.command import blockdiff
+from tests.hostile import HOSTILE, STEERING, check_csv, check_markdown
+
+ROOT = Path(blockdiffusion.__file__).parent
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_signs_for_what_would_steer_it(monkeypatch):
+    assert terminal("a\tb\r\nc\n") == "a\tb\r\nc\n"
+    assert terminal("a\rb\x1b[2J\x9b\x7f\x00\u202eé\ud800") == (
+        "a\\rb\\x1b[2J\\x9b\\x7f\\x00\\u202eé\\ud800"
+    )
+    for stream, shown in ((io.StringIO(), HOSTILE), (Terminal(), terminal(HOSTILE))):
+        monkeypatch.setattr(sys, "stdout", stream)
+        say(HOSTILE)
+        assert stream.getvalue() == shown + "\n"
+    assert not STEERING.search(terminal(HOSTILE)) and STEERING.search(HOSTILE)
+
+
+@pytest.mark.parametrize("first", "=+-@\t\r\n＝＠")
+def test_no_cell_of_a_csv_file_is_a_formula(first):
+    text = csv_table([{"a": f"{first}1+1\r=2", "b": -1.5, "c": None}, {"d": True}])
+    (row, other) = csv.DictReader(io.StringIO(text, newline=""))
+    first = first.replace("\r", "\n")
+    assert row == {"a": f"'{first}1+1\n=2", "b": "-1.5", "c": "", "d": ""} and other["d"] == "True"
+
+
+def test_markdown_has_no_tag_no_link_and_no_line_more():
+    assert markdown("a <b> <= 3 & 1 < 2\n# t\r\n[x](y) &lt;") == (
+        "a &lt;b> <= 3 & 1 < 2 # t [x]\\(y) &amp;lt;"
+    )
+    head, rule, row = markdown_table([["x", "y"], ["---", "---:"], ["a|b\\|`c`", 5]])
+    assert (head, rule) == ("| x | y |", "| --- | ---: |")
+    assert row == r"| a\|b\\\|\`c\` | 5 |"
+    check_markdown("\n".join(markdown_table([["x"], ["---"], [HOSTILE]])))
+    check_csv(csv_table([{"x": HOSTILE}]))
+    assert html("<a b='c'>\x1b&\ud800") == "&lt;a b=&#x27;c&#x27;&gt;\ufffd&amp;\ufffd"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["eval", "{}", "--data", "{}"], ["sample", "{}"], ["train", "{}"], ["report", "{}"],
+     ["plan", "{}", "--device", "{}"], ["generate-compare", "{}"], ["convert", "{}", "--out", "x"],
+     ["eval", "x", "--{}"], ["prepare", "{}", "--out", "{}"], ["{}"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_message_that_quotes_what_was_given_cannot_steer_a_terminal(command, monkeypatch):
+    text = HOSTILE.replace("\0", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "StringIO", Terminal)
+        ended = blockdiff(*(part.format(text) for part in command))
+    assert ended.returncode == 2
+    _, message = ended.stderr.split("blockdiff: error: ")  # after a progress bar, if any
+    assert not STEERING.search(ended.stdout + message)
+
+
+def test_a_message_is_never_as_long_as_what_was_given():
+    ended = blockdiff("plan", "recipe.yaml", f"--{'x' * 1_000_000}")
+    assert ended.returncode == 2 and len(ended.stderr) < 3000
+
+
+def test_what_an_encoding_lacks_is_shown_by_a_sign(monkeypatch):
+    """A terminal that is not UTF-8 ends nothing."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("blockdiffusion.data.registry.set_lines", lambda: ["é █ \udc80"])
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["blockdiff", "datasets"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert not end.value.code and out.buffer.getvalue() == b"\\xe9 \\u2588 \\udc80\n"
+
+
+def names_called(tree: ast.AST) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def test_nothing_else_writes_to_a_stream_or_builds_cells():
+    for path in ROOT.rglob("*.py"):
+        if path == ROOT / "escape.py":
+            continue
+        text = path.read_text()
+        called = names_called(ast.parse(text))
+        assert not called & {
+            "print", "typer.echo", "typer.secho", "sys.stdout.write", "sys.stderr.write",
+            "csv.writer", "csv.DictWriter", "html.escape", "rich.print",
+        }, path  # fmt: skip
+        assert "from html import" not in text and "import html\n" not in text, path
+        assert '" | ".join' not in text and "' | '.join" not in text, path
