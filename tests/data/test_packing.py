@@ -378,7 +378,7 @@ def test_documents_that_cannot_be_read_are_counted(tmp_path):
     rows = ['{"text": "a fine document"}', '{"text": null}', "{", '{"text": "another one"}'] * 5
     file, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     file.write_text("\n".join(rows))
-    bad.write_text('{"text": 1}\n{"text": "a document to validate with"}\n')
+    bad.write_text('{"text": 1}\n{"text": "a document to validate with, of one row"}\n')
     changes = dict(valid=(str(bad),), tokenizer="bpe:258")
     with pytest.raises(UserError, match=r"line 2 of .*null.*, or leave .* by skip_invalid$"):
         run(file, tmp_path / "out", **changes)
