@@ -255,7 +255,7 @@ def test_parquet_values_that_are_no_text(tmp_path):
         ("text", r"row 2 of .* is not UTF-8 text \(at byte 0 of 'text'\)"),
         ("n", "row 2 of .* has no string 'n': null stands there"),
         ("list", "row 1 of .*: a list stands there"),
-        ("bytes", "row 1 of .*: bytes stands there"),
+        ("bytes", "row 1 of .*: a string of bytes stands there"),
     ):
         with pytest.raises(UserError, match=sentence):
             read(file, field=field)

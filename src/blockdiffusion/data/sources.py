@@ -296,7 +296,7 @@ def _kind(value: object) -> str:
     if value is None:
         return "null"
     for kind, words in ((bool, "a truth value"), (int | float, "a number"), (list, "a list"),
-                        (Mapping, "an object"), (bytes, "bytes")):  # fmt: skip
+                        (Mapping, "an object"), (bytes, "a string of bytes")):  # fmt: skip
         if isinstance(value, kind):
             return words
     return f"a value of type {type(value).__name__}"
