@@ -478,6 +478,12 @@ MISTAKES = {
     "policy of infill": (["infill", "{run}", "[MASK]", "--tokens-per-step", "2"], "random"),
     "no point": (["pareto", "{run}", "--judge", "{golden}", "--out", "{new}", "--point", "a:k=2"],
                  "there are steps, schedule"),
+    "JSON prompt": (["sample", "{run}", "--prompt-file", "a.jsonl"], "is read as one plain text"),
+    "packed prompt": (["sample", "{run}", "--prompt-file", "a.json.gz"], "JSON by its name"),
+    "prompt folder": (["sample", "{run}", "--prompt-file", "{folder}"], "is a folder: name a file"),
+    "prompt device": (["sample", "{run}", "--prompt-file", "/dev/zero"], "is a device"),
+    "template gone": (["infill", "{run}", "--template-file", "{new}"], "does not exist"),
+    "pipe": (["prepare", "/dev/zero", "--out", "{new}"], "/dev/zero is a device: name a file"),
     "two prompts": (["sample", "{run}", "--prompt", "a", "--prompt-file", "b"], "one of them"),
     "stream many": (["sample", "{run}", "--stream", "--num-samples", "2"], "--stream"),
     "dtype": (["sample", "{run}", "--dtype", "int3"], "float32"),
@@ -493,7 +499,7 @@ MISTAKES = {
     "option": (["sample", "{run}", "--tempreature", "1"], "--temperature"),
     "missing text": (["prepare", "{folder}/no.txt", "--out", "{new}"], "no.txt"),
     "short corpus": (["prepare", "{folder}/recipe.yaml", "--out", "{new}", "--tokenizer", "byte",
-                      "--valid-fraction", "0", "--seq-len", "100000"], "100000"),
+                      "--valid-fraction", "0", "--seq-len", "100000"], "100,000 of one row"),
 }  # fmt: skip
 
 

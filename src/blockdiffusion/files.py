@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,41 @@ from typing import BinaryIO
 from blockdiffusion.errors import UserError
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Open already: standard input, and what a shell hands over as <(command).
+GIVEN = re.compile(r"/dev/stdin|/(dev|proc/self)/fd/\d+")
+EMPTY, FOLDER = "empty", "a folder"
+
+
+def irregular(status: os.stat_result) -> str | None:
+    """What a path is, in words, if it is no regular file with something in it."""
+    for kind, words in (
+        (stat.S_ISREG, None if status.st_size else EMPTY),  # as all below /proc claim to be
+        (stat.S_ISDIR, FOLDER),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    ):
+        if kind(status.st_mode):
+            return words
+    return "a device"
+
+
+def check_regular(path: Path) -> None:
+    """Refuses what would be waited for, or never ends; standard input may be anything.
+
+    Raises:
+        UserError: it is no regular file, or an empty one.
+        OSError: there is none.
+    """
+    if not GIVEN.fullmatch(str(path)) and (kind := irregular(path.stat())):
+        raise UserError(f"{path} is {kind}: name a file that has text in it")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file to read what `check_regular` does not refuse."""
+    check_regular(path)
+    # It may have become another one since, and a pipe waits for a writer.
+    at_once = 0 if GIVEN.fullmatch(str(path)) else getattr(os, "O_NONBLOCK", 0)
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))
 
 
 def partial_path(path: Path) -> Path:

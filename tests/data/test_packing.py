@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -349,6 +350,7 @@ def test_too_little_text(tmp_path, text, changes, sentence):
         ({"valid_fraction": 0.9}, "from 0 to 0.5"),
         ({"document_bytes": 1}, "document_bytes is 1"),
         ({"num_workers": -1}, "num_workers is -1"),
+        ({"skip_invalid": -1}, "skip_invalid is -1"),
         ({"tokenizer": "bpe:many"}, "bpe:SIZE"),
     ],
 )
@@ -370,6 +372,72 @@ def test_a_tokenizer_without_the_token_an_option_needs(source, tmp_path):
         flags = {"document_eos": False} | {option: True}
         with pytest.raises(UserError, match=f"{option} needs a tokenizer with a"):
             run(source, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer.json"), **flags)
+
+
+def test_documents_that_cannot_be_read_are_counted(tmp_path):
+    rows = ['{"text": "a fine document"}', '{"text": null}', "{", '{"text": "another one"}'] * 5
+    file, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    file.write_text("\n".join(rows))
+    bad.write_text('{"text": 1}\n{"text": "a document to validate with, of one row"}\n')
+    changes = dict(valid=(str(bad),), tokenizer="bpe:258")
+    with pytest.raises(UserError, match=r"line 2 of .*null.*, or leave .* by skip_invalid$"):
+        run(file, tmp_path / "out", **changes)
+    with pytest.raises(UserError, match=r"line 1 of .*b\.jsonl .*which has left out 10 already$"):
+        run(file, tmp_path / "out", skip_invalid=10, **changes)
+    manifest = run(file, tmp_path / "out", skip_invalid=11, **changes)
+    assert [source["documents"] for source in manifest.sources] == [10, 1]
+    assert [source["skipped"] for source in manifest.sources] == [10, 1]
+    assert run(file, tmp_path / "out", skip_invalid=11, **changes) == manifest
+    with pytest.raises(UserError, match="prepared with skip_invalid=11, not 0"):
+        run(file, tmp_path / "out", **changes)
+
+
+def test_a_directory_of_before_an_option_was_there_is_still_the_same(source, tmp_path):
+    manifest = run(source, tmp_path / "out")
+    saved = dataclasses.asdict(manifest)
+    del saved["options"]["skip_invalid"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(saved))
+    assert run(source, tmp_path / "out").splits == manifest.splits
+    with pytest.raises(UserError, match="prepared with skip_invalid=0, not 1"):
+        run(source, tmp_path / "out", skip_invalid=1)
+
+
+def test_what_was_read_is_told(source, tmp_path):
+    for number in range(5):
+        (tmp_path / f"ptb.train-{number}.txt").write_text("A line of the data set.\n" * 9)
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    for sources, expected in (
+        ([str(source)], [f"read 1 source: {source}"]),
+        ([f"ptb:train={tmp_path}/ptb.train-1.txt"], [f"read 1 source: {tmp_path}/ptb.train-1.txt"]),
+        ([str(tmp_path)], [
+            "read 6 sources: " + ", ".join(f"{tmp_path}/ptb.train-{n}.txt" for n in range(3))
+            + " and 3 more",
+            f"left out 1: {tmp_path}/gone.txt (a link that leads nowhere)",
+        ]),
+    ):  # fmt: skip
+        told: list[str] = []
+        with tempfile.TemporaryDirectory() as out:
+            prepare(sources, out, options(valid_fraction=0), tell=told.append)
+        assert told == expected
+
+
+def test_short_documents_in_long_rows_take_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "SHARD_TOKENS", 2**14)
+    sizes, real = [], packing.PACKERS["document"].add
+
+    def add(packer, ids, lengths):
+        rows, row_lengths = real(packer, ids, lengths)
+        sizes.append(rows.size)
+        return rows, row_lengths
+
+    monkeypatch.setattr(packing.PACKERS["document"], "add", add)
+    file = tmp_path / "lines.txt"
+    file.write_text("\n".join(f"{number:05}" for number in range(99)))
+    run(file, tmp_path / "out", documents="line", packing="document", seq_len=4096)
+    assert max(sizes) <= 2**14
+    ids = [token for split in ("train", "valid") for token in stream(tmp_path / "out", split)]
+    documents = bytes(token for token in ids if token < 256)
+    assert len(documents) == 5 * 99 and documents.startswith(b"00000")
 
 
 # The disk
@@ -478,6 +546,46 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(source, tmp_path, monkeyp
         with pytest.raises(UserError, match=r"a worker process ended by itself .*goes on"):
             run(source, out, num_workers=2)
     assert run(source, out, num_workers=2).splits["train"].rows > 0
+
+
+def test_workers_that_cannot_be_started_are_told_in_a_sentence(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(packing, "_num_cores", lambda: 1)
+    real, started = subprocess.Popen, []
+
+    def popen(*arguments, **options):
+        if len(started) == 2:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(real(*arguments, **options))
+        return started[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.subprocess, "Popen", popen)
+        with pytest.raises(UserError, match=r"cannot start that many worker .*smaller num_workers"):
+            run(source, tmp_path / "out", num_workers=64)
+    assert [process.poll() for process in started] == [0, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.ThreadPoolExecutor, "submit", no_thread)
+        with pytest.raises(UserError, match="cannot start that many worker"):
+            run(source, tmp_path / "out", num_workers=2)
+    monkeypatch.setattr(parts, "Worker", StarvedWorker)
+    with pytest.raises(UserError, match="a worker process is out of memory"):
+        run(source, tmp_path / "out", num_workers=2)
+
+
+def no_thread(*_):
+    raise RuntimeError("can't start new thread")
+
+
+class StarvedWorker(parts.Worker):
+    """One that answers every job with a lack of memory."""
+
+    def __init__(self):
+        answer = "import pickle, sys; pickle.load(sys.stdin.buffer); "
+        answer += "sys.stdout.buffer.write(pickle.dumps(MemoryError()))"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", answer], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
 
 def test_a_script_without_a_main_guard_can_use_workers(source, tmp_path):

@@ -8,20 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from blockdiffusion.data import sources
+from blockdiffusion.data import reading, sources
 from blockdiffusion.data.sources import open_sources
 from blockdiffusion.errors import UserError
 from tests.data.corpora import sentences
 
 
 def read(
-    *names: object, field: str = "text", documents: str = "auto", document_bytes: int = 65536
-) -> list[str]:
+    *names: object, field: str = "text", documents: str = "auto", document_bytes: int = 65536,
+    left_out: list[str] | None = None,
+) -> list[str]:  # fmt: skip
     opened = open_sources(
         [str(name) for name in names],
         field=field,
         documents=documents,
         document_bytes=document_bytes,
+        left_out=left_out,
     )
     return [text for source in opened for text in source.documents()]
 
@@ -70,7 +72,7 @@ def test_auto_reads_no_more_than_two_documents_at_a_time(tmp_path, monkeypatch):
             asked.append(size)
             return super().read(size)
 
-    monkeypatch.setattr(sources, "open", Spy, raising=False)
+    monkeypatch.setattr(reading, "open_regular", Spy)
     pieces = read(file, document_bytes=1024)
     assert len(pieces) > 50
     assert len(asked) >= len(pieces)
@@ -85,7 +87,8 @@ def test_lines_and_paragraphs(tmp_path):
 
 @pytest.mark.parametrize("documents", ["file", "line", "blank-line"])
 def test_a_document_that_would_not_fit_in_memory_is_refused(tmp_path, monkeypatch, documents):
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 100)
+    for module in (reading, sources):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 100)
     file = write(tmp_path / "a.txt", "x" * 101)
     with pytest.raises(UserError, match="is one document of more than"):
         read(file, documents=documents)
@@ -158,15 +161,107 @@ def test_jsonl_reads_a_field_and_skips_blank_lines(tmp_path):
         ("{'text': 1}", "line 2 of .* is not JSON"),
         ("[1, 2]", "line 2 of .* is not a JSON object"),
         ('{"body": "x"}', "line 2 of .* has no string 'text' .*'body'"),
-        ('{"text": null}', "line 2 of .* has no string 'text'"),
+        ('{"text": null}', "line 2 of .* has no string 'text': null stands there"),
+        ('{"text": ["a"]}', "line 2 of .* has no string 'text': a list stands there"),
+        ('{"text": {}}', "an object stands there"),
+        ('{"text": 5}', "a number stands there"),
+        ('{"text": NaN}', "a number stands there"),
+        ('{"text": true}', "a truth value stands there"),
+        ('{"text": "a", "text": "b"}', "line 2 of .* is not JSON .the key 'text' stands twice"),
+        ('{"text": ' + "9" * 5000 + "}", "line 2 of .* is not JSON"),
+        ('{"' + "x" * 10**6 + '": 1}', r"line 2 of .* has no string 'text' .*xxx\.\.\.'\)"),
         ('{"text": "\\ud800"}', "line 2 of .* surrogate"),
         ("[" * 100_000, "line 2 of .* is not JSON"),
     ],
 )
 def test_jsonl_mistakes_name_their_line(tmp_path, line, sentence):
     file = write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + line + "\n")
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as error:
         read(file)
+    assert len(str(error.value)) < 600
+
+
+def test_a_field_may_lie_in_another_and_its_literal_name_comes_first(tmp_path):
+    rows = [{"a": {"b": {"c": "deep"}}}, {"a.b.c": "literal", "a": {"b": {"c": "deep"}}}]
+    file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert read(file, field="a.b.c") == ["deep", "literal"]
+    for field in ("a.b.x", "a.x.c", "a.b.c.d", "."):
+        with pytest.raises(UserError, match=r"line 1 of .* has no string '.*'a'"):
+            read(file, field=field)
+    with pytest.raises(UserError, match=r"has no string 'a\.b': an object stands there"):
+        read(file, field="a.b")
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    meta = [{"text": "one", "n": 1}, {"text": "two", "n": 2}]
+    parquet.write_table(arrow.table({"meta": meta}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", field="meta.text") == ["one", "two"]
+    table = arrow.table({"meta": meta, "meta.text": ["three", "four"]})
+    parquet.write_table(table, tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet", field="meta.text") == ["three", "four"]
+    for field, sentence in (("meta.n", "row 1 of .*: a number"), ("meta.x", "has no string")):
+        with pytest.raises(UserError, match=sentence):
+            read(tmp_path / "a.parquet", field=field)
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": "b"}]', '\ufeff[\n{"text": "a"}\n]',
+                                     "\n \n[]", "[" * 100_000])  # fmt: skip
+def test_a_json_array_is_told_by_its_name(tmp_path, content):
+    with pytest.raises(UserError, match=r"a\.json is one JSON array: write one object per line"):
+        read(write(tmp_path / "a.json", content))
+    opened = open_sources(
+        [str(tmp_path / "a.json")], field="text", documents="auto", document_bytes=64
+    )
+    with pytest.raises(UserError, match="is one JSON array"):  # no document that may be left out
+        list(opened[0].documents(lambda error: None))
+
+
+def test_a_json_object_of_several_lines_is_told_how_to_mend(tmp_path):
+    file = write(tmp_path / "a.json", json.dumps({"text": "a"}, indent=2))
+    with pytest.raises(UserError, match=r"line 1 of .* one whole JSON object, as jq -c \. writes"):
+        read(file)
+
+
+def test_a_line_of_a_json_file_may_not_be_longer_than_a_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MAX_DOCUMENT_BYTES", 2**16)
+    file = write(tmp_path / "a.jsonl", b'{"text": "fine"}\n{"text": "' + b"x" * 2**20)
+    with pytest.raises(UserError, match=r"line 2 of .* is one document of more than"):
+        read(file)
+
+
+def test_documents_that_cannot_be_read_are_left_out_where_that_is_asked_for(tmp_path):
+    rows = [b'{"text": "a"}', b'{"text": null}', b"no json", b'{"x": 1}', b'{"text": "\xff"}',
+            b'{"text": "b"}']  # fmt: skip
+    write(tmp_path / "a.jsonl", b"\n".join(rows))
+    write(tmp_path / "b.txt", b"fine\nn\xe9\nfine\n")
+    errors: list[str] = []
+    opened = open_sources([str(tmp_path)], field="text", documents="line", document_bytes=64)
+    texts = [t for source in opened for t in source.documents(lambda e: errors.append(str(e)))]
+    assert texts == ["a", "b", "fine", "fine"]
+    assert [error.split(" of ")[0] for error in errors[:3]] == ["line 2", "line 3", "line 4"]
+    assert "a.jsonl is not UTF-8" in errors[3] and "b.txt is not UTF-8" in errors[4]
+
+
+def test_parquet_values_that_are_no_text(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    offsets = arrow.py_buffer(b"".join(n.to_bytes(4, "little") for n in (0, 2, 4, 6)))
+    bad = arrow.Array.from_buffers(
+        arrow.string(), 3, [None, offsets, arrow.py_buffer(b"ok\xff!ok")]
+    )
+    columns = {"text": bad, "n": ["a", None, "c"], "list": [["a"], [], []], "bytes": [b"a"] * 3}
+    file = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table(columns), file)
+    for field, sentence in (
+        ("text", r"row 2 of .* is not UTF-8 text \(at byte 0 of 'text'\)"),
+        ("n", "row 2 of .* has no string 'n': null stands there"),
+        ("list", "row 1 of .*: a list stands there"),
+        ("bytes", "row 1 of .*: a string of bytes stands there"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            read(file, field=field)
+    errors: list[UserError] = []
+    opened = open_sources([str(file)], field="text", documents="auto", document_bytes=64)
+    assert list(opened[0].documents(errors.append)) == ["ok", "ok"] and len(errors) == 1
 
 
 def test_parquet(tmp_path):

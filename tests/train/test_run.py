@@ -96,6 +96,14 @@ def test_data_without_a_split_for_validation(recipe_file, tmp_path, no_valid_spl
     assert run_training(load_recipe(recipe_file)).step == 12
 
 
+def test_a_batch_larger_than_the_data_is_told(recipe_file, prepared, tmp_path):
+    rows = TokenRows(prepared, "train").num_rows
+    run_training(load_recipe(recipe_file, [f"train.batch_size={2 * rows}", "train.steps=1"]))
+    note = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]["note"]
+    assert note.startswith(f"a batch of {2 * rows:,} rows holds each of the {rows:,} rows of ")
+    assert note.endswith(" 2 times")
+
+
 # --- the autoregressive baseline ------------------------------------------------------------------
 
 

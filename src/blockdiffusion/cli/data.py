@@ -23,8 +23,9 @@ def prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Text files, folders, .jsonl, .parquet, a set by name (blockdiff datasets) or "
-            "NAME=PATH, Hugging Face data sets, python-docs or python-source.",
+            help="Text files, folders, .jsonl (these also .gz, .bz2, .xz or .zst), .parquet, a set "
+            "by name (blockdiff datasets) or NAME=PATH, Hugging Face data sets, python-docs or "
+            "python-source.",
             autocompletion=_set_names,
         ),
     ],
@@ -59,8 +60,11 @@ def prepare(
         float, typer.Option(help="Share of documents held out where no --valid is given.")
     ] = 0.05,
     field: Annotated[
-        str, typer.Option(help="Field of the text in JSON lines and tables.")
+        str, typer.Option(help="Field of the text in JSON lines and tables; a.b is b inside a.")
     ] = "text",
+    skip_invalid: Annotated[
+        int, typer.Option(help="Documents that may be left out because they cannot be read.")
+    ] = 0,
     documents: Annotated[
         str,
         typer.Option(
@@ -102,17 +106,23 @@ def prepare(
         documents=documents,
         document_bytes=document_bytes,
         detokenize=detokenize,
+        skip_invalid=skip_invalid,
         seed=seed,
         num_workers=workers,
     )
+    account: list[str] = []
     with progress_bar("prepare") as report:
-        manifest = run(sources, out, options, report)
+        manifest = run(sources, out, options, report, account.append)
     say(f"{out}: V = {manifest.vocab_size}, L = {manifest.seq_len}")
     for name, split in manifest.splits.items():
         say(
             f"  {name:<6}{split.documents:>10,} documents  {split.tokens:>13,} tokens  "
             f"{split.bytes:>14,} bytes  {split.rows:>9,} rows"
         )
+    if skipped := sum(source.get("skipped", 0) for source in manifest.sources):
+        account.append(f"left out {skipped:,} documents that cannot be read (--skip-invalid)")
+    for line in account:
+        say(f"  {line}")
 
 
 def datasets() -> None:

@@ -88,12 +88,15 @@ def _text(name: str, given: str | None, file: Path | None) -> str | None:
         raise UserError(f"a {name} and --{name}-file are both given; give one of them")
     if file is None:
         return given
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"the {name} file {file} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the {name} file {file} is not UTF-8 text (byte {error.start})") from None
+    from blockdiffusion.data.reading import read_text, text_suffix
+    from blockdiffusion.data.sources import JSON_SUFFIXES
+
+    if text_suffix(file) in JSON_SUFFIXES:
+        raise UserError(
+            f"the {name} file {file} is JSON by its name, and a {name} file is read as one plain "
+            "text: put the text alone into a .txt file"
+        )
+    return read_text(file, f"the {name} file {file}")
 
 
 @grouped

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.named import NamedSplit, parse_named
 from blockdiffusion.data.options import PrepareOptions
-from blockdiffusion.data.sources import Source, open_sources
+from blockdiffusion.data.sources import Source, few, open_sources
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import GIVEN
 from blockdiffusion.seeding import derive_seed
 
 
 class Corpus:
-    """The documents of all sources in order, and which of them are held out."""
+    """The documents of all sources in order, and which of them are held out.
+
+    Attributes:
+        groups: the sources of "train" and "valid".
+        left_out: what is not read in the folders, and why.
+        skipped: for each group, by a source's id: documents that could not be read, last time.
+    """
 
     def __init__(self, sources: Sequence[str], options: PrepareOptions) -> None:
         if not sources:
             raise UserError("there is no source to prepare: name files, a data set or python-docs")
         self.options = options
         self.groups: dict[str, list[Source]] = {"train": [], "valid": []}
+        self.left_out: list[str] = []
+        self.skipped: dict[str, Counter[int]] = {}
         for name in map(str, sources):
             if named := parse_named(name):
                 self.groups["train"].append(named.training())
@@ -41,7 +52,20 @@ class Corpus:
             field=options.field,
             documents=options.documents,
             document_bytes=options.document_bytes,
+            left_out=self.left_out,
         )
+
+    def account(self) -> Iterator[str]:
+        """What was read and what was not, a line each."""
+        sources = [source for group in self.groups.values() for source in group]
+        names = [
+            str(file)
+            for source in sources
+            for file in (isinstance(source, NamedSplit) and source.files) or [source.name]
+        ]
+        yield f"read {len(names):,} source{'s' * (len(names) > 1)}: {few(names)}"
+        if self.left_out:
+            yield f"left out {len(self.left_out):,}: {few(self.left_out)}"
 
     def signatures(self) -> list[dict[str, Any]]:
         """What tells this corpus from another; which sources are only for validation, too."""
@@ -57,11 +81,23 @@ class Corpus:
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     def documents(self, group: str) -> Iterator[tuple[Source, str]]:
-        """The documents of "train" or "valid" that are not blank, each with its source."""
+        """The documents of "train" or "valid" that are not blank, each with its source.
+
+        Raises:
+            UserError: more than `options.skip_invalid` documents of both cannot be read.
+        """
+        skipped = self.skipped[group] = Counter()
         for source in self.groups[group]:
-            for text in source.documents():
+            for text in source.documents(functools.partial(self._skip, skipped, source)):
                 if text.strip():
                     yield source, text
+
+    def _skip(self, skipped: Counter[int], source: Source, error: UserError) -> None:
+        skipped[id(source)] += 1
+        allowed = self.options.skip_invalid
+        if sum(counts.total() for counts in self.skipped.values()) > allowed:
+            more = f", which has left out {allowed:,} already" if allowed else ""
+            raise UserError(f"{error}, or leave such documents out by skip_invalid{more}") from None
 
     @property
     def draws(self) -> bool:
@@ -86,8 +122,16 @@ class Corpus:
         """Look before any work is done whether validation documents can be drawn.
 
         Raises:
-            UserError: there are not two documents.
+            UserError: there are not two documents; or a pipe would be read twice.
         """
+        if self.draws or self.options.tokenizer.startswith("bpe:"):
+            for name in (source.name for group in self.groups.values() for source in group):
+                if GIVEN.fullmatch(name) and not Path(name).is_file():
+                    raise UserError(
+                        f"{name} is a pipe, whose text comes once, and it is read twice to draw "
+                        "validation documents or to train a BPE: write it to a file, or give "
+                        "valid_fraction 0 and another tokenizer"
+                    )
         if self.draws and self.first_draw == 1:
             raise UserError(
                 "the sources hold one document, which cannot be split into training and "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blockdiffusion.data.hub import fetch_split
+from blockdiffusion.data.reading import TWICE, find, text_suffix, walk
 from blockdiffusion.data.registry import (
     DATA_SETS,
     CharacterRanges,
@@ -18,9 +19,18 @@ from blockdiffusion.data.registry import (
     LastDocuments,
     find_set,
 )
-from blockdiffusion.data.sources import JSON_SUFFIXES, Csv, JsonLines, Parquet, TextFile
+from blockdiffusion.data.sources import (
+    JSON_SUFFIXES,
+    Csv,
+    Invalid,
+    JsonLines,
+    Parquet,
+    TextFile,
+    refuse,
+)
 from blockdiffusion.data.splits import split_of
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import irregular
 
 PIECE_CHARACTERS = 65_536
 NO_TEXT = {".md", ".bin", ".len"}  # what is about a set, and what `prepare` writes
@@ -94,13 +104,13 @@ def parse_named(text: str) -> NamedSet | None:
     """
     head, equals, local = text.partition("=")
     name, _, split = head.partition(":")
-    path = Path(local).expanduser() if equals else None
-    if Path(text).expanduser().exists():
+    if find(text) is not None:
         return None
-    if name not in DATA_SETS and (path is None or not path.exists()):
+    path = find(local) if equals else None
+    if name not in DATA_SETS and path is None:
         return None
     data_set = find_set(name)
-    if path is not None and not path.exists():
+    if equals and path is None:
         raise UserError(f"there is no file or folder {local!r} to read {name} from")
     return NamedSet(data_set=data_set, split=split or None, path=path)
 
@@ -127,9 +137,9 @@ class NamedSplit:
             "files": [[name, found.st_size, found.st_mtime_ns] for name, found in status],
         }
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
         """The documents, still as the set has them: see `DataSet.detokenize`."""
-        rows = self._rows()
+        rows = self._rows(invalid)
         if self.data_set.documents == "article":
             return articles(rows)
         if self.data_set.documents == "paragraph":
@@ -138,7 +148,7 @@ class NamedSplit:
             return chain.from_iterable(map(pieces, rows))
         return rows
 
-    def _rows(self) -> Iterator[str]:
+    def _rows(self, invalid: Invalid) -> Iterator[str]:
         data_set = self.data_set
         files = fetch_split(data_set, self.split) if self.files is None else list(self.files)
         match data_set.cut:
@@ -147,7 +157,7 @@ class NamedSplit:
             case CharacterRanges(ranges=ranges) if self.files is not None and _is_whole(files):
                 begin, end = ranges[self.split]
                 return iter([_text(files[0])[begin:end]])
-        return chain.from_iterable(_open(file, data_set).documents() for file in files)
+        return chain.from_iterable(_open(file, data_set).documents(invalid) for file in files)
 
 
 # --- local files -------------------------------------------------------------------------------
@@ -159,25 +169,21 @@ def local_files(data_set: DataSet, split: str, path: Path) -> list[Path]:
     A set that is published as one is all files of the folder.
 
     Raises:
-        UserError: there are none, they are empty, or of several formats; or `path` is a file named
-            as another split.
+        UserError: there are none, they are empty, no files, or of several formats; or `path` is a
+            file named as another split.
     """
-    if path.is_file():
+    if not path.is_dir():
         said = None if data_set.is_one_body else split_of(Path(path.name))
         if said not in (None, split):
             raise UserError(
                 f"{path} is named as the split {said}, and {split} of {data_set.name} is asked "
                 f"for: name the right file, or say {data_set.name}:{said}={path}"
             )
+        reasons = {path: irregular(path.stat())}
         found = [path]
     else:
-        found = [
-            file
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            and file.suffix.lower() not in NO_TEXT
-        ]
+        reasons = {file: why for file, why in walk(path) if why != TWICE}
+        found = [file for file in reasons if text_suffix(file) not in NO_TEXT]
         uncut = isinstance(data_set.cut, CharacterRanges) and _is_whole(found)
         if not (data_set.is_one_body or uncut):
             found = [file for file in found if split_of(file.relative_to(path)) == split]
@@ -193,8 +199,8 @@ def local_files(data_set: DataSet, split: str, path: Path) -> list[Path]:
             f"({', '.join(sorted(kinds))}): name the one to read"
         )
     for file in found:
-        if file.stat().st_size == 0:
-            raise UserError(f"the file {file} is empty: get it again, it should have text in it")
+        if why := reasons[file]:
+            raise UserError(f"{file} is {why}: get it again, it should be a file with text in it")
     return found
 
 
@@ -204,7 +210,7 @@ def _is_whole(files: Sequence[Path]) -> bool:
 
 
 def _kind(file: Path) -> str:
-    suffix = file.suffix.lower()
+    suffix = text_suffix(file)
     if suffix in JSON_SUFFIXES:
         return "JSON lines"
     return {".parquet": "parquet", ".csv": "CSV"}.get(suffix, "text")

@@ -31,14 +31,18 @@ class PrepareOptions:
             round(1 / valid_fraction), drawn by `seed`, and at least one; 0 for none. Read only
             where `valid` is empty.
         valid: sources of the validation split; a named data set brings its own.
-        field: name of the text's field in JSON lines, parquet files and Hugging Face data sets.
+        field: name of the text's field in JSON lines, parquet files and Hugging Face data sets;
+            `a.b` is b inside a, unless a field is called that.
         documents: how a text file is cut to documents: `auto`, `file`, `line`, `blank-line`
             (see `sources.TextFile`).
         document_bytes: size above which `auto` cuts a file.
         detokenize: undoes a corpus's marks and spaces, see `detokenizers`; `none` keeps the text,
             but for named data sets, which bring their own.
+        skip_invalid: documents that may be left out because they cannot be read: their field is no
+            string, their line is no JSON, they are not UTF-8. Any more are an error.
         seed: of the train/validation split.
-        num_workers: worker processes; 0 for one per core. The result does not depend on it.
+        num_workers: worker processes; 0 for one per core, and never more than four per core. The
+            result does not depend on it.
 
     Raises:
         UserError: a value that is not allowed.
@@ -56,6 +60,7 @@ class PrepareOptions:
     documents: str = "auto"
     document_bytes: int = 65536
     detokenize: str = "none"
+    skip_invalid: int = 0
     seed: int = 0
     num_workers: int = 0
 
@@ -80,6 +85,8 @@ class PrepareOptions:
             raise UserError(
                 f"document_bytes is {self.document_bytes}: it must be from 16 to {most}"
             )
+        if self.skip_invalid < 0:
+            raise UserError(f"skip_invalid is {self.skip_invalid}: it must be 0 or more")
         if self.num_workers < 0:
             raise UserError(f"num_workers is {self.num_workers}: it must be 0 (all cores) or more")
         if self.tokenizer.startswith("bpe:") and not self.tokenizer[4:].isdecimal():

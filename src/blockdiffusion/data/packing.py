@@ -57,12 +57,16 @@ def prepare(
     out: str | Path,
     options: PrepareOptions,
     progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Make the directory `out` of token rows from `sources`; see `sources.open_sources`.
 
     A run that was stopped, at whatever moment, goes on when it is called again. A directory
     finished with the same options from the same sources is left as it is. Needs room for twice
     the tokens while it works.
+
+    Args:
+        tell: at the end gets a line about what was read, and one about what was left out, if any.
 
     Raises:
         UserError: bad options or sources; too little text; `out` holds something else, was made
@@ -72,12 +76,14 @@ def prepare(
     try:
         corpus = Corpus(sources, options)
         settings = {"options": options.content(), "sources": corpus.signatures()}
-        if finished := _finished(out, settings):
-            return finished
-        with _claimed(out):
-            return _prepare(corpus, out, settings, progress or _silent)
+        if (manifest := _finished(out, settings)) is None:
+            with _claimed(out):
+                manifest = _prepare(corpus, out, settings, progress or _silent)
     except OSError as error:
         raise storage_error(error, out) from error
+    for line in corpus.account():
+        tell(line)
+    return manifest
 
 
 def _silent(stage: str, done: int, total: int | None) -> None:
@@ -90,15 +96,15 @@ def _finished(out: Path, settings: dict[str, Any]) -> Manifest | None:
         return None
     manifest = Manifest.load(out)
     remedy = "name another directory, or delete this one to prepare it anew"
-    wanted = settings["options"]
+    wanted, were = settings["options"], PrepareOptions().content() | manifest.options
     if differing := [
-        f"{name}={manifest.options.get(name)!r}, not {value!r}"
+        f"{name}={were[name]!r}, not {value!r}"
         for name, value in wanted.items()
-        if manifest.options.get(name) != value
+        if were[name] != value
     ]:
         raise UserError(f"{out} was prepared with {'; '.join(differing)}: {remedy}")
     recorded = [
-        {name: value for name, value in source.items() if name != "documents"}
+        {name: value for name, value in source.items() if name not in ("documents", "skipped")}
         for source in manifest.sources
     ]
     if [source["name"] for source in recorded] != [s["name"] for s in settings["sources"]]:
@@ -172,8 +178,7 @@ def _prepare(corpus: Corpus, out: Path, settings: dict[str, Any], progress: Prog
         tokenizer=options.tokenizer,
         tokenizer_sha256=part_rules.tokenizer_sha256,
         sources=tuple(
-            signature | {"documents": count}
-            for signature, count in zip(settings["sources"], counts, strict=True)
+            signature | count for signature, count in zip(settings["sources"], counts, strict=True)
         ),
         options=settings["options"],
         splits=splits,
@@ -239,10 +244,10 @@ class Unit:
 
 def _tokenize(
     corpus: Corpus, parts: Path, rules: PartRules, progress: Progress
-) -> tuple[list[Unit], list[int]]:
-    """Every unit of the corpus in order, its part written; and the documents of each source."""
+) -> tuple[list[Unit], list[dict[str, int]]]:
+    """Every unit of the corpus in order, its part written; and what each source had, counted."""
     units: list[Unit] = []
-    counts = {id(source): 0 for group in corpus.groups.values() for source in group}
+    counts = {id(source): {"documents": 0} for group in corpus.groups.values() for source in group}
     total = corpus.num_bytes()
     done = 0
 
@@ -257,7 +262,7 @@ def _tokenize(
             first = 0
             for documents in _batches(corpus.documents(group), corpus.detokenizer):
                 for source, _ in documents:
-                    counts[id(source)] += 1
+                    counts[id(source)]["documents"] += 1
                 texts = [text for _, text in documents]
                 raw = [text.encode() for text in texts]
                 own = dataclasses.replace(rules, detokenize=corpus.detokenizer(documents[0][0]))
@@ -271,8 +276,12 @@ def _tokenize(
                     under_way.add(path)
                     yield Job(path, texts, num_bytes, own)
 
-    num_workers = corpus.options.num_workers or _num_cores()
+    cores = _num_cores()
+    num_workers = min(corpus.options.num_workers or cores, 4 * cores)  # more would only take memory
     run_jobs(missing(), num_workers, lambda job: count(job.num_bytes))
+    for skipped in corpus.skipped.values():
+        for source, number in skipped.items():
+            counts[source]["skipped"] = number
     return units, list(counts.values())
 
 
@@ -348,11 +357,15 @@ def _pack_unit(corpus: Corpus, unit: Unit, states: dict[str, _SplitState]) -> No
     assert len(lengths) == unit.num_documents
     numbers = range(unit.first_document, unit.first_document + unit.num_documents)
     is_valid = np.array([unit.group == "valid" or corpus.is_valid(n) for n in numbers])
+    at_once = max(1, SHARD_TOKENS // corpus.options.seq_len)  # short documents in very long rows
     for name, chosen in (("train", ~is_valid), ("valid", is_valid)):
         if chosen.any():
             state = states[name]
-            chosen_ids = ids[np.repeat(chosen, lengths)]
-            state.writer.write(*state.packer.add(chosen_ids, lengths[chosen]))
+            chosen_ids, ends = ids[np.repeat(chosen, lengths)], np.cumsum(lengths[chosen])
+            for first in range(0, len(ends), at_once):
+                some = lengths[chosen][first : first + at_once]
+                end = ends[first + len(some) - 1]
+                state.writer.write(*state.packer.add(chosen_ids[end - some.sum() : end], some))
             state.documents += int(chosen.sum())
             state.tokens += len(chosen_ids) + corpus.options.document_eos * int(chosen.sum())
             state.bytes += int(sizes[chosen].sum())
@@ -368,7 +381,7 @@ def _finish_split(name: str, state: _SplitState, rules: RowRules) -> Split:
         what = {"train": "training", "valid": "validation"}[name]
         more = {"train": "more text", "valid": "more validation text (valid, valid_fraction)"}[name]
         raise UserError(
-            f"the {what} text has {state.tokens} tokens, fewer than the {rules.payload} of one "
+            f"the {what} text has {state.tokens:,} tokens, fewer than the {rules.payload:,} of one "
             f"row: give {more} or a smaller seq_len"
         )
     state.writer.finish()

@@ -136,8 +136,10 @@ def run_jobs(jobs: Iterator[Job], num_workers: int, on_done: Callable[[Job], Non
             write_part(job)
             on_done(job)
         return
-    workers = [Worker() for _ in first]
+    workers: list[Worker] = []
     try:
+        for _ in first:
+            workers.append(Worker())
         _run_in(workers, jobs, on_done)
     finally:
         for worker in workers:
@@ -166,12 +168,21 @@ def _run_in(workers: list[Worker], jobs: Iterator[Job], on_done: Callable[[Job],
 
     with ThreadPoolExecutor(len(workers)) as threads:  # a thread waits for each worker
         for job in jobs:
-            pending[threads.submit(run, job)] = job
+            try:
+                pending[threads.submit(run, job)] = job
+            except RuntimeError as error:  # no more threads
+                raise _no_more_workers(error) from None
             # Enough to keep every worker busy; more would only hold text in memory.
             while len(pending) >= len(workers) + 2:
                 collect()
         while pending:
             collect()
+
+
+def _no_more_workers(error: Exception) -> UserError:
+    return UserError(
+        f"the system cannot start that many worker processes ({error}): give a smaller num_workers"
+    )
 
 
 class Worker:
@@ -185,12 +196,15 @@ class Worker:
     def __init__(self) -> None:
         # The same search path as here, whatever the caller did to it.
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", "from blockdiffusion.data.parts import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from blockdiffusion.data.parts import serve; serve()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+        except (OSError, MemoryError) as error:
+            raise _no_more_workers(error) from None
 
     def write_part(self, job: Job) -> None:
         """Have `job` done, and wait for it; raises what it raised there.
@@ -210,6 +224,11 @@ class Worker:
                 "memory?): run the same again, with a smaller num_workers if need be, it goes on "
                 "from what is already done"
             ) from None
+        if isinstance(error, MemoryError):
+            raise UserError(
+                "a worker process is out of memory: run the same again with a smaller num_workers, "
+                "it goes on from what is already done"
+            )
         if error is not None:
             raise error
 

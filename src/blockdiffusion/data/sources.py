@@ -9,27 +9,48 @@ import csv
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from blockdiffusion.data.python_docs import python_docs
 from blockdiffusion.data.python_source import python_source
+from blockdiffusion.data.reading import (
+    MAX_DOCUMENT_BYTES,
+    PACKED,
+    decode,
+    find,
+    import_arrow,
+    read_lines,
+    text_suffix,
+    too_long,
+    unpacked,
+    walk,
+)
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import EMPTY, check_regular
 
-MAX_DOCUMENT_BYTES = 64 * 2**20
 BUILT_IN = {"python-docs": python_docs, "python-source": python_source}
 DOCUMENT_RULES = ("auto", "file", "line", "blank-line")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 # What is surely meant as a file, so that a misspelt path is never looked up on the hub.
-FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".txt", ".md", ".rst", ".tokens", ".text", ".csv")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tokens", ".text", ".csv")
+FILE_SUFFIXES = (*JSON_SUFFIXES, *PACKED, ".parquet", *TEXT_SUFFIXES)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*(:[\w.\[\]%-]+)?)?")
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
-LINE_END = re.compile(rb"\n")
+LINE_END = re.compile(rb"\r\n|\n|\r")
+BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?:[ \t]*+(?>\r\n|\n|\r))+")
 SPACE = re.compile(rb" ")
+
+Invalid = Callable[[UserError], None]
+
+
+def refuse(error: UserError) -> None:
+    """What becomes of a document that cannot be read, if nobody says otherwise."""
+    raise error
 
 
 class Source(Protocol):
@@ -50,8 +71,11 @@ class Source(Protocol):
         """What tells this text from another, cheap to get: size and date, or name and version."""
         ...
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
         """The documents, in a fixed order.
+
+        Args:
+            invalid: told of each document that cannot be read; it is left out if this returns.
 
         Raises:
             UserError: the text is not what it should be; says where.
@@ -60,41 +84,53 @@ class Source(Protocol):
 
 
 def open_sources(
-    names: Sequence[str], *, field: str, documents: str, document_bytes: int
+    names: Sequence[str],
+    *,
+    field: str,
+    documents: str,
+    document_bytes: int,
+    left_out: list[str] | None = None,
 ) -> list[Source]:
     """The sources that `names` stand for, in this order; a folder gives one for each file.
 
     Args:
-        names: paths of text (any UTF-8), JSON lines, parquet files, or of folders of them (read
-            recursively, by name, without hidden ones); `python-docs`, `python-source`; or Hugging
-            Face data sets as `owner/name[:configuration[:split]]`. A path that exists comes before
-            a name.
-        field: where JSON lines, parquet files and data sets have the text.
+        names: paths of text (any UTF-8), JSON lines, both also packed (see `reading.PACKED`), of
+            parquet files, or of folders of them (see `reading.walk`); `python-docs`,
+            `python-source`; or Hugging Face data sets as `owner/name[:configuration[:split]]`. A
+            path that exists comes before a name.
+        field: where JSON lines, parquet files and data sets have the text, see `field_text`.
         documents: how text files are cut, see `TextFile`.
         document_bytes: see `TextFile`.
+        left_out: gets what is not read in folders, and why; not empty files.
 
     Raises:
-        UserError: a name stands for nothing, or for an empty file or folder.
+        UserError: a name stands for nothing, an empty file or folder, or what is no regular file.
     """
 
     def open_file(path: Path, name: str) -> Source:
-        if path.suffix.lower() in JSON_SUFFIXES:
+        if text_suffix(path) in JSON_SUFFIXES:
             return JsonLines(name, path, field)
-        if path.suffix.lower() == ".parquet":
+        if text_suffix(path) == ".parquet":
             return Parquet(name, path, field)
         return TextFile(name, path, documents, document_bytes)
 
     opened: list[Source] = []
     for name in names:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            files = [file for file in _walk(path) if file.stat().st_size > 0]
+        path = find(name)
+        if path is not None and path.is_dir():
+            found = dict(walk(path))
+            unread = [f"{file} ({why})" for file, why in found.items() if why not in (None, EMPTY)]
+            files = [open_file(file, str(file)) for file, why in found.items() if why is None]
             if not files:
-                raise UserError(f"the folder {name} holds no text: name one that has files in it")
-            opened += [open_file(file, str(file)) for file in files]
-        elif path.exists():
-            if path.is_file() and path.stat().st_size == 0:
-                raise UserError(f"the file {name} is empty: name one that has text in it")
+                but = f", but {few(unread)}" if unread else ""
+                raise UserError(
+                    f"the folder {name} holds no text{but}: name one that has files in it"
+                )
+            opened += files
+            if left_out is not None:
+                left_out += unread
+        elif path is not None:
+            check_regular(path)
             opened.append(open_file(path, name))
         elif name in BUILT_IN:
             opened.append(BuiltIn(name))
@@ -102,105 +138,103 @@ def open_sources(
             opened.append(HubDataset(name, field))
         else:
             raise UserError(
-                f"there is no file or folder {name!r}: give a path that exists, "
+                f"there is no file or folder {shown(name)}: give a path that exists, "
                 f"{', '.join(BUILT_IN)}, a set that `blockdiff datasets` lists, or a Hugging Face "
                 "data set as owner/name"
             )
     return opened
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path)
-        elif path.is_file():
-            yield path
-
-
-def _file_signature(name: str, path: Path) -> dict[str, Any]:
-    status = path.stat()
-    return {"name": name, "size": status.st_size, "modified_ns": status.st_mtime_ns}
+def few(items: Sequence[str]) -> str:
+    """The first of many things, in a line."""
+    more = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + more
 
 
 @dataclass(frozen=True, slots=True)
-class TextFile:
+class _File:
+    """What all sources that are files have."""
+
+    name: str
+    path: Path
+
+    @property
+    def size(self) -> int | None:
+        """None for what is packed, or has other things beside the text."""
+        is_plain = text_suffix(self.path) == self.path.suffix.lower() != ".parquet"
+        return self.path.stat().st_size if is_plain else None
+
+    def signature(self) -> dict[str, Any]:
+        status = self.path.stat()
+        return {"name": self.name, "size": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile(_File):
     """A UTF-8 text file, cut to documents by the rule `documents`.
 
     `file`: the file is one document. `line`: every line that is not blank is one. `blank-line`:
     blank lines stand between documents. `auto`: the file is one document, but one larger than
     `document_bytes` is cut after each `document_bytes` at the next blank line; where the same
     length again holds none, at the next line end, else at the next space. `auto` and `file` keep
-    every byte except a byte order mark.
+    every byte except a byte order mark, and no rule changes the line ends within a document.
     """
 
-    name: str
-    path: Path
     rule: str
     document_bytes: int
 
-    @property
-    def size(self) -> int | None:
-        return self.path.stat().st_size
-
-    def signature(self) -> dict[str, Any]:
-        return _file_signature(self.name, self.path)
-
-    def documents(self) -> Iterator[str]:
-        cut: dict[str, Callable[[], Iterator[tuple[int, bytes]]]] = {
+    def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
+        cut: dict[str, Callable[[BinaryIO], Iterator[tuple[int, bytes]]]] = {
             "auto": self._pieces,
             "file": self._whole,
             "line": self._lines,
             "blank-line": self._paragraphs,
         }
-        for offset, raw in cut[self.rule]():
-            if offset == 0:
-                raw = raw.removeprefix(BYTE_ORDER_MARK)
-            yield _decode(raw, self.name, offset)
+        with unpacked(self.path, self.name) as file:
+            for offset, raw in cut[self.rule](file):
+                try:
+                    text = decode(raw, self.name, offset)
+                except UserError as error:
+                    invalid(error)
+                else:
+                    yield text
 
-    def _pieces(self) -> Iterator[tuple[int, bytes]]:
+    def _pieces(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         buffer, offset = b"", 0
-        with open(self.path, "rb") as file:
-            while True:
-                buffer += file.read(2 * self.document_bytes - len(buffer))
-                if len(buffer) <= self.document_bytes:
-                    break
-                end = _cut(buffer, self.document_bytes, 2 * self.document_bytes)
-                yield offset, buffer[:end]
-                buffer, offset = buffer[end:], offset + end
+        while True:
+            buffer += file.read(2 * self.document_bytes - len(buffer))
+            if len(buffer) <= self.document_bytes:
+                break
+            end = _cut(buffer, self.document_bytes, 2 * self.document_bytes)
+            yield offset, buffer[:end]
+            buffer, offset = buffer[end:], offset + end
         if buffer:
             yield offset, buffer
 
-    def _whole(self) -> Iterator[tuple[int, bytes]]:
-        with open(self.path, "rb") as file:
-            raw = file.read(MAX_DOCUMENT_BYTES + 1)
+    def _whole(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+        raw = file.read(MAX_DOCUMENT_BYTES + 1)
         if len(raw) > MAX_DOCUMENT_BYTES:
-            raise _too_long(self.name, "documents=auto")
+            raise too_long(self.name, "documents=auto")
         yield 0, raw
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        with open(self.path, "rb") as file:
-            for _, offset, line in _read_lines(file, self.name):
-                if line.strip():
-                    yield offset, line.rstrip(b"\r\n")
+    def _lines(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+        for _, offset, line in read_lines(file, self.name):
+            if line.strip():
+                yield offset, line.rstrip(b"\r\n")
 
-    def _paragraphs(self) -> Iterator[tuple[int, bytes]]:
-        lines: list[bytes] = []
-        start = length = 0
-        with open(self.path, "rb") as file:
-            for _, offset, line in _read_lines(file, self.name):
-                if line.strip():
-                    start = start if lines else offset
-                    lines.append(line)
-                    length = length + len(line)
-                    if length > MAX_DOCUMENT_BYTES:
-                        raise _too_long(self.name, "documents=auto")
-                elif lines:
-                    yield start, b"".join(lines).rstrip(b"\r\n")
-                    lines, length = [], 0
-        if lines:
-            yield start, b"".join(lines).rstrip(b"\r\n")
+    def _paragraphs(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+        paragraph, start = bytearray(), 0
+        for _, offset, line in read_lines(file, self.name):
+            if line.strip():
+                start = start if paragraph else offset
+                paragraph += line
+                if len(paragraph) > MAX_DOCUMENT_BYTES:
+                    raise too_long(self.name, "documents=auto")
+            elif paragraph:
+                yield start, bytes(paragraph).rstrip(b"\r\n")
+                paragraph.clear()
+        if paragraph:
+            yield start, bytes(paragraph).rstrip(b"\r\n")
 
 
 def _cut(buffer: bytes, start: int, window: int) -> int:
@@ -208,8 +242,10 @@ def _cut(buffer: bytes, start: int, window: int) -> int:
 
     `window` is the length of a full buffer; a shorter one is the end of the file.
     """
+    # Where more is to come, a CR may be half of a CR LF.
+    known = len(buffer) - (len(buffer) == window and buffer.endswith(b"\r"))
     for pattern in (BLANK_LINE, LINE_END, SPACE):
-        if match := pattern.search(buffer, start):
+        if match := pattern.search(buffer, start, known):
             return match.end()
     if len(buffer) < window:
         return len(buffer)
@@ -219,116 +255,139 @@ def _cut(buffer: bytes, start: int, window: int) -> int:
     return end
 
 
-def _read_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, int, bytes]]:
-    """(number from 1, byte offset, line with its end) for each line."""
-    number = offset = 0
-    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
-        number += 1
-        if len(line) > MAX_DOCUMENT_BYTES:
-            raise _too_long(f"line {number} of {name}", "shorter lines")
-        yield number, offset, line
-        offset += len(line)
+# --- rows with fields --------------------------------------------------------------------------
 
 
-def _decode(raw: bytes, name: str, offset: int) -> str:
-    if (zero := raw.find(b"\0")) >= 0:
+def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
+    """The text of a record: its key `field`, else what the names between the dots lead to.
+
+    Raises:
+        UserError: there is none, or it is no string that can be a document.
+    """
+    value: Any = record
+    for key in [field] if field in record else field.split("."):
+        if not isinstance(value, Mapping) or key not in value:
+            raise _no_field(where, field, list(record))
+        value = value[key]
+    if not isinstance(value, str):
         raise UserError(
-            f"{name} is not a text file (a NUL byte at byte offset {offset + zero}): leave it "
-            "out, unpack it, or convert it to UTF-8"
+            f"{where} has no string {field!r}: {_kind(value)} stands there; mend it, or name the "
+            "text's with field=..."
         )
+    if len(value) > MAX_DOCUMENT_BYTES:
+        raise too_long(where, "shorter documents")
     try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
+        value.encode()
+    except UnicodeEncodeError:
         raise UserError(
-            f"{name} is not UTF-8 text (at byte offset {offset + error.start}): convert it to "
-            "UTF-8 or leave it out"
+            f"{where} holds half a surrogate pair, which is no character: mend it"
         ) from None
+    return value
 
 
-def _too_long(what: str, instead: str) -> UserError:
+def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
+    there = ", ".join(map(shown, names[:8])) or "none"
     return UserError(
-        f"{what} is one document of more than {MAX_DOCUMENT_BYTES // 2**20} MiB, which would not "
-        f"fit in memory: use {instead}"
+        f"{where} has no string {field!r} (its fields: {there}): name the text's with field=..."
     )
 
 
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    for kind, words in ((bool, "a truth value"), (int | float, "a number"), (list, "a list"),
+                        (Mapping, "an object"), (bytes, "a string of bytes")):  # fmt: skip
+        if isinstance(value, kind):
+            return words
+    return f"a value of type {type(value).__name__}"
+
+
+def shown(text: str) -> str:
+    """A text from outside in a sentence, cut where it is long."""
+    return repr(text if len(text) <= 100 else text[:100] + "...")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"the key {shown(counts.most_common(1)[0][0])} stands twice")
+    return record
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_unique)
+
+
 @dataclass(frozen=True, slots=True)
-class JsonLines:
+class JsonLines(_File):
     """A file with one JSON object a line; the document is its string `field`."""
 
-    name: str
-    path: Path
     field: str
 
-    @property
-    def size(self) -> int | None:
-        return self.path.stat().st_size
-
-    def signature(self) -> dict[str, Any]:
-        return _file_signature(self.name, self.path)
-
-    def documents(self) -> Iterator[str]:
-        with open(self.path, "rb") as file:
-            for number, offset, raw in _read_lines(file, self.name):
-                raw = raw.removeprefix(BYTE_ORDER_MARK) if number == 1 else raw
-                if line := _decode(raw, self.name, offset).strip():
-                    yield self._text(line, number)
+    def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
+        is_first = True
+        with unpacked(self.path, self.name) as file:
+            for number, offset, raw in read_lines(file, self.name):
+                try:
+                    if not (line := decode(raw, self.name, offset).strip()):
+                        continue
+                    text = None if is_first and line[0] == "[" else self._text(line, number)
+                except UserError as error:
+                    invalid(error)
+                else:
+                    if text is None:
+                        raise UserError(
+                            f"{self.name} is one JSON array: write one object per line, as "
+                            "jq -c '.[]' does"
+                        )
+                    yield text
+                is_first = False
 
     def _text(self, line: str, number: int) -> str:
         where = f"line {number} of {self.name}"
         try:
-            record = json.loads(line)
+            record = JSON.decode(line)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{where} is not JSON ({error}): every line must be a JSON object"
+                f"{where} is not JSON ({error}): every line must be one whole JSON object, as "
+                "jq -c . writes them"
             ) from None
         if not isinstance(record, dict):
-            raise UserError(f"{where} is not a JSON object: every line must be one, with the text")
-        text = record.get(self.field)
-        if not isinstance(text, str):
-            raise _no_field(where, self.field, list(record))
-        if not _is_unicode(text):
-            raise UserError(f"{where} holds half a surrogate pair, which is no character: mend it")
-        return text
+            raise UserError(
+                f"{where} is not a JSON object but {_kind(record)}: every line must be one, with "
+                "the text"
+            )
+        return field_text(record, self.field, where)
 
 
 @dataclass(frozen=True, slots=True)
-class Csv:
+class Csv(_File):
     """A CSV file (UTF-8, commas, double quotes); the document is the column `field`.
 
     Without a header that names `field` the columns are called `columns`; those of the same name are
     joined with a space.
     """
 
-    name: str
-    path: Path
     field: str
     columns: tuple[str, ...] = ()
 
-    @property
-    def size(self) -> int | None:
-        return self.path.stat().st_size
-
-    def signature(self) -> dict[str, Any]:
-        return _file_signature(self.name, self.path)
-
-    def documents(self) -> Iterator[str]:
+    def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
         csv.field_size_limit(MAX_DOCUMENT_BYTES)
-        number = 0
+        number, columns = 0, self.columns
         try:
-            with open(self.path, encoding="utf-8-sig", newline="") as file:
-                columns: Sequence[str] = ()
-                for row in csv.reader(file, skipinitialspace=True, strict=True):
+            with unpacked(self.path, self.name) as file:
+                lines = (decode(raw, self.name, at) for _, at, raw in read_lines(file, self.name))
+                for row in csv.reader(lines, skipinitialspace=True, strict=True):
                     number += 1
                     if number == 1 and self.field in row:
-                        columns = row
-                        continue
-                    columns = columns or self.columns
-                    if self.field not in columns or len(row) != len(columns):
-                        raise _no_field(f"row {number} of {self.name}", self.field, columns or row)
-                    named = zip(columns, row, strict=True)
-                    yield " ".join(text for column, text in named if column == self.field)
-        except (csv.Error, UnicodeDecodeError) as error:
+                        columns = tuple(row)
+                    elif self.field not in columns or len(row) != len(columns):
+                        where = f"row {number} of {self.name}"
+                        invalid(_no_field(where, self.field, columns or row))
+                    else:
+                        named = zip(columns, row, strict=True)
+                        yield " ".join(text for column, text in named if column == self.field)
+        except csv.Error as error:
             raise UserError(
                 f"{self.name} cannot be read as CSV (after row {number}: {error}): it must be "
                 "UTF-8 with commas and double quotes"
@@ -336,36 +395,35 @@ class Csv:
 
 
 @dataclass(frozen=True, slots=True)
-class Parquet:
+class Parquet(_File):
     """A parquet file; the document is the string column `field`."""
 
-    name: str
-    path: Path
     field: str
 
-    @property
-    def size(self) -> int | None:
-        return None  # compressed, and with other columns beside the text
-
-    def signature(self) -> dict[str, Any]:
-        return _file_signature(self.name, self.path)
-
-    def documents(self) -> Iterator[str]:
-        arrow, parquet = import_arrow(self.name)
-        try:
-            with parquet.ParquetFile(self.path) as table:
-                names = table.schema_arrow.names
-                if self.field not in names:
+    def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
+        with self._opened() as table:
+            names = table.schema_arrow.names
+            top = self.field if self.field in names else self.field.partition(".")[0]
+            number = 0
+            for batch in table.iter_batches(batch_size=256, columns=[self.field]):
+                if top not in batch.schema.names:
                     raise _no_field(self.name, self.field, names)
-                number = 0
-                for batch in table.iter_batches(batch_size=256, columns=[self.field]):
-                    for text in batch.column(0).to_pylist():
-                        number += 1
-                        if not isinstance(text, str):
-                            raise _no_field(f"row {number} of {self.name}", self.field, names)
+                for value in batch.column(batch.schema.names.index(top)):
+                    number += 1
+                    try:
+                        text = self._text(top, value, f"row {number} of {self.name}")
+                    except UserError as error:
+                        invalid(error)
+                    else:
                         yield text
-        except arrow.ArrowException as error:
-            raise _no_parquet(self.name, error) from None
+
+    def _text(self, top: str, value: Any, where: str) -> str:
+        try:
+            return field_text({top: value.as_py()}, self.field, where)
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{where} is not UTF-8 text (at byte {error.start} of {self.field!r}): mend it"
+            ) from None
 
     def num_rows(self) -> int:
         """The rows of the file, from what stands at its end.
@@ -373,33 +431,22 @@ class Parquet:
         Raises:
             UserError: it is no whole parquet file.
         """
+        with self._opened() as table:
+            return table.metadata.num_rows
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        if self.path.suffix.lower() in PACKED:
+            raise UserError(f"{self.name} is packed, which parquet files are inside: unpack it")
         arrow, parquet = import_arrow(self.name)
         try:
             with parquet.ParquetFile(self.path) as table:
-                return table.metadata.num_rows
-        except arrow.ArrowException as error:
-            raise _no_parquet(self.name, error) from None
-
-
-def import_arrow(name: str) -> tuple[Any, Any]:
-    """pyarrow and its parquet module, to read `name` with.
-
-    Raises:
-        UserError: they are not installed.
-    """
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(
-            f"reading {name} needs pyarrow: pip install 'blockdiffusion[data]'"
-        ) from None
-    return arrow, parquet
-
-
-def _no_parquet(name: str, error: Exception) -> UserError:
-    first_line = str(error).partition("\n")[0]
-    return UserError(f"{name} cannot be read as parquet: {first_line}")
+                yield table
+        except (arrow.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:
+                raise  # the disk's
+            first_line = str(error).partition("\n")[0]
+            raise UserError(f"{self.name} cannot be read as parquet: {first_line}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,7 +463,7 @@ class HubDataset:
     def signature(self) -> dict[str, Any]:
         return {"name": self.name}
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
         repository, _, rest = self.name.partition(":")
         configuration, _, split = rest.partition(":")
         try:
@@ -444,11 +491,12 @@ class HubDataset:
             if row is None:
                 return
             number += 1
-            if not isinstance(text := row.get(self.field), str):
-                raise _no_field(f"row {number} of {self.name}", self.field, list(row))
-            if not _is_unicode(text):
-                raise UserError(f"row {number} of {self.name} holds half a surrogate pair")
-            yield text
+            try:
+                text = field_text(row, self.field, f"row {number} of {self.name}")
+            except UserError as error:
+                invalid(error)
+            else:
+                yield text
 
     def _failure(self, error: Exception) -> UserError:
         if "script" in str(error).lower():
@@ -478,20 +526,5 @@ class BuiltIn:
 
         return {"name": self.name, "python": platform.python_version()}
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
         yield from BUILT_IN[self.name]()
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
-    shown = ", ".join(map(repr, names[:8])) or "none"
-    return UserError(
-        f"{where} has no string {field!r} (its fields: {shown}): name the text's with field=..."
-    )
