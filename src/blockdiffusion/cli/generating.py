@@ -52,16 +52,16 @@ def sample(
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Generate text, from nothing or after a prompt."""
-    from blockdiffusion.sampling import finish, prepare_prompts
-    from blockdiffusion.sampling import stream as events_of
-    from blockdiffusion.terminal import show_stream
-
     if stream and (json_lines or num_samples != 1):
         raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
     text = _text("prompt", prompt, prompt_file)
     network = load_sampler(model, device, dtype)
-    generator, used_seed = _generator(seed)
+    from blockdiffusion.sampling import finish, prepare_prompts
+    from blockdiffusion.sampling import stream as events_of
+
+    used_seed = _used(seed)
     prompts = prepare_prompts(network, text, num_samples, bos)
+    _warn_of_a_last_space(network, text)
     events = events_of(
         network,
         prompts,
@@ -73,12 +73,14 @@ def sample(
         **vars(filters),
         use_cache=cache,
         window=window,
-        generator=generator,
+        seed=used_seed,
     )
     if stream:
-        show_stream(events, network.tokenizer, prompts[0])
+        from blockdiffusion.terminal import show_stream
+
+        show_stream(events, network.tokenizer, prompts[0], text)
         return
-    _print_samples(finish(network, events), used_seed, json_lines)
+    _print_samples(finish(network, events, [text]), used_seed, json_lines)
 
 
 def _text(name: str, given: str | None, file: Path | None) -> str | None:
@@ -115,33 +117,42 @@ def infill(
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Fill what is missing in a text; a gap sees its own block and all that is before."""
-    from blockdiffusion.sampling import infill as fill
-
     text = _text("template", template, template_file)
     if text is None:
         raise UserError("there is no template; give a text with [MASK] in it, or --template-file")
     network = load_sampler(model, device, dtype)
-    generator, used_seed = _generator(seed)
+    from blockdiffusion.sampling import infill as fill
+
+    used_seed = _used(seed)
     filled = fill(
         network,
         text,
         num_samples,
         bos=bos,
-        generator=generator,
+        seed=used_seed,
         **vars(policy),
         **vars(filters),
     )
     _print_samples(filled, used_seed, json_lines)
 
 
-def _generator(seed: int | None) -> tuple[Any, int]:
-    """A source of randomness, and its seed: the given one, or any."""
+def _used(seed: int | None) -> int:
+    """The given seed, or any."""
     import torch
 
-    from blockdiffusion.seeding import seeded
+    return torch.Generator().seed() if seed is None else seed
 
-    used = torch.Generator().seed() if seed is None else seed
-    return seeded(used), used
+
+def _warn_of_a_last_space(network: Any, prompt: str | None) -> None:
+    from blockdiffusion.text import goes_on_inside_a_word
+
+    if prompt is not None and goes_on_inside_a_word(network.tokenizer, prompt):
+        typer.echo(
+            "blockdiff: warning: the prompt ends in a space, which this model's tokenizer keeps "
+            "together with the word behind it, so the text goes on inside a word; leave the last "
+            "space out",
+            err=True,
+        )
 
 
 def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
@@ -160,11 +171,15 @@ def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
                 "tokens_per_forward": float(result.tokens_per_forward[row]),
                 "seed": seed,
             }
-            typer.echo(json.dumps(values, ensure_ascii=False))
+            _write(json.dumps(values))  # in ASCII: whole JSON on any terminal
         else:
             if len(result.sequences) > 1:
-                typer.echo(f"--- sample {row + 1} of {len(result.sequences)}")
-            typer.echo(" ".join(map(str, ids)) if text is None else text)
+                _write(f"--- sample {row + 1} of {len(result.sequences)}")
+            _write(" ".join(map(str, ids)) if text is None else text)
+
+
+def _write(text: str) -> None:
+    print(text, flush=True)  # `typer.echo` would write UTF-8 where the output is ASCII
 
 
 @grouped
