@@ -12,6 +12,7 @@ import torch
 import blockdiffusion
 from blockdiffusion.cli import main
 from blockdiffusion.errors import UserError
+from blockdiffusion.sampling import DoneEvent
 from blockdiffusion.sampling.infilling import MOST_MASKS, prepare_templates
 from tests.command import blockdiff
 from tests.tokenizer_kinds import KINDS
@@ -145,8 +146,9 @@ def test_a_seed_repeats_a_draw(make_model):
         with pytest.raises(UserError, match="seed is -1"):
             sample(model, what, bos=False, seed=-1)
     *_, done = blockdiffusion.stream(model, [1, 2], 8, bos=False, seed=3)
+    assert isinstance(done, DoneEvent)
     whole = blockdiffusion.generate(model, [1, 2], 8, bos=False, seed=3)
-    assert whole.lengths.equal(done.lengths)
+    assert whole.sequences.equal(done.ids[:, : whole.sequences.shape[1]])
 
 
 def test_generate_says_what_it_takes():
