@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -74,6 +75,13 @@ def test_text_that_is_not_utf8(command, saved):
     run = blockdiff(name, saved("bytes"), *text)
     assert run.returncode == 2 and "is no UTF-8" in run.stderr
     assert len(run.stderr.splitlines()) == 1
+
+
+def test_utf8_in_a_locale_without_letters(saved, monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    typed = "café".encode().decode("ascii", "surrogateescape")
+    run = blockdiff("sample", saved("bytes"), "--prompt", typed, "--max-new-tokens", 2)
+    assert run.returncode == 0 and run.stdout.startswith("café")
 
 
 @pytest.mark.parametrize("masks", [

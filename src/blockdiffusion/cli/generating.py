@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,7 +56,7 @@ def sample(
     """Generate text, from nothing or after a prompt."""
     if stream and (json_lines or num_samples != 1):
         raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
-    text = _text("prompt", prompt, prompt_file)
+    text = _text("prompt", _typed(prompt), prompt_file)
     network = load_sampler(model, device, dtype)
     from blockdiffusion.sampling import finish, prepare_prompts
     from blockdiffusion.sampling import stream as events_of
@@ -81,6 +83,17 @@ def sample(
         show_stream(events, network.tokenizer, prompts[0], text)
         return
     _print_samples(finish(network, events, [text]), used_seed, json_lines)
+
+
+def _typed(text: str | None) -> str | None:
+    """A text of the command line, where the locale (C) has no such letters but its bytes are UTF-8;
+    what is no UTF-8 either is refused when it is tokenised."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        with contextlib.suppress(UnicodeDecodeError):
+            return os.fsencode(error.object).decode()
+    return text
 
 
 def _text(name: str, given: str | None, file: Path | None) -> str | None:
@@ -117,7 +130,7 @@ def infill(
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Fill what is missing in a text; a gap sees its own block and all that is before."""
-    text = _text("template", template, template_file)
+    text = _text("template", _typed(template), template_file)
     if text is None:
         raise UserError("there is no template; give a text with [MASK] in it, or --template-file")
     network = load_sampler(model, device, dtype)
