@@ -11,6 +11,7 @@ LAYERS = [
     ["errors", "escape", "recording"],
     [
         "files",
+        "from_pretrained",
         "seeding",
         "ranks",
         "devices",
@@ -19,6 +20,7 @@ LAYERS = [
         "masks",
         "objectives",
         "cache",
+        "text",
     ],
     ["corruption", "attention", "denoiser"],
     ["diffusions", "costs"],

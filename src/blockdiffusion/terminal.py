@@ -24,6 +24,7 @@ from rich.table import Column
 from rich.text import Text
 
 from blockdiffusion.escape import say, terminal
+from blockdiffusion.text import Detokenizer, token_text
 
 if TYPE_CHECKING:
     from blockdiffusion.data.packing import Progress as Stages
@@ -117,8 +118,10 @@ def _time_left(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> Event:
-    """Draws one sample while it is denoised; returns the last event.
+def show_stream(
+    events: Iterator[Event], tokenizer: Any, prompt: list[int], text: str | None = None
+) -> Event:
+    """Draws one sample while it is denoised; returns the last event. `text` is its prompt's.
 
     On a terminal the current block fills in token by token; elsewhere the text of each finished
     block is printed. A long text costs no more per token than a short one.
@@ -126,7 +129,7 @@ def show_stream(events: Iterator[Event], tokenizer: Any, prompt: list[int]) -> E
     from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
 
     console = Console()
-    view = _SampleView(tokenizer, prompt)
+    view = _SampleView(tokenizer, prompt, text)
     if not console.is_terminal:
         return _print_blocks(events, view)
     with Live(
@@ -167,17 +170,15 @@ def _print_blocks(events: Iterator[Event], view: _SampleView) -> Event:
 class _SampleView:
     """The first row's tokens as text: given, finished, just decided, hidden.
 
-    `shown` is the text of the finished tokens but for what was taken or settled before. The text
-    grows by decoding the last tokens only.
+    `shown` is the text of the finished tokens but for what was taken or settled before.
     """
 
-    def __init__(self, tokenizer: Any, prompt: list[int]):
+    def __init__(self, tokenizer: Any, prompt: list[int], text: str | None):
         self.tokenizer = tokenizer
-        self.finished = list(prompt)
+        self.finished = len(prompt)  # tokens
         self.block: dict[int, int] = {}
-        self.context = self.known = 0  # tokens: decoded again, and with their text in `shown`
-        self.shown = ""
-        self._grow()
+        self.stream = Detokenizer(tokenizer)
+        self.shown = self.stream.give(prompt, text)
         self.given = len(self.shown)  # characters of the prompt in `shown`
 
     def decide(self, event: Any) -> None:
@@ -187,14 +188,13 @@ class _SampleView:
     def finish(self, event: Any) -> None:
         """Adds a block, up to where the kept text ends."""
         start, end = int(event.starts[0]), int(event.ends[0])
-        del self.finished[start:]
-        self.finished += event.ids[0].tolist()[: end - start]
+        self.shown += self.stream.push(event.ids[0].tolist()[self.finished - start : end - start])
+        self.finished = end
         self.block = {}
-        self._grow()
 
     def end(self) -> None:
-        """There is no more: what waited for the rest of its character is shown as it is."""
-        self._grow(last=True)
+        """There is no more: what waited for later tokens is shown as it is."""
+        self.shown += self.stream.end()
         self.block = {}
 
     def take(self) -> str:
@@ -211,32 +211,14 @@ class _SampleView:
         self.shown, self.given = self.shown[cut + 1 :], max(self.given - cut - 1, 0)
         return lines
 
-    def decode(self, ids: list[int]) -> str:
-        if self.tokenizer is None:
-            return "".join(f"{token} " for token in ids)
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _grow(self, last: bool = False) -> None:
-        """Adds the text of new finished tokens; half a character waits for its other half.
-
-        A token's text may depend on the token before it (a space, a character of two tokens), so
-        what was added last is decoded once more and compared.
-        """
-        if len(self.finished) == self.known:
-            return
-        before = self.decode(self.finished[self.context : self.known])
-        now = self.decode(self.finished[self.context :])
-        if last or not now.endswith("\ufffd"):
-            self.shown += now[len(before) :]
-            self.context, self.known = self.known, len(self.finished)
-
     def text(self) -> Text:
         out = _styled(self.shown, self.given)
         if self.block:
             last = max(self.block)
-            for position in range(len(self.finished), last + 1):
+            for position in range(self.finished, last + 1):
                 if position in self.block:
-                    out.append(terminal(self.decode([self.block[position]])), style="bold green")
+                    text = token_text(self.tokenizer, self.block[position])
+                    out.append(terminal(text), style="bold green")
                 else:
                     out.append(HIDDEN, style="dim")
             out.append(HIDDEN, style="dim")

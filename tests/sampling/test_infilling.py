@@ -152,7 +152,7 @@ def test_holes_of_a_text(make_model):
     model = make_model()
     model.tokenizer = Letters()
     [row] = prepare_templates(model, "a cab[MASK:3] fed[MASK] a[MASK]", 1, False)
-    assert row == [0, 6, 2, 0, 1, 12, 12, 12, 6, 5, 4, 3, 12, 6, 0, 12]
+    assert row.ids == [0, 6, 2, 0, 1, 12, 12, 12, 6, 5, 4, 3, 12, 6, 0, 12]
     [text] = infill(model, "a cab[MASK:3] fed[MASK] a[MASK]", bos=False, generator=seeded()).texts
     assert len(text) == 16 and text.startswith("a cab") and text[8:12] == " fed"
 

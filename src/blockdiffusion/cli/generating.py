@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,16 +55,16 @@ def sample(
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Generate text, from nothing or after a prompt."""
-    from blockdiffusion.sampling import finish, prepare_prompts
-    from blockdiffusion.sampling import stream as events_of
-    from blockdiffusion.terminal import show_stream
-
     if stream and (json_lines or num_samples != 1):
         raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
-    text = _text("prompt", prompt, prompt_file)
+    text = _text("prompt", _typed(prompt), prompt_file)
     network = load_sampler(model, device, dtype)
-    generator, used_seed = _generator(seed)
+    from blockdiffusion.sampling import finish, prepare_prompts
+    from blockdiffusion.sampling import stream as events_of
+
+    used_seed = _used(seed)
     prompts = prepare_prompts(network, text, num_samples, bos)
+    _warn_of_a_last_space(network, text)
     events = events_of(
         network,
         prompts,
@@ -74,12 +76,25 @@ def sample(
         **vars(filters),
         use_cache=cache,
         window=window,
-        generator=generator,
+        seed=used_seed,
     )
     if stream:
-        show_stream(events, network.tokenizer, prompts[0])
+        from blockdiffusion.terminal import show_stream
+
+        show_stream(events, network.tokenizer, prompts[0], text)
         return
-    _print_samples(finish(network, events), used_seed, json_lines)
+    _print_samples(finish(network, events, [text]), used_seed, json_lines)
+
+
+def _typed(text: str | None) -> str | None:
+    """A text of the command line, where the locale (C) has no such letters but its bytes are UTF-8;
+    what is no UTF-8 either is refused when it is tokenised."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        with contextlib.suppress(UnicodeDecodeError):
+            return os.fsencode(error.object).decode()
+    return text
 
 
 def _text(name: str, given: str | None, file: Path | None) -> str | None:
@@ -119,31 +134,42 @@ def infill(
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Fill what is missing in a text; a gap sees its own block and all that is before."""
-    from blockdiffusion.sampling import infill as fill
-
-    text = _text("template", template, template_file)
+    text = _text("template", _typed(template), template_file)
     if text is None:
         raise UserError("there is no template; give a text with [MASK] in it, or --template-file")
     network = load_sampler(model, device, dtype)
-    generator, used_seed = _generator(seed)
+    from blockdiffusion.sampling import infill as fill
+
+    used_seed = _used(seed)
     filled = fill(
         network,
         text,
         num_samples,
         bos=bos,
-        generator=generator,
+        seed=used_seed,
         **vars(policy),
         **vars(filters),
     )
     _print_samples(filled, used_seed, json_lines)
 
 
-def _generator(seed: int | None) -> tuple[Any, int]:
-    """A source of randomness, and its seed: the given one, or any."""
-    from blockdiffusion.seeding import fresh_seed, seeded
+def _used(seed: int | None) -> int:
+    """The given seed, or any."""
+    from blockdiffusion.seeding import fresh_seed
 
-    used = fresh_seed() if seed is None else seed
-    return seeded(used), used
+    return fresh_seed() if seed is None else seed
+
+
+def _warn_of_a_last_space(network: Any, prompt: str | None) -> None:
+    from blockdiffusion.text import goes_on_inside_a_word
+
+    if prompt is not None and goes_on_inside_a_word(network.tokenizer, prompt):
+        say(
+            "blockdiff: warning: the prompt ends in a space, which this model's tokenizer keeps "
+            "together with the word behind it, so the text goes on inside a word; leave the last "
+            "space out",
+            err=True,
+        )
 
 
 def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
@@ -162,7 +188,7 @@ def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
                 "tokens_per_forward": float(result.tokens_per_forward[row]),
                 "seed": seed,
             }
-            say(json.dumps(values, ensure_ascii=False))
+            say(json.dumps(values))  # in ASCII: whole JSON on any terminal
         else:
             if len(result.sequences) > 1:
                 say(f"--- sample {row + 1} of {len(result.sequences)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,25 @@ def device_of(name: str) -> Any:
 
 
 def load_model(model: str, device: str, dtype: str) -> Any:
+    with _told_to_wait(f"loading {model}"):
+        return _load(model, device, dtype)
+
+
+@contextmanager
+def _told_to_wait(line: str) -> Iterator[None]:
+    """Shows a line on standard error meanwhile, where a person waits in front of a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.text import Text
+
+    from blockdiffusion.terminal import error_console
+
+    with error_console().status(Text(line), spinner="line"):
+        yield
+
+
+def _load(model: str, device: str, dtype: str) -> Any:
     import torch
 
     from blockdiffusion.models.formats import load
@@ -36,9 +58,10 @@ def load_model(model: str, device: str, dtype: str) -> Any:
 
 def load_sampler(model: str, device: str, dtype: str) -> Any:
     """The network as a copy made for sampling; `dtype` may be int8, too."""
+    network = load_unquantised(model, device, dtype)
     from blockdiffusion.models.inference import sampling_copy
 
-    return sampling_copy(load_unquantised(model, device, dtype), int8=dtype == INT8)
+    return sampling_copy(network, int8=dtype == INT8)
 
 
 def load_unquantised(model: str, device: str, dtype: str) -> Any:

@@ -11,9 +11,11 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.from_pretrained import from_pretrained
+from blockdiffusion.text import byte_letters
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,14 +70,12 @@ def _load_folder(path: Path) -> PreTrainedTokenizerFast:
 def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the library, the network and broken files: a hundred classes
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"cannot load the tokenizer {name!r} ({first_line}): check the name and the network, "
-            "or give a folder with a tokenizer.json"
-        ) from error
+    tokenizer = from_pretrained(
+        AutoTokenizer,
+        name,
+        f"cannot load the tokenizer {name!r}",
+        "check the name and the network, or give a tokenizer.json",
+    )
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             f"the tokenizer {name!r} has no fast form (tokenizer.json): convert it, or use another"
@@ -127,20 +127,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     """The 256 bytes as ids 0..255, then <|endoftext|> = 256 (BOS and EOS) and <|mask|> = 257."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    letters = _byte_letters()
+    letters = byte_letters()
     vocab = {letters[byte]: byte for byte in range(256)}
     backend = Tokenizer(models.BPE(vocab, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([_added_token(END_OF_TEXT)])
     return _wrap(backend, {})
-
-
-def _byte_letters() -> list[str]:
-    """GPT-2's printable stand-in for each byte: itself if printable, else from U+0100 upwards."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

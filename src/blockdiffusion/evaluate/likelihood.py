@@ -36,6 +36,7 @@ from blockdiffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.sampling.requests import as_ids
 from blockdiffusion.seeding import generator as seeded_generator
+from blockdiffusion.text import encode_text
 
 PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
 COPIES = 8  # noisy copies that share one clean stream
@@ -222,9 +223,9 @@ def likelihood(
         raise UserError(f"target_stderr is {target_stderr}; it must be above 0")
     given_bos = bool(config.bos) if bos is None else bos
     if _are_texts(ids):
+        rows = _tokenize(model, ids, given_bos)
         if num_bytes is None:
             num_bytes = sum(len(text.encode()) for text in ids)
-        rows = _tokenize(model, ids, given_bos)
     else:
         rows = cast("torch.Tensor | Sequence[Sequence[int]]", ids)
     clean_BL, valid_BL = _rectangle(rows, valid, config.block_size)
@@ -667,9 +668,7 @@ def _are_texts(ids: Any) -> TypeGuard[Sequence[str]]:
 
 
 def _tokenize(model: Denoiser, texts: Sequence[str], bos: bool) -> list[list[int]]:
-    if model.tokenizer is None:
-        raise UserError("this model's directory has no tokenizer; give token ids")
-    rows = [model.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    rows = [encode_text(model.tokenizer, text) for text in texts]
     if not bos:
         return rows
     first = bos_id(model)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.bd3lm import MODEL_TYPE as BD3LM
 from blockdiffusion.models.bd3lm import from_bd3lm
 from blockdiffusion.models.lightning import LightningFile, LightningOptions, read_lightning
@@ -305,9 +306,9 @@ def _read_tokenizer(folder: Path) -> Any:
         return None
     from transformers import PreTrainedTokenizerFast
 
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # malformed files fail in many ways, none of them the user's code
-        raise UserError(
-            f"the tokenizer in {folder} cannot be read ({type(error).__name__}: {error})"
-        ) from error
+    return from_pretrained(
+        PreTrainedTokenizerFast,
+        folder,
+        f"the tokenizer in {folder} cannot be read",
+        "copy or download it again",
+    )

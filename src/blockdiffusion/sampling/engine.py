@@ -25,10 +25,11 @@ from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.loop import SamplingOptions, check_request, check_window
 from blockdiffusion.sampling.policies import PolicySettings
 from blockdiffusion.sampling.processes import Course, Setting, as_process
-from blockdiffusion.sampling.requests import prepare_prompts, sampling_options
+from blockdiffusion.sampling.requests import given_prompt, prepare_prompts, sampling_options
 from blockdiffusion.sampling.sliding import has_one_block
 from blockdiffusion.sampling.streams import RowStreams, row_streams
 from blockdiffusion.seeding import fresh_seed, seeded
+from blockdiffusion.text import Given, whole_text
 
 # What a request may choose beside its length, BOS and seed.
 OPTIONS = (
@@ -69,7 +70,8 @@ class Finished:
     Attributes:
         ids: BOS and prompt, then what was written, up to and with an EOS.
         prompt_tokens: how many of them were given.
-        text: decoded without special tokens; None without a tokenizer.
+        text: the prompt as it was given, and what is new, without special tokens; None without a
+            tokenizer.
         reason: "length", "eos" or "cancelled" (then only finished blocks are there).
         nfe: passes that the request took part in.
     """
@@ -97,6 +99,7 @@ class _Request:
     def __init__(self, id: int, ids: list[int], options: SamplingOptions, streams: RowStreams):
         self.id, self.ids, self.options, self.streams = id, ids, options, streams
         self.prompt_tokens = len(ids)
+        self.prompt_text: list[Given] = []
         self.limit = len(ids) + options.max_new_tokens
         self.num_read = self.nfe = self.start = self.given = 0
         self.course: Course | None = None
@@ -250,6 +253,7 @@ class Engine:
         generator = seeded(fresh_seed() if seed is None else seed)
         streams = row_streams(generator, prompts, self.model.config.block_size)
         request = _Request(self._next_id, list(prompts[0]), sampling, streams)
+        request.prompt_text = given_prompt(prompt, request.prompt_tokens)
         self._next_id += 1
         self._waiting.append(request)
         return request.id
@@ -373,7 +377,7 @@ class Engine:
             prompt_tokens=request.prompt_tokens,
             text=None
             if tokenizer is None
-            else tokenizer.decode(request.ids, skip_special_tokens=True),
+            else whole_text(tokenizer, request.ids, request.prompt_text),
             reason=reason,
             nfe=request.nfe,
         )

@@ -16,6 +16,8 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -32,45 +34,73 @@ from blockdiffusion.sampling.loop import (
 )
 from blockdiffusion.sampling.requests import as_ids, as_list, with_bos
 from blockdiffusion.sampling.sliding import has_one_block
+from blockdiffusion.text import Given, encode_behind, encode_text
 
 HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
+MOST_MASKS = 16_384  # of a text
+
+
+@dataclass(frozen=True)
+class Template:
+    """Ids with the mask token in the holes, and the texts of what was given as text."""
+
+    ids: list[int]
+    given: list[Given]
 
 
 def prepare_templates(
     model: Denoiser, templates: Any, num_samples: int, bos: bool | None
-) -> list[list[int]]:
+) -> list[Template]:
     """Templates as ids with the mask token in the holes, each repeated `num_samples` times.
 
     Args:
         templates: a text or ids, or a list of them. In a text `[MASK]` stands for one token and
-            `[MASK:5]` for five; what is between holes is tokenised by itself.
+            `[MASK:5]` for five; what is between holes is tokenised by itself, so that it reads in
+            its place as it was given.
         bos: as for `stream`.
 
     Raises:
-        UserError: a text without a tokenizer, a foreign id, a template with nothing to fill.
+        UserError: a text without a tokenizer or with more than `MOST_MASKS` masks, a foreign id, a
+            template with nothing to fill.
     """
-    rows = with_bos(model, [_to_ids(model, t) for t in as_list(templates)], num_samples, bos)
-    for row in rows:
-        if model.config.mask_id not in row:
-            raise UserError(
-                "a template has nothing to fill; put [MASK], or [MASK:5] for five tokens, where "
-                "text is missing (in ids, the model's mask_id)"
-            )
-    return rows
+    read = [_read(model, template) for template in as_list(templates)]
+    rows = iter(with_bos(model, [template.ids for template in read], num_samples, bos))
+    found = []
+    for template in read:
+        for row in islice(rows, num_samples):
+            if model.config.mask_id not in row:
+                raise UserError(
+                    "a template has nothing to fill; put [MASK], or [MASK:5] for five tokens, "
+                    "where text is missing (in ids, the model's mask_id)"
+                )
+            bos_tokens = len(row) - len(template.ids)
+            given = [
+                (start + bos_tokens if start else 0, stop + bos_tokens, text)
+                for start, stop, text in template.given
+            ]
+            found.append(Template(row, given))
+    return found
 
 
-def _to_ids(model: Denoiser, template: Any) -> list[int]:
+def _read(model: Denoiser, template: Any) -> Template:
     if not isinstance(template, str):
-        return as_ids(template)
-    if model.tokenizer is None:
-        raise UserError("this model's directory has no tokenizer; give templates as token ids")
+        return Template(as_ids(template), [])
+    parts = HOLE.split(template)
+    texts = parts[::2]
+    # Python refuses to read numbers of thousands of digits.
+    counts = [int(digits[:9]) if digits else 1 for digits in parts[1::2]]
+    if sum(counts) > MOST_MASKS:
+        raise UserError(
+            f"the masks of a template stand for {sum(counts):,} tokens or more, and at most "
+            f"{MOST_MASKS:,} are filled at a time; shorten the gaps, or fill one after the other"
+        )
     ids: list[int] = []
-    end = 0
-    for hole in HOLE.finditer(template):
-        ids += model.tokenizer.encode(template[end : hole.start()], add_special_tokens=False)
-        ids += [model.config.mask_id] * int(hole[1] or 1)
-        end = hole.end()
-    return ids + model.tokenizer.encode(template[end:], add_special_tokens=False)
+    given: list[Given] = []
+    for text, masks in zip(texts, [*counts, 0], strict=True):
+        piece = (encode_behind if ids else encode_text)(model.tokenizer, text)
+        given.append((len(ids), len(ids) + len(piece), text))
+        ids += [*piece, *[model.config.mask_id] * masks]
+    return Template(ids, given)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import SamplingOptions
 from blockdiffusion.sampling.policies import FirstHitting, Policy, PolicySettings
 from blockdiffusion.sampling.processes import Process, check_fits, make_process
+from blockdiffusion.text import Given, encode_text
 
 Prompt = str | Sequence[int] | torch.Tensor
 WHOLE = ("max_new_tokens", "top_k", "window", "steps", "tokens_per_step")
@@ -122,10 +123,13 @@ def as_list(prompts: Any) -> list[Any]:
 
 def _to_ids(model: Denoiser, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
-        if model.tokenizer is None:
-            raise UserError("this model's directory has no tokenizer; give prompts as token ids")
-        return model.tokenizer.encode(prompt, add_special_tokens=False)
+        return encode_text(model.tokenizer, prompt)
     return as_ids(prompt)
+
+
+def given_prompt(prompt: Prompt, length: int) -> list[Given]:
+    """The text of a row's first `length` tokens, where its prompt was a text."""
+    return [(0, length, prompt)] if isinstance(prompt, str) else []
 
 
 def as_ids(given: Any, what: str = "a prompt") -> list[int]:

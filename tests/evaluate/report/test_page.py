@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.report.markup import count, duration, script_json, two_digits
@@ -43,6 +44,7 @@ from blockdiffusion.evaluate.report.pictures import (
 from blockdiffusion.evaluate.report.trace import Trace, TraceStep, token_texts, trace_of_events
 from blockdiffusion.masks import Streams, dense_mask
 from blockdiffusion.sampling.loop import DoneEvent, StepEvent
+from tests.tokenizer_kinds import wrapped
 
 HOSTILE = "</script><b onmouseover=\"alert('x')\">&amp;</b>"
 VOID = {"meta", "input", "br"}
@@ -316,16 +318,13 @@ def test_trace_says_what_was_decided_when(page: Page) -> None:
     assert "↵" in text and "∅" in text
 
 
-class Words:
-    """Stands for a tokenizer of the SentencePiece kind: decoding drops a leading space."""
-
+def words():
+    """A tokenizer of the SentencePiece kind: decoding drops a leading space."""
     names = ("▁the", "▁cat", "s", "</s>")
-
-    def decode(self, ids):
-        return "".join(self.names[i] for i in ids).replace("▁", " ").removeprefix(" ")
-
-    def convert_ids_to_tokens(self, token_id):
-        return self.names[token_id]
+    backend = Tokenizer(models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="s"))
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["</s>"])
+    return wrapped(backend)
 
 
 def step_event(step: int, tokens: list[tuple[int, int, int, float]]) -> StepEvent:
@@ -349,14 +348,14 @@ def test_trace_of_events_takes_one_row_and_leaves_out_what_was_cut() -> None:
             torch.zeros(2, 5), torch.tensor([2, 4]), torch.tensor([1, 1]), torch.tensor([2, 3])
         ),
     ]
-    got = trace_of_events(events, Words(), block_size=2, prompt_ids=[0], row=1)
+    got = trace_of_events(events, words(), block_size=2, prompt_ids=[0], row=1)
     assert got.prompt_texts == [" the"]
     assert [(s.block, s.step, s.positions, s.ids, s.texts) for s in got.steps] == [
         (0, 0, (1,), (0,), [" the"]),
         (1, 0, (3, 2), (3, 1), ["</s>", " cat"]),
     ]
     assert [s.confidences for s in got.steps] == [(0.25,), (1.0, 0.75)]
-    assert token_texts(Words(), [1, 2]) == [" cat", "s"]
+    assert token_texts(words(), [1, 2]) == [" cat", "s"]
 
 
 @pytest.mark.parametrize("clean_attention", ["block", "causal"])

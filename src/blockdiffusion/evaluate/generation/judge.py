@@ -25,6 +25,7 @@ from blockdiffusion.denoiser import bos_id, is_autoregressive, masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks
+from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.formats import LIGHTNING, PICKLES, load, refuse_missing_path
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.objectives import subs_nll
@@ -539,15 +540,15 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
         )
     logging.disable_progress_bar()  # it would cut through ours
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, use_safetensors=True, output_loading_info=True, dtype="auto"
+        model, info = from_pretrained(
+            AutoModelForCausalLM,
+            name,
+            f"the judge {name} cannot be read as a causal language model",
+            "take one that AutoModelForCausalLM reads from safetensors, or one of ours",
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype="auto",
         )
-    except Exception as error:  # the library, the network and broken files: a hundred classes
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"the judge {name} cannot be read as a causal language model ({reason}); take one that "
-            "AutoModelForCausalLM reads from safetensors, or one of ours"
-        ) from error
     finally:
         logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):

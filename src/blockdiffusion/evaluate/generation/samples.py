@@ -25,6 +25,7 @@ from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.seeding import derive_seed, seeded
+from blockdiffusion.text import whole_text
 
 STREAM = "generate-eval"
 MOST_TRIES = 10  # samples drawn for each one that a guard lets through
@@ -299,7 +300,7 @@ def documents_of(ids: Sequence[int], eos_id: int | None, tokenizer: Any) -> tupl
             parts.append([])
         else:
             parts[-1].append(token)
-    return tuple(tokenizer.decode(part, skip_special_tokens=True) for part in parts if part)
+    return tuple(whole_text(tokenizer, part) for part in parts if part)
 
 
 # --- The file -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from blockdiffusion.escape import html as escape
 from blockdiffusion.evaluate.report.markup import missing
+from blockdiffusion.text import token_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -101,15 +102,10 @@ def trace_of_events(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
-    """Every token's own text, with the space before it where the token has one."""
-    texts = []
-    for token_id in ids:
-        text = str(tokenizer.decode([token_id]))
-        name = str(tokenizer.convert_ids_to_tokens(token_id))
-        # Decoders of the SentencePiece kind drop the space of what they take for a text's start.
-        starts_bare = name.startswith("▁") and not text.startswith(" ")
-        texts.append(f" {text}" if starts_bare else text)
-    return texts
+    """Every token's own text, with the space before it where it has one; special ones by name."""
+    return [
+        token_text(tokenizer, token) or str(tokenizer.convert_ids_to_tokens(token)) for token in ids
+    ]
 
 
 def trace_section(trace: Trace | None, block_size: int) -> str:

@@ -1,0 +1,36 @@
+"""Loading through transformers, in one place, so that code which comes with a model never runs.
+
+A folder or a repository of the hub may name Python of its own (`auto_map`). Without an explicit no,
+transformers asks standard input whether to run it, and a `y` that was meant for something else
+would be the answer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from blockdiffusion.errors import UserError
+
+
+def from_pretrained(
+    loader: Any, name: str | Path, problem: str, advice: str, **options: Any
+) -> Any:
+    """What `loader.from_pretrained` makes of a folder or a hub id, without running its code.
+
+    Args:
+        loader: a class of transformers.
+        problem: the sentence up to the reason, "the judge x cannot be read".
+        advice: the rest of it, behind the reason.
+        options: of the loader.
+
+    Raises:
+        UserError: there is nothing of this kind, or it would need code of its own.
+    """
+    try:
+        return loader.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # the library, the network and broken files: a hundred classes
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python code of its own (auto_map), which is never run"
+        raise UserError(f"{problem} ({reason}); {advice}") from error
