@@ -58,6 +58,13 @@ def test_the_commands_run_in_order(place, monkeypatch):
     assert (place / "runs" / "notes" / "report.html").is_file()
 
 
+def test_the_sample_of_the_trained_model_is_what_it_writes(place, monkeypatch):
+    monkeypatch.chdir(place)
+    _, command, *arguments = shlex.split(blockdiff_lines()[0])
+    written = blockdiff(command, *arguments).stdout
+    assert written.replace("\r\n", "\n") in blocks("")  # its books have both line ends
+
+
 def test_the_python_runs(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     for block in blocks("python"):
