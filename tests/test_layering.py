@@ -11,6 +11,8 @@ LAYERS = [
     ["errors", "recording"],
     [
         "files",
+        "limits",
+        "records",
         "seeding",
         "ranks",
         "devices",

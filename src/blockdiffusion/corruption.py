@@ -30,6 +30,7 @@ from typing import Literal, Protocol, get_args
 import torch
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limit
 from blockdiffusion.schedules import Linear, Schedule, make_schedule, prob_range
 
 LINEAR = Linear()
@@ -495,8 +496,7 @@ def build_estimator(
 
 
 def _check_copies(num_noisy: int) -> None:
-    if num_noisy < 1:
-        raise UserError(f"num_noisy is {num_noisy}; at least 1 noisy copy is needed")
+    check_limit("num_noisy", num_noisy)
 
 
 def _full_name(kind: str, schedule: Schedule, num_noisy: int, usual: int) -> str:

@@ -13,7 +13,7 @@ from blockdiffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.sampling.autoregressive import sample_next_tokens
 from blockdiffusion.sampling.engine import Engine
 from blockdiffusion.sampling.infilling import fill_events, prepare_templates
-from blockdiffusion.sampling.logits import TopPRule
+from blockdiffusion.sampling.logits import TopPRule, refuse_masks_written
 from blockdiffusion.sampling.loop import (
     BlockEvent,
     DoneEvent,
@@ -223,6 +223,7 @@ def collect(model: Denoiser, done: DoneEvent) -> Generation:
     longest = int(done.lengths.max())
     pad_id = model.config.eos_id if model.config.eos_id is not None else 0
     outside = torch.arange(longest) >= done.lengths[:, None]
+    refuse_masks_written(done.ids[:, :longest][~outside], model.config.mask_id)
     sequences = done.ids[:, :longest].masked_fill(outside, pad_id)
     texts = None
     if model.tokenizer is not None:

@@ -22,6 +22,7 @@ import torch
 
 from blockdiffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limit
 from blockdiffusion.sampling.loop import (
     BlockBatch,
     DoneEvent,
@@ -68,7 +69,9 @@ def _to_ids(model: Denoiser, template: Any) -> list[int]:
     end = 0
     for hole in HOLE.finditer(template):
         ids += model.tokenizer.encode(template[end : hole.start()], add_special_tokens=False)
-        ids += [model.config.mask_id] * int(hole[1] or 1)
+        count = int((hole[1] or "1")[:20])
+        check_limit("max_new_tokens", count, "the number in [MASK:...]")
+        ids += [model.config.mask_id] * count
         end = hole.end()
     return ids + model.tokenizer.encode(template[end:], add_special_tokens=False)
 

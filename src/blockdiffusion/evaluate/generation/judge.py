@@ -9,7 +9,7 @@ not reach. Every token is scored exactly once, but for a first token that nothin
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks
 from blockdiffusion.models.formats import LIGHTNING, PICKLES, load, refuse_missing_path
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.objectives import subs_nll
+from blockdiffusion.records import read_json, shown
 from blockdiffusion.seeding import generator
 
 LOGIT_BYTES = 2**28  # logits of one pass: bounds memory
@@ -259,6 +260,11 @@ def judge_samples(
         found = None if kept is None else kept.get(f"pass {number}")
         if found is None:
             found = judge.nll([place.row for place in group], number)
+            if not all(map(math.isfinite, found)):
+                raise UserError(
+                    f"the judge {judge.name} gives a text {min(found)} nats: its weights or logits "
+                    "are not finite; take another judge"
+                )
             if kept is not None:
                 kept.put(f"pass {number}", found)
         for place, value in zip(group, found, strict=True):
@@ -513,10 +519,10 @@ def _made_of(file: Path) -> str:
 
 
 def _read_type(path: Path) -> str | None:
-    try:
-        return json.loads(path.read_text())["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no model's configuration ({error})") from error
+    kind = read_json(path, "give a model's directory").get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{path} is no model's configuration (its model_type is {shown(kind)})")
+    return kind
 
 
 def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any]:

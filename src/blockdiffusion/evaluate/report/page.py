@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -34,6 +34,7 @@ from blockdiffusion.evaluate.report.markup import (
 )
 from blockdiffusion.evaluate.report.trace import Trace, TraceStep, trace_section
 from blockdiffusion.files import storage_error, written_aside
+from blockdiffusion.records import build
 
 if TYPE_CHECKING:
     from blockdiffusion.masks import CleanAttention
@@ -84,8 +85,7 @@ class LikelihoodNumbers:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], text: str = "held-out text") -> LikelihoodNumbers:
         """From `Likelihood.to_dict()`, or from what `blockdiff eval --json` wrote."""
-        known = {entry.name for entry in fields(cls)}
-        return cls(**{k: v for k, v in values.items() if k in known} | {"text": text})
+        return build(cls, {**values, "text": text}, strict=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
