@@ -57,7 +57,7 @@ class Target:
 
 
 SAMPLE = ("sample", "{p}/run", "--max-new-tokens", "4", "--seed", "1")
-EVAL = ("eval", "{p}/run", "--data", "{p}/data", "--rows", "2", "--samples", "2")
+EVAL = ("eval", "{p}/run", "--data", "{p}/data", "--rows", "4", "--samples", "2")
 REPORT = ("report", "{p}/run", "--num-samples", "1", "--max-new-tokens", "4")
 RESUME = ("train", "{p}/run/config.yaml", "--resume", "out={p}/run")
 PLAN = ("plan", "{p}/recipe.yaml", "--device", "h100")
@@ -81,7 +81,7 @@ TARGETS = {
     "recipe": Target("recipe.yaml", PLAN, kind="yaml"),
     "eval.json": Target("run/eval.json", REPORT),
     "journal": Target(
-        "eval.json.journal", (*EVAL, "--json", "{p}/eval.json"), kind="lines",
+        "eval.json.journal", (*EVAL, "--estimator", "count", "--json", "{p}/eval.json"), kind="lines",
     ),
     "samples": Target("judged.samples.jsonl", JUDGE, kind="lines"),
     "samples from a file": Target(
@@ -110,6 +110,8 @@ def run(folder: Path, command: tuple[str, ...]) -> Any:
 def place(tmp_path_factory):
     """All of these files, made by the commands themselves."""
     folder = tmp_path_factory.mktemp("mutations")
+    small_passes = pytest.MonkeyPatch()
+    small_passes.setattr(likelihood_module, "PASS_TOKENS", 32)  # several groups of rows
     (folder / "text.txt").write_text(TEXT)
     prepare = ("prepare", "{p}/text.txt", "--out", "{p}/data", "--tokenizer", "byte", "--seq-len",
                "16", "--documents", "blank-line", "--workers", "1")  # fmt: skip
@@ -119,12 +121,10 @@ def place(tmp_path_factory):
     for command in (prepare, ("train", "{p}/recipe.yaml"), judge):
         made = run(folder, command)
         assert made.returncode == 0, made.stderr
-    for name in ("run/eval.json", "eval.json"):
-        with pytest.MonkeyPatch.context() as patch:
-            if name == "eval.json":  # is stopped before its end, and leaves its journal
-                patch.setattr(likelihood_module, "PASS_TOKENS", 32)
-                stop_at_third_group(patch)
-            run(folder, (*EVAL, "--json", f"{{p}}/{name}"))
+    assert run(folder, (*EVAL, "--json", "{p}/run/eval.json")).returncode == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at_third_group(patch)
+        assert run(folder, TARGETS["journal"].command).returncode == 130
     assert (folder / "eval.json.journal").read_text().count("sha256") == 2
     shutil.copytree(GOLDEN / "bd3lm-hf", folder / "bd3lm")
     for command in (JUDGE, TARGETS["point"].command):
@@ -132,7 +132,8 @@ def place(tmp_path_factory):
         assert made.returncode == 0, made.stderr
     shutil.copy(folder / "judged.json", folder / "kept.json")
     shutil.copytree(folder, whole_of(folder))
-    return folder
+    yield folder
+    small_passes.undo()
 
 
 def whole_of(folder: Path) -> Path:

@@ -356,11 +356,11 @@ class Archive:
 
     def _record(self, name: str) -> bytes:
         info = self._file.getinfo(self._prefix + name)
+        if info.compress_type != zipfile.ZIP_STORED:  # small files could become huge
+            raise pickle.UnpicklingError(f"{name} is compressed")
         self._read += info.file_size
         if info.file_size > self._size or self._read > READ * self._size:
             raise pickle.UnpicklingError(f"{name} claims more bytes than there are")
-        if info.compress_type != zipfile.ZIP_STORED:  # small files could become huge
-            raise pickle.UnpicklingError(f"{name} is compressed")
         return self._file.read(info)
 
 
