@@ -41,7 +41,7 @@ WRONG = {
 }
 CUT = "cut"
 MOST_SECONDS = 30.0  # of a mutation, whatever else the machine does
-SAMPLED = 80
+SAMPLED = 60
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ TARGETS = {
     "recipe": Target("recipe.yaml", PLAN, kind="yaml"),
     "eval.json": Target("run/eval.json", REPORT),
     "journal": Target(
-        "eval.json.journal", (*EVAL, "--estimator", "count", "--json", "{p}/eval.json"), kind="lines",
+        "eval.json.journal", (*EVAL, "--estimator", "count", "--json", "{p}/eval.json"),
+        kind="lines",
     ),
     "samples": Target("judged.samples.jsonl", JUDGE, kind="lines"),
     "samples from a file": Target(

@@ -28,6 +28,7 @@ WEIGHTS = "model.safetensors"
 LIGHTNING = ".ckpt"
 PICKLES = (".bin", LIGHTNING, ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
 Format = Literal["blockdiffusion", "bd3lm", "lightning"]
 
 # What the weights of two networks must agree on, to mean the same.
@@ -299,6 +300,7 @@ def read_config(path: Path, raw: Mapping[str, Any] | None = None) -> BlockDiffus
     raw = read_json(path) if raw is None else raw
     hints = get_type_hints(BlockDiffusionConfig.__init__)
     own = {name: hint for name, hint in hints.items() if name not in ("kwargs", "return")}
+    own |= {"dtype": DtypeName | None, "architectures": list[str] | None}
     with records.of_file(path, "copy or download it again"):
         return BlockDiffusionConfig(**records.typed(own, raw))
 

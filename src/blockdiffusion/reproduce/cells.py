@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,11 +12,14 @@ import numpy as np
 
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
+from blockdiffusion.records import read_json, shown
 from blockdiffusion.reproduce.paper import PaperTable
 from blockdiffusion.reproduce.plan import Plan
 from blockdiffusion.reproduce.systems import find_system
 
 ROWS_AT_A_TIME = 65_536
+# What values of other types, or their absence, end in.
+DAMAGE = (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +62,22 @@ def read_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
     Every measurement is finished.
 
     Raises:
-        UserError: table 6, and no document of the text ends.
+        UserError: table 6, and no document of the text ends; or a measurement's file is damaged.
     """
     readers = {
         "T5": _zero_shot_cells, "T6": _length_cells, "T7": _generated_cells,
     }  # fmt: skip
-    return readers.get(table.name, _likelihood_cells)(plan, table)
+    try:
+        return readers.get(table.name, _likelihood_cells)(plan, table)
+    except DAMAGE as error:
+        raise UserError(
+            f"a result of {table.name} in {plan.out} is damaged ({type(error).__name__}: "
+            f"{shown(str(error))}); remove it and run the same command, which measures it again"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes())
+    return read_json(path, "remove it and run the same command", finite=False)
 
 
 def perplexity_cell(values: Mapping[str, Any], **beside: Any) -> Cell:

@@ -32,6 +32,7 @@ from blockdiffusion.records import read_json, shown
 from blockdiffusion.seeding import generator
 
 LOGIT_BYTES = 2**28  # logits of one pass: bounds memory
+MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # of a judge's configuration
 UNKNOWN_CONTEXT = 1024  # of a judge that names no limit
 OURS = (BlockDiffusionConfig.model_type, "bd3lm")
 PAIRS = 8  # complement pairs per window, where a judge's blocks are too long to enumerate
@@ -534,6 +535,8 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
         pickled = any(path.suffix in PICKLES for path in folder.iterdir())
         why = "only a pickle, which can hold code and is never opened" if pickled else "no weights"
         raise UserError(f"the judge {name} has {why}; a model.safetensors is needed")
+    if (folder / "config.json").is_file():
+        _check_sizes(folder / "config.json")
     try:
         tokenizer = load_tokenizer(name)
     except UserError as error:
@@ -562,6 +565,14 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
             "it would judge with random numbers"
         )
     return model.to(device=device), tokenizer
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuses a network of other code whose numbers alone would fill the memory."""
+    for name, value in read_json(path, "take another judge").items():
+        most = MOST_LAYERS if "layer" in name else MOST_NUMBER
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{path}: {shown(name)} is {shown(value)}; it must be at most {most}")
 
 
 def _context(config: Any) -> int:
