@@ -454,7 +454,7 @@ def make_estimator(
         parts["kind"],  # type: ignore[arg-type]  # just checked
         schedule=parts["schedule"] or "linear",
         clip=clip,
-        num_noisy=int(parts["copies"]) if parts["copies"] else None,
+        num_noisy=int(parts["copies"][:20]) if parts["copies"] else None,
         t_min=t_min,
         stratify=stratify,
     )

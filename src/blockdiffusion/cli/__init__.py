@@ -54,6 +54,8 @@ COMMANDS = {
 for _name, _command in COMMANDS.items():
     app.command(_name)(within_limits(_command))
 
+MOST_TOLD = 1500  # characters of a message
+
 # An unknown option or a missing argument; newer typer versions carry their own click.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 
@@ -114,5 +116,7 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
 
 def _fail(message: str) -> None:
+    if len(message) > MOST_TOLD:  # of what was typed, or stands in a file
+        message = f"{message[:MOST_TOLD]} ..."
     typer.echo(f"blockdiff: error: {message}", err=True)
     sys.exit(2)

@@ -12,14 +12,12 @@ import numpy as np
 
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
-from blockdiffusion.records import read_json, shown
+from blockdiffusion.records import read_json
 from blockdiffusion.reproduce.paper import PaperTable
 from blockdiffusion.reproduce.plan import Plan
 from blockdiffusion.reproduce.systems import find_system
 
 ROWS_AT_A_TIME = 65_536
-# What values of other types, or their absence, end in.
-DAMAGE = (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +60,12 @@ def read_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
     Every measurement is finished.
 
     Raises:
-        UserError: table 6, and no document of the text ends; or a measurement's file is damaged.
+        UserError: table 6, and no document of the text ends.
     """
     readers = {
         "T5": _zero_shot_cells, "T6": _length_cells, "T7": _generated_cells,
     }  # fmt: skip
-    try:
-        return readers.get(table.name, _likelihood_cells)(plan, table)
-    except DAMAGE as error:
-        raise UserError(
-            f"a result of {table.name} in {plan.out} is damaged ({type(error).__name__}: "
-            f"{shown(str(error))}); remove it and run the same command, which measures it again"
-        ) from error
+    return readers.get(table.name, _likelihood_cells)(plan, table)
 
 
 def _read(path: Path) -> dict[str, Any]:

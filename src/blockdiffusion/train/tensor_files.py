@@ -91,7 +91,8 @@ def _files(path: Path) -> list[Path]:
     shards = sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
     if path.exists() or not shards:
         return [path]
-    count = int(shards[0].stem.rpartition("-")[2])
+    number = shards[0].stem.rpartition("-")[2]
+    count = int(number) if number.isdecimal() else 0
     if len(shards) != count:
         raise damaged(path, f"of the {count} files of its processes {len(shards)} are there")
     return shards
