@@ -32,6 +32,7 @@ MOST_YAML = 2**17  # its parser reads about as much in a second
 MOST_VALUES = 2**24
 DEEPEST = 100
 WIDEST = 2**128  # whole numbers; beyond, even printing one takes time
+ROUNDING = 1e-9  # of what is measured
 SHOWN = 60  # characters of a value in a message
 
 
@@ -253,6 +254,21 @@ def of_file(path: Path, instead: str) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror or error}); {instead}") from error
+
+
+def not_negative(values: dict[str, Any]) -> dict[str, Any]:
+    """`values`, measured ones: none of its numbers, however deep, is below zero or infinite.
+
+    Raises:
+        Damaged: one is; or is no number.
+    """
+    for key, value in values.items():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, dict):
+                not_negative(item)
+            elif isinstance(item, int | float) and not -ROUNDING <= item < math.inf:
+                raise Damaged(f"{shown(key)} is {shown(item)}; it must be at least 0, and finite")
+    return values
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:

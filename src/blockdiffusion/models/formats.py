@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import torch
+from transformers.initialization import no_init_weights
 
 from blockdiffusion import records
 from blockdiffusion.errors import UserError
@@ -120,7 +121,8 @@ def find_model(
         file = path / WEIGHTS
         kind, config, state = _read_directory(path)
     check_tensors(config, state, file, CONFIG if read is None else "its own sizes")
-    model = BlockDiffusionModel(config)
+    with no_init_weights():  # all of them are in the file
+        model = BlockDiffusionModel(config)
     model.load_state_dict(state)
     if dtype is None and state:
         dtype = next(iter(state.values())).dtype

@@ -107,7 +107,7 @@ def probabilities(logits_MV: torch.Tensor) -> torch.Tensor:
         UserError: on a CPU, where logits are not finite: then all of their row is nan.
     """
     prob_MV = logits_MV.softmax(-1)
-    if prob_MV.device.type == "cpu" and not math.isfinite(float(prob_MV[:, 0].sum())):
+    if prob_MV.device.type == "cpu" and not math.isfinite(prob_MV.select(-1, 0).sum().item()):
         raise UserError(NOT_FINITE)
     return prob_MV
 
@@ -133,6 +133,8 @@ def _columns_at(weight_MC: torch.Tensor, uniform_M: torch.Tensor) -> torch.Tenso
     cumulative_MC = weight_MC.double().cumsum(-1)
     target_M1 = uniform_M[:, None] * cumulative_MC[:, -1:]
     found_M = torch.searchsorted(cumulative_MC, target_M1, right=True)[:, 0]
+    if found_M.device.type == "cpu":
+        return found_M
     return found_M.clamp(max=weight_MC.shape[-1] - 1)  # beyond where a weight is nan
 
 

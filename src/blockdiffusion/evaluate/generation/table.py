@@ -11,7 +11,7 @@ from typing import Any
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.result import DISTINCT, FORMAT, REPETITION, GenerationResult
-from blockdiffusion.records import Damaged, build, of_file, read_json
+from blockdiffusion.records import Damaged, build, not_negative, of_file, read_json
 
 Result = Mapping[str, Any]  # what `GenerationResult.to_dict` gives
 
@@ -27,7 +27,11 @@ def read_result(path: Path) -> Result:
     with of_file(path, instead):
         if values.get("format") != FORMAT:
             raise Damaged("it is not what `blockdiff generate-eval --json` writes")
-        return build(GenerationResult, values, strict=False).to_dict()
+        result = build(GenerationResult, values, strict=False)
+        for name in ("nats_per_token", "mean_perplexity", "entropy"):
+            if getattr(result.text, name) is None:  # there is nothing to compare
+                raise Damaged(f"text.{name} is null")
+        return not_negative(result.to_dict())
 
 
 def check_comparable(results: Sequence[Result], names: Sequence[str]) -> list[str]:

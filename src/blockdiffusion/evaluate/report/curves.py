@@ -133,7 +133,8 @@ def _searches(records: Mapping[str, Mapping[int, Any]]) -> Iterator[tuple[int, _
         with suppress(Damaged):  # a line of something else
             line = {name: records.get(name, {}).get(step) for name in names}
             found = build(_Searched, line)
-            if all(map(math.isfinite, (*found.clip, *chain(*found.clip_grid)))):
+            clips = [(beta, omega) for beta, omega, _ in found.clip_grid]
+            if found.clip in clips and all(0 <= x < math.inf for x in chain(*found.clip_grid)):
                 yield step, found
 
 

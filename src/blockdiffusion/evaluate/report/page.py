@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -34,7 +34,7 @@ from blockdiffusion.evaluate.report.markup import (
 )
 from blockdiffusion.evaluate.report.trace import Trace, TraceStep, trace_section
 from blockdiffusion.files import storage_error, written_aside
-from blockdiffusion.records import build
+from blockdiffusion.records import build, not_negative
 
 if TYPE_CHECKING:
     from blockdiffusion.masks import CleanAttention
@@ -85,7 +85,9 @@ class LikelihoodNumbers:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], text: str = "held-out text") -> LikelihoodNumbers:
         """From `Likelihood.to_dict()`, or from what `blockdiff eval --json` wrote."""
-        return build(cls, {**values, "text": text}, strict=False)
+        numbers = build(cls, {**values, "text": text}, strict=False)
+        not_negative(asdict(numbers))
+        return numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
