@@ -113,7 +113,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
                 variances={(beta, omega): variance for beta, omega, variance in found.clip_grid},
                 seconds=found.search_seconds,
             )
-            for step, found in _searches(records)
+            for step, found in reversed([*_searches(records)])
         ],
     )
 
@@ -128,13 +128,18 @@ class _Searched:
 
 
 def _searches(records: Mapping[str, Mapping[int, Any]]) -> Iterator[tuple[int, _Searched]]:
+    """Those over one grid, the last one's, without lines of something else."""
     names = [item.name for item in fields(_Searched)]
-    for step in sorted(records.get("clip_grid", {})):
-        with suppress(Damaged):  # a line of something else
+    grid: set[tuple[float, ...]] | None = None
+    for step in sorted(records.get("clip_grid", {}), reverse=True):
+        with suppress(Damaged):
             line = {name: records.get(name, {}).get(step) for name in names}
             found = build(_Searched, line)
-            clips = [(beta, omega) for beta, omega, _ in found.clip_grid]
-            if found.clip in clips and all(0 <= x < math.inf for x in chain(*found.clip_grid)):
+            clips = {entry[:2] for entry in found.clip_grid}
+            if found.clip not in clips or not all(0 <= x < 1e300 for x in chain(*found.clip_grid)):
+                continue
+            grid = grid or clips
+            if clips == grid:
                 yield step, found
 
 

@@ -207,7 +207,7 @@ def _search(contents: ReportContents) -> list[tuple[str, str, str]]:
     """The section about the search of the schedule, in a run that made one."""
     if not contents.curves.searches:
         return []
-    by = contents.config.get("search", {}).get("by", "loss")
+    by = (contents.config.get("search") or {}).get("by", "loss")
     return [("search", "Schedule search", search_section(contents.curves.searches, by))]
 
 
