@@ -205,7 +205,7 @@ def test_bad_options_are_refused(model, make_model, tmp_path):
             EntropyGuard(min_entropy=entropy, window=window)
     with pytest.raises(UserError, match="no tokenizer"):
         draw_samples(make_model(), options())
-    with pytest.raises(UserError, match="cannot read the samples"):
+    with pytest.raises(UserError, match="cannot read "):
         read_samples(tmp_path / "none.jsonl")
 
 

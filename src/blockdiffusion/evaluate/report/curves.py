@@ -130,7 +130,7 @@ class _Searched:
 def _searches(records: Mapping[str, Mapping[int, Any]]) -> Iterator[tuple[int, _Searched]]:
     """Those over one grid, the last one's, without lines of something else."""
     names = [item.name for item in fields(_Searched)]
-    grid: set[tuple[float, ...]] | None = None
+    grid: set[tuple[float, float]] = set()
     for step in sorted(records.get("clip_grid", {}), reverse=True):
         with suppress(Damaged):
             line = {name: records.get(name, {}).get(step) for name in names}
