@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -271,6 +270,10 @@ def quick_peak(device: str, dtype: str, threads: int) -> float | None:
 
 def machine_memory() -> float:
     """Bytes of memory of this machine, of the container that it is, or that `ulimit -v` leaves."""
+    try:
+        import resource
+    except ImportError:  # not told on this system
+        return math.inf
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     own, _ = resource.getrlimit(resource.RLIMIT_AS)
     if own != resource.RLIM_INFINITY:
