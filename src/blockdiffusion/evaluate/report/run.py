@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -100,7 +100,7 @@ class _Train:
 
 @dataclass(frozen=True, kw_only=True)
 class _Search:
-    by: str = "loss"
+    by: Literal["loss", "gradient"] = "loss"
 
 
 @dataclass(frozen=True, kw_only=True)
