@@ -102,7 +102,7 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("objective.t_min=2", r"objective\.t_min is 2\.0"),
         ("search.widths=[0.5,1.5]", r"search\.widths has 1\.5; every width must be in \(0, 1\]"),
         ("search.widths=0.5", r"search\.widths is 0\.5; it must be a list of: a number"),
-        ("search.offset_step=0", r"search\.offset_step is 0\.0; it must be in"),
+        ("search.offset_step=0", r"search\.offset_step is 0\.0; it must be at least 0\.001"),
         ("search.by=both", r"search\.by is 'both'; it must be loss or gradient"),
     ],
 )
@@ -239,8 +239,8 @@ def test_bools_are_not_ints_in_a_file_either(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no sections"),
-        ("- a", "holds no sections"),
+        ("", "keys with values are needed"),
+        ("- a", "keys with values are needed"),
         ("a: [", "not valid YAML"),
         ("out: x\ntrain: {steps: 1}", r"data\.path is missing"),
         ("out: x\ndata: {path: y}", r"train\.steps is missing"),
@@ -253,7 +253,7 @@ def test_bad_files_are_refused(write, text, message):
 
 
 def test_missing_and_binary_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot read the recipe"):
+    with pytest.raises(UserError, match="cannot read "):
         load_recipe(tmp_path / "nothing.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(UserError, match="not UTF-8"):

@@ -348,7 +348,7 @@ def test_only_unclipped_estimators_are_bounds():
         ("bernoulli[0.3]", "two numbers"),
         ("bernoulli[0.8,0.3]", "empty or leaves"),
         ("bernoulli:lineal", "unknown schedule"),
-        ("countx0", "at least 1 noisy copy"),
+        ("countx0", "num_noisy is 0; it must be at least 1"),
         ("complementx3", "must be even"),
         ("resampled", "none is given"),
     ],

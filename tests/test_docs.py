@@ -19,13 +19,7 @@ from safetensors.torch import save_file
 
 import blockdiffusion
 from blockdiffusion.cli import app
-from blockdiffusion.config import (
-    Recipe,
-    convert,
-    describe,
-    load_recipe,
-    run_training,
-)
+from blockdiffusion.config import Recipe, load_recipe, run_training
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS
@@ -45,6 +39,7 @@ from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
 from blockdiffusion.hardware import choose_hardware
 from blockdiffusion.models.bd3lm import BD3LM_NAMES
 from blockdiffusion.models.transformer import BlockDiffusionConfig
+from blockdiffusion.records import convert, describe
 from blockdiffusion.reproduce.paper import TABLES, find_table
 from blockdiffusion.reproduce.scales import find_scale
 from blockdiffusion.sampling.logits import Filters

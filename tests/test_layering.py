@@ -12,6 +12,8 @@ LAYERS = [
     [
         "files",
         "from_pretrained",
+        "limits",
+        "records",
         "seeding",
         "ranks",
         "devices",

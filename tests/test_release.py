@@ -341,7 +341,7 @@ def test_eval_puts_its_result_into_the_card(run, prepared_bytes, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other"}'])
 def test_a_damaged_card_is_named(tmp_path, text):
     (tmp_path / "card.json").write_text(text)
-    with pytest.raises(UserError, match=r"card\.json cannot be read"):
+    with pytest.raises(UserError, match=r"card\.json: it"):
         read_card(tmp_path)
 
 

@@ -7,18 +7,18 @@ itself a recipe.
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
+from blockdiffusion.costs import Network
 from blockdiffusion.errors import UserError
+from blockdiffusion.hardware import check_memory
+from blockdiffusion.limits import check_limits
 from blockdiffusion.ranks import Team, joined
+from blockdiffusion.records import Typed, build, of_file, read_yaml
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState, latest
 from blockdiffusion.train.loggers import LogOptions
 from blockdiffusion.train.loop import ObjectiveOptions, TrainOptions
@@ -60,10 +60,7 @@ class ModelOptions:
     """Run or model whose weights to start from; null: random ones."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "width", "num_heads", "cond_dim", "block_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model.{name} is {value}; it must be at least 1")
+        check_limits(self, "model.")
         if self.width % (2 * self.num_heads):
             raise UserError(
                 f"model.width is {self.width}; it must be a multiple of 2 * model.num_heads, "
@@ -89,10 +86,7 @@ class EvalOptions:
     """K of the K-order bound, for the estimator orders."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "rows", "samples", "orders"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"eval.{name} is {value}; it must be at least 1")
+        check_limits(self, "eval.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,10 +99,7 @@ class SampleOptions:
     max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("every", "num", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"sample.{name} is {value}; it must be at least 1")
+        check_limits(self, "sample.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,19 +165,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file cannot be read, a key is unknown, or a value is not allowed.
     """
-    tree = _read_yaml(Path(path))
+    tree = read_yaml(Path(path), "mend it, or give another recipe")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise UserError(f"{override!r} is no override; write section.key=value")
+            raise UserError(f"{override[:80]!r} is no override; write section.key=value")
         *sections, name = key.split(".")
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise UserError(f"{override!r}: {section} is a value, not a section")
-        place[name] = _Text(text)
-    return _build(Recipe, tree, "", str(path))
+                raise UserError(f"{override[:80]!r}: {section} is a value, not a section")
+        place[name] = Typed(text)
+    with of_file(Path(path), ""):
+        return build(Recipe, tree)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -199,162 +191,6 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     flat_before, flat_after = dict(_flatten(before)), dict(_flatten(after))
     keys = [*flat_before, *(key for key in flat_after if key not in flat_before)]
     return [key for key in keys if flat_before.get(key, MISSING) != flat_after.get(key, MISSING)]
-
-
-class _Text(str):
-    """The value of an override, not yet interpreted: a string stays what was typed."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is given twice, where YAML would silently keep the last."""
-
-
-def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    mapping: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node)
-        if key in mapping:
-            line = key_node.start_mark.line + 1
-            raise UserError(f"{loader.name}, line {line}: {key} is given twice; remove one")
-        mapping[key] = loader.construct_object(value_node, deep=True)
-    return mapping
-
-
-_StrictLoader.add_constructor(yaml.resolver.Resolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            tree = yaml.load(file, _StrictLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the recipe {path} is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise UserError(f"the recipe {path} is not valid YAML: {where}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"the recipe {path} holds no sections; it needs at least data and train")
-    return tree
-
-
-def _build(kind: type, tree: Mapping[str, Any], prefix: str, source: str) -> Any:
-    """An instance of the dataclass `kind` from a mapping, every key and type checked."""
-    known: dict[str, Field[Any]] = {item.name: item for item in fields(kind)}
-    for key in tree:
-        if key not in known:
-            raise UserError(_unknown_key(f"{prefix}{key}", prefix, list(known), source))
-    types = get_type_hints(kind)
-    values = {}
-    for name, item in known.items():
-        path = f"{prefix}{name}"
-        nested = is_dataclass(types[name])
-        if nested:
-            given = {} if tree.get(name) is None else tree[name]
-            if not isinstance(given, Mapping):
-                raise UserError(f"{source}: {path} is {given!r}; it is a section with keys")
-            values[name] = _build(types[name], given, f"{path}.", source)
-        elif name in tree:
-            value = _interpret(types[name], tree[name])
-            try:
-                values[name] = convert(types[name], value)
-            except _NotAllowed:
-                shown = "null" if value is None else repr(value)
-                raise UserError(
-                    f"{source}: {path} is {shown}; it must be {describe(types[name])}"
-                ) from None
-        elif item.default is MISSING and item.default_factory is MISSING:
-            raise UserError(f"{source}: {path} is missing; give it {describe(types[name])}")
-    return kind(**values)
-
-
-def _unknown_key(path: str, prefix: str, known: list[str], source: str) -> str:
-    """The message for an unknown key, with the nearest known one of its section, or of any."""
-    here = [f"{prefix}{name}" for name in known]
-    everywhere = list(dotted_keys(Recipe))
-    nearest = difflib.get_close_matches(path, here, n=1, cutoff=0.75) or [
-        key for key in everywhere if key.split(".")[-1] == path.split(".")[-1]
-    ]
-    nearest = nearest or difflib.get_close_matches(path, [*here, *everywhere], n=1, cutoff=0.0)
-    return (
-        f"{source}: unknown key {path}; the nearest known one is {nearest[0]} "
-        f"(known here: {', '.join(known)})"
-    )
-
-
-def dotted_keys(kind: type, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all values of a dataclass of options."""
-    types = get_type_hints(kind)
-    for item in fields(kind):
-        if is_dataclass(types[item.name]):
-            yield from dotted_keys(types[item.name], f"{prefix}{item.name}.")
-        else:
-            yield f"{prefix}{item.name}"
-
-
-class _NotAllowed(Exception):
-    """A value does not fit its type; the caller knows the key."""
-
-
-def _interpret(kind: Any, value: Any) -> Any:
-    """The text of an override as YAML; where a text is meant, as it was typed."""
-    if not isinstance(value, _Text):
-        return value
-    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if str in options and value != "null":
-        return str(value)
-    try:
-        return yaml.load(value, _StrictLoader)
-    except yaml.YAMLError:
-        return str(value)
-
-
-def convert(kind: Any, value: Any) -> Any:
-    """`value` as `kind`; YAML reads 1e-4 as a string, which becomes a float where one is meant."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        for option in arguments:
-            try:
-                return convert(option, value)
-            except _NotAllowed:
-                continue
-    elif origin is Literal:
-        if value in arguments and type(value) is str:
-            return value
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            several = len(arguments) == 2 and arguments[1] is Ellipsis
-            kinds = [arguments[0]] * len(value) if several else list(arguments)
-            if len(kinds) == len(value):
-                return tuple(convert(k, v) for k, v in zip(kinds, value, strict=True))
-    elif kind is NoneType:
-        if value is None:
-            return None
-    elif kind is float:
-        if isinstance(value, int | float | str) and not isinstance(value, bool):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    elif type(value) is kind:
-        return value
-    raise _NotAllowed
-
-
-def describe(kind: Any) -> str:
-    """A type in words."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return " or ".join(describe(option) for option in arguments)
-    if origin is Literal:
-        return " or ".join(map(str, arguments))
-    if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return f"a list of: {describe(arguments[0])}"
-        return f"a list of {len(arguments)}: " + ", ".join(map(describe, arguments))
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    return "null" if kind is NoneType else words[kind]
 
 
 def _plain(value: Any) -> Any:
@@ -432,6 +268,12 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     from blockdiffusion.seeding import seed_global
 
     config = network_config(recipe, manifest)
+    weights, ids = Network.of(config).parameters, recipe.train.batch_size * config.seq_len
+    check_memory(
+        4.0 * weights + 8.0 * ids,  # the least there is: shards may leave the rest to others
+        f"training {weights:,} parameters on {ids:,} tokens an update",
+        "lower model.width, model.num_layers or train.batch_size",
+    )
     with torch.random.fork_rng(devices=[]):
         seed_global(recipe.train.seed, "weights")
         return BlockDiffusionModel(config)

@@ -30,6 +30,7 @@ from typing import Literal, Protocol, get_args
 import torch
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limit
 from blockdiffusion.schedules import Linear, Schedule, make_schedule, prob_range
 
 LINEAR = Linear()
@@ -466,7 +467,7 @@ def make_estimator(
         parts["kind"],  # type: ignore[arg-type]  # just checked
         schedule=parts["schedule"] or "linear",
         clip=clip,
-        num_noisy=int(parts["copies"]) if parts["copies"] else None,
+        num_noisy=int(parts["copies"][:20]) if parts["copies"] else None,
         t_min=t_min,
         stratify=stratify,
     )
@@ -508,8 +509,7 @@ def build_estimator(
 
 
 def _check_copies(num_noisy: int) -> None:
-    if num_noisy < 1:
-        raise UserError(f"num_noisy is {num_noisy}; at least 1 noisy copy is needed")
+    check_limit("num_noisy", num_noisy)
 
 
 def _full_name(kind: str, schedule: Schedule, num_noisy: int, usual: int) -> str:

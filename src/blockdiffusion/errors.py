@@ -27,10 +27,10 @@ class Elsewhere(Exception):
 def check_whole(name: str, value: object) -> None:
     """Refuses what is no whole number."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise UserError(f"{name} is {value!r}; it must be a whole number")
+        raise UserError(f"{name} is {repr(value)[:60]}; it must be a whole number")
 
 
 def check_number(name: str, value: object) -> None:
     """Refuses what is no number."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise UserError(f"{name} is {value!r}; it must be a number")
+        raise UserError(f"{name} is {repr(value)[:60]}; it must be a number")

@@ -287,13 +287,41 @@ def quick_peak(device: str, dtype: str, threads: int) -> float | None:
 
 
 def machine_memory() -> float:
-    """Bytes of memory of this machine, or of the container that it is."""
+    """Bytes of memory of this machine, of the container that it is, or that `ulimit -v` leaves."""
+    try:
+        import resource
+    except ImportError:  # not told on this system
+        return math.inf
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if own != resource.RLIM_INFINITY:
+        total = min(total, float(own))
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
     except OSError:
         return total
     return min(total, float(limit)) if limit.isdigit() else total
+
+
+def check_memory(needed: float, what: str, lower: str, device: Any = "cpu") -> None:
+    """Refuses work that cannot fit into memory, before any of it is begun.
+
+    Args:
+        needed: bytes, at the least.
+        what: needs them. lower: what to change.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    import torch
+
+    on_gpu = torch.device(device).type == "cuda"
+    there = torch.cuda.mem_get_info(device)[1] if on_gpu else machine_memory()
+    if needed > there:
+        raise UserError(
+            f"{what} would take {needed / 1e9:,.1f} GB of memory or more, and there are "
+            f"{there / 1e9:,.1f} GB; {lower}"
+        )
 
 
 def describe() -> str:

@@ -32,6 +32,7 @@ from blockdiffusion.models.formats import (
     Found,
     find_directory,
     find_model,
+    read_config,
     read_json,
 )
 from blockdiffusion.models.lightning import LightningOptions
@@ -244,7 +245,7 @@ def check_card(directory: str | Path) -> Path:
 
 def refresh_readme(folder: Path) -> None:
     """Writes README.md anew from config.json and card.json."""
-    config = BlockDiffusionConfig.from_dict(read_json(folder / CONFIG))
+    config = read_config(folder / CONFIG)
     card = read_card(folder) or Card(name=_title(folder))
     with written_aside(folder / README) as file:
         file.write(render(config, card).encode())

@@ -53,5 +53,5 @@ def test_other_vocabularies_and_empty_choices_are_refused(directory, make_model)
     place = directory(False)
     with pytest.raises(UserError, match="V = 258"):
         read_rows(place, "valid", make_model())
-    with pytest.raises(UserError, match="at least 1 row"):
+    with pytest.raises(UserError, match="rows is 0; it must be at least 1"):
         read_rows(place, "valid", make_model(vocab_size=258, mask_id=257), rows=0)

@@ -2,6 +2,7 @@ import json
 import pickle
 import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import blockdiffusion
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.formats import copy_weights, read_json
-from blockdiffusion.models.tensors import read_safetensors
+from blockdiffusion.models.tensors import is_finite, read_safetensors
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from tests.conftest import GOLDEN
 
@@ -122,7 +123,7 @@ def test_no_hub_is_asked_for_a_path(name, tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_gone_is_no_traceback(copy):
-    with pytest.raises(UserError, match=r"config\.json cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*config\.json \(No such file"):
         read_json(copy / "gone" / "config.json")
     with pytest.raises(UserError, match=r"^there is no .*gone\.safetensors; copy or download"):
         read_safetensors(copy / "gone.safetensors")
@@ -220,3 +221,72 @@ def test_weights_of_another_tokenizer_are_refused(make_model, tmp_path):
     model.tokenizer.add_tokens(["new"])
     with pytest.raises(UserError, match="trained with another tokenizer"):
         copy_weights(tmp_path, model)
+
+
+# --- sizes and numbers, before anything is built -------------------------------------------------
+
+
+@pytest.fixture
+def ours(make_model, tmp_path):
+    """A small model in our own format."""
+    make_model().float().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_layers", 10**12, "num_layers is 1000000000000; it must be at most"),
+        ("num_layers", 9_999, r"lacks layers\.\d"),
+        ("width", 131_072, "has shape"),
+        ("vocab_size", 2**24, "has shape"),
+        ("vocab_size", "abc", "vocab_size is 'abc'; it must be a whole number"),
+        ("vocab_size", None, "vocab_size is null"),
+        ("width", 0.5, r"width is 0\.5; it must be a whole number"),
+        ("seq_len", -1, "seq_len is -1; it must be at least 1"),
+        ("cond_dim", 10**30, "cond_dim is .* or more; it must be at most"),
+        ("mask_id", 99_999, "mask_id 99999 lies outside the vocabulary"),
+        ("eos_id", 99_999, "eos_id 99999 lies outside the vocabulary"),
+        ("bos_id", -1, "bos_id is -1; it must be at least 0"),
+        ("dropout", [], r"dropout is \[\]; it must be a number"),
+        ("objective", {}, r"objective is \{\}; it must be a text"),
+        ("model_type", ["x"] * 10**6, r"has model_type \['x', 'x'"),
+    ],
+)
+def test_a_configuration_is_compared_with_the_weights_first(ours, name, value, message):
+    folder = ours
+    raw = json.loads((folder / "config.json").read_text())
+    assert name in raw
+    (folder / "config.json").write_text(json.dumps(raw | {name: value}))
+    began = time.process_time()
+    with pytest.raises(UserError, match=message) as told:
+        blockdiffusion.load(folder)
+    assert time.process_time() - began < 5 and len(str(told.value)) < 500
+
+
+def test_what_transformers_adds_to_a_configuration_is_not_read(ours):
+    folder = ours
+    raw = json.loads((folder / "config.json").read_text())
+    more = {"num_labels": 10**12, "id2label": 5, "auto_map": 1, "torch_dtype": [1]}
+    (folder / "config.json").write_text(json.dumps(raw | more))
+    assert blockdiffusion.load(folder).config.vocab_size == raw["vocab_size"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_that_are_not_finite_are_named(ours, value, dtype):
+    folder = ours
+    tensors = {n: t.to(dtype) for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    blockdiffusion.load(folder)
+    name = sorted(tensors)[-1]
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{re.escape(name)} holds numbers that are not finite"):
+        blockdiffusion.load(folder)
+
+
+def test_large_numbers_are_finite():
+    largest = torch.full((100,), torch.finfo(torch.float16).max, dtype=torch.float16)
+    assert is_finite(largest) and is_finite(torch.full((100,), 3e38)) and is_finite(torch.zeros(0))
+    assert not is_finite(torch.tensor([torch.inf, -torch.inf, 0]))

@@ -3,6 +3,7 @@
 import contextlib
 import pickle
 import subprocess
+import time
 import zipfile
 from collections import OrderedDict, defaultdict
 
@@ -105,6 +106,69 @@ def test_odd_pickles_are_refused_or_inert(tmp_path, attack):
     else:
         with pytest.raises(UserError, match="is truncated, damaged or no file"):
             Archive(path)
+
+
+TUPLES = b"\x85" * 2_000_000
+TWICE = b"N" + b"2\x86" * 60  # a tuple of itself and itself, 60 times
+GREEDY = {
+    "deep tuples as a key": b"}N" + TUPLES + b"Ns.",
+    "deep tuples in a set": b"\x8f(N" + TUPLES + b"\x90.",
+    "wide tuples as a key": b"}" + TWICE + b"Ns.",
+    "wide tuples for a frozenset": b"c__builtin__\nfrozenset\n](" + TWICE + b"e\x85R.",
+    "a place in the memo": b"Nr\xff\xff\xff\xff.",
+    "another place": b"Np4294967295\n.",
+    "bytes of a number": b"c__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85R.",
+    "new bytes of a number": b"c__builtin__\nbytes\nJ\xff\xff\xff\x7f\x85\x81.",
+    "more bytes than there are": b"\x96\xff\xff\xff\xff\xff\x00\x00\x00.",
+    "a text longer than there is": b"X\xff\xff\xff\x7fa.",
+    "a long number": b"\x8b" + (10**6).to_bytes(4, "little") + b"\x7f" * 10**6 + b".",
+    "many digits": b"L" + b"9" * 10**6 + b"L\n.",
+    "many values": b"](" + b"N" * 2_200_000 + b"e.",
+    "many classes": b"](" + b"ca\nb\n" * 60_000 + b"e.",
+    "copies of a list": b"](" + b"N" * 1000 + b"eq\x00(" + b"c__builtin__\nset\nh\x00\x85R" * 9_000
+    + b"t.",
+    "copies of a text": b"X" + (10**6).to_bytes(4, "little") + b"a" * 10**6
+    + b"q\x00(" + b"c_codecs\nencode\nh\x00\x85R" * 1_000 + b"t.",
+    "no mark": b"NNt.",
+    "a mark for a value": b"(q\x00.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", GREEDY)
+def test_few_bytes_get_neither_memory_nor_time_nor_stack(tmp_path, attack):
+    path = tmp_path / "greedy.ckpt"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("greedy/data.pkl", GREEDY[attack])
+    began = time.process_time()
+    with pytest.raises(UserError, match="is truncated, damaged or no file") as told:
+        Archive(path)
+    assert time.process_time() - began < 10 and len(str(told.value)) < 500
+
+
+def test_the_largest_pickle_that_is_read_takes_seconds(tmp_path):
+    content = {"vocabulary": {str(i): i for i in range(200_000)}, "random": tuple(range(625))}
+    began = time.process_time()
+    assert Archive(save(tmp_path, content)).content == content
+    assert time.process_time() - began < 10
+
+
+def test_tensors_that_claim_more_than_the_file_has_are_refused(tmp_path):
+    one = torch.ones(1000, 1000)
+    archive = Archive(save(tmp_path, {"tied": [one] * 2, "views": [one[i] for i in range(1000)]}))
+    with archive:
+        for stored in (*archive.content["views"], archive.content["tied"][0]):
+            archive.tensor(stored)  # shared numbers count once more
+        with pytest.raises(UserError, match="claim more bytes than it has"):
+            archive.tensor(archive.content["tied"][1])
+
+
+def test_a_small_record_that_unpacks_to_much_is_refused(tmp_path):
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", b"N.", zipfile.ZIP_STORED)
+        file.writestr("a/byteorder", bytes(2**26))
+    with pytest.raises(UserError, match="byteorder is compressed"):
+        Archive(path)
 
 
 def test_what_a_pickle_assigns_is_gone_with_it(tmp_path):

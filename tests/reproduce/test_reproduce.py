@@ -16,7 +16,13 @@ from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS, LastDocuments, find_set
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import locked
-from blockdiffusion.reproduce import Reproduced, conductor, plan_tables, reproduce
+from blockdiffusion.reproduce import (
+    Reproduced,
+    _write_table,
+    conductor,
+    plan_tables,
+    reproduce,
+)
 from blockdiffusion.reproduce.cells import document_tokens
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.paper import TABLES
@@ -26,6 +32,7 @@ from blockdiffusion.train.loop import BatchOrder
 from tests.command import blockdiff
 from tests.evaluate.judges import save_gpt2
 from tests.reproduce.toy import DOCS, TOY, InProcess, write_pages
+from tests.test_mutations import mutations
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -193,6 +200,39 @@ def test_the_command_shows_the_page(made, data, monkeypatch):
         "reproduce", "t3", "--scale", "toy", "--out", plan.out, *options, "--dry-run"
     )
     assert "16 steps, 16 done" in listed.stdout and "is left: 0 FLOP" in listed.stdout
+
+
+def test_damaged_results_are_told_and_damaged_notes_are_made_anew(made):
+    """Every file of results, and notes, by a sample of wrong values; see `test_mutations`."""
+    plan, _, _ = made
+    results = sorted((plan.out / "results").rglob("*.json"))
+    assert len(results) > 20
+    ended = []
+    for number, file in enumerate(results):
+        whole = file.read_bytes()
+        changes = list(mutations(whole, "json"))
+        for _, content in changes[number % 40 :: 60]:
+            file.write_bytes(content)
+            for table in plan.tables:
+                try:
+                    _write_table(plan, table)
+                    ended.append(0)
+                except UserError as error:
+                    assert len(str(error)) < 500
+                    ended.append(2)
+        file.write_bytes(whole)
+    print(f"{len(ended)} mutations: {ended.count(0)} read, {ended.count(2)} told")
+    assert ended.count(0) and ended.count(2)
+    kept, step = Kept(plan), plan.steps[0]
+    note = plan.out / "steps" / f"{step.name}.json"
+    whole = note.read_bytes()
+    for _, content in mutations(whole, "json"):
+        note.write_bytes(content)
+        assert kept.state(step) in ("to do", "out of date", "interrupted", "done")
+    note.write_bytes(whole)
+    assert kept.state(step) == "done"
+    for table in plan.tables:
+        _write_table(plan, table)
 
 
 def test_two_processes_do_not_work_in_one_place(made):

@@ -229,7 +229,7 @@ def test_remasked_tokens_are_told(make_model):
     (dict(policy="margin", threshold=1.5), r"threshold is 1\.5; for margin it lies in \[0, 1\]"),
     (dict(policy="entropy", threshold=-1), "threshold is -1; entropies are at least 0"),
     (dict(policy="remask"), "needs a number of steps"),
-    (dict(policy="remask", steps=0), "at least 1 step"),
+    (dict(policy="remask", steps=0), "steps is 0; it must be at least 1"),
     (dict(policy="remask", steps=4, remask=2), "remask is 2; it must lie in"),
     (dict(policy="first-hitting", threshold=0.5), "leave it out, or take confidence"),
     (dict(threshold=0.5), "no meaning for the policy first-hitting"),

@@ -225,7 +225,7 @@ def test_the_cache_is_a_ring_of_the_window(make_ar, monkeypatch):
     (dict(schedule="linear"), "schedule is given"),
     (dict(stride=2), "stride is given"),
     (dict(prompts=[[1] * 17], window=16), "more than the window"),
-    (dict(window=0), "window of 0 tokens"),
+    (dict(window=0), "window is 0; it must be at least 1"),
     (dict(max_new_tokens=0), "max_new_tokens"),
     (dict(prompts=[[12]]), "without the mask token 12"),
     (dict(prompts=[]), "no prompt"),

@@ -242,10 +242,10 @@ class Untimed:
 
 @pytest.mark.parametrize(("kind", "options", "message"), [
     ("sedd", dict(policy="first-hitting"), "policy is first-hitting, but .* use analytic"),
-    ("sedd", dict(steps=0), "analytic sampler needs at least 1 step"),
+    ("sedd", dict(steps=0), "steps is 0; it must be at least 1"),
     ("sedd", dict(schedule="cosin"), "unknown schedule"),
     ("uniform", dict(policy="analytic"), "by its own steps; use ancestral"),
-    ("uniform", dict(steps=0), "ancestral sampler needs at least 1 step"),
+    ("uniform", dict(steps=0), "steps is 0; it must be at least 1"),
     ("absorbing", dict(schedule="cosine"), r"has its own \(linear\); leave it out"),
     ("masked", dict(policy=Untimed()), "which the policy untimed does not tell"),
     ("masked", dict(policy="analytic"), "unknown policy 'analytic'"),

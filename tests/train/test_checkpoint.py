@@ -236,3 +236,14 @@ def test_the_export_is_replaced_file_by_file_and_keeps_the_weights(tmp_path):
     assert not torch.equal(exported["inner.weight"], weights)
     assert torch.equal(model.inner.weight, weights)
     assert not (tmp_path / ".model.partial").exists()
+
+
+@pytest.mark.parametrize("file", [checkpoint.WEIGHTS, checkpoint.AVERAGE, checkpoint.OPTIMIZER])
+def test_numbers_that_are_not_finite_are_told(saved, file):
+    folder, _ = saved
+    tensors = load_file(folder / file)
+    name = next(name for name, tensor in tensors.items() if tensor.numel() > 1)
+    tensors[name].view(-1)[1] = float("nan")
+    save_file(tensors, folder / file)
+    with pytest.raises(UserError, match=f"{name} holds numbers that are not finite; remove the di"):
+        load(folder, *trained(seed=1))

@@ -19,6 +19,7 @@ from blockdiffusion.costs import Network
 from blockdiffusion.data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
 from blockdiffusion.errors import UserError
 from blockdiffusion.hardware import Hardware
+from blockdiffusion.limits import check_limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ def make_account(
 def manifest_of(recipe: Recipe, seq_len: int | None, vocab_size: int | None) -> Manifest:
     """The manifest of the recipe's data, or one that says as much as is given."""
     for option, value in (("--seq-len", seq_len), ("--vocab-size", vocab_size)):
+        check_limit(option[2:].replace("-", "_"), value, option)
         if value is not None and value < 2:
             raise UserError(f"{option} is {value}; it must be at least 2")
     if (Path(recipe.data.path) / MANIFEST_FILE).exists():

@@ -17,6 +17,7 @@ from blockdiffusion.costs import (
 )
 from blockdiffusion.errors import UserError
 from blockdiffusion.hardware import Hardware
+from blockdiffusion.limits import check_limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,7 @@ class SamplingRequest:
 
     def __post_init__(self) -> None:
         for name in ("batch", "tokens_per_step", "max_new_tokens", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                option = name.replace("_", "-")
-                raise UserError(f"--{option} is {value}; it must be at least 1")
+            check_limit(name, getattr(self, name), "--" + name.replace("_", "-"))
         if self.dtype not in get_args(SampleDtype):
             raise UserError(f"--sample-dtype is {self.dtype!r}; choose float32, bf16 or int8")
 

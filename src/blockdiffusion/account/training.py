@@ -29,6 +29,7 @@ from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.hardware import Hardware
+from blockdiffusion.limits import check_limit
 from blockdiffusion.train.optim import is_hidden_matrix
 
 DRAWN_TOKENS = 2**16  # of rows that are masked to see how many positions are scored
@@ -146,9 +147,10 @@ def training_account(
         UserError: the rows cannot be shared evenly.
     """
     options, network = recipe.train, Network.of(config)
-    if devices < 1 or options.batch_size % devices:
+    check_limit("devices", devices, "--devices")
+    if options.batch_size % devices:
         raise UserError(
-            f"--devices is {devices}; it must be at least 1 and divide train.batch_size, which is "
+            f"--devices is {devices}; it must divide train.batch_size, which is "
             f"{options.batch_size}"
         )
     rows = options.batch_size // devices

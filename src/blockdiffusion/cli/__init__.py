@@ -17,6 +17,7 @@ from blockdiffusion.cli.data import datasets, prepare
 from blockdiffusion.cli.generating import infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
+from blockdiffusion.cli.options import within_limits
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
 from blockdiffusion.devices import spin_briefly
@@ -54,7 +55,8 @@ COMMANDS = {
     "push": push,
 }
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name)(within_limits(_command))
+
 
 # An unknown option or a missing argument; newer typer versions carry their own click.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
@@ -106,6 +108,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail("there is not enough memory for this: ask for fewer rows, samples or tokens at once")
     except PermissionError as error:
         _fail(f"no permission for {error.filename}: choose another place or change its rights")
 
@@ -119,6 +125,12 @@ def _as_recipe_key(error: Any) -> str | None:
     if key is None:
         return None
     return f"there is no option {option}; write {key}, without dashes, behind the recipe"
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Python, NumPy and PyTorch on its devices say it in their own ways."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _fail(message: str) -> None:

@@ -340,5 +340,5 @@ def _sizes(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(
-            f"--block-sizes is {text!r}; give whole numbers with commas between, as in 1,4,16"
+            f"--block-sizes is {text[:60]!r}; give whole numbers with commas between, as in 1,4,16"
         ) from None

@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from blockdiffusion.limits import check_limit
+
 
 def one_of(*values: str) -> Callable[[str], list[str]]:
     """What the shell completes an option's value to."""
@@ -182,4 +184,17 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {}
+    return call
+
+
+def within_limits(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that checks its numbers before it begins; `limits.LIMITS` has every one."""
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_limit(name, value, "--" + name.replace("_", "-"))
+        command(**values)
+
     return call

@@ -118,7 +118,8 @@ def train(
 
 def recipe_key(option: str, arguments: list[str]) -> str | None:
     """How a key of the recipe is given, where somebody wrote it as an `option`; None for others."""
-    from blockdiffusion.config import Recipe, dotted_keys
+    from blockdiffusion.config import Recipe
+    from blockdiffusion.records import dotted_keys
 
     wanted = option.lstrip("-").replace("-", "_")
     known = [key for key in dotted_keys(Recipe) if key == wanted or key.endswith(f".{wanted}")]

@@ -6,6 +6,7 @@ of processes that share a batch.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,7 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         size = path.stat().st_size
     except FileNotFoundError:
         raise UserError(f"{path} is missing, though the manifest names it: {remedy}") from None
-    expected = int(np.prod(shape)) * dtype.itemsize
+    expected = math.prod(shape) * dtype.itemsize
     if size != expected:
         raise UserError(f"{path} has {size} bytes and should have {expected}: {remedy}")
     return np.memmap(path, dtype=dtype, mode="r", shape=shape)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.data.shards import Shard
+from blockdiffusion.data.shards import PACKERS, Shard
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import written_aside
+from blockdiffusion.limits import MOST_COUNT, check_limits
+from blockdiffusion.records import Damaged, build, of_file, read_json, shown
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
+MOST_BYTES = 2**60  # of text
+SHARD_NAME = re.compile(r"[\w-]+\.bin")
+DAMAGED = "it is damaged: delete its directory and prepare the data again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,30 +88,44 @@ class Manifest:
             UserError: there is none, it is damaged, or another version wrote it.
         """
         path = Path(directory) / MANIFEST_FILE
-        try:
-            fields = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
             raise UserError(
                 f"{directory} holds no prepared data (no {MANIFEST_FILE}): name a directory that "
                 "`blockdiff prepare` finished, or run the same prepare again to finish it"
-            ) from None
-        except ValueError:
-            raise _damaged(path) from None
-        version = fields.get("format_version") if isinstance(fields, dict) else None
+            )
+        found = read_json(path, DAMAGED)
+        version = found.get("format_version")
         if version != FORMAT_VERSION:
             raise UserError(
-                f"{path} has format version {version}, and this program reads {FORMAT_VERSION}: "
-                "prepare the data again"
+                f"{path} has format version {shown(version)}, and this program reads "
+                f"{FORMAT_VERSION}: prepare the data again"
             )
-        try:
-            splits = {
-                name: Split(**split | {"shards": tuple(Shard(**s) for s in split["shards"])})
-                for name, split in fields["splits"].items()
-            }
-            return cls(**fields | {"splits": splits, "sources": tuple(fields["sources"])})
-        except (KeyError, TypeError, AttributeError):
-            raise _damaged(path) from None
+        with of_file(path, DAMAGED):
+            manifest = build(cls, found)
+            manifest._check()
+        return manifest
 
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged: delete its directory and prepare the data again")
+    def _check(self) -> None:
+        """Refuses what `prepare` never writes."""
+        check_limits(self)
+        for name in ("mask_id", "bos_id", "eos_id", "pad_id"):
+            if (getattr(self, name) or 0) >= self.vocab_size:
+                raise Damaged(f"{name} is {getattr(self, name)}, which is not below vocab_size")
+        if self.packing not in PACKERS:
+            raise Damaged(f"packing is {shown(self.packing)}; it must be {' or '.join(PACKERS)}")
+        if not self.splits:
+            raise Damaged("splits is empty")
+        if not all(isinstance(source.get("name"), str) for source in self.sources):
+            raise Damaged("one of the sources has no name")
+        for name, split in self.splits.items():
+            counted = sum(shard.rows for shard in split.shards)
+            if not 1 <= split.rows == counted <= MOST_COUNT:
+                raise Damaged(f"splits.{name} has {split.rows} rows, and {counted} in its shards")
+            if not 1 <= split.tokens <= split.rows * self.seq_len:
+                raise Damaged(f"splits.{name} has {split.tokens} tokens in {split.rows} rows")
+            for what in ("bytes", "documents"):
+                if not 1 <= getattr(split, what) <= MOST_BYTES:
+                    raise Damaged(f"splits.{name}.{what} is {getattr(split, what)}")
+            for shard in split.shards:
+                if shard.rows < 1 or not SHARD_NAME.fullmatch(shard.file):
+                    raise Damaged(f"splits.{name} has the shard {shown(shard.file)}")

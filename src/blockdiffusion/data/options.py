@@ -11,6 +11,7 @@ from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.shards import PACKERS
 from blockdiffusion.data.sources import DOCUMENT_RULES, MAX_DOCUMENT_BYTES
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import MOST_IDS, check_limits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,13 +86,14 @@ class PrepareOptions:
             raise UserError(
                 f"document_bytes is {self.document_bytes}: it must be from 16 to {most}"
             )
-        if self.skip_invalid < 0:
-            raise UserError(f"skip_invalid is {self.skip_invalid}: it must be 0 or more")
-        if self.num_workers < 0:
-            raise UserError(f"num_workers is {self.num_workers}: it must be 0 (all cores) or more")
-        if self.tokenizer.startswith("bpe:") and not self.tokenizer[4:].isdecimal():
+        check_limits(self)
+        size = self.tokenizer.removeprefix("bpe:")
+        if size != self.tokenizer and not (
+            size.isascii() and size.isdecimal() and len(size) <= 9 and int(size) <= MOST_IDS
+        ):
             raise UserError(
-                f"tokenizer is {self.tokenizer!r}: a BPE trained here is bpe:SIZE, like bpe:2048"
+                f"tokenizer is {self.tokenizer[:40]!r}: a BPE trained here is bpe:SIZE, like "
+                f"bpe:2048, of at most {MOST_IDS} ids"
             )
 
     def content(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from blockdiffusion.data.shards import PACKERS, Packer, RowRules, ShardWriter
 from blockdiffusion.data.sources import Source
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import locked, storage_error, written_aside
+from blockdiffusion.records import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -195,7 +196,7 @@ def _tokenizer(
     from blockdiffusion.data.tokenizers import load_tokenizer, train_bpe
 
     folder, record = out / TOKENIZER_FOLDER, out / PARTS_FOLDER / SETTINGS_FILE
-    if folder.exists() and record.exists() and json.loads(record.read_bytes()) == settings:
+    if folder.exists() and record.exists() and read_json(record, "remove it") == settings:
         return load_tokenizer(folder)
     spec = corpus.options.tokenizer
     if spec.startswith("bpe:"):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from blockdiffusion.files import storage_error
+from blockdiffusion.records import Damaged, json_lines, sealed, unsealed
 
 
 class Journal:
@@ -23,13 +24,12 @@ class Journal:
     def __init__(self, path: Path, identity: str):
         self.path, self.identity = path, identity
         self._found: dict[str, Any] = {}
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        for line in lines:
+        for line in json_lines(path, finite=False) if path.exists() else ():
             try:
-                entry = json.loads(line)
-            except ValueError:  # a kill cut it short
+                entry = unsealed(line)
+            except Damaged:  # of something else, or changed
                 continue
-            if entry["identity"] == identity:
+            if entry.get("identity") == identity:
                 self._found[entry["name"]] = entry["result"]
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Journal:
             UserError: the disk is full.
         """
         self._found[name] = result
-        entry = {"identity": self.identity, "name": name, "result": result}
+        entry = sealed({"identity": self.identity, "name": name, "result": result})
         try:
             with open(self.path, "ab") as file:
                 file.write(b"\n" + json.dumps(entry).encode() + b"\n")

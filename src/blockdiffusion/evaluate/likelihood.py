@@ -29,15 +29,17 @@ from blockdiffusion.denoiser import (
     row_groups,
 )
 from blockdiffusion.diffusions import diffusion_of
-from blockdiffusion.errors import UserError, check_whole
+from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.exact import enumeration_is_cheap, exact_blocks, num_subsets
+from blockdiffusion.limits import check_limit
 from blockdiffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.sampling.requests import as_ids
 from blockdiffusion.seeding import generator as seeded_generator
 from blockdiffusion.text import encode_text
 
+MOST_NATS = 700.0  # a token; exp of more is no number
 PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
 COPIES = 8  # noisy copies that share one clean stream
 MAX_SAMPLES = 4096  # replicates after which a target of the noise error is given up
@@ -214,10 +216,10 @@ def likelihood(
     """
     start = time.perf_counter()
     config = model.config
-    for name, value in (("samples", samples), ("orders", orders)):
-        check_whole(name, value)
-        if value < 1:
-            raise UserError(f"{name} is {value}; at least 1 is needed")
+    for name, value in (
+        ("samples", samples), ("orders", orders), ("target_stderr", target_stderr),
+    ):  # fmt: skip
+        check_limit(name, value)
     estimator, law, note = choose_estimator(estimator, config, samples, t_min)
     if target_stderr is not None and not target_stderr > 0:
         raise UserError(f"target_stderr is {target_stderr}; it must be above 0")
@@ -266,6 +268,12 @@ def likelihood(
         found.exact_B = row_B
     nats = float(row_B.sum()) / num_tokens
     exact = None if found.exact_B is None else float(found.exact_B.sum()) / num_tokens
+    if not all(value is None or value < MOST_NATS for value in (nats, exact)):  # nan is not
+        raise UserError(
+            f"the likelihood is {nats:.4g} nats a token: the network's logits are not finite or "
+            "far too large, as its numbers overflow or its weights have diverged; measure in "
+            "float32, or take an earlier checkpoint"
+        )
     bounds = {k: float(bound_BR.sum(0).mean()) / num_tokens for k, bound_BR in found.orders.items()}
     noises = {k: found.noise_error(num_tokens, k) for k in bounds}
     return Likelihood(

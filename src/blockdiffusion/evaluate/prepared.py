@@ -14,6 +14,7 @@ from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import Likelihood
+from blockdiffusion.limits import check_limit
 from blockdiffusion.models.card import public_name
 from blockdiffusion.train.loop import data_fingerprint, free_tokens
 
@@ -69,8 +70,7 @@ def read_rows(
     Raises:
         UserError: no such data or split, no rows, or data made for another vocabulary.
     """
-    if rows is not None and rows < 1:
-        raise UserError(f"rows is {rows}; at least 1 row is needed")
+    check_limit("rows", rows)
     source = TokenRows(directory, split)
     manifest, config = source.manifest, model.config
     if (manifest.vocab_size, manifest.mask_id) != (config.vocab_size, config.mask_id):

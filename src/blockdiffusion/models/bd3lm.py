@@ -11,6 +11,7 @@ import torch
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.transformer import ROTARY_BASE, BlockDiffusionConfig
+from blockdiffusion.records import of_file, typed
 
 MODEL_TYPE = "bd3lm"
 
@@ -51,6 +52,14 @@ CONFIG_KEYS = {
 }
 
 
+_KEYS = {
+    **dict.fromkeys(CONFIG_KEYS.values(), int),
+    "dropout": float,
+    **dict.fromkeys(("mask_id", "mask_index"), int | None),
+    **dict.fromkeys(("causal", "cross_attn", "adaln", "time_conditioning"), bool),
+}
+
+
 def from_bd3lm(
     raw: Mapping[str, Any], state: Mapping[str, torch.Tensor], folder: Path
 ) -> tuple[BlockDiffusionConfig, dict[str, torch.Tensor]]:
@@ -60,23 +69,25 @@ def from_bd3lm(
         UserError: the config lacks a key, or describes a causal network.
     """
     file = folder / "config.json"
-    if raw.get("causal"):
-        raise UserError(
-            f"{file} describes a causal network, which was never published in this format; "
-            "convert the Lightning file it comes from"
+    with of_file(file, "copy or download it again"):
+        found = typed(_KEYS, raw)
+        if found.get("causal"):
+            raise UserError(
+                "a causal network, which was never published in this format; convert the "
+                "Lightning file it comes from"
+            )
+        missing = [theirs for theirs in CONFIG_KEYS.values() if theirs not in found]
+        if missing:
+            raise UserError(f"it lacks the key {missing[0]!r}")
+        sizes = {ours: found[theirs] for ours, theirs in CONFIG_KEYS.items()}
+        if not found.get("cross_attn", True):  # no clean stream: one block is the whole sequence
+            sizes["block_size"] = sizes["seq_len"]
+        config = BlockDiffusionConfig(
+            **sizes,
+            mask_id=found.get("mask_id", found.get("mask_index")),
+            adaln=found.get("adaln", True),
+            time_conditioning=found.get("time_conditioning", False),
         )
-    try:
-        sizes = {ours: raw[theirs] for ours, theirs in CONFIG_KEYS.items()}
-    except KeyError as error:
-        raise UserError(f"{file} lacks the key {error}") from error
-    if not raw.get("cross_attn", True):  # no clean stream: one block is the whole sequence
-        sizes["block_size"] = sizes["seq_len"]
-    config = BlockDiffusionConfig(
-        **sizes,
-        mask_id=raw.get("mask_id", raw.get("mask_index")),
-        adaln=raw.get("adaln", True),
-        time_conditioning=raw.get("time_conditioning", False),
-    )
     return config, {our_name(n): tensor for n, tensor in state.items() if n not in BD3LM_IGNORED}
 
 

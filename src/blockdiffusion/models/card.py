@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockdiffusion.errors import UserError
 from blockdiffusion.escape import markdown, markdown_prose, markdown_table
+from blockdiffusion.records import Damaged, build, of_file, read_json, shown
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionConfig
@@ -91,17 +91,36 @@ def read_card(folder: Path) -> Card | None:
     path = folder / FACTS
     if not path.is_file():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT:
-            raise ValueError("another format")
-        known = {field.name for field in fields(Card)}  # older cards have no notes
-        return Card(**{name: value for name, value in content.items() if name in known})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read as a {FORMAT} ({error!r}); remove it, and the card is "
-            "written without it"
-        ) from error
+    instead = "remove it, and the card is written without it"
+    content = read_json(path, instead)
+    with of_file(path, instead):
+        if content.get("format") != FORMAT:
+            raise Damaged(f"its format is {shown(content.get('format'))}, not {FORMAT}")
+        card = build(Card, content, strict=False)
+        check_evaluation(card.evaluation)
+    return card
+
+
+def check_evaluation(found: dict[str, Any] | None) -> None:
+    """Refuses measured facts that a card cannot be written of; see `Card.evaluation`.
+
+    Raises:
+        Damaged: one is missing or of another type.
+    """
+    if found is not None:
+        build(_Told, found, "evaluation.", strict=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """Those of the measured facts that a card tells in words."""
+
+    data: str
+    split: str
+    is_bound: bool
+    perplexity: float
+    exact_perplexity: float | None = None
+    step: int | None = None
 
 
 def is_ours(folder: Path) -> bool:

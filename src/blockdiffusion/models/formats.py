@@ -7,14 +7,16 @@ names it.
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
+from transformers.initialization import no_init_weights
 
+from blockdiffusion import records
 from blockdiffusion.errors import UserError
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.bd3lm import MODEL_TYPE as BD3LM
@@ -28,6 +30,7 @@ WEIGHTS = "model.safetensors"
 LIGHTNING = ".ckpt"
 PICKLES = (".bin", LIGHTNING, ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
 Format = Literal["blockdiffusion", "bd3lm", "lightning"]
 
 # What the weights of two networks must agree on, to mean the same.
@@ -118,8 +121,9 @@ def find_model(
     else:
         file = path / WEIGHTS
         kind, config, state = _read_directory(path)
-    model = BlockDiffusionModel(config)
-    check_tensors(model.state_dict(), state, file, CONFIG if read is None else "its own sizes")
+    check_tensors(config, state, file, CONFIG if read is None else "its own sizes")
+    with no_init_weights():  # all of them are in the file
+        model = BlockDiffusionModel(config)
     model.load_state_dict(state)
     if dtype is None and state:
         dtype = next(iter(state.values())).dtype
@@ -269,15 +273,14 @@ def _download(hub_id: str) -> Path:
 def _read_directory(
     folder: Path,
 ) -> tuple[Format, BlockDiffusionConfig, dict[str, torch.Tensor]]:
-    raw = read_json(folder / CONFIG)
-    state = read_safetensors(folder / WEIGHTS)
+    raw, state = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
     model_type = raw.get("model_type")
     if model_type == BD3LM:
         return "bd3lm", *from_bd3lm(raw, state, folder)
     if model_type == BlockDiffusionConfig.model_type:
-        return "blockdiffusion", BlockDiffusionConfig.from_dict(raw), state
+        return "blockdiffusion", read_config(folder / CONFIG, raw), state
     raise UserError(
-        f"{folder / CONFIG} has model_type {model_type!r}; "
+        f"{folder / CONFIG} has model_type {records.shown(model_type)}; "
         f"readable are {BlockDiffusionConfig.model_type!r} and {BD3LM!r}"
     )
 
@@ -288,17 +291,21 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it holds something else, or cannot be read.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); copy or download it again"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return raw
+    return records.read_json(path, "copy or download it again")
+
+
+def read_config(path: Path, raw: Mapping[str, Any] | None = None) -> BlockDiffusionConfig:
+    """The configuration in one of our config.json; keys that are not ours are left out.
+
+    Raises:
+        UserError: it cannot be read, or describes no network.
+    """
+    raw = read_json(path) if raw is None else raw
+    hints = get_type_hints(BlockDiffusionConfig.__init__)
+    own = {name: hint for name, hint in hints.items() if name not in ("kwargs", "return")}
+    own |= {"dtype": DtypeName | None, "architectures": list[str] | None}
+    with records.of_file(path, "copy or download it again"):
+        return BlockDiffusionConfig(**records.typed(own, raw))
 
 
 def _read_tokenizer(folder: Path) -> Any:

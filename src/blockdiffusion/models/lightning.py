@@ -17,10 +17,12 @@ from typing import Any, Literal, TypeGuard
 import torch
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limit
 from blockdiffusion.models.bd3lm import BD3LM_IGNORED, ROTARY, our_name
 from blockdiffusion.models.settings import Settings
 from blockdiffusion.models.transformer import BlockDiffusionConfig, Objective
 from blockdiffusion.models.unpickling import Archive, StoredTensor
+from blockdiffusion.records import shown
 
 COMPILED = "_orig_mod."  # in the names of a network that torch.compile wrapped
 Weights = Literal["ema", "raw"]
@@ -67,10 +69,8 @@ class LightningOptions:
             raise UserError(f"--weights is {self.weights!r}; choose ema or raw")
         if self.kind is not None and self.kind not in KINDS:
             raise UserError(f"--kind is {self.kind!r}; choose {', '.join(KINDS)}")
-        for name in ("block_size", "seq_len", "num_heads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{_option(name)} is {value}; it must be at least 1")
+        for name in ("block_size", "seq_len", "num_heads", "mask_id", "noise_eps"):
+            check_limit(name, getattr(self, name), _option(name))
 
     def given(self) -> list[str]:
         """The options that are not at their defaults, as the command line calls them."""
@@ -144,7 +144,7 @@ def _trained(state_dict: Any, path: Path) -> dict[str, StoredTensor]:
     for name, stored in state_dict.items():
         if not isinstance(name, str) or not _is_tensor(stored):
             raise UserError(
-                f"{path}: {name!r} in its state_dict is no tensor that can be read; "
+                f"{path}: {shown(name)} in its state_dict is no tensor that can be read; "
                 "only plain tensors are"
             )
         found[name.replace(COMPILED, "")] = stored
@@ -242,7 +242,9 @@ def _agreed_sizes(
     kind_name: str | None = agreed("kind", configuration=settings.text("algo.name"))
     kind = KINDS.get(kind_name or "")
     if kind_name is not None and kind is None:
-        raise UserError(f"{path} was trained as {kind_name!r}; readable are {', '.join(KINDS)}")
+        raise UserError(
+            f"{path} was trained as {shown(kind_name)}; readable are {', '.join(KINDS)}"
+        )
     found: dict[str, Any] = {
         "kind": kind_name,
         "seq_len": agreed("seq_len", configuration=settings.whole("model.length")),
@@ -269,7 +271,7 @@ def _sizes_of_tensors(
 ) -> dict[str, Any]:
     """What the shapes say. Rotary frequencies are half as many as a head is wide."""
     embedding = shapes.get("embedding.weight", ())
-    layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d+)\.", name))}
+    layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d{1,6})\.", name))}
     if len(embedding) != 2 or 0 in embedding or not layers:
         raise UserError(
             f"{path} holds no backbone.vocab_embed.embedding or no backbone.blocks, so it is no "

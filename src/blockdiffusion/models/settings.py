@@ -6,11 +6,11 @@ leaves their value as `_val`, and `${model.length}` stands for another key's val
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from blockdiffusion.models.unpickling import Placeholder
+from blockdiffusion.records import Damaged, parse_json
 
 DEEPEST = 32  # nested sections; a damaged file may have a section inside itself
 HOPS = 8  # `${...}` that lead to a `${...}`
@@ -64,26 +64,36 @@ class Settings:
         if self.tokenizer is None:
             return None
         try:
-            added = json.loads(self.tokenizer)["added_tokens"]
+            added = parse_json(self.tokenizer.encode())["added_tokens"]
             found = next((t["id"] for t in added if t["content"] in MASKS), None)
-        except (KeyError, TypeError):  # no tokenizer's JSON after all
+        except (KeyError, TypeError, Damaged):  # no tokenizer's JSON after all
             return None
         return found if type(found) is int else None
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
-    """Dictionaries, lists and values; what is neither becomes None."""
+def _plain(value: Any, depth: int = 0, seen: dict[int, Any] | None = None) -> Any:
+    """Dictionaries, lists and values; what is neither becomes None. What is shared stays shared."""
+    seen = {} if seen is None else seen
     if depth > DEEPEST:
         return None
+    if isinstance(value, str | int | float | bool):
+        return value
+    if id(value) not in seen:
+        seen[id(value)] = None  # of itself inside itself
+        seen[id(value)] = _plain_container(value, depth + 1, seen)
+    return seen[id(value)]
+
+
+def _plain_container(value: Any, depth: int, seen: dict[int, Any]) -> Any:
     if isinstance(value, Placeholder):
         held = value.state if isinstance(value.state, dict) else value.entries
         inner = next((held[key] for key in ("_content", "_val") if key in held), held)
-        return _plain(inner, depth + 1)
+        return _plain(inner, depth, seen)
     if isinstance(value, dict):
-        return {key: _plain(v, depth + 1) for key, v in value.items() if key != "_parent"}
+        return {key: _plain(v, depth, seen) for key, v in value.items() if key != "_parent"}
     if isinstance(value, list | tuple):
-        return [_plain(item, depth + 1) for item in value]
-    return value if isinstance(value, str | int | float | bool) else None
+        return [_plain(item, depth, seen) for item in value]
+    return None
 
 
 def _tokenizer_json(held: Any) -> str | None:
@@ -95,6 +105,6 @@ def _tokenizer_json(held: Any) -> str | None:
         return None
     try:
         text = content.decode("utf-8")
-        return text if isinstance(json.loads(text)["model"], dict) else None
+        return text if isinstance(parse_json(content)["model"], dict) else None
     except (ValueError, KeyError, TypeError):
         return None

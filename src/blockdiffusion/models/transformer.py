@@ -43,6 +43,7 @@ from blockdiffusion.corruption import Transition
 from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.devices import allow_compilations
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limit
 from blockdiffusion.masks import Streams, decode_predicate
 from blockdiffusion.models import fused
 from blockdiffusion.recording import Recorder
@@ -129,18 +130,23 @@ class BlockDiffusionConfig(PretrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        for name in ("vocab_size", "seq_len", "block_size", "width", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in (
+            "vocab_size", "seq_len", "block_size", "width", "num_layers", "num_heads", "cond_dim",
+            "timesteps", "dropout", "noise_eps",
+        ):  # fmt: skip
+            check_limit(name, getattr(self, name))
         if self.seq_len % self.block_size:
             raise UserError(
                 f"the sequence length {self.seq_len} is not a multiple of the block size "
                 f"{self.block_size}; choose a block_size that divides it"
             )
-        if not 0 <= self.mask_id < self.vocab_size:
-            raise UserError(
-                f"mask_id {self.mask_id} lies outside the vocabulary 0..{self.vocab_size - 1}"
-            )
+        for name in ("mask_id", "bos_id", "eos_id"):
+            check_limit(name, getattr(self, name))
+            if (getattr(self, name) or 0) >= self.vocab_size:
+                raise UserError(
+                    f"{name} {getattr(self, name)} lies outside the vocabulary "
+                    f"0..{self.vocab_size - 1}"
+                )
         if self.width % (2 * self.num_heads):
             raise UserError(
                 f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}"

@@ -6,6 +6,10 @@ unpickler here knows a handful of harmless ones (tensors, plain containers); eve
 a class of another library or `os.system`, becomes a `Placeholder`, which does nothing. Tensors are
 only descriptions until `Archive.tensor` reads their numbers, so that optimizer states cost neither
 time nor memory.
+
+A few bytes of a pickle can ask for any amount of memory, time or stack: values that are shared
+again and again, tuples in tuples, places in the memo far away, calls that copy. So it is looked
+through first (`_check_pickle`), and what its tensors claim is counted against the file.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -37,6 +42,14 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+
+
+MOST_OPCODES = 2**21
+MOST_NAMES = 50_000  # each becomes a class
+MOST_PARTS = 1000  # of a tuple, with all that is in it, however often: what hashing it takes
+MOST_BITS = 2048  # of a whole number
+COPIED = 2  # times the file's size: tensors may share numbers
+READ = 8
 
 
 class Placeholder:
@@ -130,29 +143,37 @@ class _EncodeBytes(_Callable):
         return text.encode("latin1")
 
 
-class _MakeMapping(_Callable):
-    __slots__ = ()
+class _Make(_Callable):
+    """Makes a container, as a copy of what is given; a number, which `bytes` takes, is refused."""
 
-    def __call__(self, items: Any = ()) -> _Mapping:
-        return _Mapping(items)
+    __slots__ = ("_kind",)
+
+    def __init__(self, kind: Any):
+        self._kind = kind
+
+    def __call__(self, items: Any = ()) -> Any:
+        if not isinstance(items, list | tuple | set | dict | bytes):
+            raise pickle.UnpicklingError(f"a {self._kind.__name__} of {type(items).__name__}")
+        return self._kind(items)
 
 
 class _MakeDefaultDict(_Callable):
     __slots__ = ()
 
     def __call__(self, factory: Any = None, items: Any = ()) -> _Mapping:
-        return _Mapping(items)  # its factory is never called
+        return _make_mapping(items)  # its factory is never called
 
 
-# Built-in types cannot be assigned to either.
+_make_mapping = _Make(_Mapping)
+# Nothing in here can be assigned to.
 _HARMLESS: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-    ("collections", "OrderedDict"): _MakeMapping(),
+    ("collections", "OrderedDict"): _make_mapping,
     ("collections", "defaultdict"): _MakeDefaultDict(),
     ("_codecs", "encode"): _EncodeBytes(),
     **{
-        (module, kind.__name__): kind
+        (module, kind.__name__): _Make(kind) if kind is not complex else kind
         for module in ("builtins", "__builtin__")  # of Python 3 and, in protocol 2, of Python 2
         for kind in (set, frozenset, bytes, complex)
     },
@@ -177,6 +198,87 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(key, dtype)
 
 
+# Opcodes whose result holds what they take from the stack, and is hashed through it.
+_HOLDS = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET", "BINPERSID"}
+_CALLS = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "OBJ", "INST"}
+_NAMES = {"GLOBAL", "STACK_GLOBAL", "INST"}
+
+
+_Value = list[int]
+
+
+def _check_pickle(content: bytes) -> None:
+    """Refuses a pickle that would take more time, memory or stack than its size accounts for.
+
+    The stack is followed with a pair for every value: its parts, which hashing it looks at, and its
+    size, which a call with it may copy.
+    """
+    stack: list[_Value | None] = []  # None is a mark
+    memo: dict[int, _Value] = {}
+    copied = names = 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        name = opcode.name
+        names += name in _NAMES
+        if number > MOST_OPCODES or names > MOST_NAMES:
+            raise pickle.UnpicklingError("more objects than any checkpoint has")
+        if isinstance(argument, int) and argument.bit_length() > MOST_BITS:
+            raise pickle.UnpicklingError(f"a whole number of {argument.bit_length()} bits")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            place = len(memo) if argument is None else int(argument)
+            if not 0 <= place <= number:  # memory for all places before it would be taken
+                raise pickle.UnpicklingError(f"place {place} in a memo of {len(memo)}")
+            memo[place] = _value(stack)
+            continue
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument or 0)])
+            continue
+        if name == "DUP":
+            stack.append(_value(stack))
+            continue
+        taken = _take(stack, opcode.stack_before)
+        parts = sum(value[0] for value in taken) + 1
+        size = sum(value[1] for value in taken)
+        if parts > MOST_PARTS and name in _HOLDS | _CALLS:
+            raise pickle.UnpicklingError(f"a value of more than {MOST_PARTS} parts in parts")
+        copied += size if name in _CALLS else 0
+        if copied > len(content) + COPIED * MOST_OPCODES:
+            raise pickle.UnpicklingError("calls that copy more than the file holds")
+        if name in _HOLDS or name in _CALLS:
+            made = [parts, size]
+        elif taken and opcode.stack_after:  # a container that has got more
+            made = taken[0]
+            made[1] += len(taken) - 1
+        else:
+            made = [1, len(argument) if isinstance(argument, str | bytes | bytearray) else 1]
+        for kind in opcode.stack_after:
+            stack.append(None if kind is pickletools.markobject else made)
+
+
+def _value(stack: list[_Value | None]) -> _Value:
+    """The value on top."""
+    value = stack[-1]
+    if value is None:
+        raise pickle.UnpicklingError("a mark where a value should be")
+    return value
+
+
+def _take(stack: list[_Value | None], before: list[Any]) -> list[_Value]:
+    """Takes from the stack what an opcode does, in the order of the stack."""
+    taken = []
+    for kind in reversed(before):
+        if kind is pickletools.stackslice:
+            while (value := stack[-1]) is not None:
+                taken.append(value)
+                stack.pop()
+        elif kind is pickletools.markobject:
+            if stack.pop() is not None:
+                raise pickle.UnpicklingError("a value where a mark should be")
+        else:
+            taken.append(_value(stack))
+            stack.pop()
+    return taken[::-1]
+
+
 class Archive:
     """A file that `torch.save` wrote, in its zip format (that of PyTorch 1.6 and later).
 
@@ -192,9 +294,14 @@ class Archive:
     def __init__(self, path: Path):
         self.path = path
         with _damage_is_user_error(path):
+            self._size = path.stat().st_size
+            self._copied = self._read = 0
+            self._last: tuple[str, bytearray] | None = None
             self._file = zipfile.ZipFile(path)
             self._prefix = self._find_prefix()
-            self.content: Any = _Unpickler(io.BytesIO(self._record("data.pkl"))).load()
+            content = self._record("data.pkl")
+            _check_pickle(content)
+            self.content: Any = _Unpickler(io.BytesIO(content)).load()
 
     def __enter__(self) -> Archive:
         return self
@@ -216,7 +323,10 @@ class Archive:
                 return torch.empty(stored.shape, dtype=dtype)
             steps = zip(stored.shape, stored.stride, strict=True)
             needed = stored.offset + 1 + sum((size - 1) * step for size, step in steps)
-            content = bytearray(self._record(f"data/{key}"))
+            self._copied += math.prod(stored.shape) * dtype.itemsize
+            if self._copied > COPIED * self._size:
+                raise pickle.UnpicklingError("its tensors claim more bytes than it has")
+            content = self._numbers(f"data/{key}")
             if len(content) < needed * dtype.itemsize or math.prod(stored.shape) > needed:
                 raise pickle.UnpicklingError(f"record {key} is too short for its tensor")
             flat = torch.frombuffer(content, dtype=dtype)
@@ -229,7 +339,8 @@ class Archive:
             raise UserError(f"{self.path} is a zip archive, but not one that torch.save wrote")
         prefix = pickles[0].removesuffix("data.pkl")
         if f"{prefix}byteorder" in self._file.namelist():
-            order = self._file.read(f"{prefix}byteorder")
+            self._prefix = prefix
+            order = self._record("byteorder")
             if order != sys.byteorder.encode():
                 raise UserError(
                     f"{self.path} was saved on a machine of the other byte order; "
@@ -237,10 +348,19 @@ class Archive:
                 )
         return prefix
 
+    def _numbers(self, name: str) -> bytearray:
+        """A tensor's record; the last one is kept, since tensors may share one."""
+        if self._last is None or self._last[0] != name:
+            self._last = (name, bytearray(self._record(name)))
+        return self._last[1]
+
     def _record(self, name: str) -> bytes:
         info = self._file.getinfo(self._prefix + name)
         if info.compress_type != zipfile.ZIP_STORED:  # small files could become huge
             raise pickle.UnpicklingError(f"{name} is compressed")
+        self._read += info.file_size
+        if info.file_size > self._size or self._read > READ * self._size:
+            raise pickle.UnpicklingError(f"{name} claims more bytes than there are")
         return self._file.read(info)
 
 
@@ -253,7 +373,7 @@ def _damage_is_user_error(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # what a damaged pickle raises is whatever its nonsense leads to
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} is truncated, damaged or no file that torch.save wrote "
             f"({type(error).__name__}: {reason}); copy or download it again"

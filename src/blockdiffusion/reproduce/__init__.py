@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blockdiffusion.errors import UserError
 from blockdiffusion.files import locked, storage_error, write_whole
 from blockdiffusion.reproduce.conductor import Launch, Say, carry_out, launch
 from blockdiffusion.reproduce.page import table_result
@@ -79,8 +80,20 @@ def _claimed(out: Path) -> Iterator[None]:
         raise storage_error(error, out) from error
 
 
+# What values of other types, or their absence, end in.
+DAMAGE = (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration, ValueError)
+
+
 def _write_table(plan: Plan, table: PaperTable) -> Reproduced:
-    values, page = table_result(plan, table)
+    try:
+        values, page = table_result(plan, table)
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise UserError(
+            f"a result of {table.name} in {plan.out} is damaged ({type(error).__name__}: "
+            f"{str(error)[:60]}); remove it and run the same command, which measures it again"
+        ) from error
     markdown, plain = plan.out / f"{table.name}.md", plan.out / f"{table.name}.json"
     write_whole(markdown, page.encode())
     write_whole(plain, (json.dumps(values, indent=2) + "\n").encode())

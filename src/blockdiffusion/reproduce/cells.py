@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
+from blockdiffusion.records import read_json
 from blockdiffusion.reproduce.paper import PaperTable
 from blockdiffusion.reproduce.plan import Plan
 from blockdiffusion.reproduce.systems import find_system
@@ -69,7 +69,7 @@ def read_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes())
+    return read_json(path, "remove it and run the same command", finite=False)
 
 
 def perplexity_cell(values: Mapping[str, Any], **beside: Any) -> Cell:

@@ -11,18 +11,26 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from blockdiffusion.data.manifest import MANIFEST_FILE
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import write_whole
+from blockdiffusion.records import Damaged, build, read_json
 from blockdiffusion.reproduce.plan import Plan, Step
 from blockdiffusion.train import checkpoint as checkpoints
 
 State = Literal["done", "interrupted", "out of date", "to do"]
 HASH_BYTES = 2**24  # read at a time
 DECISIVE = ("model", "objective", "search", "train", "optim")  # sections that make the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Note:
+    identity: str
+    done: bool
 
 
 class Kept:
@@ -40,9 +48,9 @@ class Kept:
         note = self._note(step)
         if note is None:
             return "to do"
-        if note["identity"] != self.identity(step):
+        if note.identity != self.identity(step):
             return "out of date"
-        return "done" if note["done"] and _is_there(step) else "interrupted"
+        return "done" if note.done and _is_there(step) else "interrupted"
 
     def progress(self, step: Step) -> int:
         """Updates of the weights that a training step has saved."""
@@ -118,10 +126,12 @@ class Kept:
     def _file(self, step: Step) -> Path:
         return self.plan.out / "steps" / f"{step.name}.json"
 
-    def _note(self, step: Step) -> dict[str, Any] | None:
+    def _note(self, step: Step) -> _Note | None:
+        if not self._file(step).exists():
+            return None
         try:
-            return json.loads(self._file(step).read_bytes())
-        except (FileNotFoundError, ValueError):
+            return build(_Note, read_json(self._file(step), ""), strict=False)
+        except (UserError, Damaged):  # it is written anew
             return None
 
     def _write(self, step: Step, *, done: bool) -> None:

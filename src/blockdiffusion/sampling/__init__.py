@@ -15,7 +15,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.autoregressive import sample_next_tokens
 from blockdiffusion.sampling.engine import Engine
 from blockdiffusion.sampling.infilling import fill_events, prepare_templates
-from blockdiffusion.sampling.logits import TopPRule
+from blockdiffusion.sampling.logits import TopPRule, refuse_masks_written
 from blockdiffusion.sampling.loop import (
     BlockEvent,
     DoneEvent,
@@ -278,6 +278,7 @@ def collect(model: Denoiser, done: DoneEvent, given: Sequence[Sequence[Given]] =
     longest = int(done.lengths.max())
     pad_id = model.config.eos_id if model.config.eos_id is not None else 0
     outside = torch.arange(longest) >= done.lengths[:, None]
+    refuse_masks_written(done.ids[:, :longest][~outside], model.config.mask_id)
     sequences = done.ids[:, :longest].masked_fill(outside, pad_id)
     texts = None
     if model.tokenizer is not None:

@@ -12,6 +12,7 @@ another number of rows: it is what `generate` gives for it.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -20,9 +21,10 @@ from typing import Any, Literal
 import torch
 
 from blockdiffusion.denoiser import Denoiser, is_autoregressive
-from blockdiffusion.errors import UserError, check_whole
-from blockdiffusion.sampling.logits import Filters
-from blockdiffusion.sampling.loop import SamplingOptions, check_request, check_window
+from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limit
+from blockdiffusion.sampling.logits import NOT_FINITE, Filters
+from blockdiffusion.sampling.loop import SamplingOptions, check_request, check_room, check_window
 from blockdiffusion.sampling.policies import PolicySettings
 from blockdiffusion.sampling.processes import Course, Setting, as_process
 from blockdiffusion.sampling.requests import given_prompt, prepare_prompts, sampling_options
@@ -179,15 +181,13 @@ class Engine:
                 "token; use generate"
             )
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
-            check_whole(name, value)
-            if value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1")
+            check_limit(name, value)
         size = model.config.block_size
-        if window is not None:
-            check_whole("window", window)
+        check_limit("window", window)
         check_window(window, size)
         self.model, self.max_rows, self.window = model, max_rows, window
         self.max_tokens = max_tokens
+        check_room(model, max_rows, max_tokens, window, "lower max_rows or max_tokens")
         held = -(-max_tokens // size) * size if window is None else window + size
         self._cache = model.make_cache(max_rows, held)
         self._cache.clear()
@@ -353,10 +353,13 @@ class Engine:
         place_M = (torch.zeros_like(slot_M), slot_M)
         changes = request.course.decide(place_M, ids_M.to(logits_MV.device), logits_MV)
         slots, ids = changes.slots.tolist(), changes.ids.tolist()
+        confidences = changes.confidences.tolist()
+        if any(map(math.isnan, confidences)):
+            raise UserError(NOT_FINITE)
         for slot, token in zip(slots, ids, strict=True):
             request.block[slot] = token
         positions = [request.start + slot for slot in slots]
-        return Revealed(request.id, positions, ids, changes.confidences.tolist())
+        return Revealed(request.id, positions, ids, confidences)
 
     def _setting(self, request: _Request) -> Setting:
         return Setting(

@@ -5,6 +5,7 @@ Filters act on the denoiser's p(x0 | .), which gives the mask token probability 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import get_args
@@ -17,6 +18,10 @@ from blockdiffusion.recording import Recorder
 from blockdiffusion.sampling.nucleus import Nucleus, TopPRule, draw_from_sorted, sorted_nuclei
 
 RECORDED_LOGITS = 2**22  # draws from more take long anyway, and recordings hold memory
+NOT_FINITE = (
+    "the network's logits are not finite (nan or infinity), so nothing can be drawn: its numbers "
+    "overflow, or its weights have diverged; sample in float32, or take an earlier checkpoint"
+)
 TEMPERATURES = (1e-3, 1e3)  # beyond them quotients of logits overflow, or nothing is left of them
 
 
@@ -77,8 +82,10 @@ def _drawn(
     mask_id: int, filters: Filters, logits_MV: torch.Tensor, uniform_M: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`draw_tokens` with given numbers in [0, 1)."""
-    prob_MV = exclude_mask_token_(logits_MV, mask_id).softmax(-1)
-    warm_MV = prob_MV if filters.temperature == 1 else (logits_MV / filters.temperature).softmax(-1)
+    prob_MV = probabilities(exclude_mask_token_(logits_MV, mask_id))
+    warm_MV = (
+        prob_MV if filters.temperature == 1 else probabilities(logits_MV / filters.temperature)
+    )
     kept_MC, ids_MC = _top_k(warm_MV, filters.top_k)
     if filters.top_p == 1 or not len(kept_MC):
         choice_M = draw_columns(kept_MC, uniform_M)
@@ -87,7 +94,29 @@ def _drawn(
     else:
         choice_M = draw_from_sorted(kept_MC, filters.top_p, filters.top_p_rule, uniform_M)
     token_M1 = choice_M[:, None] if ids_MC is None else ids_MC.gather(1, choice_M[:, None])
-    return token_M1[:, 0], prob_MV.gather(1, token_M1)[:, 0]
+    confidence_M = prob_MV.gather(1, token_M1)[:, 0]
+    if prob_MV.device.type == "cpu":
+        return token_M1[:, 0], confidence_M
+    # A GPU is not waited for: `refuse_masks_written` finds the mask, which is never drawn.
+    return token_M1[:, 0].where(confidence_M == confidence_M, mask_id), confidence_M
+
+
+def probabilities(logits_MV: torch.Tensor) -> torch.Tensor:
+    """The softmax of every row.
+
+    Raises:
+        UserError: on a CPU, where logits are not finite: then all of their row is nan.
+    """
+    prob_MV = logits_MV.softmax(-1)
+    if prob_MV.device.type == "cpu" and not math.isfinite(prob_MV.select(-1, 0).sum().item()):
+        raise UserError(NOT_FINITE)
+    return prob_MV
+
+
+def refuse_masks_written(ids: torch.Tensor, mask_id: int) -> None:
+    """Refuses a finished text with the mask token, which stands where logits were not finite."""
+    if bool((ids == mask_id).any()):
+        raise UserError(NOT_FINITE)
 
 
 @lru_cache(maxsize=1)
@@ -100,7 +129,10 @@ def draw_columns(weight_MC: torch.Tensor, uniform_M: torch.Tensor) -> torch.Tens
     """A column (M,) of every row, drawn in proportion to its weight by inversion in float64."""
     cumulative_MC = weight_MC.double().cumsum(-1)
     target_M1 = uniform_M[:, None] * cumulative_MC[:, -1:]
-    return torch.searchsorted(cumulative_MC, target_M1, right=True)[:, 0]
+    found_M = torch.searchsorted(cumulative_MC, target_M1, right=True)[:, 0]
+    if found_M.device.type == "cpu":
+        return found_M
+    return found_M.clamp(max=weight_MC.shape[-1] - 1)  # beyond where a weight is nan
 
 
 def _from_nuclei(

@@ -15,6 +15,7 @@ import torch
 
 from blockdiffusion.denoiser import Denoiser, NextTokenModel
 from blockdiffusion.errors import UserError
+from blockdiffusion.hardware import check_memory
 from blockdiffusion.sampling.context import CachedContext, RecomputedContext
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import FirstHitting, Policy
@@ -253,6 +254,18 @@ def check_window(window: int | None, block_size: int) -> None:
         )
 
 
+def check_room(
+    model: Denoiser | NextTokenModel, rows: int, tokens: int, window: int | None, lower: str
+) -> None:
+    """Refuses rows that do not fit into memory together: their ids, their keys and values (at two
+    bytes a number) and the logits of a block."""
+    config = model.config
+    held = tokens if window is None else min(tokens, window + config.block_size)
+    cached = 4 * getattr(config, "num_layers", 0) * getattr(config, "width", 0)
+    needed = rows * (8.0 * tokens + cached * held + 4.0 * config.block_size * config.vocab_size)
+    check_memory(needed, f"sampling {rows:,} rows of {tokens:,} tokens", lower, model.device)
+
+
 def check_request(
     model: Denoiser | NextTokenModel, prompts: Sequence[Sequence[int]], options: SamplingOptions
 ) -> None:
@@ -273,6 +286,8 @@ def check_given(
     if not len(rows):
         raise UserError("there is no prompt; give at least one, which may be empty")
     window = options.window
+    longest = max(map(len, rows)) + options.max_new_tokens
+    check_room(model, len(rows), longest, window, "lower num_samples or max_new_tokens")
     check_window(window, config.block_size)
     for row in rows:
         if window is not None and len(row) > window:

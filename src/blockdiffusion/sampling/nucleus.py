@@ -98,6 +98,7 @@ def draw_from_sorted(
     _, ids_MV, reached_MV, inside_MV = _sorted(prob_MV, top_p, rule)
     target_M1 = uniform_M[:, None] * reached_MV.where(inside_MV, 0.0).amax(1, keepdim=True)
     place_M1 = torch.searchsorted(reached_MV, target_M1, right=True)
+    place_M1 = place_M1.clamp(max=prob_MV.shape[-1] - 1)  # beyond where one is nan
     return ids_MV.gather(1, place_M1)[:, 0]
 
 

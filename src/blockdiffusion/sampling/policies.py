@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limits
 from blockdiffusion.sampling.streams import RowStreams
 from blockdiffusion.schedules import Linear, Schedule
 
@@ -141,6 +142,9 @@ class PolicySettings:
     tokens_per_step: int | None = None
     threshold: float | None = None
     remask: float | None = None
+
+    def __post_init__(self) -> None:
+        check_limits(self)
 
     def check_read(self, name: str, reads: Mapping[str, Sequence[str]]) -> None:
         """Refuses what the policy `name` has no use for; `reads`: what each policy reads."""

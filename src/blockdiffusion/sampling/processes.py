@@ -26,7 +26,13 @@ from blockdiffusion.corruption import without_mask
 from blockdiffusion.diffusions import DiscreteTime
 from blockdiffusion.errors import UserError
 from blockdiffusion.objectives import exclude_mask_token_, log_rate, uniform_reverse
-from blockdiffusion.sampling.logits import Filters, draw_columns, draw_tokens, filtered_probs
+from blockdiffusion.sampling.logits import (
+    Filters,
+    draw_columns,
+    draw_tokens,
+    filtered_probs,
+    probabilities,
+)
 from blockdiffusion.sampling.policies import (
     Ancestral,
     FirstHitting,
@@ -260,7 +266,7 @@ class _MostCertainCourse:
     def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
         setting = self.setting
         logits_MV = exclude_mask_token_(logits_MV, setting.config.mask_id)
-        uncertainty_M = self.process.uncertainty(logits_MV.softmax(-1)).cpu()
+        uncertainty_M = self.process.uncertainty(probabilities(logits_MV)).cpu()
         all_RS = torch.full(self.open_RS.shape, torch.inf, dtype=torch.float64)
         all_RS[place_M] = uncertainty_M
         order_RS = (all_RS / TIE).round().argsort(dim=1, stable=True)
@@ -469,7 +475,7 @@ class _UniformCourse:
     def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
         mask_id = self.setting.config.mask_id
         now, then = self.prob[self.step], self.prob[self.step + 1]
-        prob_MV = exclude_mask_token_(logits_MV, mask_id).softmax(-1)
+        prob_MV = probabilities(exclude_mask_token_(logits_MV, mask_id))
         clean_MV = filtered_probs(prob_MV, self.setting.filters)
         reverse_MV = uniform_reverse(clean_MV, ids_M, 1 - now, 1 - then, mask_id)
         token_M = draw_columns(reverse_MV, self.setting.streams.at(place_M[0]))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
-from blockdiffusion.errors import UserError, check_number, check_whole
+from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limit
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import SamplingOptions
 from blockdiffusion.sampling.policies import FirstHitting, Policy, PolicySettings
@@ -17,8 +18,10 @@ from blockdiffusion.sampling.processes import Process, check_fits, make_process
 from blockdiffusion.text import Given, encode_text
 
 Prompt = str | Sequence[int] | torch.Tensor
-WHOLE = ("max_new_tokens", "top_k", "window", "steps", "tokens_per_step")
-NUMBERS = ("temperature", "top_p", "threshold", "remask")
+CHECKED = (
+    "max_new_tokens", "top_k", "window", "steps", "tokens_per_step", "temperature", "top_p",
+    "threshold", "remask",
+)  # fmt: skip
 
 
 def prepare_prompts(
@@ -32,9 +35,7 @@ def with_bos(
     model: Denoiser, rows: list[list[int]], num_samples: int, bos: bool | None
 ) -> list[list[int]]:
     """Rows with BOS where there shall be one, each repeated `num_samples` times."""
-    check_whole("num_samples", num_samples)
-    if num_samples < 1:
-        raise UserError(f"num_samples is {num_samples}; it must be at least 1")
+    check_limit("num_samples", num_samples)
     if model.config.bos if bos is None else bos:
         first = bos_id(model)
         rows = [row if row[:1] == [first] else [first, *row] for row in rows]
@@ -62,10 +63,9 @@ def sampling_options(
     """
     given = settings | dict(max_new_tokens=max_new_tokens, window=window)
     given |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    for names, check in ((WHOLE, check_whole), (NUMBERS, check_number)):
-        for name in names:
-            if given.get(name) is not None:
-                check(name, given[name])
+    for name in CHECKED:
+        if not (name == "max_new_tokens" and given[name] == 0):  # which `check_request` refuses
+            check_limit(name, given.get(name))
     if is_autoregressive(model):
         refuse_masks(policy=policy, **settings)
     return SamplingOptions(

@@ -15,13 +15,14 @@ What is being written or removed is called `.*.partial`; the next start clears i
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,18 @@ from torch import nn
 import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import FULL_DISK, locked
-from blockdiffusion.models.card import Card, write_card
+from blockdiffusion.limits import check_limits
+from blockdiffusion.models.card import Card, check_evaluation, write_card
 from blockdiffusion.ranks import ALONE, Team, is_sharded
+from blockdiffusion.records import (
+    MOST_JSON,
+    Damaged,
+    as_object,
+    build,
+    parse_json,
+    read_bytes,
+    shown,
+)
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
 
@@ -52,11 +63,7 @@ class CheckpointOptions:
     """Number of checkpoints that stay; older ones are removed."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"checkpoint.{name} is {getattr(self, name)}; it must be at least 1"
-                )
+        check_limits(self, "checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,17 +254,16 @@ def read_state(checkpoint: Path) -> TrainState:
     """
     path = checkpoint / STATE
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        if loaded.pop("format") != FORMAT:
-            raise ValueError("another format")
-        for name, usual in (("clip", None), ("evaluation", None), ("processes", 1)):
-            loaded.setdefault(name, usual)  # older checkpoints knew none of these
-        if loaded["clip"] is not None:
-            beta, omega = loaded["clip"]
-            loaded["clip"] = (float(beta), float(omega))
-        return TrainState(**{field.name: loaded[field.name] for field in fields(TrainState)})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise damaged(path, f"it cannot be read as a {FORMAT} state: {error!r}") from error
+        loaded = as_object(parse_json(read_bytes(path, MOST_JSON), finite=False))
+        if loaded.get("format") != FORMAT:
+            raise Damaged(f"its format is {shown(loaded.get('format'))}")
+        state = build(TrainState, loaded, strict=False)
+        if state.step < 0 or state.processes < 1 or not 0 <= state.seconds < math.inf:
+            raise Damaged("its step, its seconds or its processes are no such number")
+        check_evaluation(state.evaluation)
+        return state
+    except (OSError, Damaged) as error:
+        raise damaged(path, f"it cannot be read as a {FORMAT} state: {error}") from error
 
 
 def load(

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import markdown_prose
 from blockdiffusion.files import written_aside
+from blockdiffusion.records import json_lines
 from blockdiffusion.train.checkpoint import disk_full_is_user_error
 
 
@@ -70,15 +71,11 @@ class JsonLines:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without a last line that a kill cut short."""
-    lines = []
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue
-    return lines
+    """The lines of metrics.jsonl, without those that a kill cut short, or that tell no step."""
+    if not path.exists():
+        return []
+    lines = json_lines(path, finite=False)
+    return [line for line in lines if type(line.get("step")) is int and line["step"] >= 0]
 
 
 def cut_metrics(path: Path, step: int) -> None:

@@ -45,6 +45,7 @@ from blockdiffusion.devices import keep_freed_memory, select_device
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import written_aside
+from blockdiffusion.limits import check_limits
 from blockdiffusion.ranks import ALONE, Team, local
 from blockdiffusion.seeding import generator, seed_global
 from blockdiffusion.train import checkpoint as checkpoints
@@ -137,8 +138,7 @@ class ObjectiveOptions:
         self._refuse_what_is_not_read()
         if not 0 <= self.t_min < 1:
             raise UserError(f"objective.t_min is {self.t_min}; it must be in [0, 1)")
-        if self.timesteps < 1:
-            raise UserError(f"objective.timesteps is {self.timesteps}; it must be at least 1")
+        check_limits(self, "objective.")
         self.make_estimator()
         self._refuse_times_where_none_is_drawn()
         if self.clip is not None and not self.allows_clip:
@@ -230,10 +230,7 @@ class TrainOptions:
     tensor (fsdp). One process holds all of it, so that a recipe is good for any number."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch_size", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"train.{name} is {value}; it must be at least 1")
+        check_limits(self, "train.")
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise UserError(
                 f"train.micro_batch_size is {self.micro_batch_size}; it must be at most "

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limits
 from blockdiffusion.ranks import first_row, is_sharded, local, whole
 
 MOMENTUM = 0.95
@@ -55,12 +56,11 @@ class OptimOptions:
             )
         if not 0 <= self.weight_decay < math.inf:
             raise UserError(f"optim.weight_decay is {self.weight_decay}; it must not be negative")
-        if self.warmup_steps < 0:
-            raise UserError(f"optim.warmup_steps is {self.warmup_steps}; it must not be negative")
         if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
             raise UserError(f"optim.clip_norm is {self.clip_norm}; it must be positive, or null")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"optim.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        check_limits(self, "optim.")
 
 
 def learning_rate(options: OptimOptions, step: int, steps: int) -> float:

@@ -25,6 +25,7 @@ import torch
 from blockdiffusion.corruption import Estimator, for_block_size
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limits
 from blockdiffusion.ranks import ALONE, Team
 from blockdiffusion.seeding import generator
 from blockdiffusion.train.loop import OBJECTIVES, ObjectiveOptions, free_tokens
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 Clip = tuple[float, float]
 Criterion = Literal["loss", "gradient"]
 EVERYTHING_MASKED: Clip = (1.0, 1.0)
+MOST_WIDTHS = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,17 +60,14 @@ class SearchOptions:
     """What is to scatter least: the batch's loss (paper), or its gradient."""
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("rows", 1), ("batch_size", 1), ("replicates", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"search.{name} is {value}; it must be at least {least}")
-        if not self.widths:
-            raise UserError("search.widths is empty; give at least one width in (0, 1]")
+        check_limits(self, "search.")
+        if not 1 <= len(self.widths) <= MOST_WIDTHS:
+            raise UserError(
+                f"search.widths has {len(self.widths)} widths; give 1 to {MOST_WIDTHS}, in (0, 1]"
+            )
         for width in self.widths:
             if not 0 < width <= 1:
                 raise UserError(f"search.widths has {width}; every width must be in (0, 1]")
-        if not 0 < self.offset_step <= 1:
-            raise UserError(f"search.offset_step is {self.offset_step}; it must be in (0, 1]")
 
 
 def clip_grid(options: SearchOptions, block_size: int) -> list[Clip]:

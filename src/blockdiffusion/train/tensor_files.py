@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.models.tensors import is_finite
 from blockdiffusion.ranks import Team, first_row, is_sharded, local
 
 Shape = tuple[int, ...]
@@ -68,7 +69,7 @@ class SavedTensors:
     def read_into(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """Copies the tensor `name` into `tensor`, of a shard its rows; returns `tensor`."""
         own, first = local(tensor), first_row(tensor)
-        start = 0  # of a file's rows
+        start, file = 0, None  # of a file's rows
         for file, shape in self._pieces[name]:
             if not shape:
                 with safe_open(file, "pt") as opened:
@@ -80,6 +81,8 @@ class SavedTensors:
                     rows = opened.get_slice(name)[low - start : high - start]
                 own[low - first : high - first].copy_(rows)
             start += shape[0]
+        if not is_finite(own):
+            raise damaged(file, f"{name} holds numbers that are not finite")
         return tensor
 
 
@@ -88,7 +91,8 @@ def _files(path: Path) -> list[Path]:
     shards = sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
     if path.exists() or not shards:
         return [path]
-    count = int(shards[0].stem.rpartition("-")[2])
+    number = shards[0].stem.rpartition("-")[2]
+    count = int(number) if number.isdecimal() else 0
     if len(shards) != count:
         raise damaged(path, f"of the {count} files of its processes {len(shards)} are there")
     return shards

@@ -192,7 +192,11 @@ def test_results_of_different_judges_do_not_compare(result):
 
 
 def test_what_is_no_result_is_refused(tmp_path):
-    for content, message in (("{", "not valid JSON"), ("[]", "is not what"), ("{}", "is not what")):
+    for content, message in (
+        ("{", "not valid JSON"),
+        ("[]", "keys with values"),
+        ("{}", "is not what"),
+    ):
         (tmp_path / "r.json").write_text(content)
         with pytest.raises(UserError, match=message):
             read_result(tmp_path / "r.json")

@@ -203,11 +203,11 @@ def test_bad_options_are_refused(model, make_model, tmp_path):
         with pytest.raises(UserError, match=message):
             options(**changes)
     for entropy, window in ((0, 256), (4, 0)):
-        with pytest.raises(UserError, match="above 0"):
+        with pytest.raises(UserError, match=r"above 0|at least 1"):
             EntropyGuard(min_entropy=entropy, window=window)
     with pytest.raises(UserError, match="no tokenizer"):
         draw_samples(make_model(), options())
-    with pytest.raises(UserError, match="cannot read the samples"):
+    with pytest.raises(UserError, match="cannot read "):
         read_samples(tmp_path / "none.jsonl")
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.judge import Judge
+from blockdiffusion.records import Damaged, build, read_yaml
 from blockdiffusion.train.checkpoint import latest, read_state
 
 
@@ -37,10 +38,10 @@ def check_judge(model_name: str | None, model: Any, judge: Judge) -> list[str]:
     if _home(model_name) == _home(judge.name):
         raise UserError(f"{model_name} is both the model under test and its judge; {another}")
     ours, theirs = _run_config(model_name), _run_config(judge.name)
-    if ours is not None and theirs is not None and ours["out"] == theirs["out"]:
+    if ours is not None and theirs is not None and ours.out == theirs.out:
         raise UserError(
             f"the judge {judge.name} and the model {model_name} come from the same run "
-            f"({ours['out']}); {another}"
+            f"({ours.out}); {another}"
         )
     if model is not None and _weights(model) == _weights(judge.model):
         raise UserError(
@@ -66,15 +67,33 @@ def _run(name: str) -> Path | None:
     return None
 
 
-def _run_config(name: str) -> dict[str, Any] | None:
+def _run_config(name: str) -> _Recipe | None:
     run = _run(name)
     if run is None:
         return None
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        return config if isinstance(config, dict) and "out" in config else None
-    except (OSError, ValueError, yaml.YAMLError):  # not our file to complain about
+        return build(_Recipe, read_yaml(run / "config.yaml", ""), strict=False)
+    except (UserError, Damaged):  # not our file to complain about
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    path: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    init_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """What is read of a run's recipe."""
+
+    out: str
+    data: _Data
+    model: _Model
 
 
 def _weights(model: Any) -> Counter[tuple[tuple[int, ...], str]]:
@@ -118,8 +137,8 @@ def _training_sources(name: str) -> set[tuple[str, int | None]]:
     """Name and size of the files (or name of the data sets) that a run's rows were made from."""
     config = _run_config(name)
     try:
-        manifest = Manifest.load(config["data"]["path"]) if config else None
-    except (UserError, KeyError, TypeError):  # moved or removed since
+        manifest = Manifest.load(config.data.path) if config and config.data.path else None
+    except UserError:  # moved or removed since
         return set()
     return {
         (Path(source["name"]).name, source.get("size"))
@@ -129,11 +148,11 @@ def _training_sources(name: str) -> set[tuple[str, int | None]]:
 
 
 def _related(
-    model_name: str, judge_name: str, ours: dict[str, Any] | None, theirs: dict[str, Any] | None
+    model_name: str, judge_name: str, ours: _Recipe | None, theirs: _Recipe | None
 ) -> list[str]:
     """One of the two started from the weights of the other."""
     for config, other in ((ours, judge_name), (theirs, model_name)):
-        start = (config or {}).get("model", {}).get("init_from")
+        start = None if config is None else config.model.init_from
         if start is not None and _home(start) == _home(other):
             return [
                 f"the model {model_name} and the judge {judge_name} are related: one started from "

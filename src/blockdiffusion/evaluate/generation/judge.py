@@ -9,7 +9,7 @@ not reach. Every token is scored exactly once, but for a first token that nothin
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +29,11 @@ from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.formats import LIGHTNING, PICKLES, load, refuse_missing_path
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.objectives import subs_nll
+from blockdiffusion.records import read_json, shown
 from blockdiffusion.seeding import generator
 
 LOGIT_BYTES = 2**28  # logits of one pass: bounds memory
+MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # of a judge's configuration
 UNKNOWN_CONTEXT = 1024  # of a judge that names no limit
 OURS = (BlockDiffusionConfig.model_type, "bd3lm")
 PAIRS = 8  # complement pairs per window, where a judge's blocks are too long to enumerate
@@ -260,6 +262,11 @@ def judge_samples(
         found = None if kept is None else kept.get(f"pass {number}")
         if found is None:
             found = judge.nll([place.row for place in group], number)
+            if not all(map(math.isfinite, found)):
+                raise UserError(
+                    f"the judge {judge.name} gives a text {min(found)} nats: its weights or logits "
+                    "are not finite; take another judge"
+                )
             if kept is not None:
                 kept.put(f"pass {number}", found)
         for place, value in zip(group, found, strict=True):
@@ -514,10 +521,10 @@ def _made_of(file: Path) -> str:
 
 
 def _read_type(path: Path) -> str | None:
-    try:
-        return json.loads(path.read_text())["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no model's configuration ({error})") from error
+    kind = read_json(path, "give a model's directory").get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{path} is no model's configuration (its model_type is {shown(kind)})")
+    return kind
 
 
 def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any]:
@@ -529,6 +536,8 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
         pickled = any(path.suffix in PICKLES for path in folder.iterdir())
         why = "only a pickle, which can hold code and is never opened" if pickled else "no weights"
         raise UserError(f"the judge {name} has {why}; a model.safetensors is needed")
+    if (folder / "config.json").is_file():
+        _check_sizes(folder / "config.json")
     try:
         tokenizer = load_tokenizer(name)
     except UserError as error:
@@ -557,6 +566,14 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
             "it would judge with random numbers"
         )
     return model.to(device=device), tokenizer
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuses a network of other code whose numbers alone would fill the memory."""
+    for name, value in read_json(path, "take another judge").items():
+        most = MOST_LAYERS if "layer" in name else MOST_NUMBER
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{path}: {shown(name)} is {shown(value)}; it must be at most {most}")
 
 
 def _context(config: Any) -> int:

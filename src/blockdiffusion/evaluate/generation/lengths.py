@@ -12,6 +12,7 @@ from typing import Any
 from blockdiffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.limits import check_limit
 from blockdiffusion.sampling import generate
 from blockdiffusion.seeding import generator
 
@@ -105,8 +106,7 @@ def document_lengths(
     if eos_id is None:
         raise UserError("this model names no EOS, at which a document would end; train it with one")
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1")
+        check_limit(name, value)
     began = time.perf_counter()
     settings = (num_samples, max_new_tokens, batch_size, seed, sorted(sampling.items()))
     kept = None if journal is None else Journal(journal, fingerprint(model, settings))

@@ -20,8 +20,19 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.files import storage_error
+from blockdiffusion.limits import MOST_COUNT, check_limits
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.ranks import ALONE, Team
+from blockdiffusion.records import (
+    Damaged,
+    as_object,
+    build,
+    ends_cut_short,
+    json_lines,
+    parse_json,
+    read_lines,
+    shown,
+)
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.seeding import derive_seed, seeded
@@ -64,9 +75,7 @@ class DrawOptions:
     int8: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_limits(self)
         Filters(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -104,6 +113,12 @@ class Sample:
     seconds: float | None = None
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("length", "nfe", "seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MOST_COUNT:
+                raise Damaged(f"{name} is {shown(value)}; it must be from 0 to {MOST_COUNT}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyGuard:
@@ -123,10 +138,10 @@ class EntropyGuard:
     step: int = 1
 
     def __post_init__(self) -> None:
-        if not self.min_entropy > 0 or self.window < 1:
+        check_limits(self)
+        if not self.min_entropy > 0:
             raise UserError(
-                f"the guard asks for an entropy of {self.min_entropy} nats over {self.window} "
-                "tokens; both must be above 0"
+                f"the guard asks for an entropy of {self.min_entropy} nats; it must be above 0"
             )
 
     def accepts(self, sample: Sample) -> bool:
@@ -328,19 +343,15 @@ class SampleFile:
     def __init__(self, path: Path, identity: str):
         self.path, self.identity = path, identity
         self._found: dict[tuple[int, int], dict[int, Sample]] = {}
-        content = path.read_bytes() if path.exists() else b""
-        self._cut_short = bool(content) and not content.endswith(b"\n")
-        for line in content.split(b"\n"):
+        self._cut_short = ends_cut_short(path)
+        for line in json_lines(path) if path.exists() else ():
             try:
-                record = json.loads(line)
-                place, row = tuple(record["batch"]), record["index"]
-            except ValueError:  # blank, or cut short by a kill
-                continue
-            except (KeyError, TypeError):
+                record = build(_Record, line, strict=False)
+            except Damaged:
                 raise self._foreign() from None
-            if record["identity"] != identity:
+            if record.identity != identity:
                 raise self._foreign()
-            self._found.setdefault(place, {})[row] = _from_record(record)
+            self._found.setdefault(record.batch, {})[record.index] = record.sample()
 
     def _foreign(self) -> UserError:
         return UserError(
@@ -351,7 +362,8 @@ class SampleFile:
     def batch(self, first: int, rows: int) -> list[Sample] | None:
         """The samples `first` .. `first + rows - 1`, if drawn together and all there."""
         found = self._found.get((first, rows), {})
-        return [found[first + row] for row in range(rows)] if len(found) == rows else None
+        wanted = range(first, first + rows)
+        return [found[row] for row in wanted] if found.keys() == set(wanted) else None
 
     def add(self, first: int, samples: Sequence[Sample]) -> None:
         """Adds a finished batch; it survives a kill from here on.
@@ -377,11 +389,16 @@ def _to_record(sample: Sample, identity: str, first: int, rows: int, index: int)
     return {"identity": identity, "batch": [first, rows], "index": index} | values
 
 
-def _from_record(record: dict[str, Any]) -> Sample:
-    values = {f.name: record[f.name] for f in fields(Sample)}
-    for name in ("documents", "ids"):
-        values[name] = tuple(values[name])
-    return Sample(**values)
+@dataclass(frozen=True, kw_only=True)
+class _Record(Sample):
+    """A line of the file: a sample, of what it is one, the batch (first, rows), and its number."""
+
+    identity: str
+    batch: tuple[int, int]
+    index: int
+
+    def sample(self) -> Sample:
+        return Sample(**{item.name: getattr(self, item.name) for item in fields(Sample)})
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -391,42 +408,49 @@ def read_samples(path: Path) -> list[Sample]:
     Raises:
         UserError: there is no such file, no sample in it, or a line without a text.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(f"cannot read the samples {path}: {error.strerror}") from error
     samples: dict[Any, tuple[int, Sample]] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            record = as_object(parse_json(line))
+            if {item.name for item in fields(_Record)} <= record.keys():
+                own = build(_Record, record, strict=False)
+            else:
+                samples["line", number] = (0, _from_elsewhere(record))
+                continue
+        except Damaged as error:
             raise UserError(
-                f"line {number} of {path} is no sample; each line must be a JSON object with a text"
-            )
-        if not {"identity", "index", "batch", *(f.name for f in fields(Sample))} <= record.keys():
-            samples["line", number] = (0, _from_elsewhere(record))
-            continue
+                f"line {number} of {path} is no sample ({error}); each line must be a JSON object "
+                "with a text"
+            ) from None
         # A last batch that was short is drawn again, whole, when more samples are asked for.
-        index, rows = record["index"], record["batch"][1]
-        if index not in samples or rows > samples[index][0]:
-            samples[index] = (rows, _from_record(record))
+        if own.index not in samples or own.batch[1] > samples[own.index][0]:
+            samples[own.index] = (own.batch[1], own.sample())
     if not samples:
         raise UserError(f"there is no sample in {path}; give a file with a JSON object a line")
     return [sample for _, sample in samples.values()]
 
 
 def _from_elsewhere(record: dict[str, Any]) -> Sample:
-    text, ids, given = record["text"], record.get("ids"), record.get("prompt_tokens")
-    known = isinstance(ids, list) and isinstance(given, int)
+    found = build(_Elsewhere, record, strict=False)
+    text, ids, given = found.text, found.ids, found.prompt_tokens
     return Sample(
         text=text,
         documents=(text,) if text else (),
-        ids=tuple(ids) if isinstance(ids, list) else None,
-        length=len(ids) - given if known else None,
-        nfe=record.get("nfe"),
-        seed=record.get("seed"),
+        ids=ids,
+        length=None if ids is None or given is None else max(len(ids) - given, 0),
+        nfe=found.nfe,
+        seed=found.seed,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Elsewhere:
+    """What is read of a line of another kind."""
+
+    text: str
+    ids: tuple[int, ...] | None = None
+    prompt_tokens: int | None = None
+    nfe: int | None = None
+    seed: int | None = None

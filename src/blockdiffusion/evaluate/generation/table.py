@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import csv_table, markdown, markdown_table
-from blockdiffusion.evaluate.generation.result import DISTINCT, FORMAT, REPETITION
+from blockdiffusion.evaluate.generation.result import DISTINCT, FORMAT, REPETITION, GenerationResult
+from blockdiffusion.records import Damaged, build, not_negative, of_file, read_json
 
 Result = Mapping[str, Any]  # what `GenerationResult.to_dict` gives
 
@@ -21,15 +21,16 @@ def read_result(path: Path) -> Result:
     Raises:
         UserError: it cannot be read, or is something else.
     """
-    try:
-        result = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the result {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise UserError(f"{path} is not what `blockdiff generate-eval --json` writes")
-    return result
+    instead = "give what `blockdiff generate-eval --json` wrote"
+    values = read_json(path, instead, finite=False)
+    with of_file(path, instead):
+        if values.get("format") != FORMAT:
+            raise Damaged("it is not what `blockdiff generate-eval --json` writes")
+        result = build(GenerationResult, values, strict=False)
+        for name in ("nats_per_token", "mean_perplexity", "entropy"):
+            if getattr(result.text, name) is None:  # there is nothing to compare
+                raise Damaged(f"text.{name} is null")
+        return not_negative(result.to_dict())
 
 
 def check_comparable(results: Sequence[Result], names: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from blockdiffusion.evaluate.journal import journal_beside
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.pareto.points import AUTHORS, Point, usual_points
 from blockdiffusion.files import write_whole
+from blockdiffusion.records import Damaged, read_json, sealed, unsealed
 from blockdiffusion.sampling.sliding import has_one_block
 
 FORMAT = "blockdiffusion-pareto-1"
@@ -183,18 +185,16 @@ def _measured(
         "bound": _bound(model, drawn.samples, draw),
         "reference": None if judged.reference is None else judged.reference.to_dict(),
     }
-    text = json.dumps(values, indent=2) + "\n"
+    text = json.dumps(sealed(values), indent=2) + "\n"
     write_whole(file, text.encode())
-    return json.loads(text)  # as it is read the next time
+    return unsealed(json.loads(text))  # as it is read the next time
 
 
 def _read(file: Path, key: dict[str, Any]) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-        if values["key"] == key:
+    with suppress(UserError, Damaged):
+        values = unsealed(read_json(file, "", finite=False))
+        if values.get("key") == key:
             return values
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
     raise UserError(
         f"{file} holds a point that was measured with another model, judge or options; choose "
         "another --out, or remove that folder"

@@ -32,6 +32,7 @@ from blockdiffusion.evaluate.references.compressors import COMPRESSORS, PREFIX_B
 from blockdiffusion.evaluate.references.ngram import count_ngrams
 from blockdiffusion.evaluate.scoring import ScoreOptions, score
 from blockdiffusion.evaluate.windows import Window
+from blockdiffusion.limits import check_limits
 from blockdiffusion.train.loop import data_fingerprint
 
 MAX_ORDER = 16
@@ -65,10 +66,7 @@ class CoderOptions:
     score: ScoreOptions = field(default_factory=ScoreOptions)
 
     def __post_init__(self) -> None:
-        for name in ("rows", "train_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; at least 1 row is needed")
+        check_limits(self)
         if not 1 <= self.order <= MAX_ORDER:
             raise UserError(f"order is {self.order}; it must be from 1 to {MAX_ORDER}")
         if self.split == "train":

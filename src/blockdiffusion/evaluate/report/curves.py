@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 from blockdiffusion.evaluate.report import pictures
 from blockdiffusion.evaluate.report.markup import duration, missing, perplexity_of, script_json
+from blockdiffusion.records import Damaged, build
 from blockdiffusion.train.loggers import read_metrics as read_lines
 
 MOST_POINTS = 900  # of a curve in the page: more would only make the file larger
@@ -107,17 +109,42 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
         searches=[
             ClipSearch(
                 step=step,
-                clip=tuple(records["clip"][step]),
-                variances={(beta, omega): variance for beta, omega, variance in grid},
-                seconds=records["search_seconds"][step],
+                clip=found.clip,
+                variances={(beta, omega): variance for beta, omega, variance in found.clip_grid},
+                seconds=found.search_seconds,
             )
-            for step, grid in sorted(records.get("clip_grid", {}).items())
+            for step, found in reversed([*_searches(records)])
         ],
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Searched:
+    """What a search leaves in a line."""
+
+    clip: tuple[float, float]
+    clip_grid: tuple[tuple[float, float, float], ...]
+    search_seconds: float
+
+
+def _searches(records: Mapping[str, Mapping[int, Any]]) -> Iterator[tuple[int, _Searched]]:
+    """Those over one grid, the last one's, without lines of something else."""
+    names = [item.name for item in fields(_Searched)]
+    grid: set[tuple[float, float]] = set()
+    for step in sorted(records.get("clip_grid", {}), reverse=True):
+        with suppress(Damaged):
+            line = {name: records.get(name, {}).get(step) for name in names}
+            found = build(_Searched, line)
+            clips = {entry[:2] for entry in found.clip_grid}
+            if found.clip not in clips or not all(0 <= x < 1e300 for x in chain(*found.clip_grid)):
+                continue
+            grid = grid or clips
+            if clips == grid:
+                yield step, found
+
+
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def curves_section(curves: Curves) -> str:

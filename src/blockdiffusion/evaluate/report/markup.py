@@ -24,6 +24,8 @@ def perplexity_of(nats_per_token: float) -> float:
 
 def two_digits(error: float) -> str:
     """A standard error to two significant digits, without an exponent: 0.00031, 2.3, 120."""
+    if not 0 < error < 1e15:  # of a run that has diverged
+        return f"{error:.2g}"
     return f"{error:,.{max(1 - math.floor(math.log10(error)), 0)}f}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from blockdiffusion.evaluate.report.markup import (
 )
 from blockdiffusion.evaluate.report.trace import Trace, TraceStep, trace_section
 from blockdiffusion.files import storage_error, written_aside
+from blockdiffusion.records import build, not_negative
 
 if TYPE_CHECKING:
     from blockdiffusion.masks import CleanAttention
@@ -84,8 +85,9 @@ class LikelihoodNumbers:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], text: str = "held-out text") -> LikelihoodNumbers:
         """From `Likelihood.to_dict()`, or from what `blockdiff eval --json` wrote."""
-        known = {entry.name for entry in fields(cls)} - {"text"}
-        return cls(**{k: v for k, v in values.items() if k in known}, text=text)
+        numbers = build(cls, {**values, "text": text}, strict=False)
+        not_negative(asdict(numbers))
+        return numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +207,7 @@ def _search(contents: ReportContents) -> list[tuple[str, str, str]]:
     """The section about the search of the schedule, in a run that made one."""
     if not contents.curves.searches:
         return []
-    by = contents.config.get("search", {}).get("by", "loss")
+    by = (contents.config.get("search") or {}).get("by", "loss")
     return [("search", "Schedule search", search_section(contents.curves.searches, by))]
 
 

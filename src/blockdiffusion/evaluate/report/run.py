@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import yaml
 
 from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.diffusions import diffusion_of
@@ -27,6 +26,7 @@ from blockdiffusion.evaluate.report.page import (
 from blockdiffusion.evaluate.report.trace import Trace, trace_of_events
 from blockdiffusion.models.formats import load
 from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.records import build, of_file, read_json, read_yaml
 from blockdiffusion.sampling import DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.processes import as_process, make_process
 from blockdiffusion.seeding import generator
@@ -79,15 +79,37 @@ def report_run(
 
 
 def _read_config(run: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((run / "config.yaml").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{run} holds no training run (no config.yaml); give the out of a recipe"
-        ) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{run / 'config.yaml'} is damaged: {error}") from error
+    path, instead = run / "config.yaml", "give the run that wrote it"
+    if not path.exists():
+        raise UserError(f"{run} holds no training run (no config.yaml); give the out of a recipe")
+    config = read_yaml(path, instead)
+    with of_file(path, instead):
+        build(_Run, config, strict=False)
     return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Train:
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    by: Literal["loss", "gradient"] = "loss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the page reads of a recipe; the rest it shows."""
+
+    data: _Data
+    train: _Train
+    search: _Search
 
 
 def _facts(
@@ -117,13 +139,10 @@ def _likelihood(run: Path, evaluation: str | Path | None) -> LikelihoodNumbers |
     path = run / EVALUATION if evaluation is None else Path(evaluation)
     if evaluation is None and not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text())
-        return LikelihoodNumbers.from_dict(values, text=f"{values['data']} ({values['split']})")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is not what `blockdiff eval --json` writes ({type(error).__name__}: {error})"
-        ) from error
+    instead = "give what `blockdiff eval --json` wrote"
+    values = read_json(path, instead)
+    with of_file(path, instead):
+        return LikelihoodNumbers.from_dict(values, f"{values.get('data')} ({values.get('split')})")
 
 
 def _draw(

@@ -39,6 +39,7 @@ from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
 from blockdiffusion.evaluate.prepared import HeldOutText
 from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks, num_subsets
+from blockdiffusion.limits import check_limit, check_limits
 from blockdiffusion.seeding import generator
 from blockdiffusion.variance import Moments, average, batch_moments
 
@@ -92,12 +93,9 @@ class VarianceOptions:
             raise UserError("nothing to measure: give at least one estimator and one block size")
         for spec in self.estimators:
             make_estimator(spec)
-        for name, least in (("batch_size", 1), ("batches", 1), ("replicates", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; at least {least} is needed")
+        check_limits(self)
         for size in self.block_sizes:
-            if size < 1:
-                raise UserError(f"block size {size} is none; it must be at least 1")
+            check_limit("block_size", size, "a block size")
 
     @property
     def rows(self) -> int:

@@ -37,6 +37,7 @@ from blockdiffusion.evaluate.windows import (
     default_stride,
     document_windows,
 )
+from blockdiffusion.limits import check_limits
 
 PACKINGS = ("wrap", "document")
 FRAMES = ("auto", "none", "bos", "bos-eos")
@@ -111,9 +112,7 @@ class ZeroShotOptions:
             raise UserError(
                 f"the suite {self.suite} has no {unknown[0]!r}: it has {', '.join(known)}"
             )
-        for name in ("context", "stride", "max_documents", "rows"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1")
+        check_limits(self)
         if self.stride is not None and self.packing == "wrap":
             raise UserError("stride goes with packing document: wrapped rows do not overlap")
         if self.rows is not None and self.packing == "document":
