@@ -7,18 +7,23 @@ answers at once.
 from __future__ import annotations
 
 import os
+import re
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
 
+from blockdiffusion.checksums import Changed
 from blockdiffusion.cli.data import datasets, prepare
 from blockdiffusion.cli.generating import infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import plan, report, reproduce, train
+from blockdiffusion.cli.verifying import verify
 from blockdiffusion.errors import Elsewhere, UserError
+from blockdiffusion.files import storage_error
 from blockdiffusion.ranks import SHARED, joined, several_processes
 
 app = typer.Typer(
@@ -47,6 +52,7 @@ COMMANDS = {
     "generate-compare": generate_compare,
     "pareto": pareto,
     "reproduce": reproduce,
+    "verify": verify,
     "convert": convert,
     "push": push,
 }
@@ -55,6 +61,8 @@ for _name, _command in COMMANDS.items():
 
 # An unknown option or a missing argument; newer typer versions carry their own click.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
+MOST_CHARACTERS = 1200  # of a sentence
+_show_usual_warning = warnings.showwarning
 
 
 def _version(wanted: bool) -> None:
@@ -81,7 +89,12 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one sentence and exit code 2."""
+    """Runs the command line; a user's mistake is one sentence and exit code 2.
+
+    So is what the system refuses: library code says more where it knows more, and whatever file
+    nobody thought of is told here.
+    """
+    warnings.showwarning = _show_warning
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
@@ -98,10 +111,26 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except PermissionError as error:
-        _fail(f"no permission for {error.filename}: choose another place or change its rights")
+    except OSError as error:
+        _fail(str(storage_error(error)))
+    except ValueError as error:
+        if not re.search("null (byte|character)|surrogates not allowed", str(error)):
+            raise
+        _fail("a name of a file holds a character that no name can have; give another name")
 
 
 def _fail(message: str) -> None:
+    if len(message) > MOST_CHARACTERS:  # what was given may be of any length
+        message = f"{message[:MOST_CHARACTERS]} ... {message[-MOST_CHARACTERS // 4 :]}"
     typer.echo(f"blockdiff: error: {message}", err=True)
     sys.exit(2)
+
+
+def _show_warning(
+    message: Any, category: type[Warning], filename: str, lineno: int, *more: Any
+) -> None:
+    """A warning to the user as a sentence; one to a programmer as usual."""
+    if issubclass(category, Changed):
+        typer.echo(f"blockdiff: warning: {message}", err=True)
+    else:
+        _show_usual_warning(message, category, filename, lineno, *more)

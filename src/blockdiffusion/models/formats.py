@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 
+from blockdiffusion.checksums import warn_of_changes
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.bd3lm import MODEL_TYPE as BD3LM
 from blockdiffusion.models.bd3lm import from_bd3lm
 from blockdiffusion.models.lightning import LightningFile, LightningOptions, read_lightning
-from blockdiffusion.models.tensors import check_tensors, read_safetensors
+from blockdiffusion.models.tensors import check_tensors, read_safetensors, write_safetensors
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 
 CONFIG = "config.json"
@@ -84,6 +85,9 @@ def load(
         The model; `.config.block_size`, `.config.mask_id` and `.tokenizer` (None where the
         directory has none) are set.
 
+    Warns:
+        checksums.Changed: a file of the directory is not what was written.
+
     Raises:
         UserError: nothing there, a pickle of another kind, a truncated file, tensors that do not
             fit, or a Lightning file that does not say all sizes (`blockdiff convert` takes them).
@@ -116,6 +120,7 @@ def find_model(
         )
     else:
         file = path / WEIGHTS
+        warn_of_changes(path)
         kind, config, state = _read_directory(path)
     model = BlockDiffusionModel(config)
     check_tensors(model.state_dict(), state, file, CONFIG if read is None else "its own sizes")
@@ -162,6 +167,21 @@ def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None
             "tokenizer; prepare the data with that model's, or start from another model"
         )
     model.load_state_dict(source.state_dict())
+
+
+def write_model(model: BlockDiffusionModel, folder: Path) -> dict[str, str]:
+    """Writes config.json and the weights, as `save_pretrained` does.
+
+    Returns:
+        The sha256 of the weights, by the name of their file.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    return {WEIGHTS: write_safetensors(model.state_dict(), folder / WEIGHTS)}
 
 
 # --- Finding --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import storage_error, write_whole
+from blockdiffusion.files import append, storage_error, write_whole
 from blockdiffusion.ranks import SHARED
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.plan import Plan, Step, recipe_text
@@ -87,7 +87,7 @@ def launch(command: Sequence[str], log: Path, place: Place) -> Process:
         start += ["--nproc-per-node", str(place.processes), "-m"]
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
+        with append(log) as output:
             process = subprocess.Popen(
                 [*start, "blockdiffusion.cli", *command],
                 stdin=subprocess.DEVNULL,
