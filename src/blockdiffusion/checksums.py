@@ -127,7 +127,7 @@ def check_files(folder: Path, sums: Mapping[str, str], remedy: str, report: Repo
         UserError: one is missing or damaged; it is named.
     """
     if current().is_first and (bad := differing(folder, sums, report, remember=True)):
-        raise UserError(f"{named(folder, bad)}: {remedy}")
+        raise UserError(f"{named(folder, bad)}; {remedy}")
 
 
 def warn_of_changes(folder: Path) -> None:

@@ -120,7 +120,6 @@ def find_model(
         )
     else:
         file = path / WEIGHTS
-        warn_of_changes(path)
         kind, config, state = _read_directory(path)
     model = BlockDiffusionModel(config)
     check_tensors(model.state_dict(), state, file, CONFIG if read is None else "its own sizes")
@@ -130,6 +129,7 @@ def find_model(
     model.to(device=device, dtype=dtype)  # type: ignore
     if read is None:
         model.tokenizer = _read_tokenizer(path)
+        warn_of_changes(path)  # last: what cannot be read at all is told in one sentence
     return Found(model=model.eval(), format=kind, path=path, lightning=read)
 
 
