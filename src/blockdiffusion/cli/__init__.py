@@ -24,7 +24,7 @@ from blockdiffusion.cli.training import plan, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
 from blockdiffusion.errors import Elsewhere, UserError
 from blockdiffusion.files import storage_error
-from blockdiffusion.ranks import SHARED, joined, several_processes
+from blockdiffusion.ranks import SHARED, end_with_input, joined, several_processes
 
 app = typer.Typer(
     name="blockdiff",
@@ -95,6 +95,7 @@ def main() -> None:
     nobody thought of is told here.
     """
     warnings.showwarning = _show_warning
+    end_with_input()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
