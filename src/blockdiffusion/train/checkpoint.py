@@ -181,10 +181,20 @@ def save(
             file.write(f"{text}\n".encode())
         write_sums(partial, sums_of(partial, sums))
         publish_directory(partial, final)
+    remove_old(out, keep)
+    return final
+
+
+def remove_old(out: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints.
+
+    Raises:
+        UserError: one cannot be removed.
+    """
+    with writing(f"checkpoints of {out}"):
         for old in _all_checkpoints(out)[:-keep]:
             # Renamed first: a kill in the middle must not leave half of it under its name.
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
-    return final
 
 
 def export_model(

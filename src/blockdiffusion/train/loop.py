@@ -386,8 +386,10 @@ def train(
             report(state.step, {"note": start_note})
         if note is not None:
             report(state.step, {"note": note})
-            # A kill may have come between the checkpoint and its export.
+            # A kill may have come between the checkpoint and its export, or the end of old ones.
             export(state)
+            if team.is_first:
+                checkpoints.remove_old(out, checkpoint.keep)
         if search is not None and clip is not None:
             report(state.step, {"clip": list(clip)})
         for step in range(state.step + 1, options.steps + 1):
