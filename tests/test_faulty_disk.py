@@ -16,7 +16,7 @@ from tests.command import blockdiff
 from tests.faulty_disk import FaultyDisk
 
 TIMES = {"seconds", "tokens_per_second", "tflops_per_second", "peak_share"}
-TEXT = "".join(f"The cat {i} sat on the mat, as {i % 7} of them do by the sea.\n\n" for i in range(60))
+TEXT = "".join(f"The cat {i} sat on the mat, as {i % 7} of them do.\n\n" for i in range(60))
 RECIPE = {
     "model": {"num_layers": 1, "width": 8, "num_heads": 1, "cond_dim": 4, "dropout": 0.0},
     "train": {"steps": 2, "batch_size": 2, "threads": 1},

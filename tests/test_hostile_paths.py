@@ -11,7 +11,7 @@ import yaml
 from blockdiffusion.cli import COMMANDS
 from tests.command import blockdiff
 
-TEXT = "".join(f"The cat {i} sat on the mat, as {i % 7} of them do by the sea.\n\n" for i in range(99))
+TEXT = "".join(f"The cat {i} sat on the mat, as {i % 7} of them do.\n\n" for i in range(99))
 RECIPE = {
     "model": {"num_layers": 1, "width": 8, "num_heads": 1, "cond_dim": 4, "dropout": 0.0},
     "train": {"steps": 2, "batch_size": 2, "threads": 1},

@@ -85,9 +85,9 @@ def test_processes_that_cannot_meet_say_where(monkeypatch):
         values = ("2", "0", "127.0.0.1", str(other.getsockname()[1]))
         for name, value in zip(ranks.ENVIRONMENT, values, strict=True):
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f"could not meet at 127.0.0.1:{values[3]} "):
-            with joined():
-                pass
+        met = pytest.raises(UserError, match=f"could not meet at 127.0.0.1:{values[3]} ")
+        with met, joined():
+            pass
 
 
 def exchange() -> None:

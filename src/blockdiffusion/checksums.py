@@ -112,9 +112,9 @@ def differing(
             bad.append(name)
     whole = {name: states[name] for name in unread if name not in bad}
     if remember and whole:
-        with suppress(OSError, UserError):  # a place that cannot be written: then each time
-            with written_aside(folder / NOTES) as file:
-                file.write(json.dumps(notes | whole).encode())
+        # Where it cannot be written, they are read each time.
+        with suppress(OSError, UserError), written_aside(folder / NOTES) as file:
+            file.write(json.dumps(notes | whole).encode())
     return bad
 
 

@@ -67,6 +67,18 @@ def _open_itself(path: str, flags: int) -> int:
     return descriptor
 
 
+def refuse_no_file(path: Path) -> None:
+    """Refuses to put a file in the place of something else.
+
+    Raises:
+        UserError: `path` is a directory, a device or a pipe.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file; give the name of a file")
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A binary file that gets the name `path` when the block ends, and is removed if it fails.
@@ -76,8 +88,7 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UserError: `path` is something else than a file, such as a device.
     """
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is a directory or no regular file; give the name of a file")
+    refuse_no_file(path)
     partial = partial_path(path)
     try:
         with create(partial) as file:

@@ -94,7 +94,8 @@ def main() -> None:
     So is what the system refuses: library code says more where it knows more, and whatever file
     nobody thought of is told here.
     """
-    warnings.showwarning = _show_warning
+    warnings.simplefilter("always", Changed)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # it takes more
     end_with_input()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))

@@ -20,7 +20,6 @@ from blockdiffusion.data.shards import lengths_file
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import derive_seed
 
-
 REMEDY = "copy it again from where it was whole, or delete the directory and prepare it anew"
 MOST_EPOCHS = 1000  # in one batch; more is a slip of the keyboard, and takes all memory
 

@@ -69,7 +69,8 @@ def read_rows(
     nothing the data decide. `report` is told how far the check of the files is.
 
     Raises:
-        UserError: no such data or split, no rows, damaged data, or data made for another vocabulary.
+        UserError: no such data or split, no rows, damaged data, or data made for another
+            vocabulary.
     """
     if rows is not None and rows < 1:
         raise UserError(f"rows is {rows}; at least 1 row is needed")

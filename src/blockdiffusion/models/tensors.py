@@ -69,7 +69,7 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
         for name in names:
             if tensors[name].numel():
                 flat = tensors[name].detach().contiguous().cpu().reshape(-1)
-                write(memoryview(flat.view(torch.uint8).numpy()))
+                write(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -240,9 +240,7 @@ def publish_directory(partial: Path, final: Path) -> None:
 
 
 @contextmanager
-def writing(
-    what: str, partial: Path | None = None, then: str = "resume the run"
-) -> Iterator[None]:
+def writing(what: str, partial: Path | None = None, then: str = "resume the run") -> Iterator[None]:
     """Removes `partial` when writing `what` fails, and tells why in one sentence."""
     try:
         yield

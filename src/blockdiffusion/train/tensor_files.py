@@ -19,9 +19,7 @@ from blockdiffusion.ranks import Team, first_row, is_sharded, local
 Shape = tuple[int, ...]
 
 
-def save_tensors(
-    tensors: Mapping[str, torch.Tensor], path: Path, team: Team
-) -> tuple[Path, str]:
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, team: Team) -> tuple[Path, str]:
     """Writes the tensors, or where they are in shards the rows that this process holds.
 
     What is not in shards is written by the first process only.
