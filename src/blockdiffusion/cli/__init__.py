@@ -115,10 +115,10 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:
         _fail(str(storage_error(error)))
-    except ValueError as error:
-        if not re.search("null (byte|character)|surrogates not allowed", str(error)):
+    except (ValueError, RuntimeError) as error:  # what paths raise that are none
+        if not re.search("null (byte|character)|surrogates not allowed|Symlink loop", str(error)):
             raise
-        _fail("a name of a file holds a character that no name can have; give another name")
+        _fail(f"the name of a file is none ({str(error)[:200]}); give another name")
 
 
 def _fail(message: str) -> None:
