@@ -62,15 +62,16 @@ def final_files(out: Path) -> dict[str, bytes]:
     """The tensors and the logged losses; states hold times, which differ."""
     steps = sorted((out / "checkpoints").glob("step-*"))[-1:]
     paths = [path for folder in [*steps, out / "model"] for path in sorted(folder.iterdir())]
-    files = {str(p.relative_to(out)): p.read_bytes() for p in paths if p.name != "state.json"}
+    timed = ("state.json", "SHA256SUMS")
+    files = {str(p.relative_to(out)): p.read_bytes() for p in paths if p.name not in timed}
     for card in ("model/card.json", "model/README.md"):  # they tell the run's name
         files[card] = files[card].replace(out.name.encode(), b"NAME")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [n for n in lines if "note" not in n and n.keys() != {"step", "clip"}]  # of a resume
-    timed = {
+    times = {
         "seconds", "tokens_per_second", "tflops_per_second", "peak_share", "search_seconds",
     }  # fmt: skip
-    kept = [[(k, v) for k, v in n.items() if k not in timed] for n in lines]
+    kept = [[(k, v) for k, v in n.items() if k not in times] for n in lines]
     return files | {"metrics": json.dumps(kept).encode()}
 
 
