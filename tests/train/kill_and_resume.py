@@ -20,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from blockdiffusion.checksums import SUMS, differing, read_sums
 from blockdiffusion.config import load_recipe, run_training
 from blockdiffusion.evaluate import likelihood  # noqa: F401 (imported before the forks)
 from blockdiffusion.models import transformer  # noqa: F401
@@ -42,7 +43,7 @@ def start(recipe_path: str, out: Path) -> int:
 
 
 def check_files(out: Path) -> None:
-    """Reads every file that has its final name."""
+    """Reads every file that has its final name, and compares its checksum."""
     readers = {
         ".yaml": lambda path: yaml.safe_load(path.read_text()),
         ".json": lambda path: json.loads(path.read_text()),
@@ -52,10 +53,12 @@ def check_files(out: Path) -> None:
     }
     for path in out.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(out).parts)
-        if path.is_file() and not hidden:
+        if path.name == SUMS:
+            assert not differing(path.parent, read_sums(path.parent) or {}), path
+        elif path.is_file() and not hidden:
             readers[path.suffix](path)
     for folder in (out / "checkpoints").glob("step-*"):
-        assert len(list(folder.iterdir())) == 4, folder
+        assert len(list(folder.iterdir())) == 5, folder
 
 
 def final_files(out: Path) -> dict[str, bytes]:
