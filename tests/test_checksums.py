@@ -331,3 +331,17 @@ def test_a_device_is_not_replaced_by_a_file(place, monkeypatch):
     )
     assert ended.returncode == 2 and "no regular file" in ended.stderr
     assert device.is_fifo()
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+def test_a_batch_larger_than_the_data_is_told(place):
+    rows = TokenRows(place / "data", "train").num_rows
+    ended = blockdiff(
+        "train", place / "recipe.yaml", f"out={place / 'new'}", f"data.path={place / 'data'}",
+        f"train.batch_size={rows + 1}", "train.steps=1",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    notes = (place / "new" / "metrics.jsonl").read_text()
+    assert f"train.batch_size is {rows + 1}, more than the {rows} rows of the data" in notes
