@@ -1,10 +1,14 @@
 """What processes share, and how they end together."""
 
+import socket
+
 import pytest
 import torch
 
+from blockdiffusion import ranks
 from blockdiffusion.errors import UserError
 from blockdiffusion.ranks import ALONE, Team, joined
+from tests.command import blockdiff
 from tests.teams import command, team
 
 
@@ -33,6 +37,57 @@ def test_devices_are_one_for_each_process(monkeypatch):
     with pytest.raises(UserError, match="several processes cannot train on mps"):
         Team(0, 2, 0).claim(torch.device("mps"))
     assert ALONE.claim(torch.device("mps")) == torch.device("mps")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+        ({"WORLD_SIZE": "9" * 30}, "WORLD_SIZE is '999"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
+        ({"WORLD_SIZE": None}, "there is no WORLD_SIZE"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK is '1'"),
+        ({"RANK": "2"}, "RANK is '2'; it must be a whole number from 0 to 1"),
+        ({"RANK": "1.0"}, "RANK is '1.0'"),
+        ({"RANK": None}, "there is no RANK"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK is '2'"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"MASTER_PORT": None}, "there is no MASTER_PORT"),
+        ({"MASTER_ADDR": None}, "there is no MASTER_ADDR"),
+        ({"MASTER_ADDR": ""}, "there is no MASTER_ADDR"),
+        ({"MASTER_ADDR": "no-such-machine.invalid"}, "MASTER_ADDR is 'no-such-machine.invalid'"),
+        ({"MASTER_ADDR": "x" * 300}, "MASTER_ADDR is 'xxx"),
+    ],
+)
+def test_variables_left_over_in_a_shell_are_named(monkeypatch, changed, said):
+    monkeypatch.setattr(ranks, "SECONDS_TO_FIND", 1)
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (whole | changed).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    ended = blockdiff("eval", "no-model", "--data", "no-data")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert said in ended.stderr and "unset" in ended.stderr
+
+
+def test_a_job_of_one_needs_no_other_variable(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not ranks.several_processes()
+
+
+def test_processes_that_cannot_meet_say_where(monkeypatch):
+    with socket.socket() as other:  # somebody else's port
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        values = ("2", "0", "127.0.0.1", str(other.getsockname()[1]))
+        for name, value in zip(ranks.ENVIRONMENT, values, strict=True):
+            monkeypatch.setenv(name, value)
+        met = pytest.raises(UserError, match=f"could not meet at 127.0.0.1:{values[3]} ")
+        with met, joined():
+            pass
 
 
 def exchange() -> None:

@@ -160,8 +160,8 @@ def test_a_whole_file_becomes_a_model_with_its_tokenizer(whole_file, tmp_path):
     assert read_card(tmp_path / "made").datasets == ["openwebtext"]
     files = sorted(file.name for file in (tmp_path / "made").iterdir())
     assert files == [
-        "README.md", "card.json", "config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json",
+        ".verified", "README.md", "SHA256SUMS", "card.json", "config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_nothing(bd3lm, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(blockdiffusion.BlockDiffusionModel, "save_pretrained", full)
+    monkeypatch.setattr("blockdiffusion.models.formats.write_safetensors", full)
     with pytest.raises(UserError, match=r"the disk is full: .* then convert again"):
         convert(GOLDEN / "bd3lm-hf", tmp_path / "new")
     assert not list(tmp_path.iterdir())

@@ -307,12 +307,14 @@ def _run_training(
     from blockdiffusion.data.loader import TokenRows
     from blockdiffusion.data.manifest import TOKENIZER_FOLDER
     from blockdiffusion.data.tokenizers import load_tokenizer
+    from blockdiffusion.terminal import progress_bar
     from blockdiffusion.train.display import make_display
     from blockdiffusion.train.loggers import make_loggers
     from blockdiffusion.train.loop import train
 
     out, data = Path(recipe.out), Path(recipe.data.path)
-    rows = TokenRows(data, "train")
+    with progress_bar("data", quiet=not team.is_first) as report:
+        rows = TokenRows(data, "train", report)
     recipe = with_block_size(recipe, rows.manifest)
     if resume:
         _refuse_changes(recipe, out / "config.yaml")

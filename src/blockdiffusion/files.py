@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and that are never written through a link."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,9 +52,69 @@ def open_regular(path: Path) -> BinaryIO:
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))
 
 
+REMEDIES = {
+    errno.EACCES: "choose another place, or change its rights",
+    errno.EPERM: "choose another place, or change its rights",
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.EISDIR: "give the name of a file",
+    errno.ENOENT: "check the name",
+    errno.ELOOP: "its links lead round in a circle; remove them",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which hold too many files open",
+    errno.EIO: "check the disk, then run the same command again",
+    errno.ESTALE: "the file server has lost it; run the same command again",
+}
+
+
 def partial_path(path: Path) -> Path:
     """Where `path` is written before it gets its name; hidden, and unique to this process."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def create(path: Path) -> BinaryIO:
+    """A new file to write; what had its name, a leftover or a link, is removed first."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
+
+
+def append(path: Path, buffering: int = -1) -> BinaryIO:
+    """A file to add to, made where there is none.
+
+    Raises:
+        UserError: a link stands there, or what is no regular file.
+    """
+    return open(path, "ab", buffering, opener=_open_itself)  # type: ignore[return-value]
+
+
+def _open_itself(path: str, flags: int) -> int:
+    """Opens a regular file by its own name: who may place a link there must not choose the file."""
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a FIFO would wait
+    refused = UserError(
+        f"{path} is a link or no regular file and is not written to; remove it, or choose another "
+        "place"
+    )
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise (refused if error.errno in (errno.ELOOP, errno.ENXIO) else error) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise refused
+    return descriptor
+
+
+def refuse_no_file(path: Path) -> None:
+    """Refuses to put a file in the place of something else.
+
+    Raises:
+        UserError: `path` is a directory, a device or a pipe.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no regular file; give the name of a file")
 
 
 @contextmanager
@@ -61,10 +122,14 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
     """A binary file that gets the name `path` when the block ends, and is removed if it fails.
 
     A kill at any moment leaves the old `path` (or none), never half of the new one.
+
+    Raises:
+        UserError: `path` is something else than a file, such as a device.
     """
+    refuse_no_file(path)
     partial = partial_path(path)
     try:
-        with open(partial, "wb") as file:
+        with create(partial) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -88,14 +153,22 @@ def write_whole(path: Path, content: bytes) -> None:
         raise storage_error(error, path) from error
 
 
+def remove(path: Path) -> None:
+    """Removes a file, a link (not what it points to) or a directory with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(path: Path, taken: str) -> Iterator[None]:
     """Holds the lock file `path` until the block ends; the system frees it if the process dies.
 
     Raises:
-        UserError: another process holds it; `taken` is the sentence.
+        UserError: another process holds it; `taken` is the sentence. Or it is a link.
     """
-    with open(path, "wb") as file:
+    with append(path) as file:
         try:
             import fcntl
         except ImportError:  # no such locks on this system
@@ -108,12 +181,15 @@ def locked(path: Path, taken: str) -> Iterator[None]:
         yield
 
 
-def storage_error(error: OSError, directory: Path) -> UserError:
-    """The sentence for a write into `directory` that failed."""
-    reason = error.strerror or str(error)
+def storage_error(error: OSError, where: Path | str | None = None) -> UserError:
+    """The sentence for reading or writing that failed, at `where` if the error does not say."""
+    reason = error.strerror or str(error) or type(error).__name__
     if error.errno in FULL_DISK:
         return UserError(
-            f"no room left to write {directory} ({reason}): free some space and run the same "
-            "command again, it goes on from what is already done"
+            f"no room left to write {where or error.filename or 'a file'} ({reason}): free some "
+            "space and run the same command again, it goes on from what is already done"
         )
-    return UserError(f"cannot read or write {error.filename or directory}: {reason}")
+    what = f"cannot read or write {error.filename or where}" if error.filename or where else ""
+    told = ": ".join(filter(None, (what, reason)))
+    remedy = REMEDIES.get(error.errno or 0)
+    return UserError(f"{told}; {remedy}" if remedy else told)

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +27,9 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+ENVIRONMENT = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+MOST_PROCESSES = 10**6
+SECONDS_TO_FIND = 10  # the machine that processes meet at
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
 SHARED = ("train", "eval", "generate-eval")  # commands whose processes share the work
 SPEAKERS = 2  # ranks that report a lost process: one may be the lost one
@@ -137,11 +142,57 @@ class Team:
 
 
 ALONE = Team()
+ENDS_WITH_INPUT = "BLOCKDIFFUSION_ENDS_WITH_INPUT"  # an environment variable
+
+
+def end_with_input() -> None:
+    """Ends this process as a kill would when its standard input ends, where it was started so.
+
+    The input is a pipe from the process that started this one. It closes with that process, also
+    where that is killed and can tell nobody.
+    """
+    if os.environ.get(ENDS_WITH_INPUT):
+
+        def wait() -> None:
+            while os.read(0, 1):
+                pass
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def several_processes() -> bool:
-    """Whether this process was started as one of several; needs no import of PyTorch."""
-    return all(name in os.environ for name in ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
+    """Whether this process was started as one of several; needs no import of PyTorch.
+
+    Raises:
+        UserError: the launcher's variables contradict each other, such as those that an earlier
+            job left in a shell.
+    """
+    if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
+        return False
+    if os.environ.get("WORLD_SIZE") == "1" and os.environ.get("RANK", "0") == "0":
+        return False
+    if missing := [name for name in ENVIRONMENT if not os.environ.get(name)]:
+        raise UserError(
+            f"of torchrun's variables {', '.join(ENVIRONMENT)} there is no {missing[0]}; start the "
+            "processes by torchrun, or unset them all for one process"
+        )
+    size = _variable("WORLD_SIZE", 1, MOST_PROCESSES)
+    _variable("RANK", 0, size - 1)
+    _variable("MASTER_PORT", 1, 65535)
+    _variable("LOCAL_RANK", 0, size - 1)
+    return size > 1
+
+
+def _variable(name: str, least: int, most: int) -> int:
+    """A number that the launcher put into the environment; `least` where there is none."""
+    text = os.environ.get(name, str(least)).strip()
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
+        raise UserError(
+            f"torchrun's variable {name} is {text[:40]!r}; it must be a whole number from {least} "
+            f"to {most}: start the processes by torchrun, or unset {', '.join(ENVIRONMENT)}"
+        )
+    return int(text)
 
 
 def current() -> Team:
@@ -169,14 +220,9 @@ def joined() -> Iterator[Team]:
     if not several_processes() or current() is not ALONE:
         yield current()
         return
-    import torch
     import torch.distributed as dist
 
-    store, rank, size = next(dist.rendezvous("env://"))
-    notes = dist.PrefixStore("blockdiffusion", store)
-    has_nccl = dist.is_nccl_available() and torch.cuda.is_available()
-    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    rank, notes = _meet()
     try:
         yield current()
     except UserError:
@@ -192,6 +238,44 @@ def joined() -> Iterator[Team]:
         raise Elsewhere(said if rank < SPEAKERS else "", exit_code=1) from error
     # Not after a failure: the others may never come to part.
     dist.destroy_process_group()
+
+
+def _meet() -> tuple[int, Any]:
+    """Joins the other processes; returns this one's rank and a store for notes.
+
+    Raises:
+        UserError: the place to meet is nowhere, or the others do not come.
+    """
+    import torch
+    import torch.distributed as dist
+
+    place = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    for attempt in range(
+        SECONDS_TO_FIND
+    ):  # machines that start together may not know all names yet
+        try:
+            socket.getaddrinfo(*place)
+            break
+        except (OSError, UnicodeError) as error:
+            if attempt == SECONDS_TO_FIND - 1:
+                raise UserError(
+                    f"torchrun's variable MASTER_ADDR is {place[0][:100]!r}, which is no machine "
+                    f"that can be found ({error}); start the processes by torchrun, or unset "
+                    f"{', '.join(ENVIRONMENT)}"
+                ) from error
+            time.sleep(1)
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+        has_nccl = dist.is_nccl_available() and torch.cuda.is_available()
+        backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the processes could not meet at {':'.join(place)} "
+            f"({str(error).partition(chr(10))[0][:200]}); check that all were started and that "
+            "the port is free, or unset torchrun's variables for one process"
+        ) from error
+    return rank, dist.PrefixStore("blockdiffusion", store)
 
 
 LOST_SENTENCE = (

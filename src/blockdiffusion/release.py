@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from safetensors.torch import save_file
-
-from blockdiffusion.data.tokenizers import load_tokenizer, vocab_size
+from blockdiffusion.checksums import sums_of, write_sums
+from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import written_aside
 from blockdiffusion.models.bd3lm import to_bd3lm
@@ -34,14 +33,12 @@ from blockdiffusion.models.formats import (
     find_model,
     read_config,
     read_json,
+    write_model,
 )
 from blockdiffusion.models.lightning import LightningOptions
+from blockdiffusion.models.tensors import write_safetensors
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
-from blockdiffusion.train.checkpoint import (
-    disk_full_is_user_error,
-    no_progress_bars,
-    publish_directory,
-)
+from blockdiffusion.train.checkpoint import publish_directory, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -86,8 +83,8 @@ def convert(
         bos: whether position 0 of a row is a given BOS; None = what the source says.
 
     Raises:
-        UserError: see `load`; `out` exists; the tokenizer is another model's; the disk is full; or
-            the format cannot describe the model.
+        UserError: see `load`; `out` exists or cannot be written; the tokenizer is another model's;
+            or the format cannot describe the model.
     """
     if to not in get_args(Target):
         raise UserError(f"--to is {to!r}; choose {' or '.join(get_args(Target))}")
@@ -110,16 +107,16 @@ def convert(
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
     try:
-        with disk_full_is_user_error(f"model {out}", partial, "convert again"):
+        with writing(f"model {out}", partial, "convert again"):
             partial.mkdir(parents=True)
             if to == "bd3lm":
-                _write_bd3lm(found, partial)
+                sums = _write_bd3lm(found, partial)
             else:
-                with no_progress_bars():
-                    model.save_pretrained(partial)  # type: ignore
+                sums = write_model(model, partial)
                 write_card(partial, config, _card(found, source, out))
             if model.tokenizer is not None:
-                model.tokenizer.save_pretrained(partial)
+                save_tokenizer(model.tokenizer, partial)
+            write_sums(partial, sums_of(partial, sums))
             if out.is_dir():
                 out.rmdir()  # it is empty
             publish_directory(partial, out)
@@ -172,13 +169,12 @@ def _name_tokens(config: BlockDiffusionConfig, tokenizer: PreTrainedTokenizerFas
         config.eos_id = tokenizer.eos_token_id
 
 
-def _write_bd3lm(found: Found, folder: Path) -> None:
+def _write_bd3lm(found: Found, folder: Path) -> dict[str, str]:
+    """Returns the sha256 of the weights, by the name of their file."""
     raw, tensors = to_bd3lm(found.config, found.model.state_dict())
     raw["dtype"] = str(found.model.dtype).removeprefix("torch.")
-    save_file(
-        {name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"}
-    )
     (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    return {WEIGHTS: write_safetensors(tensors, folder / WEIGHTS)}
 
 
 def _card(found: Found, source: str | Path, out: Path) -> Card:

@@ -121,3 +121,10 @@ def test_an_order_of_nothing_is_refused():
         BatchOrder(5, 0, seed=0)
     with pytest.raises(UserError, match="2 rows out of 0"):
         BatchOrder(0, 2, seed=0)
+
+
+def test_a_batch_far_larger_than_the_data_is_refused():
+    """At once: a billion row numbers alone would be 8 GB."""
+    assert len(BatchOrder(3, 3000, seed=0).indices(0)) == 3000
+    with pytest.raises(UserError, match=r"a batch of 1000000000 rows out of 3 .* train.batch_size"):
+        BatchOrder(3, 10**9, seed=0)

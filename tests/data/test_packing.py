@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from blockdiffusion.checksums import NOTES
 from blockdiffusion.data import corpus, packing, parts
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.data.packing import Manifest, PrepareOptions, prepare
@@ -59,7 +60,7 @@ def test_wrap_keeps_the_text_and_counts_it(source, tmp_path):
     assert split.documents == manifest.sources[0]["documents"] > 100
     assert Manifest.load(tmp_path / "out") == manifest
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"manifest.json", "tokenizer", "train-00000.bin"}
+    assert names - {NOTES} == {"SHA256SUMS", "manifest.json", "tokenizer", "train-00000.bin"}
 
 
 def test_document_packing_keeps_everything(source, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import locked
 from blockdiffusion.reproduce import conductor as module
 from blockdiffusion.reproduce.conductor import Place, carry_out, launch, places
 from blockdiffusion.reproduce.kept import Kept
@@ -257,6 +259,52 @@ def test_what_processes_share_is_started_by_torchrun(tmp_path, monkeypatch, comm
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m"]
     shared = command in ("train", "eval", "generate-eval")
     assert together == ([*alone[:2], *torchrun, *alone[2:]] if shared else alone)
+
+
+STARTS_A_STEP = """
+import sys, time
+from pathlib import Path
+from blockdiffusion.reproduce.conductor import Place, launch
+launch(sys.argv[3:], Path(sys.argv[1]), Place({}, int(sys.argv[2])))
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs kill -9")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_dies_with_a_conductor_that_is_killed(tmp_path, processes):
+    """Those of torchrun, too; at once, so that the next conductor finds the run free."""
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    prepare([str(tmp_path / "text.txt")], tmp_path / "data", PrepareOptions(
+        seq_len=16, tokenizer="byte", document_bytes=200,
+    ))  # fmt: skip
+    run, log = tmp_path / "run", tmp_path / "log"
+    (tmp_path / "recipe.yaml").write_text(
+        f"out: {run}\ndata: {{path: {tmp_path / 'data'}}}\n"
+        "model: {num_layers: 1, width: 8, num_heads: 1, cond_dim: 4}\n"
+        "train: {steps: 1000000, batch_size: 2, threads: 1}\n"
+        "eval: {every: null}\nsample: {every: null}\n"
+    )
+    command = ["train", str(tmp_path / "recipe.yaml")]
+    conductor = subprocess.Popen(
+        [sys.executable, "-c", STARTS_A_STEP, str(log), str(processes), *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and b'"loss"' in metrics.read_bytes()):
+        assert time.monotonic() < deadline and conductor.poll() is None, log.read_text()
+        time.sleep(0.1)
+    conductor.kill()
+    conductor.wait()
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            with locked(run / ".lock", "the step lives on"):
+                break
+        except UserError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 @pytest.mark.slow

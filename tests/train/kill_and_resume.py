@@ -20,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from blockdiffusion.checksums import SUMS, differing, read_sums
 from blockdiffusion.config import load_recipe, run_training
 from blockdiffusion.evaluate import likelihood  # noqa: F401 (imported before the forks)
 from blockdiffusion.models import transformer  # noqa: F401
@@ -42,7 +43,7 @@ def start(recipe_path: str, out: Path) -> int:
 
 
 def check_files(out: Path) -> None:
-    """Reads every file that has its final name."""
+    """Reads every file that has its final name, and compares its checksum."""
     readers = {
         ".yaml": lambda path: yaml.safe_load(path.read_text()),
         ".json": lambda path: json.loads(path.read_text()),
@@ -52,25 +53,28 @@ def check_files(out: Path) -> None:
     }
     for path in out.rglob("*"):
         hidden = any(part.startswith(".") for part in path.relative_to(out).parts)
-        if path.is_file() and not hidden:
+        if path.name == SUMS:
+            assert not differing(path.parent, read_sums(path.parent) or {}), path
+        elif path.is_file() and not hidden:
             readers[path.suffix](path)
     for folder in (out / "checkpoints").glob("step-*"):
-        assert len(list(folder.iterdir())) == 4, folder
+        assert len(list(folder.iterdir())) == 5, folder
 
 
 def final_files(out: Path) -> dict[str, bytes]:
     """The tensors and the logged losses; states hold times, which differ."""
     steps = sorted((out / "checkpoints").glob("step-*"))[-1:]
     paths = [path for folder in [*steps, out / "model"] for path in sorted(folder.iterdir())]
-    files = {str(p.relative_to(out)): p.read_bytes() for p in paths if p.name != "state.json"}
+    timed = ("state.json", "SHA256SUMS")
+    files = {str(p.relative_to(out)): p.read_bytes() for p in paths if p.name not in timed}
     for card in ("model/card.json", "model/README.md"):  # they tell the run's name
         files[card] = files[card].replace(out.name.encode(), b"NAME")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [n for n in lines if "note" not in n and n.keys() != {"step", "clip"}]  # of a resume
-    timed = {
+    times = {
         "seconds", "tokens_per_second", "tflops_per_second", "peak_share", "search_seconds",
     }  # fmt: skip
-    kept = [[(k, v) for k, v in n.items() if k not in timed] for n in lines]
+    kept = [[(k, v) for k, v in n.items() if k not in times] for n in lines]
     return files | {"metrics": json.dumps(kept).encode()}
 
 

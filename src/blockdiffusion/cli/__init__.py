@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
 
+from blockdiffusion.checksums import Changed
 from blockdiffusion.cli.data import datasets, prepare
 from blockdiffusion.cli.generating import infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
@@ -20,10 +23,12 @@ from blockdiffusion.cli.measuring import evaluate, references, variance, zero_sh
 from blockdiffusion.cli.options import within_limits
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
+from blockdiffusion.cli.verifying import verify
 from blockdiffusion.devices import spin_briefly
 from blockdiffusion.errors import Elsewhere, UserError
 from blockdiffusion.escape import say
-from blockdiffusion.ranks import SHARED, joined, several_processes
+from blockdiffusion.files import storage_error
+from blockdiffusion.ranks import SHARED, end_with_input, joined, several_processes
 
 app = typer.Typer(
     name="blockdiff",
@@ -51,6 +56,7 @@ COMMANDS = {
     "generate-compare": generate_compare,
     "pareto": pareto,
     "reproduce": reproduce,
+    "verify": verify,
     "convert": convert,
     "push": push,
 }
@@ -61,6 +67,8 @@ for _name, _command in COMMANDS.items():
 # An unknown option or a missing argument; newer typer versions carry their own click.
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 MOST_CHARACTERS = 1200  # of a sentence
+NO_PATH = re.compile("null (byte|character)|surrogates not allowed|Symlink loop")
+_show_usual_warning = warnings.showwarning
 
 
 def _version(wanted: bool) -> None:
@@ -87,11 +95,18 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one sentence and exit code 2."""
+    """Runs the command line; a user's mistake is one sentence and exit code 2.
+
+    So is what the system refuses: library code says more where it knows more, and whatever file
+    nobody thought of is told here.
+    """
     spin_briefly()
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):  # what its encoding lacks is written as \xe9
             output.reconfigure(errors="backslashreplace")
+    warnings.simplefilter("always", Changed)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # it takes more
+    end_with_input()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
@@ -108,12 +123,14 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except OSError as error:
+        _fail(str(storage_error(error)))
+    except (MemoryError, ValueError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            _fail("there is not enough memory for this: ask for fewer rows, samples or tokens")
+        if not NO_PATH.search(str(error)):
             raise
-        _fail("there is not enough memory for this: ask for fewer rows, samples or tokens at once")
-    except PermissionError as error:
-        _fail(f"no permission for {error.filename}: choose another place or change its rights")
+        _fail(f"the name of a file is none ({str(error)[:200]}); give another name")
 
 
 def _as_recipe_key(error: Any) -> str | None:
@@ -127,7 +144,7 @@ def _as_recipe_key(error: Any) -> str | None:
     return f"there is no option {option}; write {key}, without dashes, behind the recipe"
 
 
-def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Python, NumPy and PyTorch on its devices say it in their own ways."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
@@ -138,3 +155,13 @@ def _fail(message: str) -> None:
         message = f"{message[:MOST_CHARACTERS]} ... {message[-MOST_CHARACTERS // 4 :]}"
     say(f"blockdiff: error: {message}", err=True)
     sys.exit(2)
+
+
+def _show_warning(
+    message: Any, category: type[Warning], filename: str, lineno: int, *more: Any
+) -> None:
+    """A warning to the user as a sentence; one to a programmer as usual."""
+    if issubclass(category, Changed):
+        say(f"blockdiff: warning: {message}", err=True)
+    else:
+        _show_usual_warning(message, category, filename, lineno, *more)

@@ -74,7 +74,7 @@ def evaluate(
     journal = journal_beside(json_file)
     with joined() as team, progress_bar("eval", quiet=not team.is_first) as report:
         network = load_model(model, device, dtype)
-        text = read_rows(data, split, network, rows, bos)
+        text = read_rows(data, split, network, rows, bos, report)
         result = likelihood(
             network,
             text.batch.ids_BL,
@@ -324,8 +324,8 @@ def variance(
     check_places(json_file, plot)
     journal = journal_beside(json_file)
     network = load_model(model, device, dtype)
-    text = read_rows(data, split, network, options.rows, bos)
     with progress_bar("variance") as report:
+        text = read_rows(data, split, network, options.rows, bos, report)
         table = measure_variance(network, text, options, report, journal)
     what = f"{model} on {data} ({split})"
     if json_file is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import storage_error, write_whole
+from blockdiffusion.files import refuse_no_file, storage_error, write_whole
 
 INT8 = "int8"  # besides the types of tensors
 
@@ -74,8 +74,7 @@ def check_places(*paths: Path | None) -> None:
     import tempfile
 
     for path in filter(None, paths):
-        if path.is_dir():
-            raise UserError(f"{path} is a directory; give the name of a file")
+        refuse_no_file(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=path.parent):

@@ -14,11 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blockdiffusion.data.manifest import Manifest
+from blockdiffusion.checksums import Report, check_files, read_sums, silent
+from blockdiffusion.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest
 from blockdiffusion.data.parts import id_dtype
 from blockdiffusion.data.shards import lengths_file
 from blockdiffusion.errors import UserError
 from blockdiffusion.seeding import derive_seed
+
+REMEDY = "copy it again from where it was whole, or delete the directory and prepare it anew"
+MOST_EPOCHS = 1000  # in one batch; more is a slip of the keyboard, and takes all memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +42,22 @@ class Batch:
 class TokenRows:
     """The rows of one split of a prepared directory, memory-mapped.
 
+    Its files are compared with their checksums when they are first used; see `checksums`. Of
+    several processes the first does that.
+
+    Args:
+        report: told how far that is.
+
     Attributes:
         manifest: the directory's manifest.
         seq_len: tokens of a row (L).
         num_rows: rows of this split.
 
     Raises:
-        UserError: no prepared data there, no such split, or a file of it missing or truncated.
+        UserError: no prepared data there, no such split, or a file of it missing or damaged.
     """
 
-    def __init__(self, directory: str | Path, split: str) -> None:
+    def __init__(self, directory: str | Path, split: str, report: Report = silent) -> None:
         directory = Path(directory)
         self.manifest = Manifest.load(directory)
         if split not in self.manifest.splits:
@@ -67,6 +77,11 @@ class TokenRows:
             self._lengths = [
                 _map(directory / lengths_file(s.file), np.dtype("<u4"), (s.rows,)) for s in shards
             ]
+        names = [MANIFEST_FILE, *(lengths_file(shard.file) for shard in shards)]
+        sums = read_sums(directory) or {}  # older directories have those of the manifest only
+        used = {n: s for n, s in sums.items() if n in names or n.startswith(TOKENIZER_FOLDER)}
+        used |= {shard.file: shard.sha256 for shard in shards}
+        check_files(directory, used, REMEDY, report)
 
     def rows(self, indices: np.ndarray) -> Batch:
         """The rows with the numbers `indices` (B,), in that order.
@@ -94,14 +109,13 @@ class TokenRows:
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """A read-only memory map of `path`, which must have exactly this size."""
-    remedy = "copy it again from where it was whole, or delete the directory and prepare it anew"
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{path} is missing, though the manifest names it: {remedy}") from None
+        raise UserError(f"{path} is missing, though the manifest names it: {REMEDY}") from None
     expected = math.prod(shape) * dtype.itemsize
     if size != expected:
-        raise UserError(f"{path} has {size} bytes and should have {expected}: {remedy}")
+        raise UserError(f"{path} has {size} bytes and should have {expected}: {REMEDY}")
     return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
 
@@ -117,7 +131,7 @@ class BatchOrder:
         seed: of the order.
 
     Raises:
-        UserError: there is no row, or the batch is empty.
+        UserError: there is no row, the batch is empty, or it has every row `MOST_EPOCHS` times.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
@@ -125,6 +139,11 @@ class BatchOrder:
             raise UserError(
                 f"a batch of {batch_size} rows out of {num_rows} cannot be drawn: both must be at "
                 "least 1"
+            )
+        if batch_size > MOST_EPOCHS * num_rows:
+            raise UserError(
+                f"a batch of {batch_size} rows out of {num_rows} would have every row more than "
+                f"{MOST_EPOCHS} times; give a smaller train.batch_size, or more data"
             )
         self.num_rows = num_rows
         self.batch_size = batch_size

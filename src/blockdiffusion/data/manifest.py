@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.data.shards import PACKERS, Shard
+from blockdiffusion.checksums import sha256_of, sums_of, write_sums
+from blockdiffusion.data.shards import PACKERS, Shard, lengths_file
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import written_aside
 from blockdiffusion.limits import MOST_COUNT, check_limits
@@ -76,9 +78,18 @@ class Manifest:
     splits: dict[str, Split]
 
     def save(self, directory: Path) -> None:
-        """Write `manifest.json` into `directory`."""
+        """Write `manifest.json` into `directory`, and before it the checksums of all files."""
+        content = (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
+        sums = {MANIFEST_FILE: hashlib.sha256(content).hexdigest()}
+        for split in self.splits.values():
+            sums |= {shard.file: shard.sha256 for shard in split.shards}
+            lengths = [lengths_file(shard.file) for shard in split.shards]
+            sums |= {n: sha256_of(directory / n) for n in lengths if (directory / n).is_file()}
+        if (tokenizer := directory / TOKENIZER_FOLDER).is_dir():
+            sums |= {f"{TOKENIZER_FOLDER}/{n}": s for n, s in sums_of(tokenizer).items()}
+        write_sums(directory, sums)
         with written_aside(directory / MANIFEST_FILE) as file:
-            file.write((json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode())
+            file.write(content)
 
     @classmethod
     def load(cls, directory: str | Path) -> Manifest:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from blockdiffusion.checksums import SUMS
 from blockdiffusion.data.corpus import Corpus
 from blockdiffusion.data.manifest import (
     FORMAT_VERSION,
@@ -193,7 +194,7 @@ def _tokenizer(
     corpus: Corpus, out: Path, settings: dict[str, Any], progress: Progress
 ) -> PreTrainedTokenizerFast:
     """The tokenizer in `out`, made there unless a run that was stopped already made it."""
-    from blockdiffusion.data.tokenizers import load_tokenizer, train_bpe
+    from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, train_bpe
 
     folder, record = out / TOKENIZER_FOLDER, out / PARTS_FOLDER / SETTINGS_FILE
     if folder.exists() and record.exists() and read_json(record, "remove it") == settings:
@@ -205,13 +206,7 @@ def _tokenizer(
         tokenizer = load_tokenizer(spec)
     aside = out / PARTS_FOLDER / f"{TOKENIZER_FOLDER}.partial"
     shutil.rmtree(aside, ignore_errors=True)
-    try:
-        tokenizer.save_pretrained(aside)
-    except Exception as error:  # the library written in Rust raises bare Exception
-        if match := re.search(r"os error (\d+)", str(error)):
-            code = int(match.group(1))
-            raise OSError(code, os.strerror(code), str(aside)) from error
-        raise
+    save_tokenizer(tokenizer, aside)
     record.unlink(missing_ok=True)  # from here on it would speak of another tokenizer
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
@@ -327,7 +322,7 @@ def _pack(
     """Write the shards of both splits from the parts."""
     for path in out.iterdir():  # of a run that was stopped while packing
         if re.fullmatch(r"\.?(train|valid)-\d{5}\.(bin|len)(\.\d+\.partial)?", path.name) or (
-            path.name.startswith(f".{MANIFEST_FILE}.")
+            path.name.startswith((f".{MANIFEST_FILE}.", f".{SUMS}."))
         ):
             path.unlink()
     rows_per_shard = max(1, SHARD_TOKENS // rules.seq_len)

@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from blockdiffusion.files import partial_path
+from blockdiffusion.files import create, partial_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,7 +199,7 @@ class ShardWriter:
         self._rows += len(rows)
 
     def _open(self, name: str) -> BinaryIO:
-        return open(partial_path(self.directory / name), "wb")
+        return create(partial_path(self.directory / name))
 
     def _finish_shard(self) -> None:
         name = self._name

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,6 +203,23 @@ def _wrap(
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, split_special_tokens=True, chat_template=chat_template, **named
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes the files of a tokenizer, from which `load_tokenizer` reads it.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # the library written in Rust raises bare Exception
+        if match := re.search(r"os error (\d+)", str(error)):
+            code = int(match.group(1))
+            raise OSError(code, os.strerror(code), str(folder)) from error
+        raise
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.files import storage_error
+from blockdiffusion.files import append, storage_error
 from blockdiffusion.records import Damaged, json_lines, sealed, unsealed
 
 
@@ -48,7 +48,7 @@ class Journal:
         self._found[name] = result
         entry = sealed({"identity": self.identity, "name": name, "result": result})
         try:
-            with open(self.path, "ab") as file:
+            with append(self.path) as file:
                 file.write(b"\n" + json.dumps(entry).encode() + b"\n")
         except OSError as error:
             raise storage_error(error, self.path) from error

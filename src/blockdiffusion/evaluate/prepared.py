@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from blockdiffusion.checksums import Report, silent
 from blockdiffusion.data.loader import Batch, TokenRows
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.denoiser import Denoiser
@@ -61,17 +62,19 @@ def read_rows(
     model: Denoiser,
     rows: int | None = None,
     bos: bool | None = None,
+    report: Report = silent,
 ) -> HeldOutText:
     """The first `rows` rows (None = all) of a split.
 
     `bos` overrides what model and data say; without it they must agree, and where the model says
-    nothing the data decide.
+    nothing the data decide. `report` is told how far the check of the files is.
 
     Raises:
-        UserError: no such data or split, no rows, or data made for another vocabulary.
+        UserError: no such data or split, no rows, damaged data, or data made for another
+            vocabulary.
     """
     check_limit("rows", rows)
-    source = TokenRows(directory, split)
+    source = TokenRows(directory, split, report)
     manifest, config = source.manifest, model.config
     if (manifest.vocab_size, manifest.mask_id) != (config.vocab_size, config.mask_id):
         raise UserError(

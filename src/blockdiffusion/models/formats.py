@@ -17,12 +17,13 @@ import torch
 from transformers.initialization import no_init_weights
 
 from blockdiffusion import records
+from blockdiffusion.checksums import warn_of_changes
 from blockdiffusion.errors import UserError
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.bd3lm import MODEL_TYPE as BD3LM
 from blockdiffusion.models.bd3lm import from_bd3lm
 from blockdiffusion.models.lightning import LightningFile, LightningOptions, read_lightning
-from blockdiffusion.models.tensors import check_tensors, read_safetensors
+from blockdiffusion.models.tensors import check_tensors, read_safetensors, write_safetensors
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 
 CONFIG = "config.json"
@@ -88,6 +89,9 @@ def load(
         The model; `.config.block_size`, `.config.mask_id` and `.tokenizer` (None where the
         directory has none) are set.
 
+    Warns:
+        checksums.Changed: a file of the directory is not what was written.
+
     Raises:
         UserError: nothing there, a pickle of another kind, a truncated file, tensors that do not
             fit, or a Lightning file that does not say all sizes (`blockdiff convert` takes them).
@@ -130,6 +134,7 @@ def find_model(
     model.to(device=device, dtype=dtype)  # type: ignore
     if read is None:
         model.tokenizer = _read_tokenizer(path)
+        warn_of_changes(path)  # last: what cannot be read at all is told in one sentence
     return Found(model=model.eval(), format=kind, path=path, lightning=read)
 
 
@@ -167,6 +172,21 @@ def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None
             "tokenizer; prepare the data with that model's, or start from another model"
         )
     model.load_state_dict(source.state_dict())
+
+
+def write_model(model: BlockDiffusionModel, folder: Path) -> dict[str, str]:
+    """Writes config.json and the weights, as `save_pretrained` does.
+
+    Returns:
+        The sha256 of the weights, by the name of their file.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    return {WEIGHTS: write_safetensors(model.state_dict(), folder / WEIGHTS)}
 
 
 # --- Finding --------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import storage_error, write_whole
-from blockdiffusion.ranks import SHARED
+from blockdiffusion.files import append, storage_error, write_whole
+from blockdiffusion.ranks import ENDS_WITH_INPUT, SHARED
 from blockdiffusion.reproduce.kept import Kept
 from blockdiffusion.reproduce.plan import Plan, Step, recipe_text
 from blockdiffusion.reproduce.scales import Scale
@@ -78,6 +78,9 @@ def launch(command: Sequence[str], log: Path, place: Place) -> Process:
     """Starts `blockdiff COMMAND`, through torchrun where processes share it; what it says is added
     to `log`.
 
+    Its standard input, and that of torchrun's processes, is a pipe from this process, which the
+    system closes when this process ends, however that happens: then they end, too (`ranks`).
+
     Raises:
         UserError: the log cannot be written.
     """
@@ -87,13 +90,13 @@ def launch(command: Sequence[str], log: Path, place: Place) -> Process:
         start += ["--nproc-per-node", str(place.processes), "-m"]
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "ab") as output:
+        with append(log) as output:
             process = subprocess.Popen(
                 [*start, "blockdiffusion.cli", *command],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, **place.environment},
+                env={**os.environ, **place.environment, ENDS_WITH_INPUT: "1"},
                 start_new_session=True,
             )
     except OSError as error:

@@ -5,11 +5,12 @@ A run lives in one directory:
     config.yaml                  the resolved configuration
     metrics.jsonl                one line per step, evaluation and set of samples
     checkpoints/step-00001000/   weights, average and optimizer as safetensors, and state.json
-                                 (of processes that hold shards: a file of each)
+                                 (of processes that hold shards: a file of each), SHA256SUMS
     model/                       the averaged weights and the tokenizer, ready to be loaded
 
 A kill at any moment leaves either the whole of a checkpoint under its final name or none of it.
-What is being written or removed is called `.*.partial`; the next start clears it.
+What is being written or removed is called `.*.partial`; the next start clears it. Checkpoints and
+the model have checksums (`checksums`): a run is not resumed from what is not what was written.
 """
 
 from __future__ import annotations
@@ -21,20 +22,21 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 import blockdiffusion
+from blockdiffusion.checksums import SUMS, accept, differing, named, read_sums, sums_of, write_sums
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import FULL_DISK, locked
+from blockdiffusion.files import FULL_DISK, create, locked, remove, storage_error
 from blockdiffusion.limits import check_limits
 from blockdiffusion.models.card import Card, check_evaluation, write_card
+from blockdiffusion.models.formats import write_model
 from blockdiffusion.ranks import ALONE, Team, is_sharded
 from blockdiffusion.records import (
     MOST_JSON,
@@ -116,14 +118,18 @@ def claimed(out: Path) -> Iterator[None]:
     """The run's directory, made, locked against a second process and cleared of leftovers.
 
     Raises:
-        UserError: another process is at work in it.
+        UserError: another process is at work in it, or it cannot be written.
     """
-    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     taken = (
         f"another process is training in {out} right now; wait for it, or choose another out=..."
     )
-    with locked(out / ".lock", taken):
-        _remove_leftovers(out)
+    with ExitStack() as stack:
+        try:
+            (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / ".lock", taken))
+            _remove_leftovers(out)
+        except OSError as error:
+            raise storage_error(error, out) from error
         yield
 
 
@@ -151,8 +157,8 @@ def save(
     All processes of `team` call it. Each writes its shards; what is not sharded the first writes.
 
     Raises:
-        UserError: the disk is full; nothing is left of the new checkpoint (of one in shards, what
-            others may be writing, which the next start clears), the earlier ones stay.
+        UserError: it cannot be written; nothing is left of the new checkpoint (of one in shards,
+            what others may be writing, which the next start clears), the earlier ones stay.
     """
     final = out / "checkpoints" / f"step-{state.step:08d}"
     partial = final.with_name(f".{final.name}.partial")
@@ -164,25 +170,38 @@ def save(
     sharded = any(map(is_sharded, tensors[WEIGHTS].values()))
     if not (sharded or team.is_first):
         return final
-    with disk_full_is_user_error(f"checkpoint {final}", None if sharded else partial):
+    with writing(f"checkpoint {final}", None if sharded else partial):
         if team.is_first:
             partial.mkdir(parents=True)
         if sharded:
             team.wait()  # for the directory
-        for name, named in tensors.items():
-            _sync(save_tensors(named, partial / name, team))
-        if sharded:
-            team.wait()  # for the others' files
+        sums: dict[str, str] = {}
+        for name, tensors_of_file in tensors.items():
+            path, sums[path.name] = save_tensors(tensors_of_file, partial / name, team)
+            _sync(path)
+        if sharded:  # the others' files
+            sums = {name: sha256 for part in team.gather(sums) for name, sha256 in part.items()}
         if not team.is_first:
             return final
         text = json.dumps({"format": FORMAT, **asdict(state)}, indent=2)
-        (partial / STATE).write_text(text + "\n", encoding="utf-8")
+        with create(partial / STATE) as file:
+            file.write(f"{text}\n".encode())
+        write_sums(partial, sums_of(partial, sums))
         publish_directory(partial, final)
-    for old in _all_checkpoints(out)[:-keep]:
-        # Renamed first: a kill in the middle must not leave half of it under its name.
-        removed = old.rename(old.with_name(f".{old.name}.partial"))
-        shutil.rmtree(removed)
+    remove_old(out, keep)
     return final
+
+
+def remove_old(out: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints.
+
+    Raises:
+        UserError: one cannot be removed.
+    """
+    with writing(f"checkpoints of {out}"):
+        for old in _all_checkpoints(out)[:-keep]:
+            # Renamed first: a kill in the middle must not leave half of it under its name.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
 
 
 def export_model(
@@ -194,29 +213,33 @@ def export_model(
     between two exports of a run, so that the directory can be loaded at every moment.
 
     Raises:
-        UserError: the disk is full; an earlier export stays.
+        UserError: it cannot be written; an earlier export stays.
     """
     final, partial = out / "model", out / ".model.partial"
-    with disk_full_is_user_error(f"model {final}", partial):
+    with writing(f"model {final}", partial):
         partial.mkdir()
         for path in [] if tokenizer is None else tokenizer.iterdir():
             shutil.copyfile(path, partial / path.name)  # without its permissions
-        with no_progress_bars():
-            model.save_pretrained(partial)  # type: ignore
+        sums = write_model(model, partial)  # type: ignore[arg-type]
         if card is not None:
             write_card(partial, model.config, card)  # type: ignore
+        write_sums(partial, sums_of(partial, sums))
         publish_directory(partial, final)
 
 
 def publish_directory(partial: Path, final: Path) -> None:
-    """Gives the complete directory `partial` the name `final`, once it is on the disk."""
+    """Gives the complete directory `partial` the name `final`, once it is on the disk.
+
+    Where there is one, its files are replaced, the checksums last: until then it has none.
+    """
     for path in partial.iterdir():
         _sync(path)
     _sync(partial)
     if not final.exists():
         partial.rename(final)
     else:
-        for path in partial.iterdir():
+        (final / SUMS).unlink(missing_ok=True)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == SUMS):
             os.replace(path, final / path.name)
         partial.rmdir()
         _sync(final)
@@ -224,23 +247,19 @@ def publish_directory(partial: Path, final: Path) -> None:
 
 
 @contextmanager
-def disk_full_is_user_error(
-    what: str, partial: Path | None = None, then: str = "resume the run"
-) -> Iterator[None]:
-    """Removes `partial` when writing fails, and tells a full disk in one sentence."""
+def writing(what: str, partial: Path | None = None, then: str = "resume the run") -> Iterator[None]:
+    """Removes `partial` when writing `what` fails, and tells why in one sentence."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
-        # safetensors writes from Rust, where the number only survives in the text.
-        numbers = [f"(os error {number})" for number in FULL_DISK]
-        if getattr(error, "errno", None) in FULL_DISK or any(n in str(error) for n in numbers):
+        if error.errno in FULL_DISK:
             raise UserError(
                 f"the disk is full: the {what} could not be written; what was written before "
                 f"it is intact: free some space, then {then}"
             ) from error
-        raise
+        raise storage_error(error, what) from error
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -264,6 +283,21 @@ def read_state(checkpoint: Path) -> TrainState:
         return state
     except (OSError, Damaged) as error:
         raise damaged(path, f"it cannot be read as a {FORMAT} state: {error}") from error
+
+
+def check_sums(checkpoint: Path) -> bool:
+    """Compares a checkpoint's files with their checksums; whether it has some.
+
+    Raises:
+        UserError: a file is missing or is not what was written.
+    """
+    sums = read_sums(checkpoint)
+    if sums is not None and (bad := differing(checkpoint, sums)):
+        raise UserError(
+            f"cannot resume: {named(checkpoint, bad)}; remove the directory {checkpoint} to go on "
+            f"from the checkpoint before it, or {accept(checkpoint)}"
+        )
+    return sums is not None
 
 
 def load(
@@ -330,7 +364,7 @@ def _remove_leftovers(out: Path) -> None:
     """Removes what a killed process had not finished writing or removing."""
     for folder in (out, out / "checkpoints"):
         for path in folder.glob(".*.partial"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
 
 
 def _all_checkpoints(out: Path) -> list[Path]:
@@ -347,17 +381,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Keeps `save_pretrained` from drawing over the display of the run."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

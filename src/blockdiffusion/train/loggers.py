@@ -13,9 +13,9 @@ from typing import Any, Literal, Protocol
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import markdown_prose
-from blockdiffusion.files import written_aside
+from blockdiffusion.files import append, written_aside
 from blockdiffusion.records import json_lines
-from blockdiffusion.train.checkpoint import disk_full_is_user_error
+from blockdiffusion.train.checkpoint import writing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,13 +53,13 @@ class JsonLines:
         self.path = path
 
     def start(self, config: Mapping[str, Any], first_step: int) -> None:
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by finish)
+        self._file = append(self.path, buffering=0)  # closed by finish
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         size = os.fstat(self._file.fileno()).st_size
         line = _json_line({"step": step, **values})
         try:
-            with disk_full_is_user_error(f"line of step {step} of {self.path}"):
+            with writing(f"line of step {step} of {self.path}"):
                 if self._file.write(line) != len(line):  # the last bytes of the disk
                     self._file.write(line)
         except UserError:

@@ -46,7 +46,7 @@ from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import written_aside
 from blockdiffusion.limits import check_limits
-from blockdiffusion.ranks import ALONE, Team, local
+from blockdiffusion.ranks import ALONE, Team, current, local
 from blockdiffusion.seeding import generator, seed_global
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
@@ -338,6 +338,12 @@ def train(
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16")
 
+    if options.batch_size > rows.num_rows:
+        notes = [
+            *notes,
+            f"train.batch_size is {options.batch_size}, more than the {rows.num_rows} rows of the "
+            "data: every update reads rows more than once",
+        ]
     newest = team.from_first(lambda: _find_checkpoint(out, resume))
     state = TrainState(
         step=0,
@@ -377,8 +383,10 @@ def train(
             report(state.step, {"note": start_note})
         if note is not None:
             report(state.step, {"note": note})
-            # A kill may have come between the checkpoint and its export.
+            # A kill may have come between the checkpoint and its export, or the end of old ones.
             export(state)
+            if team.is_first:
+                checkpoints.remove_old(out, checkpoint.keep)
         if search is not None and clip is not None:
             report(state.step, {"clip": list(clip)})
         for step in range(state.step + 1, options.steps + 1):
@@ -579,6 +587,7 @@ def _restore(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[TrainState, str]:
     """Loads checkpoint `newest`; returns the state to go on from, and what to tell about it."""
+    has_sums = checkpoints.check_sums(newest) if current().is_first else True
     saved = checkpoints.read_state(newest)
     if saved.data != fresh.data:
         raise UserError(
@@ -594,6 +603,8 @@ def _restore(
     note = f"resumed from step {saved.step}"
     if saved.step == steps:
         note = f"the run is complete: it has made its {steps} steps"
+    if not has_sums:
+        note += "; its checkpoint has no checksums, so damage would not be seen"
     for name in ("threads", "device", "versions", "processes"):
         before, now = getattr(saved, name), getattr(fresh, name)
         if before != now:

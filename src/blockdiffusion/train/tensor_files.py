@@ -11,28 +11,31 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.models.tensors import is_finite
+from blockdiffusion.models.tensors import is_finite, write_safetensors
 from blockdiffusion.ranks import Team, first_row, is_sharded, local
 
 Shape = tuple[int, ...]
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, team: Team) -> Path:
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, team: Team) -> tuple[Path, str]:
     """Writes the tensors, or where they are in shards the rows that this process holds.
 
     What is not in shards is written by the first process only.
 
     Returns:
-        The file: `path`, and for shards that with the rank: weights-00001-of-00002.safetensors.
+        The file (`path`, and for shards that with the rank: weights-00001-of-00002.safetensors),
+        and its sha256.
+
+    Raises:
+        OSError: it cannot be written.
     """
     if any(map(is_sharded, tensors.values())):
         rank = f"{team.rank + 1:05d}-of-{team.size:05d}"
         path = path.with_name(f"{path.stem}-{rank}{path.suffix}")
-    save_file({n: local(t) for n, t in tensors.items() if team.is_first or is_sharded(t)}, path)
-    return path
+    own = {n: local(t) for n, t in tensors.items() if team.is_first or is_sharded(t)}
+    return path, write_safetensors(own, path)
 
 
 class SavedTensors:

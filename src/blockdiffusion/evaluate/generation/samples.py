@@ -19,7 +19,7 @@ from typing import Any
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
-from blockdiffusion.files import storage_error
+from blockdiffusion.files import append, storage_error
 from blockdiffusion.limits import MOST_COUNT, check_limits
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.ranks import ALONE, Team
@@ -377,7 +377,7 @@ class SampleFile:
         ]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         try:
-            with open(self.path, "ab") as file:
+            with append(self.path) as file:
                 file.write(("\n" * self._cut_short + text).encode())
         except OSError as error:
             raise storage_error(error, self.path) from error

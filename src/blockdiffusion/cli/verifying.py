@@ -1,0 +1,42 @@
+"""The command that compares files with their checksums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.escape import say
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Prepared data, run, checkpoint or model.")],
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Take models and checkpoints as they are now for whole."),
+    ] = False,
+) -> None:
+    """Compare all files with the checksums that were written with them."""
+    from blockdiffusion.terminal import progress_bar
+    from blockdiffusion.verify import verify as run
+
+    with progress_bar("verify") as report:
+        found = run(directory, update=update, report=report)
+    damaged = []
+    for one in found:
+        bad = [str(one.folder / name) for name in one.bad]
+        damaged += bad
+        said = f"{one.num_files - len(bad)} of {one.num_files} files whole"
+        if one.without:
+            said = f"no checksums ({', '.join(one.without)}): an older version or another program"
+        say(f"{one.folder}: {said}")
+        for path in bad:
+            say(f"  damaged, changed or missing: {path}")
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise UserError(
+            f"not what was written: {', '.join(damaged[:3])}{more}; copy again from where it is "
+            "whole, or, if you changed a model yourself, note it by --update"
+        )
