@@ -115,6 +115,10 @@ def gpt2(config: Any) -> Any:
         def device(self) -> torch.device:
             return self.network.device
 
+        @property
+        def dtype(self) -> torch.dtype:
+            return self.network.dtype
+
         def encode_causal(
             self, ids_BT: torch.Tensor, valid_BT: torch.Tensor | None = None
         ) -> torch.Tensor:
@@ -126,9 +130,6 @@ def gpt2(config: Any) -> Any:
         @property
         def output(self) -> torch.nn.Linear:
             return self.network.lm_head
-
-        def save_pretrained(self, folder: Path) -> None:
-            self.network.save_pretrained(folder)
 
     return GPT2()
 

@@ -85,7 +85,7 @@ def test_cached_equals_recomputed_for_ragged_prompts(make_ar, window):
     results = [
         blockdiffusion.generate(
             model, prompts, 4, max_new_tokens=21, window=window, use_cache=use_cache,
-            generator=seeded(5),
+            generator=seeded(1),
         )
         for use_cache in (True, False)
     ]  # fmt: skip

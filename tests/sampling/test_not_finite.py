@@ -65,11 +65,11 @@ def test_one_logit_is_enough(value, where):
     logits_MV = torch.zeros(4, 7)
     logits_MV[2, where] = value
     with pytest.raises(UserError, match="logits are not finite"):
-        draw_tokens(logits_MV, 1, Filters(), torch.Generator())
+        draw_tokens(logits_MV, 1, Filters(), torch.rand(4).double())
     logits_MV[2] = torch.finfo(torch.float32).min  # but minus infinity is a probability of zero
     logits_MV[2, 5] = 0
     logits_MV[0, 2:] = -torch.inf
-    token_M, _ = draw_tokens(logits_MV, 1, Filters(), torch.Generator())
+    token_M, _ = draw_tokens(logits_MV, 1, Filters(), torch.rand(4).double())
     assert token_M[2] == 5 and token_M[0] == 0
 
 
