@@ -18,6 +18,20 @@ FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Open already: standard input, and what a shell hands over as <(command).
 GIVEN = re.compile(r"/dev/stdin|/(dev|proc/self)/fd/\d+")
 EMPTY, FOLDER = "empty", "a folder"
+REMEDIES = {
+    errno.EACCES: "choose another place, or change its rights",
+    errno.EPERM: "choose another place, or change its rights",
+    errno.EROFS: "choose another place",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a part of this path is a file; choose another place",
+    errno.EISDIR: "give the name of a file",
+    errno.ENOENT: "check the name",
+    errno.ELOOP: "its links lead round in a circle; remove them",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which hold too many files open",
+    errno.EIO: "check the disk, then run the same command again",
+    errno.ESTALE: "the file server has lost it; run the same command again",
+}
 
 
 def irregular(status: os.stat_result) -> str | None:
@@ -50,22 +64,6 @@ def open_regular(path: Path) -> BinaryIO:
     # It may have become another one since, and a pipe waits for a writer.
     at_once = 0 if GIVEN.fullmatch(str(path)) else getattr(os, "O_NONBLOCK", 0)
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))
-
-
-REMEDIES = {
-    errno.EACCES: "choose another place, or change its rights",
-    errno.EPERM: "choose another place, or change its rights",
-    errno.EROFS: "choose another place",
-    errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOTDIR: "a part of this path is a file; choose another place",
-    errno.EISDIR: "give the name of a file",
-    errno.ENOENT: "check the name",
-    errno.ELOOP: "its links lead round in a circle; remove them",
-    errno.EMFILE: "allow more open files (ulimit -n)",
-    errno.ENFILE: "close other programs, which hold too many files open",
-    errno.EIO: "check the disk, then run the same command again",
-    errno.ESTALE: "the file server has lost it; run the same command again",
-}
 
 
 def partial_path(path: Path) -> Path:

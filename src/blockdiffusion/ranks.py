@@ -250,9 +250,7 @@ def _meet() -> tuple[int, Any]:
     import torch.distributed as dist
 
     place = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    for attempt in range(
-        SECONDS_TO_FIND
-    ):  # machines that start together may not know all names yet
+    for attempt in range(SECONDS_TO_FIND):  # machines that start together learn names late
         try:
             socket.getaddrinfo(*place)
             break
