@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from blockdiffusion.costs import Network
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.hardware import check_memory
 from blockdiffusion.limits import check_limits
 from blockdiffusion.ranks import Team, joined
@@ -169,13 +169,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise UserError(f"{override[:80]!r} is no override; write section.key=value")
+            raise UserError(f"{shown(override)} is no override; write section.key=value")
         *sections, name = key.split(".")
         place = tree
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
-                raise UserError(f"{override[:80]!r}: {section} is a value, not a section")
+                raise UserError(f"{shown(override)}: {section} is a value, not a section")
         place[name] = Typed(text)
     with of_file(Path(path), ""):
         return build(Recipe, tree)

@@ -1,6 +1,14 @@
 """The one exception that a user's mistake raises, and that of a process that ends with others."""
 
+import reprlib
+from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
+
+SHOWN = 60  # characters of a value in a message
+WIDEST = 2**128  # whole numbers; beyond, even printing one takes time
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, SHOWN, SHOWN, SHOWN
 
 
 class UserError(ValueError):
@@ -24,13 +32,34 @@ class Elsewhere(Exception):
         self.exit_code = exit_code
 
 
+def shown(value: Any) -> str:
+    """A value as a message quotes it: short, whatever it is."""
+    if value is None:
+        return "null"
+    if isinstance(value, int) and not -WIDEST < value < WIDEST:
+        return "a whole number of more than 38 digits"
+    text = _SHORT.repr(value[:SHOWN] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def few(items: Sequence[str]) -> str:
+    """The first three of many things, and how many more there are."""
+    more = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + more
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed that is not ours: its first line, cut; its class where it has none."""
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
+
+
 def check_whole(name: str, value: object) -> None:
     """Refuses what is no whole number."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise UserError(f"{name} is {repr(value)[:60]}; it must be a whole number")
+        raise UserError(f"{name} is {shown(value)}; it must be a whole number")
 
 
 def check_number(name: str, value: object) -> None:
     """Refuses what is no number."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise UserError(f"{name} is {repr(value)[:60]}; it must be a number")
+        raise UserError(f"{name} is {shown(value)}; it must be a number")

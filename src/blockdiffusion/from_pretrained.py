@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, reason
 
 
 def from_pretrained(
@@ -30,7 +30,7 @@ def from_pretrained(
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # the library, the network and broken files: a hundred classes
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        why = reason(error)
         if "trust_remote_code" in str(error):
-            reason = "it needs Python code of its own (auto_map), which is never run"
-        raise UserError(f"{problem} ({reason}); {advice}") from error
+            why = "it needs Python code of its own (auto_map), which is never run"
+        raise UserError(f"{problem} ({why}); {advice}") from error

@@ -11,7 +11,7 @@ import math
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from blockdiffusion.errors import UserError, check_number, check_whole
+from blockdiffusion.errors import UserError, check_number, check_whole, shown
 
 MOST_IDS = 2**24
 MOST_TOKENS = 2**24  # of one text
@@ -88,9 +88,9 @@ def check_limit(name: str, value: Any, label: str | None = None) -> None:
     if value != value:
         raise UserError(f"{label} is nan; it must be a number")
     if value < limit.least:
-        raise UserError(f"{label} is {_short(value)}; it must be at least {_short(limit.least)}")
+        raise UserError(f"{label} is {shown(value)}; it must be at least {shown(limit.least)}")
     if value > limit.most:
-        raise UserError(f"{label} is {_short(value)}; it must be at most {_short(limit.most)}")
+        raise UserError(f"{label} is {shown(value)}; it must be at most {shown(limit.most)}")
 
 
 def check_limits(options: Any, prefix: str = "") -> None:
@@ -104,10 +104,3 @@ def check_limits(options: Any, prefix: str = "") -> None:
             if name in LIMITS:
                 check_limit(name, getattr(options, item.name), f"{prefix}{item.name}")
                 break
-
-
-def _short(value: Any) -> str:
-    """A number in few digits."""
-    if isinstance(value, int) and abs(value) >= 10**24:
-        return f"{'-' * (value < 0)}2**{value.bit_length() - 1} or more"
-    return str(value)

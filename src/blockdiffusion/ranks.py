@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blockdiffusion.errors import Elsewhere, UserError
+from blockdiffusion.errors import Elsewhere, UserError, reason, shown
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +189,7 @@ def _variable(name: str, least: int, most: int) -> int:
     text = os.environ.get(name, str(least)).strip()
     if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise UserError(
-            f"torchrun's variable {name} is {text[:40]!r}; it must be a whole number from {least} "
+            f"torchrun's variable {name} is {shown(text)}; it must be a whole number from {least} "
             f"to {most}: start the processes by torchrun, or unset {', '.join(ENVIRONMENT)}"
         )
     return int(text)
@@ -234,7 +234,7 @@ def joined() -> Iterator[Team]:
             raise
         if _told_before(notes, this=False):
             raise Elsewhere("", exit_code=2) from None
-        said = f"{LOST_SENTENCE} (noticed by process {rank}: {str(error).partition(chr(10))[0]})"
+        said = f"{LOST_SENTENCE} (noticed by process {rank}: {reason(error)})"
         raise Elsewhere(said if rank < SPEAKERS else "", exit_code=1) from error
     # Not after a failure: the others may never come to part.
     dist.destroy_process_group()
@@ -257,7 +257,7 @@ def _meet() -> tuple[int, Any]:
         except (OSError, UnicodeError) as error:
             if attempt == SECONDS_TO_FIND - 1:
                 raise UserError(
-                    f"torchrun's variable MASTER_ADDR is {place[0][:100]!r}, which is no machine "
+                    f"torchrun's variable MASTER_ADDR is {shown(place[0])}, which is no machine "
                     f"that can be found ({error}); start the processes by torchrun, or unset "
                     f"{', '.join(ENVIRONMENT)}"
                 ) from error
@@ -270,7 +270,7 @@ def _meet() -> tuple[int, Any]:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes could not meet at {':'.join(place)} "
-            f"({str(error).partition(chr(10))[0][:200]}); check that all were started and that "
+            f"({reason(error)}); check that all were started and that "
             "the port is free, or unset torchrun's variables for one process"
         ) from error
     return rank, dist.PrefixStore("blockdiffusion", store)

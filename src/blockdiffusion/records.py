@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,16 +23,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import SHOWN, WIDEST, UserError, reason, shown
 
 T = TypeVar("T")
 MOST_JSON = 2**28  # bytes of a file, or of a line of one
 MOST_YAML = 2**17  # its parser reads about as much in a second
 MOST_VALUES = 2**24
 DEEPEST = 100
-WIDEST = 2**128  # whole numbers; beyond, even printing one takes time
 ROUNDING = 1e-9  # of what is measured
-SHOWN = 60  # characters of a value in a message
 
 
 class Damaged(ValueError):
@@ -60,13 +57,13 @@ def parse_json(content: bytes, *, finite: bool = True) -> Any:
     if sum(map(content.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise Damaged(f"it holds more than {MOST_VALUES:,} values")
     try:
-        value = json.loads(_text(content), object_pairs_hook=_unique)
+        value = json.loads(_text(content), object_pairs_hook=unique)
     except RecursionError:
         raise Damaged(f"it is nested more than {DEEPEST} deep") from None
     except Damaged:
         raise
     except ValueError as error:  # of numbers with thousands of digits, too
-        raise Damaged(f"it is not valid JSON: {_line(error)}") from None
+        raise Damaged(f"it is not valid JSON: {reason(error)}") from None
     return _bounded(value, finite)
 
 
@@ -85,7 +82,8 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise Damaged(f"it is nested more than {DEEPEST} deep") from None
     except Exception as error:  # a value's constructor fails in as many ways as there are types
-        raise Damaged(f"it is not valid YAML: {_line(error)}") from None
+        said = " ".join(str(error).split())  # the place stands in a later line
+        raise Damaged(f"it is not valid YAML: {said[:200]}") from None
     return _bounded(value, finite=False)
 
 
@@ -123,7 +121,12 @@ def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, 
 _StrictLoader.add_constructor(yaml.resolver.Resolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values; for a decoder of JSON, which keeps the last of a key.
+
+    Raises:
+        Damaged: a key stands there twice.
+    """
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
@@ -157,11 +160,6 @@ def _bounded(value: Any, finite: bool) -> Any:
                 raise Damaged(f"it holds {item}, which is no number")
         level = inner
     return value
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -361,10 +359,6 @@ def _checked(kind: Any, value: Any, key: str, strict: bool) -> Any:
         raise Damaged(f"{key} is {shown(value)}; it must be {describe(kind)}") from None
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, SHOWN, SHOWN, SHOWN
-
-
 class _NotAllowed(Exception):
     """A value does not fit its type; the caller knows the key."""
 
@@ -455,16 +449,6 @@ def describe(kind: Any) -> str:
         return f"a list of {len(arguments)}: " + ", ".join(map(describe, arguments))
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return "null" if kind is NoneType else words.get(kind, "a value")
-
-
-def shown(value: Any) -> str:
-    """A value as a message quotes it: short, whatever it is."""
-    if value is None:
-        return "null"
-    if isinstance(value, int) and not -WIDEST < value < WIDEST:
-        return "a whole number of more than 38 digits"
-    text = _SHORT.repr(value[:SHOWN] if isinstance(value, str | bytes) else value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _nearest(root: type, prefix: str, key: str, known: list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from blockdiffusion.checksums import sums_of, write_sums
 from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, reason
 from blockdiffusion.files import written_aside
 from blockdiffusion.models.bd3lm import to_bd3lm
 from blockdiffusion.models.card import (
@@ -321,8 +321,5 @@ def _hub_failure(repo_id: str, error: Exception) -> str:
             f"the hub refused to write {repo_id} (status {status}); use a token with write access "
             "(`hf auth login`), and a name that is yours"
         )
-    first_line = str(error).strip().partition("\n")[0]
-    reason = f"status {status}" if status is not None else f"{type(error).__name__}: {first_line}"
-    return (
-        f"{repo_id} could not be sent to the hub ({reason}); check the connection, then push again"
-    )
+    why = f"status {status}" if status is not None else f"{type(error).__name__}: {reason(error)}"
+    return f"{repo_id} could not be sent to the hub ({why}); check the connection, then push again"

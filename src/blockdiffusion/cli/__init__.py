@@ -25,7 +25,7 @@ from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
 from blockdiffusion.devices import spin_briefly
-from blockdiffusion.errors import Elsewhere, UserError
+from blockdiffusion.errors import Elsewhere, UserError, reason
 from blockdiffusion.escape import say
 from blockdiffusion.files import storage_error
 from blockdiffusion.ranks import SHARED, end_with_input, joined, several_processes
@@ -130,7 +130,7 @@ def main() -> None:
             _fail("there is not enough memory for this: ask for fewer rows, samples or tokens")
         if not NO_PATH.search(str(error)):
             raise
-        _fail(f"the name of a file is none ({str(error)[:200]}); give another name")
+        _fail(f"the name of a file is none ({reason(error)}); give another name")
 
 
 def _as_recipe_key(error: Any) -> str | None:

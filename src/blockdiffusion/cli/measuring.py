@@ -21,7 +21,7 @@ from blockdiffusion.cli.options import (
     one_of,
 )
 from blockdiffusion.cli.shared import check_places, load_model, write_json
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
 from blockdiffusion.files import write_whole
 
@@ -340,5 +340,5 @@ def _sizes(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(
-            f"--block-sizes is {text[:60]!r}; give whole numbers with commas between, as in 1,4,16"
+            f"--block-sizes is {shown(text)}; give whole numbers with commas between, as in 1,4,16"
         ) from None

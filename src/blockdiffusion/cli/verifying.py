@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, few
 from blockdiffusion.escape import say
 
 
@@ -35,8 +35,7 @@ def verify(
         for path in bad:
             say(f"  damaged, changed or missing: {path}")
     if damaged:
-        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
         raise UserError(
-            f"not what was written: {', '.join(damaged[:3])}{more}; copy again from where it is "
+            f"not what was written: {few(damaged)}; copy again from where it is "
             "whole, or, if you changed a model yourself, note it by --update"
         )

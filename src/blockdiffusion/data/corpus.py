@@ -12,8 +12,8 @@ from typing import Any
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.named import NamedSplit, parse_named
 from blockdiffusion.data.options import PrepareOptions
-from blockdiffusion.data.sources import Source, few, open_sources
-from blockdiffusion.errors import UserError
+from blockdiffusion.data.sources import Source, open_sources
+from blockdiffusion.errors import UserError, few
 from blockdiffusion.files import GIVEN
 from blockdiffusion.seeding import derive_seed
 

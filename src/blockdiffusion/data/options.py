@@ -10,7 +10,7 @@ from typing import Any
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.shards import PACKERS
 from blockdiffusion.data.sources import DOCUMENT_RULES, MAX_DOCUMENT_BYTES
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import MOST_IDS, check_limits
 
 
@@ -92,7 +92,7 @@ class PrepareOptions:
             size.isascii() and size.isdecimal() and len(size) <= 9 and int(size) <= MOST_IDS
         ):
             raise UserError(
-                f"tokenizer is {self.tokenizer[:40]!r}: a BPE trained here is bpe:SIZE, like "
+                f"tokenizer is {shown(self.tokenizer)}: a BPE trained here is bpe:SIZE, like "
                 f"bpe:2048, of at most {MOST_IDS} ids"
             )
 

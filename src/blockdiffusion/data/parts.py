@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from blockdiffusion.data.detokenizers import DETOKENIZERS
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files import written_aside
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def write_part(job: Job) -> None:
         if (ids[-1] == job.rules.mask_id).any():
             raise UserError(
                 "a document contains the tokenizer's mask token itself "
-                f"({text[:60]!r}...): take it out of the text, or use another tokenizer"
+                f"({shown(text)}): take it out of the text, or use another tokenizer"
             )
     content = io.BytesIO()  # numpy hides the reason when it cannot write to a file itself
     np.save(content, np.concatenate(ids))

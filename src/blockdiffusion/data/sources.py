@@ -9,7 +9,6 @@ import csv
 import importlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +29,9 @@ from blockdiffusion.data.reading import (
     unpacked,
     walk,
 )
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, few, reason, shown
 from blockdiffusion.files import EMPTY, check_regular
+from blockdiffusion.records import unique
 
 BUILT_IN = {"python-docs": python_docs, "python-source": python_source}
 DOCUMENT_RULES = ("auto", "file", "line", "blank-line")
@@ -143,12 +143,6 @@ def open_sources(
                 "data set as owner/name"
             )
     return opened
-
-
-def few(items: Sequence[str]) -> str:
-    """The first of many things, in a line."""
-    more = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
-    return ", ".join(items[:3]) + more
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,20 +296,7 @@ def _kind(value: object) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def shown(text: str) -> str:
-    """A text from outside in a sentence, cut where it is long."""
-    return repr(text if len(text) <= 100 else text[:100] + "...")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise ValueError(f"the key {shown(counts.most_common(1)[0][0])} stands twice")
-    return record
-
-
-JSON = json.JSONDecoder(object_pairs_hook=_unique)
+JSON = json.JSONDecoder(object_pairs_hook=unique)
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,8 +426,7 @@ class Parquet(_File):
         except (arrow.ArrowException, OSError) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # the disk's
-            first_line = str(error).partition("\n")[0]
-            raise UserError(f"{self.name} cannot be read as parquet: {first_line}") from None
+            raise UserError(f"{self.name} cannot be read as parquet: {reason(error)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,10 +484,9 @@ class HubDataset:
                 f"the data set {self.name} is built by a loading script, which is no longer run: "
                 "download its parquet files (branch refs/convert/parquet) and name those"
             )
-        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         return UserError(
             f"{self.name!r} is no file here, and the Hugging Face data set of this name cannot be "
-            f"read ({first_line}): check the name and the network, or name local files"
+            f"read ({reason(error)}): check the name and the network, or name local files"
         )
 
 

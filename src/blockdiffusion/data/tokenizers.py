@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, reason
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.text import byte_letters
 
@@ -96,9 +96,8 @@ def _load_file(path: Path) -> PreTrainedTokenizerFast:
     try:
         return _wrap(Tokenizer.from_file(str(path)), {})
     except Exception as error:  # tokenizers raises bare Exception
-        first_line = str(error).partition("\n")[0]
         raise UserError(
-            f"{path} cannot be read as a tokenizer ({first_line}): give a whole tokenizer.json"
+            f"{path} cannot be read as a tokenizer ({reason(error)}): give a whole tokenizer.json"
         ) from error
 
 

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockdiffusion.errors import shown
 from blockdiffusion.escape import markdown, markdown_prose, markdown_table
-from blockdiffusion.records import Damaged, build, of_file, read_json, shown
+from blockdiffusion.records import Damaged, build, of_file, read_json
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionConfig

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from blockdiffusion import records
 from blockdiffusion.checksums import warn_of_changes
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.bd3lm import MODEL_TYPE as BD3LM
 from blockdiffusion.models.bd3lm import from_bd3lm
@@ -300,7 +300,7 @@ def _read_directory(
     if model_type == BlockDiffusionConfig.model_type:
         return "blockdiffusion", read_config(folder / CONFIG, raw), state
     raise UserError(
-        f"{folder / CONFIG} has model_type {records.shown(model_type)}; "
+        f"{folder / CONFIG} has model_type {shown(model_type)}; "
         f"readable are {BlockDiffusionConfig.model_type!r} and {BD3LM!r}"
     )
 

@@ -16,13 +16,12 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import check_limit
 from blockdiffusion.models.bd3lm import BD3LM_IGNORED, ROTARY, our_name
 from blockdiffusion.models.settings import Settings
 from blockdiffusion.models.transformer import BlockDiffusionConfig, Objective
 from blockdiffusion.models.unpickling import Archive, StoredTensor
-from blockdiffusion.records import shown
 
 COMPILED = "_orig_mod."  # in the names of a network that torch.compile wrapped
 Weights = Literal["ema", "raw"]

@@ -14,9 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from blockdiffusion.costs import Network
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import SHOWN, UserError, few
 from blockdiffusion.files import create
-from blockdiffusion.records import shown
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {
@@ -94,11 +93,10 @@ def check_tensors(config: Any, given: Mapping[str, torch.Tensor], path: Path, si
     wanted = dict(islice(shapes, len(given) + 4))
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:
-        parts = []
-        if missing:
-            parts.append(f"lacks {few(missing)}")
-        if unexpected:
-            parts.append(f"has the unexpected {few(unexpected)}")
+        found = {"lacks": missing, "has the unexpected": unexpected}
+        parts = [
+            f"{what} {few([n[:SHOWN] for n in names])}" for what, names in found.items() if names
+        ]
         raise UserError(f"{path} {' and '.join(parts)}; it does not fit {sizes}")
     for name, shape in wanted.items():
         if given[name].dtype not in FLOATS:
@@ -120,9 +118,3 @@ def is_finite(tensor: torch.Tensor) -> bool:
     # A sum reads the tensor once and writes nothing; it is not finite where an element is not.
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(total.isfinite()) or bool(tensor.isfinite().all())
-
-
-def few(names: list[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name)[1:-1] for name in names[:most]) + more

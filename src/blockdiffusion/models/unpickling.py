@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, reason
 
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -373,8 +373,7 @@ def _damage_is_user_error(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # what a damaged pickle raises is whatever its nonsense leads to
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} is truncated, damaged or no file that torch.save wrote "
-            f"({type(error).__name__}: {reason}); copy or download it again"
+            f"({type(error).__name__}: {reason(error)}); copy or download it again"
         ) from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, reason
 from blockdiffusion.files import locked, storage_error, write_whole
 from blockdiffusion.reproduce.conductor import Launch, Say, carry_out, launch
 from blockdiffusion.reproduce.page import table_result
@@ -92,7 +92,7 @@ def _write_table(plan: Plan, table: PaperTable) -> Reproduced:
     except DAMAGE as error:
         raise UserError(
             f"a result of {table.name} in {plan.out} is damaged ({type(error).__name__}: "
-            f"{str(error)[:60]}); remove it and run the same command, which measures it again"
+            f"{reason(error)}); remove it and run the same command, which measures it again"
         ) from error
     markdown, plain = plan.out / f"{table.name}.md", plan.out / f"{table.name}.json"
     write_whole(markdown, page.encode())

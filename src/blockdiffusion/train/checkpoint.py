@@ -32,7 +32,7 @@ from torch import nn
 
 import blockdiffusion
 from blockdiffusion.checksums import SUMS, accept, differing, named, read_sums, sums_of, write_sums
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files import FULL_DISK, create, locked, remove, storage_error
 from blockdiffusion.limits import check_limits
 from blockdiffusion.models.card import Card, check_evaluation, write_card
@@ -45,7 +45,6 @@ from blockdiffusion.records import (
     build,
     parse_json,
     read_bytes,
-    shown,
 )
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from blockdiffusion.corruption import Complement
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
 from blockdiffusion.denoiser import bos_id, is_autoregressive, masked_nll
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.formats import LIGHTNING, PICKLES, load, refuse_missing_path
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.objectives import subs_nll
-from blockdiffusion.records import read_json, shown
+from blockdiffusion.records import read_json
 from blockdiffusion.seeding import generator
 
 LOGIT_BYTES = 2**28  # logits of one pass: bounds memory

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.files import append, storage_error
@@ -31,7 +31,6 @@ from blockdiffusion.records import (
     json_lines,
     parse_json,
     read_lines,
-    shown,
 )
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule
