@@ -321,12 +321,7 @@ def _run_training(
     model = build_model(recipe, rows.manifest)
     tokenizer = data / TOKENIZER_FOLDER
     model.tokenizer = load_tokenizer(tokenizer)  # for samples
-    notes, batch_size = [], recipe.train.batch_size
-    if batch_size > rows.num_rows:
-        notes.append(
-            f"a batch of {batch_size:,} rows holds each of the {rows.num_rows:,} rows of "
-            f"{data} {batch_size / rows.num_rows:.3g} times"
-        )
+    notes = []
     if recipe.model.init_from is not None and not (resume and latest(out)):
         notes.append(_start_weights(recipe.model.init_from, out, model))
     saved = shlex.quote(str(out / "config.yaml"))

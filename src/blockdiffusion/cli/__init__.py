@@ -22,6 +22,7 @@ from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.options import within_limits
 from blockdiffusion.cli.releasing import convert, push
+from blockdiffusion.cli.shared import warn
 from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
 from blockdiffusion.devices import spin_briefly
@@ -162,6 +163,6 @@ def _show_warning(
 ) -> None:
     """A warning to the user as a sentence; one to a programmer as usual."""
     if issubclass(category, Changed):
-        say(f"blockdiff: warning: {message}", err=True)
+        warn(str(message))
     else:
         _show_usual_warning(message, category, filename, lineno, *more)

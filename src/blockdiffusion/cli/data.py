@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from blockdiffusion.cli.options import one_of
+from blockdiffusion.cli.options import choice, one_of
 from blockdiffusion.escape import say
 
 
@@ -32,18 +32,12 @@ def prepare(
     out: Annotated[Path, typer.Option(help="Directory for the prepared data.")],
     tokenizer: Annotated[
         str,
-        typer.Option(
-            help="bpe:SIZE (trained here), byte, or a Hugging Face name or path.",
-            autocompletion=one_of("bpe:", "byte"),
-        ),
+        choice("bpe:SIZE (trained here), byte, or a Hugging Face name or path.", "bpe: byte"),
     ] = "bpe:2048",
     seq_len: Annotated[int, typer.Option(help="L, tokens of a row.")] = 128,
     packing: Annotated[
         str,
-        typer.Option(
-            help="wrap (documents one after another) or document (one a row).",
-            autocompletion=one_of("wrap", "document"),
-        ),
+        choice("wrap (documents one after another) or document (one a row).", "wrap document"),
     ] = "wrap",
     row_bos: Annotated[
         bool, typer.Option(help="Begin every row with a BOS, which is given.")
@@ -67,9 +61,8 @@ def prepare(
     ] = 0,
     documents: Annotated[
         str,
-        typer.Option(
-            help="Documents of a text file: auto, file, line or blank-line.",
-            autocompletion=one_of("auto", "file", "line", "blank-line"),
+        choice(
+            "Documents of a text file: auto, file, line or blank-line.", "auto file line blank-line"
         ),
     ] = "auto",
     document_bytes: Annotated[
@@ -77,12 +70,10 @@ def prepare(
     ] = 65536,
     detokenize: Annotated[
         str,
-        typer.Option(
-            help="none (a set by name brings its own), wikitext, wikitext-paper, ptb, lm1b, "
+        choice(
+            "none (a set by name brings its own), wikitext, wikitext-paper, ptb, lm1b, "
             "lambada or scientific-papers.",
-            autocompletion=one_of(
-                "none", "wikitext", "wikitext-paper", "ptb", "lm1b", "lambada", "scientific-papers"
-            ),
+            "none wikitext wikitext-paper ptb lm1b lambada scientific-papers",
         ),
     ] = "none",
     seed: Annotated[int, typer.Option(help="Of the train/validation split.")] = 0,

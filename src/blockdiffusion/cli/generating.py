@@ -27,7 +27,7 @@ from blockdiffusion.cli.options import (
     PolicyOptions,
     grouped,
 )
-from blockdiffusion.cli.shared import check_places, load_sampler, write_json
+from blockdiffusion.cli.shared import check_places, load_sampler, warn, write_json
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import say
 
@@ -164,11 +164,10 @@ def _warn_of_a_last_space(network: Any, prompt: str | None) -> None:
     from blockdiffusion.text import goes_on_inside_a_word
 
     if prompt is not None and goes_on_inside_a_word(network.tokenizer, prompt):
-        say(
-            "blockdiff: warning: the prompt ends in a space, which this model's tokenizer keeps "
+        warn(
+            "the prompt ends in a space, which this model's tokenizer keeps "
             "together with the word behind it, so the text goes on inside a word; leave the last "
-            "space out",
-            err=True,
+            "space out"
         )
 
 

@@ -11,14 +11,14 @@ from blockdiffusion.cli.options import (
     BOS,
     DEVICE,
     DTYPE,
-    ESTIMATOR,
+    ESTIMATORS,
     JSON_FILE,
     LAWS,
     MASK_SEED,
     MODEL,
     ORDERS,
     SAMPLES,
-    one_of,
+    choice,
 )
 from blockdiffusion.cli.shared import check_places, load_model, write_json
 from blockdiffusion.errors import UserError, shown
@@ -32,11 +32,11 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
     estimator: Annotated[
         str,
-        typer.Option(
-            help="auto (exact where that costs no more than --samples complement pairs, else "
+        choice(
+            "auto (exact where that costs no more than --samples complement pairs, else "
             "these), exact (enumerates; S <= 8), orders (a tighter bound), or a law of masks: "
             "complement, count, bernoulli, bernoulli:cosine, ...",
-            autocompletion=ESTIMATOR,
+            ESTIMATORS,
         ),
     ] = "auto",
     samples: SAMPLES = 8,
@@ -107,17 +107,13 @@ def evaluate(
 
 def zero_shot(
     model: MODEL,
-    suite: Annotated[
-        str, typer.Option(help="Which sets: paper (its table 5).", autocompletion=one_of("paper"))
-    ] = "paper",
+    suite: Annotated[str, choice("Which sets: paper (its table 5).", "paper")] = "paper",
     only: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A set of the suite (ptb, wikitext, lm1b, lambada, ag_news, pubmed or arxiv); may "
+        choice(
+            "A set of the suite (ptb, wikitext, lm1b, lambada, ag_news, pubmed or arxiv); may "
             "be repeated.",
-            autocompletion=one_of(
-                "ptb", "wikitext", "lm1b", "lambada", "ag_news", "pubmed", "arxiv"
-            ),
+            "ptb wikitext lm1b lambada ag_news pubmed arxiv",
         ),
     ] = None,
     local: Annotated[
@@ -126,10 +122,7 @@ def zero_shot(
     ] = None,
     packing: Annotated[
         str,
-        typer.Option(
-            help="wrap (rows, as the paper) or document (windows with a stride).",
-            autocompletion=one_of("wrap", "document"),
-        ),
+        choice("wrap (rows, as the paper) or document (windows with a stride).", "wrap document"),
     ] = "wrap",
     context: Annotated[
         int | None, typer.Option(help="Tokens of a row or window; by default the model's.")
@@ -139,9 +132,8 @@ def zero_shot(
     ] = None,
     frame: Annotated[
         str,
-        typer.Option(
-            help="Ends of a row: auto (as in training), none, bos or bos-eos.",
-            autocompletion=one_of("auto", "none", "bos", "bos-eos"),
+        choice(
+            "Ends of a row: auto (as in training), none, bos or bos-eos.", "auto none bos bos-eos"
         ),
     ] = "auto",
     document_eos: Annotated[bool, typer.Option(help="Put an EOS after every document.")] = False,
@@ -151,9 +143,7 @@ def zero_shot(
     rows: Annotated[int | None, typer.Option(help="Score only the first rows of each set.")] = None,
     estimator: Annotated[
         str,
-        typer.Option(
-            help="auto, exact, orders or a law of masks, as for eval.", autocompletion=ESTIMATOR
-        ),
+        choice("auto, exact, orders or a law of masks, as for eval.", ESTIMATORS),
     ] = "auto",
     samples: SAMPLES = 8,
     orders: ORDERS = 8,
@@ -236,10 +226,7 @@ def references(
     bos: BOS = None,
     estimator: Annotated[
         str,
-        typer.Option(
-            help="Of models: auto, exact, orders or a law of masks, as for eval.",
-            autocompletion=ESTIMATOR,
-        ),
+        choice("Of models: auto, exact, orders or a law of masks, as for eval.", ESTIMATORS),
     ] = "auto",
     samples: SAMPLES = 8,
     orders: ORDERS = 8,
@@ -283,10 +270,10 @@ def variance(
     split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
     estimators: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A law of masks: complement, count, bernoulli or resampled, as in "
+        choice(
+            "A law of masks: complement, count, bernoulli or resampled, as in "
             "bernoulli[0.3,0.8]; may be repeated.",
-            autocompletion=one_of(*LAWS),
+            LAWS,
         ),
     ] = None,
     block_sizes: Annotated[str, typer.Option(help="Every S to measure at.")] = "1,4,8,16",

@@ -23,34 +23,32 @@ def one_of(*values: str) -> Callable[[str], list[str]]:
     return complete
 
 
-SCHEDULES = ("linear", "cosine", "square", "sqrt", "log")
-WEIGHTS = ("auto", "float32", "float64", "bf16")
-POLICIES = (
-    "first-hitting", "ancestral", "random", "confidence", "margin", "entropy", "remask", "analytic",
-)  # fmt: skip
+def choice(help: str, values: str) -> Any:
+    """An option with a few values, which stand one after the other."""
+    return typer.Option(help=help, autocompletion=one_of(*values.split()))
+
+
+SCHEDULES = "linear cosine square sqrt log"
+WEIGHTS = "auto float32 float64 bf16"
+POLICIES = "first-hitting ancestral random confidence margin entropy remask analytic"
 
 MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
 DEVICE = Annotated[
     str,
-    typer.Option(
-        help="auto, cpu, cuda or mps.", autocompletion=one_of("auto", "cpu", "cuda", "mps")
-    ),
+    choice("auto, cpu, cuda or mps.", "auto cpu cuda mps"),
 ]
 DTYPE = Annotated[
     str,
-    typer.Option(
-        help="Weights: auto (as saved), float32, float64 or bf16.", autocompletion=one_of(*WEIGHTS)
-    ),
+    choice("Weights: auto (as saved), float32, float64 or bf16.", WEIGHTS),
 ]
 SAMPLING_DTYPE = Annotated[
     str,
-    typer.Option(
-        help="Weights: auto (as saved), float32, float64, bf16 or int8 (approximate).",
-        autocompletion=one_of(*WEIGHTS, "int8"),
+    choice(
+        "Weights: auto (as saved), float32, float64, bf16 or int8 (approximate).", f"{WEIGHTS} int8"
     ),
 ]
-LAWS = ("complement", "count", "bernoulli", "resampled")
-ESTIMATOR = one_of("auto", "exact", "orders", *LAWS[:-1])  # what a likelihood may be estimated by
+LAWS = "complement count bernoulli resampled"
+ESTIMATORS = "auto exact orders complement count bernoulli"  # what a likelihood may be estimated by
 BOS = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
@@ -86,10 +84,10 @@ class PolicyOptions:
 
     policy: Annotated[
         str | None,
-        typer.Option(
-            help="first-hitting, ancestral, random, confidence, margin, entropy or remask; SEDD: "
+        choice(
+            "first-hitting, ancestral, random, confidence, margin, entropy or remask; SEDD: "
             "analytic; by default the model's.",
-            autocompletion=one_of(*POLICIES),
+            POLICIES,
         ),
     ] = None
     steps: Annotated[
@@ -97,10 +95,7 @@ class PolicyOptions:
     ] = None
     schedule: Annotated[
         str | None,
-        typer.Option(
-            help="Noise schedule of the steps: linear, cosine, square, sqrt or log.",
-            autocompletion=one_of(*SCHEDULES),
-        ),
+        choice("Noise schedule of the steps: linear, cosine, square, sqrt or log.", SCHEDULES),
     ] = None
     tokens_per_step: Annotated[
         int | None,
@@ -123,9 +118,9 @@ class FilterOptions:
     top_p: Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")] = 1.0
     top_p_rule: Annotated[
         str,
-        typer.Option(
-            help="transformers (keeps the token that crosses) or authors (drops it).",
-            autocompletion=one_of("transformers", "authors"),
+        choice(
+            "transformers (keeps the token that crosses) or authors (drops it).",
+            "transformers authors",
         ),
     ] = "transformers"
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from blockdiffusion.cli.options import one_of
+from blockdiffusion.cli.options import choice
 from blockdiffusion.escape import say
 
 
@@ -18,24 +18,15 @@ def convert(
     out: Annotated[Path, typer.Option(help="New directory for the model.")],
     to: Annotated[
         str,
-        typer.Option(
-            help="blockdiffusion, or bd3lm (published).",
-            autocompletion=one_of("blockdiffusion", "bd3lm"),
-        ),
+        choice("blockdiffusion, or bd3lm (published).", "blockdiffusion bd3lm"),
     ] = "blockdiffusion",
     weights: Annotated[
         str,
-        typer.Option(
-            help="Of a .ckpt: ema (the moving average) or raw (as trained).",
-            autocompletion=one_of("ema", "raw"),
-        ),
+        choice("Of a .ckpt: ema (the moving average) or raw (as trained).", "ema raw"),
     ] = "ema",
     kind: Annotated[
         str | None,
-        typer.Option(
-            help="Of a .ckpt that does not say: mdlm, sedd, ar or bd3lm.",
-            autocompletion=one_of("mdlm", "sedd", "ar", "bd3lm"),
-        ),
+        choice("Of a .ckpt that does not say: mdlm, sedd, ar or bd3lm.", "mdlm sedd ar bd3lm"),
     ] = None,
     block_size: Annotated[
         int | None, typer.Option(help="S, of a bd3lm .ckpt that does not say.")

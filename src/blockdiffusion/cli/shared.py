@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.escape import say
 from blockdiffusion.files import refuse_no_file, storage_error, write_whole
 
 INT8 = "int8"  # besides the types of tensors
+
+
+def warn(sentence: str) -> None:
+    """Tells the user what does not stop the command."""
+    say(f"blockdiff: warning: {sentence}", err=True)
 
 
 def device_of(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from blockdiffusion.cli.options import one_of
+from blockdiffusion.cli.options import choice, one_of
 from blockdiffusion.cli.shared import check_places, write_json
 from blockdiffusion.escape import say
 from blockdiffusion.hardware import NAMES
@@ -20,10 +20,10 @@ def plan(
     ] = None,
     device: Annotated[
         str,
-        typer.Option(
-            help=f"cpu (this machine, measured), {', '.join(NAMES[:-1])}; or any name, with "
+        choice(
+            f"cpu (this machine, measured), {', '.join(NAMES[:-1])}; or any name, with "
             "--tflops, --bandwidth and --memory.",
-            autocompletion=one_of(*NAMES),
+            " ".join(NAMES),
         ),
     ] = "cpu",
     devices: Annotated[int, typer.Option(help="How many share the rows of an update.")] = 1,
@@ -51,10 +51,7 @@ def plan(
     window: Annotated[int | None, typer.Option(help="Sampling: tokens that a token sees.")] = None,
     sample_dtype: Annotated[
         str,
-        typer.Option(
-            help="Sampling: float32, bf16 or int8.",
-            autocompletion=one_of("float32", "bf16", "int8"),
-        ),
+        choice("Sampling: float32, bf16 or int8.", "float32 bf16 int8"),
     ] = "float32",
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the account here, too.")
@@ -163,10 +160,7 @@ def reproduce(
     ],
     scale: Annotated[
         str,
-        typer.Option(
-            help="tiny (two CPU cores), small (one GPU for hours) or paper.",
-            autocompletion=one_of("tiny", "small", "paper"),
-        ),
+        choice("tiny (two CPU cores), small (one GPU for hours) or paper.", "tiny small paper"),
     ],
     data: Annotated[
         list[str] | None, typer.Option(help="NAME=PATH, a set's local files; may be repeated.")

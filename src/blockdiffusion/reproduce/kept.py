@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from blockdiffusion.checksums import sha256_of
 from blockdiffusion.data.manifest import MANIFEST_FILE
 from blockdiffusion.errors import UserError
 from blockdiffusion.files import write_whole
@@ -23,7 +24,6 @@ from blockdiffusion.reproduce.plan import Plan, Step
 from blockdiffusion.train import checkpoint as checkpoints
 
 State = Literal["done", "interrupted", "out of date", "to do"]
-HASH_BYTES = 2**24  # read at a time
 DECISIVE = ("model", "objective", "search", "train", "optim")  # sections that make the weights
 
 
@@ -116,11 +116,7 @@ class Kept:
         status = file.stat()
         key = (file, status.st_mtime_ns, status.st_size)
         if key not in self._hashes:
-            digest = hashlib.sha256()
-            with open(file, "rb") as opened:
-                while part := opened.read(HASH_BYTES):
-                    digest.update(part)
-            self._hashes[key] = digest.hexdigest()
+            self._hashes[key] = sha256_of(file)
         return self._hashes[key]
 
     def _file(self, step: Step) -> Path:
