@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from blockdiffusion.cache import RaggedPlacement
 from blockdiffusion.devices import allow_compilations
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.masks import Streams, dense_mask, stream_predicate
 
 Backend = Literal["dense", "chunked", "flex"]
@@ -43,7 +43,7 @@ def resolve_backend(name: str | None, device: torch.device) -> Backend:
         return "flex" if device.type == "cuda" else "chunked"
     if name not in get_args(Backend):
         raise UserError(
-            f"unknown attention backend {name!r}; known: {', '.join(get_args(Backend))}"
+            f"unknown attention backend {shown(name)}; known: {', '.join(get_args(Backend))}"
         )
     return name  # type: ignore[return-value]  # just checked
 

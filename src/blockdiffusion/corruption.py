@@ -29,7 +29,7 @@ from typing import Literal, Protocol, get_args
 
 import torch
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import check_limit
 from blockdiffusion.schedules import Linear, Schedule, make_schedule, prob_range
 
@@ -453,15 +453,15 @@ def make_estimator(
     parts = _SPEC.fullmatch(spec.replace(" ", ""))
     if parts is None or parts["kind"] not in get_args(EstimatorName):
         raise UserError(
-            f"{spec!r} is no estimator; write {'|'.join(get_args(EstimatorName))}, then optionally "
-            ":SCHEDULE, [BETA,OMEGA] and xN, as in bernoulli:linear[0.45,0.95]x2"
+            f"{shown(spec)} is no estimator; write {'|'.join(get_args(EstimatorName))}, then "
+            "optionally :SCHEDULE, [BETA,OMEGA] and xN, as in bernoulli:linear[0.45,0.95]x2"
         )
     clip = None
     if parts["clip"]:
         try:
             beta, omega = (float(end) for end in parts["clip"].split(","))
         except ValueError:
-            raise UserError(f"{spec!r}: a clip is two numbers, as in [0.45,0.95]") from None
+            raise UserError(f"{shown(spec)}: a clip is two numbers, as in [0.45,0.95]") from None
         clip = (beta, omega)
     return build_estimator(
         parts["kind"],  # type: ignore[arg-type]  # just checked

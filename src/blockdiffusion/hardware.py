@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +154,7 @@ def find_hardware(name: str) -> Hardware:
         if gpu.name == wanted:
             return gpu
     raise UserError(
-        f"--device is {name!r}; known are {', '.join(NAMES)}, and any other by its --tflops, "
+        f"--device is {shown(name)}; known are {', '.join(NAMES)}, and any other by its --tflops, "
         "--bandwidth and --memory"
     )
 

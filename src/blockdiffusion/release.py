@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from blockdiffusion.checksums import sums_of, write_sums
 from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
-from blockdiffusion.errors import UserError, reason
+from blockdiffusion.errors import UserError, reason, shown
 from blockdiffusion.files import written_aside
 from blockdiffusion.models.bd3lm import to_bd3lm
 from blockdiffusion.models.card import (
@@ -87,7 +87,7 @@ def convert(
             or the format cannot describe the model.
     """
     if to not in get_args(Target):
-        raise UserError(f"--to is {to!r}; choose {' or '.join(get_args(Target))}")
+        raise UserError(f"--to is {shown(to)}; choose {' or '.join(get_args(Target))}")
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out, or remove it")
@@ -283,7 +283,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False) -> str:
         UserError: no such model, a bad name, no token, no connection, or the hub refuses.
     """
     if not HUB_ID.fullmatch(repo_id):
-        raise UserError(f"the repository is {repo_id!r}; give it as owner/name")
+        raise UserError(f"the repository is {shown(repo_id)}; give it as owner/name")
     folder = _model_directory(Path(directory))
     if find_model(folder).format == "blockdiffusion" and is_ours(folder):
         refresh_readme(folder)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 
 CLEANEST = 1e-3  # the authors' eps: no network reads a time at which fewer tokens are kept
 
@@ -207,7 +207,7 @@ def make_schedule(name: str, clip: tuple[float, float] | None = None) -> Schedul
         UserError: an unknown name, or a clip that is empty or leaves (0, 1].
     """
     if name not in SCHEDULES:
-        raise UserError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
+        raise UserError(f"unknown schedule {shown(name)}; known: {', '.join(SCHEDULES)}")
     base = SCHEDULES[name]()
     return base if clip is None else Clipped(base, *clip)
 

@@ -15,7 +15,7 @@ from blockdiffusion.costs import (
     read_bytes,
     weight_bytes,
 )
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.hardware import Hardware
 from blockdiffusion.limits import check_limit
 
@@ -42,7 +42,7 @@ class SamplingRequest:
         for name in ("batch", "tokens_per_step", "max_new_tokens", "window"):
             check_limit(name, getattr(self, name), "--" + name.replace("_", "-"))
         if self.dtype not in get_args(SampleDtype):
-            raise UserError(f"--sample-dtype is {self.dtype!r}; choose float32, bf16 or int8")
+            raise UserError(f"--sample-dtype is {shown(self.dtype)}; choose float32, bf16 or int8")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
 from blockdiffusion.files import refuse_no_file, storage_error, write_whole
 
@@ -58,7 +58,7 @@ def _load(model: str, device: str, dtype: str) -> Any:
         "bf16": torch.bfloat16,
     }
     if dtype not in dtypes:
-        raise UserError(f"--dtype is {dtype!r}; choose one of {', '.join(dtypes)}")
+        raise UserError(f"--dtype is {shown(dtype)}; choose one of {', '.join(dtypes)}")
     return load(model, device=device_of(device), dtype=dtypes[dtype])
 
 

@@ -73,7 +73,7 @@ class PrepareOptions:
             ("detokenize", DETOKENIZERS),
         ):
             if (value := getattr(self, name)) not in allowed:
-                raise UserError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
+                raise UserError(f"{name} is {shown(value)}: it must be one of {', '.join(allowed)}")
         if self.seq_len < 1 + self.row_bos + self.row_eos:
             raise UserError(
                 f"seq_len is {self.seq_len}, which leaves no room for text: it must be at least "

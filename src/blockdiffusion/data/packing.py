@@ -33,7 +33,7 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.parts import UNIT_BYTES, Job, PartRules, id_dtype, read_part, run_jobs
 from blockdiffusion.data.shards import PACKERS, Packer, RowRules, ShardWriter
 from blockdiffusion.data.sources import Source
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files import locked, storage_error, written_aside
 from blockdiffusion.records import read_json
 
@@ -100,7 +100,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> Manifest | None:
     remedy = "name another directory, or delete this one to prepare it anew"
     wanted, were = settings["options"], PrepareOptions().content() | manifest.options
     if differing := [
-        f"{name}={were[name]!r}, not {value!r}"
+        f"{name}={shown(were[name])}, not {shown(value)}"
         for name, value in wanted.items()
         if were[name] != value
     ]:

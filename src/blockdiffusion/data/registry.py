@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -231,7 +231,7 @@ def find_set(name: str) -> DataSet:
         return DATA_SETS[name]
     near = difflib.get_close_matches(name, DATA_SETS, n=2)
     meant = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(DATA_SETS)}"
-    raise UserError(f"there is no data set named {name!r}: {meant}")
+    raise UserError(f"there is no data set named {shown(name)}: {meant}")
 
 
 def set_lines() -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from blockdiffusion.errors import UserError, reason
+from blockdiffusion.errors import UserError, reason, shown
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.text import byte_letters
 
@@ -75,12 +75,13 @@ def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
     tokenizer = from_pretrained(
         AutoTokenizer,
         name,
-        f"cannot load the tokenizer {name!r}",
+        f"cannot load the tokenizer {shown(name)}",
         "check the name and the network, or give a tokenizer.json",
     )
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"the tokenizer {name!r} has no fast form (tokenizer.json): convert it, or use another"
+            f"the tokenizer {shown(name)} has no fast form (tokenizer.json): convert it, or use "
+            "another"
         )
     named = {
         key: str(value)

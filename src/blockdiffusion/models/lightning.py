@@ -65,9 +65,9 @@ class LightningOptions:
 
     def __post_init__(self) -> None:
         if self.weights not in ("ema", "raw"):
-            raise UserError(f"--weights is {self.weights!r}; choose ema or raw")
+            raise UserError(f"--weights is {shown(self.weights)}; choose ema or raw")
         if self.kind is not None and self.kind not in KINDS:
-            raise UserError(f"--kind is {self.kind!r}; choose {', '.join(KINDS)}")
+            raise UserError(f"--kind is {shown(self.kind)}; choose {', '.join(KINDS)}")
         for name in ("block_size", "seq_len", "num_heads", "mask_id", "noise_eps"):
             check_limit(name, getattr(self, name), _option(name))
 

@@ -42,7 +42,7 @@ from blockdiffusion.cache import BlockCache, held_positions
 from blockdiffusion.corruption import Transition
 from blockdiffusion.denoiser import is_autoregressive
 from blockdiffusion.devices import allow_compilations
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import check_limit
 from blockdiffusion.masks import Streams, decode_predicate
 from blockdiffusion.models import fused
@@ -154,12 +154,14 @@ class BlockDiffusionConfig(PretrainedConfig):
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if self.clean_attention not in ("block", "causal"):
-            raise UserError(f"clean_attention is {self.clean_attention!r}; choose block or causal")
+            raise UserError(
+                f"clean_attention is {shown(self.clean_attention)}; choose block or causal"
+            )
         if self.time_conditioning and not self.adaln:
             raise UserError("time_conditioning needs adaln: true, which carries the time")
         if self.objective not in get_args(Objective):
             raise UserError(
-                f"objective is {self.objective!r}; choose {' or '.join(get_args(Objective))}"
+                f"objective is {shown(self.objective)}; choose {' or '.join(get_args(Objective))}"
             )
         if self.objective == "autoregressive" and (self.block_size > 1 or self.time_conditioning):
             raise UserError(
@@ -167,7 +169,7 @@ class BlockDiffusionConfig(PretrainedConfig):
                 "and time_conditioning false"
             )
         if self.transition not in get_args(Transition):
-            raise UserError(f"transition is {self.transition!r}; choose absorbing or uniform")
+            raise UserError(f"transition is {shown(self.transition)}; choose absorbing or uniform")
         if self.objective == "d3pm" and (self.timesteps is None or self.timesteps < 1):
             raise UserError(
                 f"timesteps is {self.timesteps}; a d3pm network needs at least 1 time step"

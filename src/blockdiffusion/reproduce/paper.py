@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def find_table(name: str) -> PaperTable:
         return TABLES[given]
     near = difflib.get_close_matches(given, TABLES, n=1, cutoff=0.0)
     raise UserError(
-        f"the paper has no table {name!r} to reproduce; the nearest is {near[0]} (there are "
+        f"the paper has no table {shown(name)} to reproduce; the nearest is {near[0]} (there are "
         f"{', '.join(TABLES)})"
     )
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.reproduce.paper import PaperTable
 from blockdiffusion.reproduce.scales import Scale, Text, TrainedJudge
 from blockdiffusion.reproduce.systems import find_system
@@ -149,8 +149,8 @@ def _local_data(entries: Sequence[str], scale: Scale) -> dict[str, Path]:
         if not equals or name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise UserError(
-                f"--data is {entry!r}; it must be NAME=PATH, and the nearest name is {near} (at "
-                f"the scale {scale.name} there are {', '.join(known)})"
+                f"--data is {shown(entry)}; it must be NAME=PATH, and the nearest name is {near} "
+                f"(at the scale {scale.name} there are {', '.join(known)})"
             )
         place = Path(path).expanduser()
         if not place.exists():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,7 +155,7 @@ def find_scale(name: str) -> Scale:
         return SCALES[name]
     near = difflib.get_close_matches(name, SCALES, n=1, cutoff=0.0)
     raise UserError(
-        f"there is no scale {name!r}; the nearest is {near[0]} (there are {', '.join(SCALES)})"
+        f"there is no scale {shown(name)}; the nearest is {near[0]} (there are {', '.join(SCALES)})"
     )
 
 

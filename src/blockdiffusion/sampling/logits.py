@@ -12,7 +12,7 @@ from typing import get_args
 
 import torch
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.objectives import exclude_mask_token_
 from blockdiffusion.recording import Recorder
 from blockdiffusion.sampling.nucleus import Nucleus, TopPRule, draw_from_sorted, sorted_nuclei
@@ -55,7 +55,8 @@ class Filters:
             raise UserError(f"top_p is {self.top_p}; it must lie in (0, 1], where 1 keeps all")
         if self.top_p_rule not in get_args(TopPRule):
             raise UserError(
-                f"top_p_rule is {self.top_p_rule!r}; choose one of {', '.join(get_args(TopPRule))}"
+                f"top_p_rule is {shown(self.top_p_rule)}; choose one of "
+                f"{', '.join(get_args(TopPRule))}"
             )
 
 

@@ -24,7 +24,7 @@ import torch
 
 from blockdiffusion.corruption import without_mask
 from blockdiffusion.diffusions import DiscreteTime
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.objectives import exclude_mask_token_, log_rate, uniform_reverse
 from blockdiffusion.sampling.logits import (
     Filters,
@@ -543,7 +543,7 @@ def check_fits(policy: Policy | Process, config: Any) -> None:
 def _masked(config: Any, name: str | None, settings: PolicySettings) -> Policy | Process:
     name = "first-hitting" if name is None else name
     if name not in _MASKED:
-        raise UserError(f"unknown policy {name!r}; known: {', '.join(sorted(_MASKED))}")
+        raise UserError(f"unknown policy {shown(name)}; known: {', '.join(sorted(_MASKED))}")
     settings.check_read(name, {other: reads for other, (reads, _) in _MASKED.items()})
     return _MASKED[name][1](name, settings)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import check_limit
 from blockdiffusion.sampling.logits import Filters, TopPRule
 from blockdiffusion.sampling.loop import SamplingOptions
@@ -86,7 +86,7 @@ def _policy(
     if isinstance(policy, str | None):
         return make_process(model.config, policy, settings)
     if not isinstance(policy, Process) and not hasattr(policy, "plan"):
-        raise UserError(f"policy is {policy!r}; it must be a name, a Policy or a Process")
+        raise UserError(f"policy is {shown(policy)}; it must be a name, a Policy or a Process")
     if settings != PolicySettings():
         raise UserError(
             "steps, schedule and the like go with a policy's name; this policy object has its own"
@@ -140,12 +140,12 @@ def as_ids(given: Any, what: str = "a prompt") -> list[int]:
     """
     ids = given.tolist() if isinstance(given, torch.Tensor) else given
     if not isinstance(ids, Iterable):
-        raise UserError(f"{ids!r} is given as {what}; give a text, or a list of token ids")
+        raise UserError(f"{shown(ids)} is given as {what}; give a text, or a list of token ids")
     ids = list(ids)
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, Integral) or abs(int(token)) >= 2**63:
             raise UserError(
-                f"{what} holds {token!r}, which is no token id; give a text, or a list of whole "
-                "numbers"
+                f"{what} holds {shown(token)}, which is no token id; give a text, or a list of "
+                "whole numbers"
             )
     return [int(token) for token in ids]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import PolicySettings
 from blockdiffusion.sampling.processes import make_process
@@ -64,14 +64,15 @@ def parse_point(text: str) -> Point:
         kinds = KINDS | FILTERS
         if name not in kinds:
             raise UserError(
-                f"the point {text!r} names the setting {name!r}; there are {', '.join(kinds)}, as "
-                "in confidence:threshold=0.9"
+                f"the point {shown(text)} names the setting {shown(name)}; there are "
+                f"{', '.join(kinds)}, as in confidence:threshold=0.9"
             )
         try:
             settings.append((name, kinds[name](value)))
         except ValueError:
             raise UserError(
-                f"the point {text!r} gives {value!r} for {name}, which is no {kinds[name].__name__}"
+                f"the point {shown(text)} gives {shown(value)} for {name}, which is no "
+                f"{kinds[name].__name__}"
             ) from None
     return Point(policy, tuple(settings))
 

@@ -27,7 +27,7 @@ from blockdiffusion.data.registry import find_set
 from blockdiffusion.data.shards import RowRules, WrapPacker
 from blockdiffusion.data.tokenizers import encode, vocab_size
 from blockdiffusion.denoiser import Denoiser, bos_id
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
 from blockdiffusion.evaluate.scoring import ScoreOptions, score
@@ -106,7 +106,7 @@ class ZeroShotOptions:
     def __post_init__(self) -> None:
         for name, allowed in (("suite", SUITES), ("packing", PACKINGS), ("frame", FRAMES)):
             if (value := getattr(self, name)) not in allowed:
-                raise UserError(f"{name} is {value!r}: it must be one of {', '.join(allowed)}")
+                raise UserError(f"{name} is {shown(value)}: it must be one of {', '.join(allowed)}")
         known = [task.name for task in SUITES[self.suite]]
         if unknown := [name for name in self.only if name not in known]:
             raise UserError(
@@ -128,7 +128,7 @@ class ZeroShotOptions:
             name, _, split = head.partition(":")
             if not equals or name not in tasks:
                 raise UserError(
-                    f"local is {entry!r}: it must be NAME=PATH, with a name of the suite "
+                    f"local is {shown(entry)}: it must be NAME=PATH, with a name of the suite "
                     f"({', '.join(task.name for task in SUITES[self.suite])})"
                 )
             if not Path(path).expanduser().exists():
