@@ -236,13 +236,17 @@ def publish_directory(partial: Path, final: Path) -> None:
     _sync(partial)
     if not final.exists():
         partial.rename(final)
+        try:
+            _sync(final.parent)
+        except OSError:  # told as not written, it must not be there
+            final.rename(partial)
+            raise
     else:
         (final / SUMS).unlink(missing_ok=True)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == SUMS):
             os.replace(path, final / path.name)
         partial.rmdir()
         _sync(final)
-    _sync(final.parent)
 
 
 @contextmanager
