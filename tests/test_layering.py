@@ -9,8 +9,8 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 LAYERS = [
     ["errors", "escape", "recording"],
+    ["files"],
     [
-        "files",
         "from_pretrained",
         "limits",
         "records",

@@ -1,6 +1,7 @@
 """The reader of JSON and YAML: strict, bounded, and one sentence for what is wrong."""
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Literal
@@ -111,6 +112,18 @@ def test_files_are_told_by_their_names(tmp_path, read):
             read(file, "do this instead")
     with pytest.raises(UserError, match=str(tmp_path)):
         read(tmp_path, "")
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml, lambda path, _: list(json_lines(path))])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_not_read(tmp_path, read, kind):
+    path = tmp_path / "some.file"
+    if kind == "pipe":  # without a writer, it would be waited for
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="it is a pipe or a device"):
+        read(path, "write it again")
 
 
 def test_lines_that_are_no_objects_are_left_out(tmp_path):

@@ -47,20 +47,21 @@ def irregular(status: os.stat_result) -> str | None:
     return "a device"
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: Path, may_be_empty: bool = False) -> None:
     """Refuses what would be waited for, or never ends; standard input may be anything.
 
     Raises:
         UserError: it is no regular file, or an empty one.
         OSError: there is none.
     """
-    if not GIVEN.fullmatch(str(path)) and (kind := irregular(path.stat())):
+    kind = None if GIVEN.fullmatch(str(path)) else irregular(path.stat())
+    if kind and not (may_be_empty and kind == EMPTY):
         raise UserError(f"{path} is {kind}: name a file that has text in it")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, may_be_empty: bool = False) -> BinaryIO:
     """Opens a file to read what `check_regular` does not refuse."""
-    check_regular(path)
+    check_regular(path, may_be_empty)
     # It may have become another one since, and a pipe waits for a writer.
     at_once = 0 if GIVEN.fullmatch(str(path)) else getattr(os, "O_NONBLOCK", 0)
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))

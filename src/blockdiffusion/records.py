@@ -9,6 +9,7 @@ more than seconds, and memory in proportion to its size.
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -19,11 +20,12 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from blockdiffusion.errors import SHOWN, WIDEST, UserError, reason, shown
+from blockdiffusion.files import open_regular
 
 T = TypeVar("T")
 MOST_JSON = 2**28  # bytes of a file, or of a line of one
@@ -190,7 +192,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
     Raises:
         UserError: the file cannot be read.
     """
-    with of_file(path, "check its name and its rights"), open(path, "rb") as file:
+    with of_file(path, "check its name and its rights"), _opened(path) as file:
         while line := file.readline(MOST_JSON + 1):
             yield line
 
@@ -210,7 +212,7 @@ def json_lines(path: Path, *, finite: bool = True) -> Iterator[dict[str, Any]]:
 
 def ends_cut_short(path: Path) -> bool:
     """Whether a file of lines ends in the middle of one."""
-    if not path.exists() or not path.stat().st_size:
+    if not path.is_file() or not path.stat().st_size:
         return False
     with open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
@@ -228,13 +230,22 @@ def as_object(value: Any) -> dict[str, Any]:
     return value
 
 
+def _opened(path: Path) -> BinaryIO:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    try:
+        return open_regular(path, may_be_empty=True)
+    except UserError:
+        raise Damaged("it is a pipe or a device, and a file is needed") from None
+
+
 def read_bytes(path: Path, most: int) -> bytes:
     """A file of at most `most` bytes.
 
     Raises:
         Damaged: it has more.
     """
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise Damaged(f"it has more than the {most:,} bytes that are read")

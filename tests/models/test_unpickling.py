@@ -129,6 +129,9 @@ GREEDY = {
     + b"t.",
     "copies of a text": b"X" + (10**6).to_bytes(4, "little") + b"a" * 10**6
     + b"q\x00(" + b"c_codecs\nencode\nh\x00\x85R" * 1_000 + b"t.",
+    "keys with one hash": b"}(" + b"".join(
+        b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N" for n in range(60_000)
+    ) + b"u.",
     "no mark": b"NNt.",
     "a mark for a value": b"(q\x00.",
 }  # fmt: skip

@@ -127,7 +127,9 @@ class _Told:
 def is_ours(folder: Path) -> bool:
     """Whether the README.md of a directory may be written: there is none, or we wrote it."""
     path = folder / README
-    return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
+    if not path.is_file():
+        return not path.exists()
+    return MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def render(config: BlockDiffusionConfig, card: Card) -> str:

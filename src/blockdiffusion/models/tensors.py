@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from blockdiffusion.costs import Network
 from blockdiffusion.errors import SHOWN, UserError, few
-from blockdiffusion.files import create
+from blockdiffusion.files import check_regular, create
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {
@@ -32,6 +32,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         UserError: it is missing, truncated or no safetensors file.
     """
     try:
+        check_regular(path, may_be_empty=True)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:

@@ -48,6 +48,7 @@ MOST_OPCODES = 2**21
 MOST_NAMES = 50_000  # each becomes a class
 MOST_PARTS = 1000  # of a tuple, with all that is in it, however often: what hashing it takes
 MOST_BITS = 2048  # of a whole number
+MOST_WIDE = 1000  # whole numbers of more than 64 bits: such can all have one hash
 COPIED = 2  # times the file's size: tensors may share numbers
 READ = 8
 
@@ -215,14 +216,16 @@ def _check_pickle(content: bytes) -> None:
     """
     stack: list[_Value | None] = []  # None is a mark
     memo: dict[int, _Value] = {}
-    copied = names = 0
+    copied = names = wide = 0
     for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         name = opcode.name
         names += name in _NAMES
         if number > MOST_OPCODES or names > MOST_NAMES:
             raise pickle.UnpicklingError("more objects than any checkpoint has")
-        if isinstance(argument, int) and argument.bit_length() > MOST_BITS:
-            raise pickle.UnpicklingError(f"a whole number of {argument.bit_length()} bits")
+        bits = argument.bit_length() if isinstance(argument, int) else 0
+        wide += bits > 64
+        if bits > MOST_BITS or wide > MOST_WIDE:
+            raise pickle.UnpicklingError(f"a whole number of {bits} bits, or too many such")
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             place = len(memo) if argument is None else int(argument)
             if not 0 <= place <= number:  # memory for all places before it would be taken

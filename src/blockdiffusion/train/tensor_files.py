@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import check_regular
 from blockdiffusion.models.tensors import is_finite, write_safetensors
 from blockdiffusion.ranks import Team, first_row, is_sharded, local
 
@@ -103,6 +104,7 @@ def _files(path: Path) -> list[Path]:
 
 def _read_shapes(file: Path) -> dict[str, Shape]:
     try:
+        check_regular(file, may_be_empty=True)
         with safe_open(file, "pt") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (no dict)
     except (OSError, SafetensorError) as error:
