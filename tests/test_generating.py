@@ -95,6 +95,15 @@ def test_more_masks_than_are_filled(masks, make_model):
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize("gap", ["[MASK:0]", "[MASK:-3]", "[MASK:]", "[MASK:٣]", "[MASK:two]"])
+def test_a_gap_that_is_none_is_named(gap, make_model):
+    model = make_model(vocab_size=259)
+    model.tokenizer = KINDS["bytes"]()
+    with pytest.raises(UserError, match=r"write \[MASK\] for one") as caught:
+        prepare_templates(model, f"a{gap}b[MASK:2]", 1, False)
+    assert gap in str(caught.value)
+
+
 def test_a_prompt_that_ends_in_a_space(saved):
     model = saved("byte level")
     for prompt, warns in (("Return of the ", 1), ("Return of the", 0)):

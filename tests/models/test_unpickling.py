@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import struct
 import subprocess
 import time
 import zipfile
@@ -132,6 +133,11 @@ GREEDY = {
     "keys with one hash": b"}(" + b"".join(
         b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N" for n in range(60_000)
     ) + b"u.",
+    "complex keys with one hash": b"c__builtin__\ncomplex\nq\x000}(" + b"".join(
+        b"h\x00G" + struct.pack(">d", -1000003.0 * n) + b"G" + struct.pack(">d", n) + b"\x86RN"
+        for n in range(1, 60_001)
+    ) + b"u.",
+    "a set of tuples": b"\x8f(" + b"K\x01K\x02\x86" * 2000 + b"\x90.",
     "no mark": b"NNt.",
     "a mark for a value": b"(q\x00.",
 }  # fmt: skip

@@ -97,7 +97,9 @@ class Corpus:
         allowed = self.options.skip_invalid
         if sum(counts.total() for counts in self.skipped.values()) > allowed:
             more = f", which has left out {allowed:,} already" if allowed else ""
-            raise UserError(f"{error}, or leave such documents out by skip_invalid{more}") from None
+            raise UserError(
+                f"{error}, or leave such documents out (--skip-invalid N){more}"
+            ) from None
 
     @property
     def draws(self) -> bool:

@@ -266,7 +266,7 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
     if not isinstance(value, str):
         raise UserError(
             f"{where} has no string {field!r}: {_kind(value)} stands there; mend it, or name the "
-            "text's with field=..."
+            "text's (--field NAME)"
         )
     if len(value) > MAX_DOCUMENT_BYTES:
         raise too_long(where, "shorter documents")
@@ -282,7 +282,7 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
 def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
     there = ", ".join(map(shown, names[:8])) or "none"
     return UserError(
-        f"{where} has no string {field!r} (its fields: {there}): name the text's with field=..."
+        f"{where} has no string {field!r} (its fields: {there}): name the text's (--field NAME)"
     )
 
 

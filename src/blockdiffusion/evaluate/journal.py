@@ -29,8 +29,8 @@ class Journal:
                 entry = unsealed(line)
             except Damaged:  # of something else, or changed
                 continue
-            if entry.get("identity") == identity:
-                self._found[entry["name"]] = entry["result"]
+            if entry.get("identity") == identity and isinstance(entry.get("name"), str):
+                self._found[entry["name"]] = entry.get("result")
 
     def __len__(self) -> int:
         return len(self._found)

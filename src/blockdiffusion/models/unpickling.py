@@ -48,7 +48,7 @@ MOST_OPCODES = 2**21
 MOST_NAMES = 50_000  # each becomes a class
 MOST_PARTS = 1000  # of a tuple, with all that is in it, however often: what hashing it takes
 MOST_BITS = 2048  # of a whole number
-MOST_WIDE = 1000  # whole numbers of more than 64 bits: such can all have one hash
+MOST_WIDE = 1000  # numbers of more than 64 bits, keys made of parts: all can have one hash
 COPIED = 2  # times the file's size: tensors may share numbers
 READ = 8
 
@@ -239,6 +239,9 @@ def _check_pickle(content: bytes) -> None:
             stack.append(_value(stack))
             continue
         taken = _take(stack, opcode.stack_before)
+        wide += sum(taken[place][0] > 1 for place in _keys(name, len(taken)))
+        if wide > MOST_WIDE:
+            raise pickle.UnpicklingError("too many keys that are no text and no usual number")
         parts = sum(value[0] for value in taken) + 1
         size = sum(value[1] for value in taken)
         if parts > MOST_PARTS and name in _HOLDS | _CALLS:
@@ -263,6 +266,15 @@ def _value(stack: list[_Value | None]) -> _Value:
     if value is None:
         raise pickle.UnpicklingError("a mark where a value should be")
     return value
+
+
+def _keys(name: str, number: int) -> range:
+    """Which of the values that an opcode takes are hashed."""
+    if name in ("SETITEM", "SETITEMS"):
+        return range(1, number, 2)
+    if name == "DICT":
+        return range(0, number, 2)
+    return range(name == "ADDITEMS", number if name in ("ADDITEMS", "FROZENSET") else 0)
 
 
 def _take(stack: list[_Value | None], before: list[Any]) -> list[_Value]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from blockdiffusion.denoiser import Denoiser, is_autoregressive
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.sampling.loop import (
     BlockBatch,
     DoneEvent,
@@ -36,7 +36,7 @@ from blockdiffusion.sampling.requests import as_ids, as_list, with_bos
 from blockdiffusion.sampling.sliding import has_one_block
 from blockdiffusion.text import Given, encode_behind, encode_text
 
-HOLE = re.compile(r"\[MASK(?::(\d+))?\]")
+HOLE = re.compile(r"\[MASK(?::([^\]]*))?\]")
 MOST_MASKS = 16_384  # of a text
 
 
@@ -87,8 +87,7 @@ def _read(model: Denoiser, template: Any) -> Template:
         return Template(as_ids(template), [])
     parts = HOLE.split(template)
     texts = parts[::2]
-    # Python refuses to read numbers of thousands of digits.
-    counts = [int(digits[:9]) if digits else 1 for digits in parts[1::2]]
+    counts = [_masks(number) for number in parts[1::2]]
     if sum(counts) > MOST_MASKS:
         raise UserError(
             f"the masks of a template stand for {sum(counts):,} tokens or more, and at most "
@@ -101,6 +100,18 @@ def _read(model: Denoiser, template: Any) -> Template:
         given.append((len(ids), len(ids) + len(piece), text))
         ids += [*piece, *[model.config.mask_id] * masks]
     return Template(ids, given)
+
+
+def _masks(number: str | None) -> int:
+    """How many tokens `[MASK]` or `[MASK:number]` stands for."""
+    if number is None:
+        return 1
+    if re.fullmatch("0*[1-9][0-9]*", number) is None:
+        raise UserError(
+            f"a template holds [MASK:{shown(number)[1:-1]}]; write [MASK] for one missing token, "
+            "or [MASK:5] for five"
+        )
+    return int(number.lstrip("0")[:9])  # Python refuses to read numbers of thousands of digits
 
 
 @torch.no_grad()

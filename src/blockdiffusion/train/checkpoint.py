@@ -239,7 +239,7 @@ def publish_directory(partial: Path, final: Path) -> None:
         try:
             _sync(final.parent)
         except OSError:  # told as not written, it must not be there
-            final.rename(partial)
+            remove(final)
             raise
     else:
         (final / SUMS).unlink(missing_ok=True)
