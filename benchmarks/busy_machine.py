@@ -139,9 +139,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         if args.own:
-            from blockdiffusion.devices import spin_briefly
+            from blockdiffusion.devices import spin_briefly_if_busy
 
-            spin_briefly()
+            spin_briefly_if_busy()
         print(measure(args.measure, args.seconds))
         return
     settings = args.settings or [*SETTINGS, OWN]

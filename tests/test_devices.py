@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from blockdiffusion.devices import SPINS, select_device
+from blockdiffusion.devices import SPINS, is_busy, select_device
 from blockdiffusion.errors import UserError
 
 
@@ -53,7 +53,8 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise(own):
 
 WAITING = """
 import os, sys
-from blockdiffusion import cli
+from blockdiffusion import cli, devices
+devices.is_busy = lambda: sys.argv[1] == "busy"
 cli.app = lambda *args, **options: print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
 cli.main()
 """
@@ -62,12 +63,27 @@ cli.main()
 @pytest.mark.parametrize(("given", "spins"), [
     ({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
 ])  # fmt: skip
-def test_the_command_lets_waiting_threads_sleep_unless_the_user_has_said_how(given, spins):
+@pytest.mark.parametrize("busy", [True, False])
+def test_the_command_lets_waiting_threads_sleep_on_a_busy_machine(given, spins, busy):
     """Set before PyTorch is imported, which reads it then."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
-        [sys.executable, "-c", WAITING], env=environment | given, capture_output=True, text=True,
+        [sys.executable, "-c", WAITING, "busy" if busy else "quiet"], env=environment | given, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
+    if not busy:
+        spins = given.get("GOMP_SPINCOUNT")
     assert done.stdout.split() == [str(spins), "False"]
+
+
+def test_a_machine_is_busy_while_others_compute():
+    """More processes than cores that compute without end."""
+    endless = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(endless) for _ in range(os.cpu_count() or 1)]
+    try:
+        assert any(is_busy() for _ in range(20))
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blockdiffusion.errors import UserError
@@ -59,21 +62,35 @@ def keep_freed_memory() -> bool:
     return all(mallopt(name, MOST) == 1 for name in (TRIM_THRESHOLD, MMAP_THRESHOLD))
 
 
-SPINS = 1000  # turns of a loop: some microseconds, as long as it takes to wake a thread
+SPINS = 1000  # turns of a loop: some microseconds
 
 
-def spin_briefly() -> None:
-    """Lets threads that wait for others of this process sleep soon, before PyTorch is imported.
+def spin_briefly_if_busy() -> None:
+    """On a busy machine, lets threads that wait for others of this process sleep soon.
 
-    By default GNU's OpenMP has a thread turn in a loop for milliseconds between two parallel parts
-    of a network. On a busy machine it holds the core that the partner it waits for needs, and both
-    stand still. On a quiet one the partner is there before it would sleep. The number of threads
-    stays: results may differ in their last digits with it.
+    To be called before PyTorch is imported. GNU's OpenMP has a thread turn in a loop for
+    milliseconds between two parallel parts of a network. On a quiet machine that saves waking it.
+    On a busy one it holds the core that the partner it waits for needs, and both stand still. The
+    number of threads stays: the last digits of results may depend on it.
 
     What the environment says already (`GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`) counts.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and is_busy():
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def is_busy() -> bool:
+    """Whether other programs leave fewer cores than this process may use; False where Linux's
+    /proc is missing."""
+    running = []
+    try:
+        for _ in range(5):  # what runs in all of them is no passer-by
+            found = re.search(r"procs_running (\d+)", Path("/proc/stat").read_text())
+            running.append(int(found[1]) - 1 if found else 0)
+            time.sleep(0.004)
+        return min(running) + len(os.sched_getaffinity(0)) > (os.cpu_count() or 1)
+    except (OSError, AttributeError):
+        return False
 
 
 COMPILATIONS = 64  # of one function, each for other shapes

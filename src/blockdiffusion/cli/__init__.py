@@ -25,7 +25,7 @@ from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.shared import warn
 from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
-from blockdiffusion.devices import spin_briefly
+from blockdiffusion.devices import spin_briefly_if_busy
 from blockdiffusion.errors import Elsewhere, UserError, reason
 from blockdiffusion.escape import say
 from blockdiffusion.files import storage_error
@@ -101,7 +101,7 @@ def main() -> None:
     So is what the system refuses: library code says more where it knows more, and whatever file
     nobody thought of is told here.
     """
-    spin_briefly()
+    spin_briefly_if_busy()
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):  # what its encoding lacks is written as \xe9
             output.reconfigure(errors="backslashreplace")
