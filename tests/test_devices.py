@@ -69,9 +69,12 @@ def test_the_command_lets_waiting_threads_sleep_on_a_busy_machine(given, spins, 
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run(
-        [sys.executable, "-c", WAITING, "busy" if busy else "quiet"], env=environment | given, capture_output=True, text=True,
+        [sys.executable, "-c", WAITING, "busy" if busy else "quiet"],
+        env=environment | given,
+        capture_output=True,
+        text=True,
         check=True,
-    )  # fmt: skip
+    )
     if not busy:
         spins = given.get("GOMP_SPINCOUNT")
     assert done.stdout.split() == [str(spins), "False"]
