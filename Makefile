@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(BIN)/blockdiff prepare python-docs --out $(DEMO)-data
 	$(BIN)/blockdiff train recipes/demo.yaml $$(test -e $(DEMO)/config.yaml && echo --resume)
 	$(BIN)/blockdiff eval $(DEMO) --data $(DEMO)-data --estimator exact --json $(DEMO)/eval.json
-	$(BIN)/blockdiff sample $(DEMO) --stream --seed 1 --top-p 0.9 --max-new-tokens 96 --prompt "Return the "
+	$(BIN)/blockdiff sample $(DEMO) --stream --seed 1 --top-p 0.9 --max-new-tokens 96 --prompt "Return the"
 	$(BIN)/blockdiff report $(DEMO)
 	@echo "Open $(DEMO)/report.html in a browser."
 
