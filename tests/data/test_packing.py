@@ -381,7 +381,7 @@ def test_documents_that_cannot_be_read_are_counted(tmp_path):
     file.write_text("\n".join(rows))
     bad.write_text('{"text": 1}\n{"text": "a document to validate with, of one row"}\n')
     changes = dict(valid=(str(bad),), tokenizer="bpe:258")
-    with pytest.raises(UserError, match=r"line 2 of .*null.*, or leave .* by skip_invalid$"):
+    with pytest.raises(UserError, match=r"line 2 of .*null.*, or leave .* \(--skip-invalid N\)$"):
         run(file, tmp_path / "out", **changes)
     with pytest.raises(UserError, match=r"line 1 of .*b\.jsonl .*which has left out 10 already$"):
         run(file, tmp_path / "out", skip_invalid=10, **changes)

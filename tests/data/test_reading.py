@@ -102,7 +102,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, path):
 
 def test_a_file_that_becomes_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr("blockdiffusion.files.check_regular", lambda path: None)
+    monkeypatch.setattr("blockdiffusion.files.check_regular", lambda *arguments: None)
     with open_regular(tmp_path / "fifo") as file:
         assert file.read() == b""
 
