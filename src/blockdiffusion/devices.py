@@ -82,15 +82,16 @@ def spin_briefly_if_busy() -> None:
 def is_busy() -> bool:
     """Whether other programs leave fewer cores than this process may use; False where Linux's
     /proc is missing."""
-    running = []
     try:
-        for _ in range(5):  # what runs in all of them is no passer-by
+        spare = (os.cpu_count() or 1) - len(os.sched_getaffinity(0))
+        for _ in range(5):  # a program that runs each time is no passer-by
             found = re.search(r"procs_running (\d+)", Path("/proc/stat").read_text())
-            running.append(int(found[1]) - 1 if found else 0)
+            if found is None or int(found[1]) - 1 <= spare:
+                return False
             time.sleep(0.004)
-        return min(running) + len(os.sched_getaffinity(0)) > (os.cpu_count() or 1)
     except (OSError, AttributeError):
         return False
+    return True
 
 
 COMPILATIONS = 64  # of one function, each for other shapes

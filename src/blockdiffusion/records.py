@@ -1,9 +1,9 @@
 """JSON and YAML that anybody may have touched, read strictly: bounded, whole, and of known types.
 
 Nothing is guessed and nothing is dropped: a key that is given twice or is not known, a value of
-another type, a text of another encoding are each one sentence. Sizes
-are bounded before anything is parsed, depth and the number of values while it is: no file takes
-more than seconds, and memory in proportion to its size.
+another type, a text of another encoding are each one sentence. Sizes are bounded before anything
+is parsed, depth and the number of values while it is: no file takes more than seconds, and memory
+in proportion to its size.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def read_yaml(path: Path, instead: str) -> dict[str, Any]:
         return as_object(parse_yaml(_text(read_bytes(path, 4 * MOST_YAML))))
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def byte_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file, one after the other; one that is too long comes in pieces.
 
     Raises:
@@ -203,7 +203,7 @@ def json_lines(path: Path, *, finite: bool = True) -> Iterator[dict[str, Any]]:
     Raises:
         UserError: the file cannot be read.
     """
-    for line in read_lines(path):
+    for line in byte_lines(path):
         try:
             yield as_object(parse_json(line, finite=finite))
         except Damaged:

@@ -33,14 +33,8 @@ WEIGHTS = "auto float32 float64 bf16"
 POLICIES = "first-hitting ancestral random confidence margin entropy remask analytic"
 
 MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
-DEVICE = Annotated[
-    str,
-    choice("auto, cpu, cuda or mps.", "auto cpu cuda mps"),
-]
-DTYPE = Annotated[
-    str,
-    choice("Weights: auto (as saved), float32, float64 or bf16.", WEIGHTS),
-]
+DEVICE = Annotated[str, choice("auto, cpu, cuda or mps.", "auto cpu cuda mps")]
+DTYPE = Annotated[str, choice("Weights: auto (as saved), float32, float64 or bf16.", WEIGHTS)]
 SAMPLING_DTYPE = Annotated[
     str,
     choice(

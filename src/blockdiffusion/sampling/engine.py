@@ -98,10 +98,17 @@ class _Request:
     """Where a request stands. `ids` are the prompt and the finished blocks; `num_read` of them are
     in the cache. The block in work begins at `start`, and its first `given` tokens are in `ids`."""
 
-    def __init__(self, id: int, ids: list[int], options: SamplingOptions, streams: RowStreams):
-        self.id, self.ids, self.options, self.streams = id, ids, options, streams
+    def __init__(
+        self,
+        id: int,
+        ids: list[int],
+        prompt_text: list[Given],
+        options: SamplingOptions,
+        streams: RowStreams,
+    ):
+        self.id, self.ids, self.prompt_text = id, ids, prompt_text
+        self.options, self.streams = options, streams
         self.prompt_tokens = len(ids)
-        self.prompt_text: list[Given] = []
         self.limit = len(ids) + options.max_new_tokens
         self.num_read = self.nfe = self.start = self.given = 0
         self.course: Course | None = None
@@ -252,8 +259,8 @@ class Engine:
             )
         generator = seeded(fresh_seed() if seed is None else seed)
         streams = row_streams(generator, prompts, self.model.config.block_size)
-        request = _Request(self._next_id, list(prompts[0]), sampling, streams)
-        request.prompt_text = given_prompt(prompt, request.prompt_tokens)
+        text = given_prompt(prompt, len(prompts[0]))
+        request = _Request(self._next_id, list(prompts[0]), text, sampling, streams)
         self._next_id += 1
         self._waiting.append(request)
         return request.id

@@ -172,21 +172,28 @@ class BlockBatch:
         self.size = model.config.block_size
         self.streams = row_streams(generator, prompts, self.size)
         self.mask_id = model.config.mask_id
-        device = model.device
         self.prompts_B = torch.tensor([len(p) for p in prompts])
         self.limits_B = self.prompts_B + options.max_new_tokens
-        longest = -(-int(self.limits_B.max()) // self.size) * self.size
-        self.ids_BT = torch.full((len(prompts), longest), self.mask_id, device=device)
+        shape = (len(prompts), self.columns())
+        self.ids_BT = torch.full(shape, self.mask_id, device=model.device)
         for row, prompt in enumerate(prompts):
-            if len(prompt):
-                self.ids_BT[row, : len(prompt)] = torch.as_tensor(prompt, device=device)
+            self.ids_BT[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
         self.ends_B = self.prompts_B.clone()
         self.active = torch.arange(len(prompts))
         self.starts_R = self.first_starts()
-        kind = CachedContext if options.use_cache else RecomputedContext
-        self.context = kind(model, len(prompts), longest, options.window)
+        self.context = self.past(model, options)
         self.nfe_B = self.context.read_on(self.ids_BT, self.starts_R)
         self.block_RS = self.new_RS = torch.empty(0)
+
+    def columns(self) -> int:
+        """Tokens of the longest row, whole blocks."""
+        return -(-int(self.limits_B.max()) // self.size) * self.size
+
+    def past(self, model: Denoiser, options: SamplingOptions) -> CachedContext | RecomputedContext:
+        """The clean past of all rows, empty."""
+        kind = CachedContext if options.use_cache else RecomputedContext
+        rows, longest = self.ids_BT.shape
+        return kind(model, rows, longest, options.window)
 
     def first_starts(self) -> torch.Tensor:
         """Where every row's first block with something to sample begins."""

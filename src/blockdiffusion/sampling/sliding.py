@@ -27,7 +27,6 @@ from blockdiffusion.sampling.loop import (
     check_request,
     denoise_block,
 )
-from blockdiffusion.sampling.streams import row_streams
 
 
 def has_one_block(model: Denoiser) -> bool:
@@ -80,6 +79,9 @@ def sample_sliding(
 class _Frame(CachedContext):
     """One block without a past: nothing is ever committed."""
 
+    def read_on(self, ids_RT: torch.Tensor, counts_R: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(counts_R)
+
     def commit(self, clean_RS: torch.Tensor) -> None:
         pass
 
@@ -95,23 +97,22 @@ class _SlidingBatch(BlockBatch):
         generator: torch.Generator,
         stride: int,
     ):
-        self.size, self.stride = model.config.block_size, stride
-        self.streams = row_streams(generator, prompts, self.size)
-        self.mask_id = model.config.mask_id
-        self.prompts_B = torch.tensor([len(prompt) for prompt in prompts])
-        self.limits_B = self.prompts_B + options.max_new_tokens
-        longest = max(int(self.limits_B.max()) + stride, self.size)  # the last frame may stick out
-        self.ids_BT = torch.full((len(prompts), longest), self.mask_id, device=model.device)
-        for row, prompt in enumerate(prompts):
-            self.ids_BT[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-        self.ends_B = self.prompts_B.clone()
-        self.active = torch.arange(len(prompts))
-        # A prompt that does not fill the frame is followed by masks; of a longer one the end stays.
-        kept = self.size - stride
-        self.starts_R = torch.where(self.prompts_B < self.size, 0, self.prompts_B - kept)
-        self.context = _Frame(model, len(prompts), self.size, None)
-        self.nfe_B = torch.zeros_like(self.prompts_B)
-        self.block_RS = self.new_RS = torch.empty(0)
+        self.stride = stride
+        super().__init__(model, prompts, options, generator)
+
+    def columns(self) -> int:
+        """See `BlockBatch`; the last frame may stick out."""
+        return max(int(self.limits_B.max()) + self.stride, self.size)
+
+    def past(self, model: Denoiser, options: SamplingOptions) -> CachedContext:
+        """See `BlockBatch`."""
+        return _Frame(model, len(self.ids_BT), self.size, None)
+
+    def first_starts(self) -> torch.Tensor:
+        """See `BlockBatch`. A prompt that does not fill the frame is followed by masks; of a longer
+        one the end stays."""
+        kept = self.size - self.stride
+        return torch.where(self.prompts_B < self.size, 0, self.prompts_B - kept)
 
     def open_block(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The current frame of every active row: ids, what is masked, what will be kept."""

@@ -27,10 +27,10 @@ from blockdiffusion.records import (
     Damaged,
     as_object,
     build,
+    byte_lines,
     ends_cut_short,
     json_lines,
     parse_json,
-    read_lines,
 )
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule
@@ -408,7 +408,7 @@ def read_samples(path: Path) -> list[Sample]:
         UserError: there is no such file, no sample in it, or a line without a text.
     """
     samples: dict[Any, tuple[int, Sample]] = {}
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(byte_lines(path), 1):
         if not line.strip():
             continue
         try:
