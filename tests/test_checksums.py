@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 import blockdiffusion
@@ -20,16 +19,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.models.tensors import write_safetensors
 from blockdiffusion.verify import verify
 from tests.command import blockdiff
-
-TEXT = "".join(f"The cat {i} sat on the mat, as {i % 7} of them do.\n\n" for i in range(99))
-RECIPE = {
-    "model": {"num_layers": 1, "width": 8, "num_heads": 1, "cond_dim": 4, "dropout": 0.0},
-    "train": {"steps": 4, "batch_size": 2, "threads": 1},
-    "optim": {"warmup_steps": 1},
-    "eval": {"every": None},
-    "sample": {"every": None},
-    "checkpoint": {"every": 2},
-}
+from tests.tiny import TEXT, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +30,10 @@ def whole(tmp_path_factory):
         seq_len=16, tokenizer="byte", packing="document", documents="blank-line", num_workers=1
     )
     prepare([str(folder / "text.txt")], folder / "data", options)
-    recipe = RECIPE | {"data": {"path": str(folder / "data")}, "out": str(folder / "run")}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    made = blockdiff("train", folder / "recipe.yaml")
+    recipe = write_recipe(
+        folder / "recipe.yaml", folder / "data", folder / "run", steps=4, checkpoint={"every": 2}
+    )
+    made = blockdiff("train", recipe)
     assert made.returncode == 0, made.stderr
     return folder
 

@@ -32,6 +32,7 @@ from blockdiffusion.schedules import SCHEDULES
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
 from tests.evaluate.judges import save_gpt2
+from tests.tiny import stop_at_third_group
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not the first time.\n\n" * 300
 RECIPE = {
@@ -100,15 +101,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(place, tmp_path, monkeyp
     files = [tmp_path / "whole.json", tmp_path / "killed.json"]
     options = ("eval", place / "run", "--data", place / "data", "--samples", 2, "--per-row")
     assert blockdiff(*options, "--json", files[0]).returncode == 0
-    real, groups = likelihood_module._Replicates._masked, []
-
-    def killed(*arguments):
-        groups.append(1)
-        if len(groups) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(likelihood_module._Replicates, "_masked", killed)
+    stop_at_third_group(monkeypatch)
     assert blockdiff(*options, "--json", files[1]).returncode == 130
     journal = tmp_path / "killed.json.journal"
     assert journal.read_text().count('"name"') == 2 and not files[1].exists()

@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 
 import pytest
-import yaml
 
 import blockdiffusion.evaluate.likelihood as likelihood_module
 from blockdiffusion.checksums import NOTES, SUMS
@@ -14,28 +13,25 @@ from blockdiffusion.data import packing
 from blockdiffusion.train.checkpoint import holds_run
 from tests.command import blockdiff
 from tests.faulty_disk import FaultyDisk
+from tests.tiny import TEXT, write_recipe
 
 TIMES = {"seconds", "tokens_per_second", "tflops_per_second", "peak_share"}
-TEXT = "".join(f"The cat {i} sat on the mat, as {i % 7} of them do.\n\n" for i in range(60))
-RECIPE = {
-    "model": {"num_layers": 1, "width": 8, "num_heads": 1, "cond_dim": 4, "dropout": 0.0},
-    "train": {"steps": 2, "batch_size": 2, "threads": 1},
-    "optim": {"warmup_steps": 1},
-    "eval": {"every": 2, "rows": 2, "samples": 2},
-    "sample": {"every": None},
-    "checkpoint": {"every": 1, "keep": 1},
-}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Text, prepared data, and a run, outside the folder whose disk fails."""
     folder = tmp_path_factory.mktemp("whole")
-    (folder / "text.txt").write_text(TEXT)
+    (folder / "text.txt").write_text(TEXT[:2900])
     assert prepare(folder, folder / "data").returncode == 0
-    recipe = RECIPE | {"data": {"path": str(folder / "data")}, "out": str(folder / "run")}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert blockdiff("train", folder / "recipe.yaml").returncode == 0
+    recipe = write_recipe(
+        folder / "recipe.yaml",
+        folder / "data",
+        folder / "run",
+        eval={"every": 2, "rows": 2, "samples": 2},
+        checkpoint={"every": 1, "keep": 1},
+    )
+    assert blockdiff("train", recipe).returncode == 0
     return folder
 
 

@@ -7,19 +7,11 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-import yaml
 
 from blockdiffusion.cli import COMMANDS
 from tests.command import blockdiff
+from tests.tiny import TEXT, write_recipe
 
-TEXT = "".join(f"The cat {i} sat on the mat, as {i % 7} of them do.\n\n" for i in range(99))
-RECIPE = {
-    "model": {"num_layers": 1, "width": 8, "num_heads": 1, "cond_dim": 4, "dropout": 0.0},
-    "train": {"steps": 2, "batch_size": 2, "threads": 1},
-    "optim": {"warmup_steps": 1},
-    "eval": {"every": None},
-    "sample": {"every": None},
-}
 # `{}` is the place; capitals are files that are there, NEW may be made.
 LINES = """
 prepare {} --out NEW --tokenizer byte
@@ -101,8 +93,7 @@ def place(tmp_path_factory):
     made = blockdiff("prepare", folder / "TEXT", "--out", folder / "DATA", "--tokenizer", "byte",
                      "--seq-len", 16, "--documents", "blank-line", "--workers", 1)  # fmt: skip
     assert made.returncode == 0, made.stderr
-    recipe = RECIPE | {"data": {"path": str(folder / "DATA")}, "out": str(folder / "RUN")}
-    (folder / "RECIPE").write_text(yaml.safe_dump(recipe))
+    write_recipe(folder / "RECIPE", folder / "DATA", folder / "RUN")
     for name, seed in (("RUN", 0), ("JUDGE", 1)):
         made = blockdiff("train", folder / "RECIPE", f"out={folder / name}", f"train.seed={seed}")
         assert made.returncode == 0, made.stderr
@@ -123,7 +114,7 @@ def places(folder):
         "a long name": folder / ("n" * 300),
         "a long path": folder / "/".join(["d" * 100] * 50),
         "null": "a\0b",
-        "a lone half of a character": "/tmp/a\ud800b",
+        "a lone half of a character": "a\ud800b",
         "links in a circle": folder / "circle",
         "read-only": "/proc/self/x",
     }

@@ -18,17 +18,8 @@ import yaml
 import blockdiffusion.evaluate.likelihood as likelihood_module
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
+from tests.tiny import TEXT, stop_at_third_group, write_recipe
 
-TEXT = "The quick brown fox jumps over the lazy dog; it was not the first time.\n\n" * 60
-RECIPE = {
-    "model": {"num_layers": 1, "width": 8, "num_heads": 1, "cond_dim": 4, "dropout": 0.0},
-    "train": {"steps": 2, "batch_size": 2, "threads": 1},
-    "optim": {"warmup_steps": 1},
-    "search": {"every": 1, "widths": [0.5], "rows": 2, "batch_size": 1, "replicates": 2},
-    "eval": {"every": 2, "rows": 2, "samples": 2},
-    "sample": {"every": 2, "max_new_tokens": 4},
-    "checkpoint": {"every": 1},
-}
 WRONG = {
     "null": None,
     "text": "text",
@@ -116,8 +107,15 @@ def place(tmp_path_factory):
     (folder / "text.txt").write_text(TEXT)
     prepare = ("prepare", "{p}/text.txt", "--out", "{p}/data", "--tokenizer", "byte", "--seq-len",
                "16", "--documents", "blank-line", "--workers", "1")  # fmt: skip
-    recipe = RECIPE | {"out": str(folder / "run"), "data": {"path": str(folder / "data")}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_recipe(
+        folder / "recipe.yaml",
+        folder / "data",
+        folder / "run",
+        search={"every": 1, "widths": [0.5], "rows": 2, "batch_size": 1, "replicates": 2},
+        eval={"every": 2, "rows": 2, "samples": 2},
+        sample={"every": 2, "max_new_tokens": 4},
+        checkpoint={"every": 1},
+    )
     judge = ("train", "{p}/recipe.yaml", "out={p}/judge", "train.seed=5")
     for command in (prepare, ("train", "{p}/recipe.yaml"), judge):
         made = run(folder, command)
@@ -142,18 +140,6 @@ def place(tmp_path_factory):
 def whole_of(folder: Path) -> Path:
     """Where the files are kept as they were."""
     return folder.with_name(folder.name + "-whole")
-
-
-def stop_at_third_group(patch: pytest.MonkeyPatch) -> None:
-    real, groups = likelihood_module._Replicates._masked, []
-
-    def stopped(*arguments):
-        groups.append(1)
-        if len(groups) == 3:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    patch.setattr(likelihood_module._Replicates, "_masked", stopped)
 
 
 # --- what is changed -----------------------------------------------------------------------------

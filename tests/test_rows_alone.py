@@ -10,16 +10,11 @@ from blockdiffusion.denoiser import causal_nll
 from blockdiffusion.diffusions import diffusion_of
 from blockdiffusion.seeding import seeded
 from blockdiffusion.train.loss import DiffusionLoss
+from tests.tiny import NOISES
 
-TIMED = dict(time_conditioning=True)
-MODELS = {
-    "masked": {},
+MODELS = NOISES | {
     "one token": dict(block_size=1),
     "one block": dict(block_size=16),
-    "timed": TIMED,
-    "sedd": dict(objective="score_entropy", **TIMED),
-    "absorbing": dict(objective="d3pm", timesteps=5, **TIMED),
-    "uniform": dict(objective="d3pm", transition="uniform", timesteps=3, **TIMED),
     "autoregressive": dict(objective="autoregressive", adaln=False, block_size=1),
 }
 POLICIES = [

@@ -12,16 +12,9 @@ from blockdiffusion import Engine, UserError
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.sampling.engine import BlockDone, Finished, Revealed
 from tests.sampling.laws import FALSE_ALARM, law_of, p_value, seeded
+from tests.tiny import NOISES
 
-TIMED = dict(time_conditioning=True)
-KINDS = {
-    "masked": {},
-    "causal": dict(clean_attention="causal"),
-    "timed": TIMED,
-    "sedd": dict(objective="score_entropy", **TIMED),
-    "absorbing": dict(objective="d3pm", timesteps=5, **TIMED),
-    "uniform": dict(objective="d3pm", transition="uniform", timesteps=3, **TIMED),
-}
+KINDS = NOISES | {"causal": dict(clean_attention="causal")}
 MASKED = [
     {},
     dict(policy="ancestral", steps=2),
