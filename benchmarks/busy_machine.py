@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SETTINGS = {
-    "as OpenMP comes": {},
+    "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "spins 0": {"GOMP_SPINCOUNT": "0"},
     "spins 1,000": {"GOMP_SPINCOUNT": "1000"},
