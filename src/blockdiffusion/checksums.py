@@ -1,8 +1,8 @@
-"""Checksums of what is written, in a file beside it that `sha256sum -c` reads, too.
+"""Checksums of written files, kept beside them in a format that `sha256sum -c` reads.
 
-A directory without one is another program's, or older; then nothing is compared. Hashing a file
-takes longer than reading it, so that what was found whole is noted (`NOTES`) with size, dates and
-number of the file, and not read again while these stay the same.
+A directory without checksums is older or comes from another program; nothing is compared there.
+Hashing takes longer than reading, so a verified file is noted (`NOTES`) with its size, dates and
+inode, and is not read again until one of these changes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Report = Callable[[str, int, int | None], None]  # as `data.packing.Progress`
 
 
 class Changed(UserWarning):
-    """A file that is used is not what was written."""
+    """A file in use differs from what was written."""
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
@@ -39,7 +39,7 @@ def silent(stage: str, done: int, total: int | None) -> None:
 
 
 def sha256_of(path: Path, read: Callable[[int], None] = lambda count: None) -> str:
-    """The sha256 of a file; `read` is told the size of each piece."""
+    """Returns the sha256 of a file, calling `read` with the size of each piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(PIECE):
@@ -49,7 +49,7 @@ def sha256_of(path: Path, read: Callable[[int], None] = lambda count: None) -> s
 
 
 def sums_of(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The sums of the files in a folder by name; those that are `known` are not read."""
+    """Returns the checksums of the files in a folder by name; `known` ones are not read."""
     known = known or {}
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     left_out = {SUMS, *REWRITTEN}
@@ -67,7 +67,7 @@ def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
-    """What `SHA256SUMS` says, by file; None where there is none.
+    """Reads `SHA256SUMS` into sums by file name; returns None if there is no such file.
 
     A line that says nothing about a file in the folder is told as a sum of `SHA256SUMS` itself,
     which no file has: so it is found to be damaged.
@@ -90,7 +90,7 @@ def read_sums(folder: Path) -> dict[str, str] | None:
 def differing(
     folder: Path, sums: Mapping[str, str], report: Report = silent, *, remember: bool = False
 ) -> list[str]:
-    """The names of the files that are missing or are not what `sums` says.
+    """Returns the names of the files that are missing or differ from `sums`.
 
     Args:
         report: told bytes read, of how many.
@@ -119,7 +119,7 @@ def differing(
 
 
 def check_files(folder: Path, sums: Mapping[str, str], remedy: str, report: Report) -> None:
-    """Refuses files that are not what `sums` says; what was found whole is remembered.
+    """Refuses files that differ from `sums`, and remembers those that do not.
 
     Of several processes the first looks.
 
@@ -131,7 +131,7 @@ def check_files(folder: Path, sums: Mapping[str, str], remedy: str, report: Repo
 
 
 def warn_of_changes(folder: Path) -> None:
-    """Warns where files of a model's folder are not what was written: they may be meant so.
+    """Warns about changed files in a model's folder; the user may have meant the change.
 
     Of several processes the first looks.
     """
@@ -146,19 +146,19 @@ def warn_of_changes(folder: Path) -> None:
 
 
 def named(folder: Path, bad: Iterable[str]) -> str:
-    """What is wrong with some files, as the beginning of a sentence."""
+    """Returns the beginning of a sentence about damaged files."""
     first, *more = (str(folder / name) for name in bad)
     others = f" (and {len(more)} more: {', '.join(more[:3])})" if more else ""
     return f"{first} is damaged or was changed: it is not what its sha256 says{others}"
 
 
 def accept(folder: Path) -> str:
-    """How to say that a change was meant."""
+    """Returns how a user confirms a change."""
     return f"if you changed it yourself, say so by `blockdiff verify {folder} --update`"
 
 
 def _state(path: Path, sha256: str) -> list[Any]:
-    """What tells a file and its sum from another; empty where there is no file."""
+    """Returns what identifies a file and its sum; an empty list if there is no file."""
     if not path.is_file():
         return []
     status = os.stat(path)

@@ -42,15 +42,15 @@ Stratify = Literal["none", "batch", "row"]
 
 @dataclass(frozen=True)
 class Corrupted:
-    """N noisy copies of every row, and what each of their tokens counts.
+    """N noisy copies of every row, with the loss weight of each token.
 
     sum(weight * term) over a row, divided by N, estimates the row's NELBO in nats.
 
     Attributes:
         noisy_BNL: ids.
         weight_BNL: loss weight, 0 where not scored.
-        scored_BNL: bool, the positions that have a term: those that the draw masked or, under
-            uniform noise, could have changed. Ids do not tell: padding may hold the mask token.
+        scored_BNL: bool, the positions that have a loss term: those that the draw masked or, with
+            uniform noise, could have changed. Ids do not show it: padding may hold the mask token.
         prob_BNK: the probability p(t) with which every block's tokens were corrupted, which a
             time-conditioned network reads (as sigma); None where t is integrated out.
         before_BNK: the same one step earlier in time (closer to the text), where time is discrete.
@@ -75,7 +75,7 @@ class Corrupted:
         )
 
     def to(self, device: torch.device) -> Corrupted:
-        """The same on a device, but for the probabilities."""
+        """Moves everything except the probabilities to a device."""
         return replace(
             self,
             noisy_BNL=self.noisy_BNL.to(device),
@@ -639,7 +639,7 @@ def uniform_tokens(
 
 
 def without_mask(number: torch.Tensor, mask_id: int) -> torch.Tensor:
-    """The ids of the tokens that are no mask, by their number among those."""
+    """Returns token ids from their number among all tokens except the mask."""
     return number + (number >= mask_id)
 
 

@@ -157,8 +157,8 @@ def masked_nll(
     """-log p(x_l | noisy block, clean past) in nats at scored positions, 0 elsewhere; (B, N, L).
 
     Args:
-        scored_BNL: bool, masked positions (all of them, or some), the only ones with logits. Other
-            tokens may equal the mask token, as padding does in places.
+        scored_BNL: bool, the masked positions to score, all or some; only they get logits. Other
+            positions may hold the mask token too, as padding may.
     """
     mask_id = model.config.mask_id
     target_M = clean_BL[:, None].expand_as(noisy_BNL)[scored_BNL]

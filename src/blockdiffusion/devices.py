@@ -1,4 +1,4 @@
-"""Which device to use, how its memory is to be kept, and how its threads wait."""
+"""Choice of the device, reuse of freed memory, and waiting threads."""
 
 from __future__ import annotations
 
@@ -66,25 +66,25 @@ SPINS = 1000  # turns of a loop: some microseconds
 
 
 def spin_briefly_if_busy() -> None:
-    """On a busy machine, lets threads that wait for others of this process sleep soon.
+    """On a busy machine, lets waiting threads of this process sleep after a short spin.
 
-    To be called before PyTorch is imported. GNU's OpenMP has a thread turn in a loop for
-    milliseconds between two parallel parts of a network. On a quiet machine that saves waking it.
-    On a busy one it holds the core that the partner it waits for needs, and both stand still. The
-    number of threads stays: the last digits of results may depend on it.
+    Call it before PyTorch is imported. Between two parallel regions GNU OpenMP lets a thread spin
+    for milliseconds. On a quiet machine this saves waking the thread. On a busy machine the spin
+    occupies the core that the other thread needs, and neither makes progress. The number of threads
+    does not change, because the last digits of results may depend on it.
 
-    What the environment says already (`GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`) counts.
+    Values that the environment sets (`GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`) take precedence.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and is_busy():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def is_busy() -> bool:
-    """Whether other programs leave fewer cores than this process may use; False where Linux's
-    /proc is missing."""
+    """Whether other programs leave this process fewer cores than it may use; False without
+    Linux's /proc."""
     try:
         spare = (os.cpu_count() or 1) - len(os.sched_getaffinity(0))
-        for _ in range(5):  # a program that runs each time is no passer-by
+        for _ in range(5):  # programs that run only briefly do not count
             found = re.search(r"procs_running (\d+)", Path("/proc/stat").read_text())
             if found is None or int(found[1]) - 1 <= spare:
                 return False

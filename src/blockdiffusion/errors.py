@@ -33,7 +33,7 @@ class Elsewhere(Exception):
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it: short, whatever it is."""
+    """Returns a value as a message quotes it: short, whatever its type and size."""
     if value is None:
         return "null"
     if isinstance(value, int) and not -WIDEST < value < WIDEST:
@@ -43,13 +43,13 @@ def shown(value: Any) -> str:
 
 
 def few(items: Sequence[str]) -> str:
-    """The first three of many things, and how many more there are."""
+    """Names the first three items and counts the rest."""
     more = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed that is not ours: its first line, cut; its class where it has none."""
+    """Returns the first line of another library's error, truncated, or the error's class."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 

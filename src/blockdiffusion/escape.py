@@ -25,12 +25,12 @@ _ENTITY = re.compile(r"&(?=#?\w+;)")
 
 
 def terminal(text: str) -> str:
-    """Signs such as `\\x1b` in place of what would steer a terminal; newlines and tabs stay."""
+    """Replaces control characters by signs such as `\\x1b`; newlines and tabs stay."""
     return _FOR_TERMINAL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def for_stream(text: str, stream: IO[str]) -> str:
-    """As `terminal` has it where the stream is one; elsewhere the text as it is."""
+    """Applies `terminal` if the stream is a terminal; returns the text unchanged otherwise."""
     return terminal(text) if stream.isatty() else text
 
 
@@ -42,7 +42,7 @@ def say(text: str, *, err: bool = False, end: str = "\n") -> None:
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A CSV file of a line for each row; what a row does not have, or None, is empty.
+    """Returns a CSV file with one line per row; missing values and None become empty cells.
 
     Text that a spreadsheet would take for a formula gets an apostrophe before it.
     """
@@ -63,18 +63,18 @@ def _csv_cell(value: Any) -> Any:
 
 
 def markdown(text: object) -> str:
-    """One line of text without tags and links; what marks it up otherwise stays."""
+    """Returns one line of text without tags and links; other markup stays."""
     line = " ".join(markdown_prose(_ENTITY.sub("&amp;", str(text))).split())
     return line.replace("](", "]\\(")
 
 
 def markdown_prose(text: str) -> str:
-    """Markdown that somebody wrote by hand, without its tags."""
+    """Returns handwritten Markdown without its tags."""
     return _TAG.sub("&lt;", _FOR_FILES.sub("\ufffd", text))
 
 
 def markdown_table(rows: Iterable[Iterable[object]]) -> list[str]:
-    """The lines of a table; the second row holds the rules below the heads."""
+    """Returns the lines of a table; the second row holds the rules below the headings."""
     return [f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows]
 
 

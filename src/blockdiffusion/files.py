@@ -35,7 +35,7 @@ REMEDIES = {
 
 
 def irregular(status: os.stat_result) -> str | None:
-    """What a path is, in words, if it is no regular file with something in it."""
+    """Names the kind of a path that is not a regular file with content; None for such a file."""
     for kind, words in (
         (stat.S_ISREG, None if status.st_size else EMPTY),  # as all below /proc claim to be
         (stat.S_ISDIR, FOLDER),
@@ -48,10 +48,10 @@ def irregular(status: os.stat_result) -> str | None:
 
 
 def check_regular(path: Path, may_be_empty: bool = False) -> None:
-    """Refuses what would be waited for, or never ends; standard input may be anything.
+    """Refuses files that would block or never end; standard input may be of any kind.
 
     Raises:
-        UserError: it is no regular file, or an empty one.
+        UserError: it is not a regular file, or it is empty.
         OSError: there is none.
     """
     kind = None if GIVEN.fullmatch(str(path)) else irregular(path.stat())
@@ -82,7 +82,7 @@ def append(path: Path, buffering: int = -1) -> BinaryIO:
     """A file to add to, made where there is none.
 
     Raises:
-        UserError: a link stands there, or what is no regular file.
+        UserError: the path is a link or not a regular file.
     """
     return open(path, "ab", buffering, opener=_open_itself)  # type: ignore[return-value]
 
@@ -91,8 +91,8 @@ def _open_itself(path: str, flags: int) -> int:
     """Opens a regular file by its own name: who may place a link there must not choose the file."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a FIFO would wait
     refused = UserError(
-        f"{path} is a link or no regular file and is not written to; remove it, or choose another "
-        "place"
+        f"{path} is a link or not a regular file, so it is not written; remove it, or choose "
+        "another place"
     )
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -113,7 +113,7 @@ def refuse_no_file(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a directory; give the name of a file")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file; give the name of a file")
+        raise UserError(f"{path} is not a regular file; give the name of a file")
 
 
 @contextmanager

@@ -33,10 +33,10 @@ def generator(seed: int, *names: int | str) -> torch.Generator:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A fresh CPU `torch.Generator` of this very seed, as a caller gives it.
+    """A fresh CPU `torch.Generator` for a seed that a caller gives.
 
     Raises:
-        UserError: it is no seed.
+        UserError: the seed is out of range or not a whole number.
     """
     check_whole("seed", seed)
     if not 0 <= seed < 2**64:
@@ -45,12 +45,12 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def fresh_seed() -> int:
-    """A seed like no other."""
+    """Returns a random seed."""
     return secrets.randbits(63)
 
 
 def seed_global(seed: int, *names: int | str) -> None:
-    """Sets PyTorch's own streams, which dropout and initial weights draw from, to the stream
+    """Seeds PyTorch's global generators, which dropout and initial weights use, with the stream
     `names` of `seed`."""
     import torch
 
@@ -63,11 +63,10 @@ def _named(seed: int, names: tuple[int | str, ...]) -> str:
 
 
 def _expanded(name: str) -> torch.Generator:
-    """A generator whose whole state is drawn from the name by SHAKE-256.
+    """Creates a generator whose whole state is the SHAKE-256 hash of the name.
 
-    PyTorch's own `manual_seed` fills the state of its Mersenne twister from the lowest 32 bits of a
-    seed: seeds that differ above them give the same numbers, and of 100,000 named streams two are
-    likely to be one.
+    PyTorch's `manual_seed` uses only the lowest 32 bits of a seed for its Mersenne Twister: seeds
+    that differ in higher bits give equal numbers, and of 100,000 named streams two probably agree.
     """
     import torch
 

@@ -52,7 +52,7 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     except UnicodeEncodeError as error:
         before = text[max(0, error.start - 20) : error.start]
         raise UserError(
-            f"a text holds what is no UTF-8, behind {before!r} (character {error.start + 1}); give "
+            f"a text is not UTF-8 after {before!r} (character {error.start + 1}); give "
             "text in UTF-8, from a terminal or a program that writes it"
         ) from None
     return list(tokenizer.encode(text, add_special_tokens=False))

@@ -98,8 +98,8 @@ def _options(
 def main() -> None:
     """Runs the command line; a user's mistake is one sentence and exit code 2.
 
-    So is what the system refuses: library code says more where it knows more, and whatever file
-    nobody thought of is told here.
+    So is an error of the system. Library code explains the errors that it expects; this function
+    reports all others.
     """
     spin_briefly_if_busy()
     for output in (sys.stdout, sys.stderr):
@@ -131,11 +131,11 @@ def main() -> None:
             _fail("there is not enough memory for this: ask for fewer rows, samples or tokens")
         if not NO_PATH.search(str(error)):
             raise
-        _fail(f"the name of a file is none ({reason(error)}); give another name")
+        _fail(f"a path cannot be used ({reason(error)}); give another one")
 
 
 def _as_recipe_key(error: Any) -> str | None:
-    """What to write instead of an option that is a key of a recipe."""
+    """Tells how to write a recipe's key that was given as an option; None for other options."""
     option, command = getattr(error, "option_name", None), getattr(error.ctx, "info_name", None)
     if option is None or command not in ("plan", "train"):
         return None
@@ -146,7 +146,7 @@ def _as_recipe_key(error: Any) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Python, NumPy and PyTorch on its devices say it in their own ways."""
+    """Recognizes the messages of Python, NumPy and PyTorch for a failed allocation."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
@@ -161,7 +161,7 @@ def _fail(message: str) -> None:
 def _show_warning(
     message: Any, category: type[Warning], filename: str, lineno: int, *more: Any
 ) -> None:
-    """A warning to the user as a sentence; one to a programmer as usual."""
+    """Prints a warning for the user as one sentence, and any other in Python's usual form."""
     if issubclass(category, Changed):
         warn(str(message))
     else:

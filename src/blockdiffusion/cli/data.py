@@ -12,7 +12,7 @@ from blockdiffusion.escape import say
 
 
 def _set_names(incomplete: str) -> list[str]:
-    """Names of data sets; where nothing is typed yet the shell offers files."""
+    """Completes names of data sets; without a first letter the shell offers files."""
     from blockdiffusion.data.registry import DATA_SETS
 
     names = (*DATA_SETS, "python-docs", "python-source")

@@ -87,8 +87,10 @@ def sample(
 
 
 def _typed(text: str | None) -> str | None:
-    """A text of the command line, where the locale (C) has no such letters but its bytes are UTF-8;
-    what is no UTF-8 either is refused when it is tokenised."""
+    """Decodes a text of the command line as UTF-8 if the locale (C) could not.
+
+    A text that is not UTF-8 either is refused when it is tokenised.
+    """
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
@@ -108,7 +110,7 @@ def _text(name: str, given: str | None, file: Path | None) -> str | None:
 
     if text_suffix(file) in JSON_SUFFIXES:
         raise UserError(
-            f"the {name} file {file} is JSON by its name, and a {name} file is read as one plain "
+            f"the {name} file {file} is named as JSON, but a {name} file is read as one plain "
             "text: put the text alone into a .txt file"
         )
     return read_text(file, f"the {name} file {file}")
@@ -154,7 +156,7 @@ def infill(
 
 
 def _used(seed: int | None) -> int:
-    """The given seed, or any."""
+    """Returns the given seed, or a fresh one."""
     from blockdiffusion.seeding import fresh_seed
 
     return fresh_seed() if seed is None else seed

@@ -15,7 +15,7 @@ from blockdiffusion.limits import check_limit
 
 
 def one_of(*values: str) -> Callable[[str], list[str]]:
-    """What the shell completes an option's value to."""
+    """Returns the function that completes an option's value in the shell."""
 
     def complete(incomplete: str) -> list[str]:
         return [value for value in values if value.startswith(incomplete)]
@@ -24,7 +24,7 @@ def one_of(*values: str) -> Callable[[str], list[str]]:
 
 
 def choice(help: str, values: str) -> Any:
-    """An option with a few values, which stand one after the other."""
+    """Declares an option with a few values, given as words."""
     return typer.Option(help=help, autocompletion=one_of(*values.split()))
 
 
@@ -177,7 +177,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def within_limits(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that checks its numbers before it begins; `limits.LIMITS` has every one."""
+    """Wraps a command so that it first checks all numbers against `limits.LIMITS`."""
 
     @functools.wraps(command)
     def call(**values: Any) -> None:

@@ -16,7 +16,7 @@ INT8 = "int8"  # besides the types of tensors
 
 
 def warn(sentence: str) -> None:
-    """Tells the user what does not stop the command."""
+    """Prints a warning; the command continues."""
     say(f"blockdiff: warning: {sentence}", err=True)
 
 
@@ -34,7 +34,7 @@ def load_model(model: str, device: str, dtype: str) -> Any:
 
 @contextmanager
 def _told_to_wait(line: str) -> Iterator[None]:
-    """Shows a line on standard error meanwhile, where a person waits in front of a terminal."""
+    """Shows a line on standard error during the block, if that is a terminal."""
     if not sys.stderr.isatty():
         yield
         return

@@ -114,7 +114,7 @@ def train(
 
 
 def recipe_key(option: str, arguments: list[str]) -> str | None:
-    """How a key of the recipe is given, where somebody wrote it as an `option`; None for others."""
+    """Tells how to give a recipe's key that was written as an `option`; None for other options."""
     from blockdiffusion.config import Recipe
     from blockdiffusion.records import dotted_keys
 

@@ -708,7 +708,7 @@ def _rectangle(
         for index, row in enumerate(rows):
             clean[index, : len(row)] = row
             valid[index, : len(row)] = True
-    clean = clean.masked_fill(~valid, 0)  # whatever padding holds, the network is not to read it
+    clean = clean.masked_fill(~valid, 0)  # the network must not read what padding holds
     missing = -clean.shape[1] % block_size
     pad = (0, missing)
     return torch.nn.functional.pad(clean, pad), torch.nn.functional.pad(valid, pad)

@@ -1,8 +1,7 @@
-"""Random numbers of samplers: every row has a stream of its own.
+"""Random numbers for samplers: every row has its own stream.
 
-A row's stream is a function of the caller's generator, of what the row is given, and of how many
-rows before it are given the same. So a row draws the same numbers alone and in any batch: which
-others it is sampled with decides nothing.
+A row's stream depends on the caller's generator, on the row's prompt, and on the number of rows
+before it with the same prompt. So a row draws the same numbers alone and in any batch.
 
 Shape suffixes: R rows, S positions of a block, M positions of a pass.
 """
@@ -20,11 +19,11 @@ CHUNK = 256  # numbers that a row draws at a time
 
 
 class RowStreams:
-    """Uniform numbers on [0, 1), float64 on the CPU, for some of the rows of a batch.
+    """Uniform numbers in [0, 1), float64 on the CPU, for some or all rows of a batch.
 
     Args:
         keys: 128 bits for every row.
-        most: numbers that a row takes at a time, at most.
+        most: the largest number of values that a row takes at once.
     """
 
     def __init__(self, keys: Sequence[bytes], most: int):
@@ -37,25 +36,25 @@ class RowStreams:
         self._rows_R = np.arange(len(keys))
 
     def of(self, rows_R: torch.Tensor) -> RowStreams:
-        """The streams of some of these rows (numbers rising); they go on where these are."""
+        """Returns the streams of some rows (in rising order), which continue from here."""
         part = object.__new__(RowStreams)
         part.__dict__ = self.__dict__ | {"_rows_R": self._rows_R[rows_R.numpy()]}
         return part
 
     def each(self, size: int) -> torch.Tensor:
-        """The next `size` numbers of every row (R, S)."""
+        """Returns the next `size` numbers of every row (R, S)."""
         rows_M = torch.arange(len(self._rows_R)).repeat_interleave(size)
         return self.at(rows_M).view(-1, size)
 
     def at(self, row_M: torch.Tensor) -> torch.Tensor:
-        """A number (M,) for every position of a pass, from the stream of its row, in order.
+        """Returns a number (M,) for every position of a pass, each from its row's stream.
 
         Args:
-            row_M: numbers of rows, on the CPU, rising.
+            row_M: the row of each position, on the CPU, in rising order.
         """
         own_M = self._rows_R[row_M.numpy()]
         used_B = self._used_B + np.bincount(own_M, minlength=len(self._used_B))
-        # What does not suffice is thrown away, so that a row's numbers depend on its own needs.
+        # A remainder that is too short is discarded, so that only the row's own demand matters.
         for row in np.flatnonzero(used_B > self._held_BC.shape[1]):
             self._sources[row].random(out=self._held_BC[row])
             used_B[row] -= self._used_B[row]
@@ -68,7 +67,7 @@ class RowStreams:
 
 
 def row_streams(generator: torch.Generator, rows: Sequence[Sequence[int]], most: int) -> RowStreams:
-    """The streams of rows that are given these ids."""
+    """Creates the streams of rows with these prompts."""
     base = torch.randint(2**63 - 1, (2,), generator=generator).numpy().tobytes()
     before: Counter[bytes] = Counter()
     keys = []
