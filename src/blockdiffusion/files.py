@@ -91,7 +91,7 @@ def _open_itself(path: str, flags: int) -> int:
     """Opens a regular file by its own name: who may place a link there must not choose the file."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a FIFO would wait
     refused = UserError(
-        f"{path} is a link or not a regular file, so it is not written; remove it, or choose "
+        f"{path} is a link or no regular file, so it is not written; remove it, or choose "
         "another place"
     )
     try:
@@ -113,7 +113,7 @@ def refuse_no_file(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a directory; give the name of a file")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a regular file; give the name of a file")
+        raise UserError(f"{path} is no regular file; give the name of a file")
 
 
 @contextmanager
