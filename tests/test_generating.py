@@ -73,7 +73,7 @@ def test_infill_keeps_a_piece_of_llamas_kind(saved):
 def test_text_that_is_not_utf8(command, saved):
     name, *text = command
     run = blockdiff(name, saved("bytes"), *text)
-    assert run.returncode == 2 and "is no UTF-8" in run.stderr
+    assert run.returncode == 2 and "is not UTF-8" in run.stderr
     assert len(run.stderr.splitlines()) == 1
 
 

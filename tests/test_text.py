@@ -192,7 +192,7 @@ def test_text_that_is_not_utf8_is_refused(kind, make_model):
         lambda text: Engine(model).submit(text, bos=False),
         lambda text: blockdiffusion.likelihood(model, [text], bos=False),
     ):
-        with pytest.raises(UserError, match=r"no UTF-8, behind 'caf' \(character 4\)"):
+        with pytest.raises(UserError, match=r"not UTF-8 after 'caf' \(character 4\)"):
             call("caf\udce9")
 
 
