@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import save_file
 
 import blockdiffusion
+from blockdiffusion.checkpoints.bd3lm import BD3LM_NAMES
 from blockdiffusion.cli import app
-from blockdiffusion.config import Recipe, load_recipe, run_training
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS
@@ -33,20 +33,20 @@ from blockdiffusion.evaluate.generation.result import (
 )
 from blockdiffusion.evaluate.generation.samples import Sample
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
-from blockdiffusion.evaluate.references.coders import CoderOptions, CoderRow, CoderTable
-from blockdiffusion.evaluate.variance.table import VarianceOptions
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
-from blockdiffusion.hardware import choose_hardware
-from blockdiffusion.models.bd3lm import BD3LM_NAMES
+from blockdiffusion.files.records import convert, describe
 from blockdiffusion.models.transformer import BlockDiffusionConfig
-from blockdiffusion.records import convert, describe
-from blockdiffusion.reproduce.paper import TABLES, find_table
-from blockdiffusion.reproduce.scales import find_scale
+from blockdiffusion.runtime.hardware import choose_hardware
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import PolicySettings
 from blockdiffusion.sampling.processes import make_process
+from blockdiffusion.studies.references.coders import CoderOptions, CoderRow, CoderTable
+from blockdiffusion.studies.reproduce.paper import TABLES, find_table
+from blockdiffusion.studies.reproduce.scales import find_scale
+from blockdiffusion.studies.variance.table import VarianceOptions
+from blockdiffusion.train.recipe import Recipe, load_recipe, run_training
+from tests.checkpoints.lightning_files import lightning, save_with_settings, settings
 from tests.evaluate.judges import save_gpt2
-from tests.models.lightning_files import lightning, save_with_settings, settings
 from tests.test_layering import LAYERS, modules
 
 ROOT = Path(__file__).parent.parent

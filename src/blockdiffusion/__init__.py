@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from blockdiffusion.checkpoints.formats import load
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
-    from blockdiffusion.models.formats import load
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
     from blockdiffusion.sampling import Engine, Generation, generate, infill, stream
 
@@ -32,7 +32,7 @@ _HOMES = {
     "generate": "blockdiffusion.sampling",
     "infill": "blockdiffusion.sampling",
     "likelihood": "blockdiffusion.evaluate.likelihood",
-    "load": "blockdiffusion.models.formats",
+    "load": "blockdiffusion.checkpoints.formats",
     "stream": "blockdiffusion.sampling",
 }
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockdiffusion import diffusions
-from blockdiffusion.config import build_model, load_recipe, to_dict
-from blockdiffusion.corruption import Bernoulli
-from blockdiffusion.costs import Network, Pass, training_flops
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
-from blockdiffusion.denoiser import masked_loss, masked_nll
+from blockdiffusion.diffusion import objectives as diffusions
+from blockdiffusion.diffusion.denoiser import masked_loss, masked_nll
+from blockdiffusion.diffusion.estimators import Bernoulli
 from blockdiffusion.errors import UserError
-from blockdiffusion.ranks import ALONE
-from blockdiffusion.seeding import generator
+from blockdiffusion.estimate.flops import Network, Pass, training_flops
+from blockdiffusion.runtime.distributed import ALONE
+from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
 from blockdiffusion.train.loop import Interrupted, Periodic, TrainOptions, accumulate_gradients
 from blockdiffusion.train.loss import DiffusionLoss, NextTokenLoss
+from blockdiffusion.train.recipe import build_model, load_recipe, to_dict
 from blockdiffusion.train.spread import Spread
 from tests import noise_oracles
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blockdiffusion.checksums import Report, check_files, read_sums, silent
 from blockdiffusion.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest
 from blockdiffusion.data.parts import id_dtype
 from blockdiffusion.data.shards import lengths_file
 from blockdiffusion.errors import UserError
-from blockdiffusion.seeding import derive_seed
+from blockdiffusion.files.checksums import Report, check_files, read_sums, silent
+from blockdiffusion.runtime.seeding import derive_seed
 
 REMEDY = "copy it again from where it was whole, or delete the directory and prepare it anew"
 MOST_EPOCHS = 1000  # in one batch; more is a slip of the keyboard, and takes all memory

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.checksums import sha256_of, sums_of, write_sums
 from blockdiffusion.data.shards import PACKERS, Shard, lengths_file
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.files import written_aside
+from blockdiffusion.files.checksums import sha256_of, sums_of, write_sums
+from blockdiffusion.files.disk import written_aside
+from blockdiffusion.files.records import Damaged, build, of_file, read_json
 from blockdiffusion.limits import MOST_COUNT, check_limits
-from blockdiffusion.records import Damaged, build, of_file, read_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

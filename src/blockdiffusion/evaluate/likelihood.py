@@ -19,8 +19,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 
-from blockdiffusion.corruption import T_MIN, Bernoulli, Estimator, all_copies
-from blockdiffusion.denoiser import (
+from blockdiffusion.diffusion.denoiser import (
     Denoiser,
     NextTokenModel,
     bos_id,
@@ -28,15 +27,16 @@ from blockdiffusion.denoiser import (
     is_autoregressive,
     row_groups,
 )
-from blockdiffusion.diffusions import diffusion_of
+from blockdiffusion.diffusion.estimators import T_MIN, Bernoulli, Estimator, all_copies
+from blockdiffusion.diffusion.exact import enumeration_is_cheap, exact_blocks, num_subsets
+from blockdiffusion.diffusion.objectives import diffusion_of
+from blockdiffusion.diffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
-from blockdiffusion.exact import enumeration_is_cheap, exact_blocks, num_subsets
 from blockdiffusion.limits import check_limit
-from blockdiffusion.orders import draw_orders, order_bound, order_nll
-from blockdiffusion.ranks import ALONE, Team
+from blockdiffusion.runtime.distributed import ALONE, Team
+from blockdiffusion.runtime.seeding import generator as seeded_generator
 from blockdiffusion.sampling.requests import as_ids
-from blockdiffusion.seeding import generator as seeded_generator
 from blockdiffusion.text import encode_text
 
 MOST_NATS = 700.0  # a token; exp of more is no number

@@ -22,10 +22,11 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from blockdiffusion.corruption import without_mask
-from blockdiffusion.diffusions import DiscreteTime
+from blockdiffusion.diffusion.estimators import without_mask
+from blockdiffusion.diffusion.losses import exclude_mask_token_, log_rate, uniform_reverse
+from blockdiffusion.diffusion.objectives import DiscreteTime
+from blockdiffusion.diffusion.schedules import Linear, Schedule, make_schedule, noise_level
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.objectives import exclude_mask_token_, log_rate, uniform_reverse
 from blockdiffusion.sampling.logits import (
     Filters,
     draw_columns,
@@ -44,7 +45,6 @@ from blockdiffusion.sampling.policies import (
     in_order,
 )
 from blockdiffusion.sampling.streams import RowStreams
-from blockdiffusion.schedules import Linear, Schedule, make_schedule, noise_level
 
 TIE = 2.0**-10  # uncertainties are told apart by as much; see `MostCertain`
 

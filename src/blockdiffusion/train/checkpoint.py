@@ -31,14 +31,20 @@ import torch
 from torch import nn
 
 import blockdiffusion
-from blockdiffusion.checksums import SUMS, accept, differing, named, read_sums, sums_of, write_sums
+from blockdiffusion.checkpoints.card import Card, check_evaluation, write_card
+from blockdiffusion.checkpoints.formats import write_model
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.files import FULL_DISK, create, locked, remove, storage_error
-from blockdiffusion.limits import check_limits
-from blockdiffusion.models.card import Card, check_evaluation, write_card
-from blockdiffusion.models.formats import write_model
-from blockdiffusion.ranks import ALONE, Team, is_sharded
-from blockdiffusion.records import (
+from blockdiffusion.files.checksums import (
+    SUMS,
+    accept,
+    differing,
+    named,
+    read_sums,
+    sums_of,
+    write_sums,
+)
+from blockdiffusion.files.disk import FULL_DISK, create, locked, remove, storage_error
+from blockdiffusion.files.records import (
     MOST_JSON,
     Damaged,
     as_object,
@@ -46,6 +52,8 @@ from blockdiffusion.records import (
     parse_json,
     read_bytes,
 )
+from blockdiffusion.limits import check_limits
+from blockdiffusion.runtime.distributed import ALONE, Team, is_sharded
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
 

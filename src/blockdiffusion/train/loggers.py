@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import markdown_prose
-from blockdiffusion.files import append, written_aside
-from blockdiffusion.records import json_lines
+from blockdiffusion.files.disk import append, written_aside
+from blockdiffusion.files.records import json_lines
 from blockdiffusion.train.checkpoint import writing
 
 

@@ -29,7 +29,10 @@ import torch
 import yaml
 from torch import nn
 
-from blockdiffusion.corruption import (
+from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
+from blockdiffusion.data.manifest import Manifest
+from blockdiffusion.diffusion.denoiser import is_autoregressive
+from blockdiffusion.diffusion.estimators import (
     T_MIN,
     Estimator,
     EstimatorName,
@@ -38,16 +41,13 @@ from blockdiffusion.corruption import (
     build_estimator,
     for_block_size,
 )
-from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
-from blockdiffusion.data.manifest import Manifest
-from blockdiffusion.denoiser import is_autoregressive
-from blockdiffusion.devices import keep_freed_memory, select_device
-from blockdiffusion.diffusions import diffusion_of
+from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import written_aside
+from blockdiffusion.files.disk import written_aside
 from blockdiffusion.limits import check_limits
-from blockdiffusion.ranks import ALONE, Team, current, local
-from blockdiffusion.seeding import generator, seed_global
+from blockdiffusion.runtime.devices import keep_freed_memory, select_device
+from blockdiffusion.runtime.distributed import ALONE, Team, current, local
+from blockdiffusion.runtime.seeding import generator, seed_global
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
 from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
@@ -64,7 +64,7 @@ from blockdiffusion.train.speed import Speed
 from blockdiffusion.train.spread import Parallel, Spread, spread_over
 
 if TYPE_CHECKING:
-    from blockdiffusion.models.card import Card
+    from blockdiffusion.checkpoints.card import Card
     from blockdiffusion.models.transformer import BlockDiffusionModel
     from blockdiffusion.train.schedule_search import ScheduleSearch
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from blockdiffusion.corruption import Corrupted
 from blockdiffusion.data.loader import Batch
-from blockdiffusion.denoiser import causal_loss
-from blockdiffusion.diffusions import diffusion_of
+from blockdiffusion.diffusion.denoiser import causal_loss
+from blockdiffusion.diffusion.estimators import Corrupted
+from blockdiffusion.diffusion.objectives import diffusion_of
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionModel

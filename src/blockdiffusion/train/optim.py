@@ -13,7 +13,7 @@ from torch import nn
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
-from blockdiffusion.ranks import first_row, is_sharded, local, whole
+from blockdiffusion.runtime.distributed import first_row, is_sharded, local, whole
 
 MOMENTUM = 0.95
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from blockdiffusion.ranks import Team, whole
+from blockdiffusion.runtime.distributed import Team, whole
 from blockdiffusion.train.loss import BatchLoss
 from blockdiffusion.train.optim import MovingAverage
 
