@@ -44,7 +44,8 @@ from blockdiffusion.studies.references.coders import CoderOptions, CoderRow, Cod
 from blockdiffusion.studies.reproduce.paper import TABLES, find_table
 from blockdiffusion.studies.reproduce.scales import find_scale
 from blockdiffusion.studies.variance.table import VarianceOptions
-from blockdiffusion.train.recipe import Recipe, load_recipe, run_training
+from blockdiffusion.train.recipe import Recipe, load_recipe
+from blockdiffusion.train.run import run_training
 from tests.checkpoints.lightning_files import lightning, save_with_settings, settings
 from tests.evaluate.judges import save_gpt2
 from tests.test_layering import LAYERS, modules

@@ -16,7 +16,8 @@ from blockdiffusion.checkpoints.lightning import LightningOptions
 from blockdiffusion.checkpoints.release import convert, push
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
-from blockdiffusion.train.recipe import load_recipe, run_training
+from blockdiffusion.train.recipe import load_recipe
+from blockdiffusion.train.run import run_training
 from tests.checkpoints.lightning_files import lightning, save_with_settings, settings
 from tests.command import blockdiff
 from tests.conftest import GOLDEN

@@ -327,9 +327,7 @@ def test_losses_in_pieces_are_the_weighted_terms(make_tiny, monkeypatch, kind):
     assert int((terms != 0).sum()) > 5
 
     sizes = []
-    monkeypatch.setattr(
-        "blockdiffusion.diffusion.losses.CPU_PIECES", Pieces(8, 1)
-    )  # two rows of four
+    monkeypatch.setattr("blockdiffusion.diffusion.losses.CPU_PIECES", Pieces(8, 1))
     head = type(model).head
     monkeypatch.setattr(
         type(model), "head", lambda self, hidden: sizes.append(len(hidden)) or head(self, hidden)

@@ -25,7 +25,8 @@ from blockdiffusion.files.checksums import SUMS, differing, read_sums
 from blockdiffusion.models import transformer  # noqa: F401
 from blockdiffusion.train import display  # noqa: F401
 from blockdiffusion.train.loggers import read_metrics
-from blockdiffusion.train.recipe import load_recipe, run_training
+from blockdiffusion.train.recipe import load_recipe
+from blockdiffusion.train.run import run_training
 
 
 def start(recipe_path: str, out: Path) -> int:

@@ -15,7 +15,8 @@ from blockdiffusion.reports.run import report_run
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train import checkpoint
 from blockdiffusion.train.loggers import read_metrics
-from blockdiffusion.train.recipe import build_model, load_recipe, run_training, to_dict
+from blockdiffusion.train.recipe import build_model, load_recipe, to_dict
+from blockdiffusion.train.run import run_training
 
 AR = ["objective.name=ar", "model.cond_dim=128"]  # the recipe's cond_dim is another
 

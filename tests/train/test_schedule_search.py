@@ -18,8 +18,9 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.runtime.seeding import generator, seeded
 from blockdiffusion.train import checkpoint, schedule_search
 from blockdiffusion.train.loggers import read_metrics
-from blockdiffusion.train.loop import ObjectiveOptions
-from blockdiffusion.train.recipe import build_model, load_recipe, run_training
+from blockdiffusion.train.options import ObjectiveOptions
+from blockdiffusion.train.recipe import build_model, load_recipe
+from blockdiffusion.train.run import run_training
 from blockdiffusion.train.schedule_search import (
     ScheduleSearch,
     SearchOptions,

@@ -36,9 +36,9 @@ from blockdiffusion.checkpoints.tensors import write_safetensors
 from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
 from blockdiffusion.errors import UserError, reason, shown
 from blockdiffusion.files.checksums import sums_of, write_sums
+from blockdiffusion.files.directories import publish_directory, writing
 from blockdiffusion.files.disk import written_aside
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
-from blockdiffusion.train.checkpoint import publish_directory, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

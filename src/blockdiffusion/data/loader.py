@@ -167,3 +167,14 @@ class BatchOrder:
             if len(self._epochs) > 2:  # of a large corpus one alone is tens of megabytes
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
+
+
+def free_tokens(batch: Batch, row_bos: bool) -> torch.Tensor:
+    """bool (B, L): the tokens that are masked and scored, so neither padding nor a given BOS."""
+    if batch.valid_BL is None:
+        free_BL = torch.ones_like(batch.ids_BL, dtype=torch.bool)
+    else:
+        free_BL = batch.valid_BL.clone()
+    if row_bos:
+        free_BL[:, 0] = False
+    return free_BL

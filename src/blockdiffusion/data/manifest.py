@@ -140,3 +140,10 @@ class Manifest:
             for shard in split.shards:
                 if shard.rows < 1 or not SHARD_NAME.fullmatch(shard.file):
                     raise Damaged(f"splits.{name} has the shard {shown(shard.file)}")
+
+
+def data_fingerprint(manifest: Manifest, split: str = "train") -> str:
+    """A hash of what the rows are: a run can only go on with the same."""
+    shards = [(shard.rows, shard.sha256) for shard in manifest.splits[split].shards]
+    identity = [manifest.seq_len, manifest.vocab_size, manifest.tokenizer_sha256, shards]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -11,8 +11,8 @@ from blockdiffusion.models.attention import resolve_backend
 from blockdiffusion.runtime.hardware import quick_peak, share_of_peak
 
 if TYPE_CHECKING:
-    from blockdiffusion.train.loop import TrainOptions
     from blockdiffusion.train.loss import BatchLoss
+    from blockdiffusion.train.options import TrainOptions
 
 
 class Speed:

@@ -12,7 +12,8 @@ from blockdiffusion.data.packing import prepare
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.independence import check_judge
 from blockdiffusion.evaluate.generation.judge import CausalJudge, load_judge
-from blockdiffusion.train.recipe import load_recipe, run_training
+from blockdiffusion.train.recipe import load_recipe
+from blockdiffusion.train.run import run_training
 from tests.conftest import GOLDEN
 from tests.evaluate.judges import save_gpt2
 

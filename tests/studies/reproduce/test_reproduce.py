@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from blockdiffusion.data import named
-from blockdiffusion.data.loader import TokenRows
+from blockdiffusion.data.loader import BatchOrder, TokenRows
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
@@ -28,7 +28,6 @@ from blockdiffusion.studies.reproduce.kept import Kept
 from blockdiffusion.studies.reproduce.paper import TABLES
 from blockdiffusion.studies.reproduce.plan import make_plan
 from blockdiffusion.studies.reproduce.scales import PAPER, SCALES, SMALL
-from blockdiffusion.train.loop import BatchOrder
 from tests.command import blockdiff
 from tests.evaluate.judges import save_gpt2
 from tests.studies.reproduce.toy import DOCS, TOY, InProcess, write_pages

@@ -21,7 +21,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.data.loader import Batch, TokenRows
-from blockdiffusion.data.manifest import TOKENIZER_FOLDER, Manifest
+from blockdiffusion.data.manifest import TOKENIZER_FOLDER, Manifest, data_fingerprint
 from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
@@ -33,7 +33,6 @@ from blockdiffusion.evaluate.windows import Window
 from blockdiffusion.limits import check_limits
 from blockdiffusion.studies.references.compressors import COMPRESSORS, PREFIX_BYTES, Compressor
 from blockdiffusion.studies.references.ngram import count_ngrams
-from blockdiffusion.train.loop import data_fingerprint
 
 MAX_ORDER = 16
 MAX_TRAIN_TOKENS = 2**25  # n-grams are counted in memory, about 120 bytes for a token
