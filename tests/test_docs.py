@@ -48,7 +48,6 @@ from blockdiffusion.train.recipe import Recipe, load_recipe
 from blockdiffusion.train.run import run_training
 from tests.checkpoints.lightning_files import lightning, save_with_settings, settings
 from tests.evaluate.judges import save_gpt2
-from tests.test_layering import LAYERS, modules
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -316,16 +315,15 @@ def test_the_table_of_prepare_options_is_the_program():
             assert (of_command[option].default or value) == value, option
 
 
-def test_the_table_of_layers_is_the_program():
-    rank = {name: number for number, names in enumerate(LAYERS, 1) for name in names}
-    shown = []
-    for row in table_rows(DOCS / "design.md"):
-        if row[0].isdigit():
-            module = row[1].split("`")[1]
-            assert int(row[0]) == rank[module.split("/")[0].removesuffix(".py")], module
-            shown.append(module)
-    assert shown == sorted(shown, key=lambda module: rank[module.split("/")[0].removesuffix(".py")])
-    assert set(shown) == {str(path) for path, tree in modules() if tree.body}
+def test_the_table_of_rooms_is_the_program():
+    shown = [row for row in table_rows(DOCS / "design.md") if len(row) == 3 and ".py`](" in row[1]]
+    files = [row[1].split("`")[1] for row in shown]
+    rooms = ["top" if "/" not in file else f"`{file.split('/')[0]}/`" for file in files]
+    assert [row[0] for row in shown] == rooms
+    root = ROOT / "src" / "blockdiffusion"
+    written = [path for path in root.rglob("*.py") if path.read_text() and path.parent != root]
+    top = [path for path in root.glob("*.py") if path.name != "__init__.py"]
+    assert sorted(files) == sorted(str(path.relative_to(root)) for path in [*written, *top])
 
 
 def test_everything_that_is_written_is_explained(place):

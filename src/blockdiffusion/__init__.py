@@ -11,9 +11,14 @@ Names are imported when first used, so that `import blockdiffusion` costs nothin
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from blockdiffusion.renamed import MovedModules
+
 __version__ = "0.1.0"
+
+sys.meta_path.insert(0, MovedModules())
 
 if TYPE_CHECKING:
     from blockdiffusion.checkpoints.formats import load
