@@ -215,7 +215,7 @@ def masked_loss(
 ) -> torch.Tensor:
     """Sum over scored positions of weight times `masked_nll`: a scalar in nats, for training.
 
-    It never holds the logits of all scored positions; see `objectives.weighted_subs_nll`.
+    It never holds the logits of all scored positions; see `losses.weighted_subs_nll`.
     """
     hidden_MD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL, scored_BNL)
     target_BNL = clean_BL[:, None].expand_as(noisy_BNL)

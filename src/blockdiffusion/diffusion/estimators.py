@@ -355,7 +355,7 @@ class Timesteps:
     or by a token drawn uniformly from those that are no mask ("uniform"; it may be the same). The
     bound is a sum over t = 1..T, so a term weighs T. An absorbing one is a share (p_t - p_{t-1}) /
     p_t of the cross-entropy of a masked token; the weight of masked tokens has that factor already,
-    and is 0 elsewhere. A uniform one is `objectives.uniform_kl`, at every free token.
+    and is 0 elsewhere. A uniform one is `losses.uniform_kl`, at every free token.
 
     Attributes:
         schedule: of p, from 0 to 1. timesteps: T.

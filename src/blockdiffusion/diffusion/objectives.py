@@ -197,7 +197,7 @@ class ScoreEntropy(_SummedTerms, MaskedDiffusion):
     """SEDD: the same noise, and a network that estimates its ratios by score entropy.
 
     Its bound (Lou et al. 2024, theorem 3.6) integrates dsigma/dt times the score entropy; see
-    `objectives.score_entropy` for the weight, which is that of masked diffusion.
+    `losses.score_entropy` for the weight, which is that of masked diffusion.
     """
 
     @property

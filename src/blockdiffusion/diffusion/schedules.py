@@ -178,7 +178,7 @@ class Scaled:
 
     The noise with which the published SEDD and MDLM weights of Lou et al. and Sahoo et al. were
     trained (linear, eps = 1e-3: sigma = -log(1 - 0.999 t)). A bound needs the term of the prior
-    besides, see `objectives.prior_kl`.
+    besides, see `losses.prior_kl`.
     """
 
     def __init__(self, base: Schedule, eps: float):

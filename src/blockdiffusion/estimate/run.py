@@ -1,6 +1,6 @@
 """An account of a recipe before it runs: sizes, memory, operations, time and price on a device.
 
-Nothing is downloaded, trained or allocated: the formulas are those of `costs`, the devices those of
+Nothing is downloaded, trained or allocated: the formulas are those of `flops`, the devices those of
 `hardware`. What is expected of a device is its peaks times the shares that `hardware.Shares` says.
 """
 

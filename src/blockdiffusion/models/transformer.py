@@ -497,7 +497,7 @@ class BlockDiffusionModel(PreTrainedModel):
         activation_checkpointing: whether gradients keep only what enters the layers, and compute
             these again: less memory, a third more work, the same numbers.
         records_passes: whether the kernels of passes over a cache are recorded and started
-            together (a CUDA graph; see `recording`). `inference.sampling_copy` decides.
+            together (a CUDA graph; see `cuda_graphs`). `inference.sampling_copy` decides.
     """
 
     config_class = BlockDiffusionConfig

@@ -376,7 +376,7 @@ class Analytic:
     """SEDD's analytic sampler on a grid of `steps` times, for masks.
 
     From t to the next earlier s a masked token becomes y with probability (e^(sigma_t - sigma_s) -
-    1) s_y, which is u c_y for u = (p_t - p_s) / p_t and c of `objectives.score_entropy`, and stays
+    1) s_y, which is u c_y for u = (p_t - p_s) / p_t and c of `losses.score_entropy`, and stays
     masked with what is left. Where the scores add up to more than one, nothing is left. The last
     step, to p = 0, reveals all (the authors' denoising step). Filters act on c / sum of c.
 
@@ -438,7 +438,7 @@ class UniformReverse:
     """D3PM's ancestral sampler for uniform noise: T steps of p(x_s | x_t), all tokens in each.
 
     With `steps` = T it is the chain whose bound is measured; with fewer it takes longer steps of
-    the same noise, by the same formula (`objectives.uniform_reverse`), and is another law. Filters
+    the same noise, by the same formula (`losses.uniform_reverse`), and is another law. Filters
     act on p(x_0 | x_t).
     """
 

@@ -1,6 +1,6 @@
 """The loss of one update as a sum over the rows of its global batch.
 
-`DiffusionLoss` is that of all objectives with noise; what they differ in is in `diffusions`.
+`DiffusionLoss` is that of all objectives with noise; what they differ in is in `objectives`.
 
 Shape suffixes: B rows, N noisy copies, L tokens.
 """

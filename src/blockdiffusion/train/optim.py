@@ -146,7 +146,7 @@ class ShardedMuon(torch.optim.Muon):
     Weights and momentum stay in shards. Of one matrix at a time the direction is put together, in
     the bf16 that Muon rounds it to, and every process makes all of it orthogonal, to keep its rows.
     So an update exchanges 2 bytes for each number of the matrices, and takes every process the
-    operations of one that has them whole (`costs.muon_flops`), as with replicas.
+    operations of one that has them whole (`flops.muon_flops`), as with replicas.
     """
 
     @torch.no_grad()

@@ -79,7 +79,7 @@ def launch(command: Sequence[str], log: Path, place: Place) -> Process:
     to `log`.
 
     Its standard input, and that of torchrun's processes, is a pipe from this process, which the
-    system closes when this process ends, however that happens: then they end, too (`ranks`).
+    system closes when this process ends, however that happens: then they end, too (`distributed`).
 
     Raises:
         UserError: the log cannot be written.

@@ -52,7 +52,7 @@ class System:
 
     @property
     def noise(self) -> str:
-        """The estimator that it was trained with, as `corruption.make_estimator` reads it."""
+        """The estimator that it was trained with, as `estimators.make_estimator` reads it."""
         clip, schedule = self.objective.get("clip"), self.objective.get("schedule")
         named = "bernoulli" if schedule is None else f"bernoulli:{schedule}"
         return named if clip is None else f"{named}[{clip[0]:g},{clip[1]:g}]"

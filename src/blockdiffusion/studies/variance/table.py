@@ -71,7 +71,7 @@ class VarianceOptions:
     """What to measure.
 
     Attributes:
-        estimators: as `corruption.make_estimator` reads them; the paper's is measured besides.
+        estimators: as `estimators.make_estimator` reads them; the paper's is measured besides.
         block_sizes: every S to measure at; each divides the rows' length.
         batch_size: rows of a batch, whose loss and gradient have the variance.
         batches: batches of different rows; standard errors need two.
@@ -111,7 +111,7 @@ class VarianceRow:
         label: the estimator as it was asked for; `estimator` is the one used.
         is_bound: whether it estimates the bound; clipped ones do not.
         t_min: mask probabilities below are left out; None for estimators that draw none.
-        stratify: how the draws of a batch are spread, see `corruption.stratified_uniform`.
+        stratify: how the draws of a batch are spread, see `estimators.stratified_uniform`.
         cost: of a pass, in passes with one noisy copy.
         loss: mean over replicates and batches, nats per token; its error is that of the masks
             alone, with the data fixed.
