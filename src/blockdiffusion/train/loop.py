@@ -111,7 +111,8 @@ def train(
 ) -> TrainState:
     """Trains `model` in place on the rows of prepared data; writes the run into `out`.
 
-    All processes of a team call it with equal arguments, after they have joined (`distributed.joined`).
+    All processes of a team call it with equal arguments, after they have joined
+    (`distributed.joined`).
 
     Args:
         model: with its initial weights, of the sizes of the data; moved to the device.

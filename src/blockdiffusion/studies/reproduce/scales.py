@@ -113,8 +113,8 @@ class Scale:
         search: of the clip, for the short blocks; empty: none.
         judge: a Hugging Face id, or one that is trained here.
         jobs: steps at a time, of `threads` CPU threads each; None: one for each GPU.
-        spread: one step at a time instead, and those whose work processes share (`distributed.SHARED`) on
-            all GPUs of the machine.
+        spread: one step at a time instead, and those whose work processes share
+            (`distributed.SHARED`) on all GPUs of the machine.
         flops: per second and run that the hours of a plan are estimated with.
     """
 
