@@ -19,9 +19,13 @@ from typing import IO, Any
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff"
 _FOR_TERMINAL = re.compile(f"[{UNSEEN}]|\r(?!\n)")
 _FOR_FILES = re.compile(f"[{UNSEEN}]")
-_FORMULA = tuple("=+-@\t\n\uff1d\uff0b\uff0d\uff20")  # the last four are wide
+# What a spreadsheet may drop before it reads a cell, and the signs, also wide, that begin a formula.
+_FORMULA = re.compile("[\\s\u200b-\u200f\u2060\ufeff]*[=+@\uff1d\uff0b\uff0d\uff20-]|[\t\n]")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
+_LINK = re.compile(r"\](?=[(:])")  # `[text](address)`, `[name]: address`
+# A link to anything but a page, such as javascript:; spaces may stand before the address.
+_HARMFUL_LINK = re.compile(r"\](?=[(:]\s*<?(?!(?i:https?|mailto):)[^\s/?#)]*(?::|&))")
 
 
 def terminal(text: str) -> str:
@@ -49,8 +53,9 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(out, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
+    named: Mapping[str, Any] = {name: name for name in names}
+    for row in (named, *rows):
+        writer.writerow({name: _csv_cell(value) for name, value in row.items()})
     return out.getvalue()
 
 
@@ -59,18 +64,18 @@ def _csv_cell(value: Any) -> Any:
         return value
     # A bare \r ends a row for some readers, and Python's writer does not quote it.
     text = re.sub("\r\n?", "\n", _FOR_FILES.sub("\ufffd", str(value)))
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def markdown(text: object) -> str:
     """Returns one line of text without tags and links; other markup stays."""
     line = " ".join(markdown_prose(_ENTITY.sub("&amp;", str(text))).split())
-    return line.replace("](", "]\\(")
+    return _LINK.sub(r"]\\", line)
 
 
 def markdown_prose(text: str) -> str:
-    """Returns handwritten Markdown without its tags."""
-    return _TAG.sub("&lt;", _FOR_FILES.sub("\ufffd", text))
+    """Returns handwritten Markdown without its tags, and without links that are not to a page."""
+    return _HARMFUL_LINK.sub(r"]\\", _TAG.sub("&lt;", _FOR_FILES.sub("\ufffd", text)))
 
 
 def markdown_table(rows: Iterable[Iterable[object]]) -> list[str]:

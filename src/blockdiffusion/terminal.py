@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from blockdiffusion.errors import counted
 from blockdiffusion.escape import say, terminal
 from blockdiffusion.text import Detokenizer, token_text
 
@@ -260,7 +261,7 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
         lines.append(f"  {'its perplexity':<22}<= {result.orders_perplexity:.2f}")
     given = "BOS given, not counted" if result.bos else "no BOS given"
     lines.append(
-        f"  {result.num_tokens:,} tokens in {result.num_rows:,} rows counted; {given}; "
+        f"  {counted(result.num_tokens, 'token')} in {counted(result.num_rows, 'row')} counted; {given}; "
         f"{_how(result)}; {result.seconds:.1f} s"
     )
     for remark in result.remarks:
@@ -287,8 +288,8 @@ def length_lines(result: DocumentLengths, what: str) -> list[str]:
         what,
         f"  tokens until EOS    median {result.median:,.6g}, max {result.maximum:,}, "
         f"mean {result.mean:,.1f}",
-        f"  {len(result.lengths):,} documents, {100 * result.share_cut:.1f} % cut at "
-        f"{result.max_new_tokens:,} tokens; {result.tokens_per_forward:.2f} tokens per pass; "
+        f"  {counted(len(result.lengths), 'document')}, {100 * result.share_cut:.1f} % cut at "
+        f"{counted(result.max_new_tokens, 'token')}; {result.tokens_per_forward:.2f} tokens per pass; "
         f"{result.seconds:.1f} s",
     ]
     for low, high, documents in bins:

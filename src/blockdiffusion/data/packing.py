@@ -33,7 +33,7 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.parts import UNIT_BYTES, Job, PartRules, id_dtype, read_part, run_jobs
 from blockdiffusion.data.shards import PACKERS, Packer, RowRules, ShardWriter
 from blockdiffusion.data.sources import Source
-from blockdiffusion.errors import UserError, shown
+from blockdiffusion.errors import UserError, counted, shown
 from blockdiffusion.files import locked, storage_error, written_aside
 from blockdiffusion.records import read_json
 
@@ -377,7 +377,7 @@ def _finish_split(name: str, state: _SplitState, rules: RowRules) -> Split:
         what = {"train": "training", "valid": "validation"}[name]
         more = {"train": "more text", "valid": "more validation text (valid, valid_fraction)"}[name]
         raise UserError(
-            f"the {what} text has {state.tokens:,} tokens, fewer than the {rules.payload:,} of one "
+            f"the {what} text has {counted(state.tokens, 'token')}, fewer than the {rules.payload:,} of one "
             f"row: give {more} or a smaller seq_len"
         )
     state.writer.finish()
