@@ -10,9 +10,11 @@ from __future__ import annotations
 import csv
 import html as library
 import io
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 # Control characters, those that turn the direction of writing, and halves of surrogate pairs.
@@ -38,11 +40,50 @@ def for_stream(text: str, stream: IO[str]) -> str:
     return terminal(text) if stream.isatty() else text
 
 
+class Forgiving:
+    """A stream whose failures end nothing: its disk is full, its terminal or its reader is gone."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+def mend_standard_streams() -> None:
+    """Readies the standard streams for a command, however they were handed over.
+
+    One that is closed leads nowhere, and no other file can get its number. Letters that an encoding
+    lacks are written as `\\xe9`. What cannot be told on standard error ends nothing.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stderr, Forgiving):
+        sys.stderr = Forgiving(sys.stderr)  # type: ignore[assignment]  # as far as it is used
+
+
 def say(text: str, *, err: bool = False, end: str = "\n") -> None:
     """Writes to standard output or error."""
     stream = sys.stderr if err else sys.stdout
-    stream.write(for_stream(text, stream) + end)
-    stream.flush()
+    try:
+        stream.write(for_stream(text, stream) + end)
+        stream.flush()
+    except OSError as error:
+        error.filename = "standard output"  # so that the sentence has a name for it
+        raise
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
