@@ -21,7 +21,7 @@ from typing import IO, Any
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff"
 _FOR_TERMINAL = re.compile(f"[{UNSEEN}]|\r(?!\n)")
 _FOR_FILES = re.compile(f"[{UNSEEN}]")
-# What a spreadsheet may drop before it reads a cell, and the signs, also wide, that begin a formula.
+# What a spreadsheet may drop at the start of a cell, and the signs, also wide, of a formula.
 _FORMULA = re.compile("[\\s\u200b-\u200f\u2060\ufeff]*[=+@\uff1d\uff0b\uff0d\uff20-]|[\t\n]")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
@@ -67,7 +67,7 @@ def mend_standard_streams() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # stays open
     for output in (sys.stdout, sys.stderr):
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")

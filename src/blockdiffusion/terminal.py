@@ -261,8 +261,8 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
         lines.append(f"  {'its perplexity':<22}<= {result.orders_perplexity:.2f}")
     given = "BOS given, not counted" if result.bos else "no BOS given"
     lines.append(
-        f"  {counted(result.num_tokens, 'token')} in {counted(result.num_rows, 'row')} counted; {given}; "
-        f"{_how(result)}; {result.seconds:.1f} s"
+        f"  {counted(result.num_tokens, 'token')} in {counted(result.num_rows, 'row')} counted; "
+        f"{given}; {_how(result)}; {result.seconds:.1f} s"
     )
     for remark in result.remarks:
         lines += textwrap.wrap(remark, 98, initial_indent="  ", subsequent_indent="    ")
@@ -289,8 +289,8 @@ def length_lines(result: DocumentLengths, what: str) -> list[str]:
         f"  tokens until EOS    median {result.median:,.6g}, max {result.maximum:,}, "
         f"mean {result.mean:,.1f}",
         f"  {counted(len(result.lengths), 'document')}, {100 * result.share_cut:.1f} % cut at "
-        f"{counted(result.max_new_tokens, 'token')}; {result.tokens_per_forward:.2f} tokens per pass; "
-        f"{result.seconds:.1f} s",
+        f"{counted(result.max_new_tokens, 'token')}; "
+        f"{result.tokens_per_forward:.2f} tokens per pass; {result.seconds:.1f} s",
     ]
     for low, high, documents in bins:
         bar = "█" * math.ceil(50 * documents / most)

@@ -377,8 +377,8 @@ def _finish_split(name: str, state: _SplitState, rules: RowRules) -> Split:
         what = {"train": "training", "valid": "validation"}[name]
         more = {"train": "more text", "valid": "more validation text (valid, valid_fraction)"}[name]
         raise UserError(
-            f"the {what} text has {counted(state.tokens, 'token')}, fewer than the {rules.payload:,} of one "
-            f"row: give {more} or a smaller seq_len"
+            f"the {what} text has {counted(state.tokens, 'token')}, fewer than the "
+            f"{rules.payload:,} of one row: give {more} or a smaller seq_len"
         )
     state.writer.finish()
     dropped = state.packer.left_over
