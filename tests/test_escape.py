@@ -159,7 +159,7 @@ def test_standard_streams_may_be_closed_or_full(command, code):
 
 def test_what_cannot_be_told_on_standard_error_ends_nothing():
     class Full(io.StringIO):
-        def write(self, text: str) -> int:
+        def write(self, text: str = "") -> int:
             raise OSError(28, "No space left on device")
 
         flush = write  # type: ignore[assignment]

@@ -400,11 +400,14 @@ class Parquet(_File):
 
     def _text(self, top: str, value: Any, where: str) -> str:
         try:
-            return field_text({top: value.as_py()}, self.field, where)
+            found = value.as_py()
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{where} is not UTF-8 text (at byte {error.start} of {self.field!r}): mend it"
             ) from None
+        except (ValueError, OverflowError):  # a date that Python has none for
+            found = value
+        return field_text({top: found}, self.field, where)
 
     def num_rows(self) -> int:
         """The rows of the file, from what stands at its end.
