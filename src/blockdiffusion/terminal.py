@@ -84,7 +84,7 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[Stages]:
         transient=True,
     )
     with bar:
-        task = bar.add_task(title, total=None)
+        task = bar.add_task(terminal(title), total=None)
 
         def report(stage: str, done: int, total: int | None) -> None:
             words = terminal(f"{title} {stage}".strip())
@@ -131,6 +131,7 @@ def show_stream(
 
     console = Console()
     view = _SampleView(tokenizer, prompt, text)
+    view.hidden = "." if console.options.ascii_only else HIDDEN
     if not console.is_terminal:
         return _print_blocks(events, view)
     with Live(
@@ -175,7 +176,7 @@ class _SampleView:
     """
 
     def __init__(self, tokenizer: Any, prompt: list[int], text: str | None):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.hidden = tokenizer, HIDDEN
         self.finished = len(prompt)  # tokens
         self.block: dict[int, int] = {}
         self.stream = Detokenizer(tokenizer)
@@ -221,8 +222,8 @@ class _SampleView:
                     text = token_text(self.tokenizer, self.block[position])
                     out.append(terminal(text), style="bold green")
                 else:
-                    out.append(HIDDEN, style="dim")
-            out.append(HIDDEN, style="dim")
+                    out.append(self.hidden, style="dim")
+            out.append(self.hidden, style="dim")
         return out
 
 

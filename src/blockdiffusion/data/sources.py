@@ -295,8 +295,8 @@ def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
 def _kind(value: object) -> str:
     if value is None:
         return "null"
-    for kind, words in ((bool, "a truth value"), (int | float, "a number"), (str, "a string"), (list, "a list"),
-                        (Mapping, "an object"), (bytes, "a string of bytes")):  # fmt: skip
+    for kind, words in ((bool, "a truth value"), (int | float, "a number"), (str, "a string"),
+                        (list, "a list"), (Mapping, "an object"), (bytes, "a string of bytes")):  # fmt: skip
         if isinstance(value, kind):
             return words
     return f"a value of type {type(value).__name__}"
@@ -392,7 +392,7 @@ class Parquet(_File):
             names = table.schema_arrow.names
             top = self.field if self.field in names else self.field.partition(".")[0]
             number = 0
-            # Few rows: a dictionary, or packed bytes, may stand for far more text than the file has.
+            # Few rows: a dictionary, or packed bytes, may stand for far more than the file has.
             for batch in table.iter_batches(batch_size=8, columns=[self.field]):
                 if top not in batch.schema.names:
                     raise _no_field(self.name, self.field, names)
