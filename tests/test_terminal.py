@@ -141,6 +141,10 @@ def test_what_is_hidden_has_a_sign_of_one_column(encoding, hidden, monkeypatch):
     file = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
     console = Console(file=file, force_terminal=True, width=60)
     monkeypatch.setattr(terminal, "Console", lambda: console)
+    real = terminal.Live.update
+    monkeypatch.setattr(
+        terminal.Live, "update", lambda live, text, refresh: real(live, text, refresh=True)
+    )
     ids = list("abc é defgh".encode())
     terminal.show_stream(told(ids), byte_tokenizer(), [])
     file.flush()

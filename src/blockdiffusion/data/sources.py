@@ -296,7 +296,8 @@ def _kind(value: object) -> str:
     if value is None:
         return "null"
     for kind, words in ((bool, "a truth value"), (int | float, "a number"), (str, "a string"),
-                        (list, "a list"), (Mapping, "an object"), (bytes, "a string of bytes")):  # fmt: skip
+                        (list, "a list"), (Mapping, "an object"),
+                        (bytes, "a string of bytes")):  # fmt: skip
         if isinstance(value, kind):
             return words
     return f"a value of type {type(value).__name__}"
