@@ -335,6 +335,20 @@ def test_sample_repeats_with_a_seed_and_gives_json(place):
     assert rows[0]["prompt_tokens"] == 3 and rows[0]["seed"] == 3 and rows[0]["nfe"] > 0
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [('{"prompt": "a"}\n{"prompt": "b"}\n', True), ('\ufeff[\r\n"a"]', True), ("{\n}", True),
+     ("{a}", False), ("[1] is a note", False), ("A 5", False)],
+)  # fmt: skip
+def test_a_prompt_file_that_holds_json_is_told(place, tmp_path, text, told):
+    """Its name is that of a text, so it is read as one, as it stands."""
+    (tmp_path / "prompt.txt").write_text(text)
+    run = blockdiff("sample", place / "run", "--prompt-file", tmp_path / "prompt.txt",
+                    "--max-new-tokens", 1, "--seed", 1)  # fmt: skip
+    assert run.returncode == 0 and ("warning: the prompt file" in run.stderr) == told
+    assert run.stderr.count("\n") == told and run.stdout.startswith(text.lstrip("\ufeff"))
+
+
 def test_infill_keeps_what_is_given(place, tmp_path):
     text = "The quick [MASK:5] fox[MASK]"
     run = blockdiff("infill", place / "run", text, "--num-samples", 2, "--seed", 3, "--json")

@@ -276,6 +276,8 @@ def test_a_small_file_is_the_text_that_prepare_reads(tmp_path):
         ("text".encode("utf-16"), "it is UTF-16 text"),
         ("text".encode("utf-16-be"), "it is not a text file"),
         (b"\xfe\xff\0t", "it is UTF-16 text"),
+        ("text".encode("utf-32"), "it is UTF-32 text"),
+        (b"\0\0\xfe\xff\0\0\0t", "it is UTF-32 text"),
         (b"\xef\xbb\xbf", "it is empty"),
         (b"\xed\xa0\x80", "it is not UTF-8"),
     ],

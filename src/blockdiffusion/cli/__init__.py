@@ -6,7 +6,6 @@ answers at once.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
@@ -25,7 +24,7 @@ from blockdiffusion.cli.shared import warn
 from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
 from blockdiffusion.errors import Elsewhere, UserError, reason
-from blockdiffusion.escape import say
+from blockdiffusion.escape import mend_standard_streams, say
 from blockdiffusion.files.checksums import Changed
 from blockdiffusion.files.disk import storage_error
 from blockdiffusion.runtime.devices import spin_briefly_if_busy
@@ -101,10 +100,8 @@ def main() -> None:
     So is an error of the system. Library code explains the errors that it expects; this function
     reports all others.
     """
+    mend_standard_streams()
     spin_briefly_if_busy()
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):  # what its encoding lacks is written as \xe9
-            output.reconfigure(errors="backslashreplace")
     warnings.simplefilter("always", Changed)
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # it takes more
     end_with_input()

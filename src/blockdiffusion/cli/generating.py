@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,7 +114,22 @@ def _text(name: str, given: str | None, file: Path | None) -> str | None:
             f"the {name} file {file} is named as JSON, but a {name} file is read as one plain "
             "text: put the text alone into a .txt file"
         )
-    return read_text(file, f"the {name} file {file}")
+    text = read_text(file, f"the {name} file {file}")
+    if _is_json(text):
+        warn(
+            f"the {name} file {file} holds JSON, which is read as it stands, as one plain text; if "
+            "that is not meant, put the text alone into the file"
+        )
+    return text
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text, or its first line, is an object or an array of JSON."""
+    text = text.strip()
+    for part in (text, text.partition("\n")[0]) if text[:1] in ("{", "[") else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            return isinstance(json.loads(part), dict | list)
+    return False
 
 
 @grouped
@@ -174,8 +190,6 @@ def _warn_of_a_last_space(network: Any, prompt: str | None) -> None:
 
 
 def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
-    import json
-
     for row in range(len(result.sequences)):
         length = int(result.lengths[row])
         ids = result.sequences[row, :length].tolist()

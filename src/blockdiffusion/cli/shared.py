@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.escape import say
+from blockdiffusion.escape import say, terminal
 from blockdiffusion.files.disk import refuse_no_file, storage_error, write_whole
 
 INT8 = "int8"  # besides the types of tensors
@@ -42,7 +42,7 @@ def _told_to_wait(line: str) -> Iterator[None]:
 
     from blockdiffusion.reports.terminal import error_console
 
-    with error_console().status(Text(line), spinner="line"):
+    with error_console().status(Text(terminal(line)), spinner="line"):
         yield
 
 

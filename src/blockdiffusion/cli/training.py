@@ -187,4 +187,4 @@ def reproduce(
         say("\n".join(plan_lines(plan)))
         return
     for made in run(plan, lambda line: say(line, err=True)):
-        say(made.markdown.read_text())
+        say(made.markdown.read_text(encoding="utf-8"))

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from blockdiffusion.errors import counted
 from blockdiffusion.escape import say, terminal
 from blockdiffusion.text import Detokenizer, token_text
 
@@ -83,7 +84,7 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[Stages]:
         transient=True,
     )
     with bar:
-        task = bar.add_task(title, total=None)
+        task = bar.add_task(terminal(title), total=None)
 
         def report(stage: str, done: int, total: int | None) -> None:
             words = terminal(f"{title} {stage}".strip())
@@ -130,6 +131,7 @@ def show_stream(
 
     console = Console()
     view = _SampleView(tokenizer, prompt, text)
+    view.hidden = "." if console.options.ascii_only else HIDDEN
     if not console.is_terminal:
         return _print_blocks(events, view)
     with Live(
@@ -174,7 +176,7 @@ class _SampleView:
     """
 
     def __init__(self, tokenizer: Any, prompt: list[int], text: str | None):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.hidden = tokenizer, HIDDEN
         self.finished = len(prompt)  # tokens
         self.block: dict[int, int] = {}
         self.stream = Detokenizer(tokenizer)
@@ -220,8 +222,8 @@ class _SampleView:
                     text = token_text(self.tokenizer, self.block[position])
                     out.append(terminal(text), style="bold green")
                 else:
-                    out.append(HIDDEN, style="dim")
-            out.append(HIDDEN, style="dim")
+                    out.append(self.hidden, style="dim")
+            out.append(self.hidden, style="dim")
         return out
 
 
@@ -260,8 +262,8 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
         lines.append(f"  {'its perplexity':<22}<= {result.orders_perplexity:.2f}")
     given = "BOS given, not counted" if result.bos else "no BOS given"
     lines.append(
-        f"  {result.num_tokens:,} tokens in {result.num_rows:,} rows counted; {given}; "
-        f"{_how(result)}; {result.seconds:.1f} s"
+        f"  {counted(result.num_tokens, 'token')} in {counted(result.num_rows, 'row')} counted; "
+        f"{given}; {_how(result)}; {result.seconds:.1f} s"
     )
     for remark in result.remarks:
         lines += textwrap.wrap(remark, 98, initial_indent="  ", subsequent_indent="    ")
@@ -287,9 +289,9 @@ def length_lines(result: DocumentLengths, what: str) -> list[str]:
         what,
         f"  tokens until EOS    median {result.median:,.6g}, max {result.maximum:,}, "
         f"mean {result.mean:,.1f}",
-        f"  {len(result.lengths):,} documents, {100 * result.share_cut:.1f} % cut at "
-        f"{result.max_new_tokens:,} tokens; {result.tokens_per_forward:.2f} tokens per pass; "
-        f"{result.seconds:.1f} s",
+        f"  {counted(len(result.lengths), 'document')}, {100 * result.share_cut:.1f} % cut at "
+        f"{counted(result.max_new_tokens, 'token')}; "
+        f"{result.tokens_per_forward:.2f} tokens per pass; {result.seconds:.1f} s",
     ]
     for low, high, documents in bins:
         bar = "█" * math.ceil(50 * documents / most)

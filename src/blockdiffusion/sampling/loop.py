@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from blockdiffusion.diffusion.denoiser import Denoiser, NextTokenModel
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, counted
 from blockdiffusion.runtime.hardware import check_memory
 from blockdiffusion.sampling.context import CachedContext, RecomputedContext
 from blockdiffusion.sampling.logits import Filters
@@ -270,7 +270,8 @@ def check_room(
     held = tokens if window is None else min(tokens, window + config.block_size)
     cached = 4 * getattr(config, "num_layers", 0) * getattr(config, "width", 0)
     needed = rows * (8.0 * tokens + cached * held + 4.0 * config.block_size * config.vocab_size)
-    check_memory(needed, f"sampling {rows:,} rows of {tokens:,} tokens", lower, model.device)
+    what = f"sampling {counted(rows, 'row')} of {counted(tokens, 'token')}"
+    check_memory(needed, what, lower, model.device)
 
 
 def check_request(

@@ -140,11 +140,11 @@ class LiveDisplay:
 
     def _parts(self, task: Task) -> tuple[str, list[_Part]]:
         """The step, and what stands behind the bar, in its order."""
-        left = task.time_remaining
+        left, plain = task.time_remaining, self._console.options.ascii_only
         loss = f"{self._curve.value:.3f}" if self._curve.seen else "-"
         parts = [
             _Part(Text(f"loss {loss}", style="cyan")),
-            _Part(Text(self._curve.spark(), style="dim"), rank=6),
+            _Part(Text("" if plain else self._curve.spark(), style="dim"), rank=6),
             _Part(Text(self._bound, style="green")),
             _Part(Text(self._exact, style="green"), rank=1),
             _Part(Text(self._clip, style="magenta"), rank=2),
