@@ -28,8 +28,8 @@ FLOAT_KINDS = {DTYPES[dtype] for dtype in FLOATS}
 MOST_HEADER = 2**25  # bytes: 300,000 tensors
 
 
-def check_header(path: Path) -> None:
-    """Refuses a header that safetensors would take at length, or of which it would drop something.
+def check_header(path: Path) -> dict[str, Any]:
+    """Returns the header of a file; refuses one that safetensors would take at length, or of which it would drop something.
 
     It reads the header anew with every tensor, and keeps the last of two that have one name.
 
@@ -42,7 +42,7 @@ def check_header(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         if length > MOST_HEADER:
             raise Damaged(f"its header has {length:,} bytes; at most {MOST_HEADER:,} are read")
-        as_object(parse_json(file.read(length)))
+        return as_object(parse_json(file.read(length)))
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

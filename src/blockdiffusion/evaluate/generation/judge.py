@@ -9,7 +9,6 @@ not reach. Every token is scored exactly once, but for a first token that nothin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from blockdiffusion.evaluate.likelihood import MOST_NATS
 from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.formats import LIGHTNING, PICKLES, load, refuse_missing_path
-from blockdiffusion.models.tensors import check_header, is_finite
+from blockdiffusion.models.tensors import FLOAT_KINDS, check_header, is_finite
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.objectives import subs_nll
 from blockdiffusion.records import of_file, read_json
@@ -580,22 +579,35 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuses weights outside the folder, and files that transformers would read for long.
+    """Refuses what transformers would take: weights outside the folder, files that it would read
+    for long, whole numbers in the place of weights.
 
     Links to a cache, as the hub's client makes them, are the user's own.
     """
+    quantised = "quantization_config" in read_json(folder / "config.json", "take another judge")
     if (index := folder / INDEX).exists():
         parts = read_json(index, "copy or download it again").get("weight_map")
         names = set(parts.values()) if isinstance(parts, dict) else {None}
         for part in names:
-            if not isinstance(part, str) or Path(part).name != part or not (folder / part).is_file():
+            if (
+                not isinstance(part, str)
+                or Path(part).name != part
+                or not (folder / part).is_file()
+            ):
                 raise UserError(
                     f"{index} names {shown(part)} for weights, which is no file of its folder; "
                     "copy or download the judge again"
                 )
     for file in folder.glob("*.safetensors"):
         with of_file(file, "copy or download it again"):
-            check_header(file)
+            header = check_header(file)
+        for name, entry in {} if quantised else header.items():
+            kind = entry.get("dtype") if isinstance(entry, dict) else None
+            if name.endswith(".weight") and kind not in FLOAT_KINDS:
+                raise UserError(
+                    f"{file}: {shown(name)} holds {shown(kind)}, which no weights are in; copy or "
+                    "download it again"
+                )
 
 
 def _check_sizes(path: Path) -> None:
