@@ -1,4 +1,4 @@
-"""Weights that nobody's program wrote: crafted headers, other kinds of numbers, numbers that overflow."""
+"""Weights that no program of ours wrote: crafted headers, other kinds of numbers, overflow."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def file(place):
         path.write_bytes(content)
 
 
-# --- headers ---------------------------------------------------------------------------------------
+# --- headers --------------------------------------------------------------------------------------
 
 
 def with_header(content, change):
@@ -103,7 +103,7 @@ def test_a_crafted_header_is_refused(name, what, file):
     assert "unexpected tensor" not in str(told.value)  # found before what it holds is compared
 
 
-# --- checkpoints -----------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def resume(place):
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_other_kinds_of_numbers_is_not_resumed(part, dtype, plac
 
 
 @pytest.mark.parametrize(("left", "sentence"), [(None, "no moments, after 2 steps"),
-                                                ("step", "a part of the moments of")])  # fmt: skip
+                                                ("step", "only a part of")])  # fmt: skip
 def test_a_checkpoint_without_moments_is_not_resumed(left, sentence, place, file):
     path = file("run/checkpoints/step-00000002/optimizer.safetensors")
     moments = load_file(path)
@@ -129,7 +129,7 @@ def test_a_checkpoint_without_moments_is_not_resumed(left, sentence, place, file
     assert ended.returncode == 2 and sentence in ended.stderr
 
 
-# --- judges ----------------------------------------------------------------------------------------
+# --- judges ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -166,7 +166,7 @@ def test_a_judge_whose_index_leads_elsewhere(part, place, tmp_path):
         load_judge(str(judge))
 
 
-# --- numbers that overflow -------------------------------------------------------------------------
+# --- numbers that overflow ------------------------------------------------------------------------
 
 RUN = "{p}/run --max-new-tokens 4"
 OVERFLOWING = [

@@ -29,9 +29,9 @@ MOST_HEADER = 2**25  # bytes: 300,000 tensors
 
 
 def check_header(path: Path) -> dict[str, Any]:
-    """Returns the header of a file; refuses one that safetensors would take at length, or of which it would drop something.
+    """The header of a file, which is not too long and has each name once.
 
-    It reads the header anew with every tensor, and keeps the last of two that have one name.
+    safetensors reads it anew with every tensor, and keeps the last of two that have one name.
 
     Raises:
         Damaged: the header is longer than any in use, no JSON object, or names a tensor twice.

@@ -332,9 +332,7 @@ def load(
             averages.read_into(average.average[name], name)
             given = [key for key in kept[name] if f"{name}.{key}" in moments]
             if given and len(given) < len(kept[name]):
-                raise damaged(
-                    checkpoint / OPTIMIZER, f"it has a part of the moments of {name} only"
-                )
+                raise damaged(checkpoint / OPTIMIZER, f"it has only a part of {name}'s moments")
             optimizer.state[parameter] = {
                 key: moments.read_into(_like_moment(parameter, key), f"{name}.{key}")
                 for key in given
