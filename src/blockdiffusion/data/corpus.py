@@ -118,7 +118,7 @@ class Corpus:
 
     @property
     def _draw_size(self) -> int:
-        return round(1 / self.options.valid_fraction)
+        return min(round(1 / self.options.valid_fraction), MOST_COUNT)
 
     def check_split(self) -> None:
         """Look before any work is done whether validation documents can be drawn.
