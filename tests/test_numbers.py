@@ -55,14 +55,14 @@ def cases():
     ]
 
 
-def check(place, command, option, value):
+def check(folder, command, option, value):
     given = f"--{option.replace('_', '-')}={value}"
     beside = "" if command == "plan" and option == "tokens_per_step" else BESIDE.get(option, "")
     line = f"{command} {LINES[command]} {beside}"
     began = time.monotonic()
-    ended = blockdiff(*words(line, place, ""), given)  # the last of two counts
-    shutil.rmtree(place / "NEW", ignore_errors=True)
-    (place / "NEW").unlink(missing_ok=True)
+    ended = blockdiff(*words(line, folder, ""), given)  # the last of two counts
+    shutil.rmtree(folder / "NEW", ignore_errors=True)
+    (folder / "NEW").unlink(missing_ok=True)
     about = f"{line} {given[:60]}: {ended.returncode} {ended.stdout[-300:]} {ended.stderr[-500:]}"
     assert time.monotonic() - began < MOST_SECONDS, about
     assert ended.returncode in (0, 2), about

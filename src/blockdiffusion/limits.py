@@ -88,11 +88,11 @@ def check_limit(name: str, value: Any, label: str | None = None) -> None:
     (check_whole if limit.whole else check_number)(label, value)
     if value != value:
         raise UserError(f"{label} is nan; it must be a number")
-    if not limit.whole and value and math.isfinite(value):
-        if not SMALLEST <= abs(value) <= LARGEST:
-            raise UserError(
-                f"{label} is {shown(value)}; it must be 0, or lie between {SMALLEST} and {LARGEST}"
-            )
+    measured = not limit.whole and value and math.isfinite(value)
+    if measured and not SMALLEST <= abs(value) <= LARGEST:
+        raise UserError(
+            f"{label} is {shown(value)}; it must be 0, or between {SMALLEST} and {LARGEST} in size"
+        )
     if value < limit.least:
         raise UserError(f"{label} is {shown(value)}; it must be at least {shown(limit.least)}")
     if value > limit.most:

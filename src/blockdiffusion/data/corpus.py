@@ -15,6 +15,7 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.sources import Source, open_sources
 from blockdiffusion.errors import UserError, few
 from blockdiffusion.files import GIVEN
+from blockdiffusion.limits import MOST_COUNT
 from blockdiffusion.seeding import derive_seed
 
 
