@@ -19,14 +19,18 @@ def numeric(hint):
     return {int, float} & {hint, *get_args(hint)}
 
 
+def options_of(command):
+    """The numeric options of a command."""
+    hints = get_type_hints(command)
+    for name, parameter in inspect.signature(command).parameters.items():
+        hint = hints.get(name, parameter.annotation)
+        hint = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
+        if numeric(hint):
+            yield name
+
+
 def options_of_commands():
-    for command in COMMANDS.values():
-        hints = get_type_hints(command)
-        for name, parameter in inspect.signature(command).parameters.items():
-            hint = hints.get(name, parameter.annotation)
-            hint = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
-            if numeric(hint):
-                yield name
+    return (name for command in COMMANDS.values() for name in options_of(command))
 
 
 def options_of_recipes(kind, prefix=""):

@@ -15,6 +15,7 @@ from blockdiffusion.errors import UserError, check_number, check_whole, shown
 
 MOST_IDS = 2**24
 MOST_TOKENS = 2**24  # of one text
+SMALLEST, LARGEST = 1e-30, 1e30  # of what is no count: squares and inverses stay numbers
 MOST_COUNT = 10**12  # of what is taken one after the other: steps, rows of a corpus
 
 
@@ -87,6 +88,11 @@ def check_limit(name: str, value: Any, label: str | None = None) -> None:
     (check_whole if limit.whole else check_number)(label, value)
     if value != value:
         raise UserError(f"{label} is nan; it must be a number")
+    measured = not limit.whole and value and math.isfinite(value)
+    if measured and not SMALLEST <= abs(value) <= LARGEST:
+        raise UserError(
+            f"{label} is {shown(value)}; it must be 0, or between {SMALLEST} and {LARGEST} in size"
+        )
     if value < limit.least:
         raise UserError(f"{label} is {shown(value)}; it must be at least {shown(limit.least)}")
     if value > limit.most:

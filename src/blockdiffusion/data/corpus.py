@@ -15,6 +15,7 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.sources import Source, open_sources
 from blockdiffusion.errors import UserError, counted, few
 from blockdiffusion.files.disk import GIVEN
+from blockdiffusion.limits import MOST_COUNT
 from blockdiffusion.runtime.seeding import derive_seed
 
 
@@ -118,7 +119,7 @@ class Corpus:
 
     @property
     def _draw_size(self) -> int:
-        return round(1 / self.options.valid_fraction)
+        return min(round(1 / self.options.valid_fraction), MOST_COUNT)
 
     def check_split(self) -> None:
         """Look before any work is done whether validation documents can be drawn.

@@ -134,7 +134,15 @@ class Int8Linear(nn.Module):
         self.has_gelu = isinstance(linear, LinearGelu)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        out = torch.ops.quantized.linear_dynamic(input, self.packed, True)
+        try:
+            out = torch.ops.quantized.linear_dynamic(input, self.packed, True)
+        except RuntimeError:
+            if bool(input.isfinite().all()):
+                raise
+            raise UserError(
+                "the network's numbers are not finite (nan or infinity), so they cannot be "
+                "rounded to 8 bits: its weights have diverged; take an earlier checkpoint"
+            ) from None
         return gelu(out) if self.has_gelu else out
 
 

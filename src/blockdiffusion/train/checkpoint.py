@@ -298,11 +298,15 @@ def load(
         for name, parameter in parameters.items():
             weights.read_into(parameter, name)
             averages.read_into(average.average[name], name)
+            given = [key for key in kept[name] if f"{name}.{key}" in moments]
+            if given and len(given) < len(kept[name]):
+                raise damaged(checkpoint / OPTIMIZER, f"it has only a part of {name}'s moments")
             optimizer.state[parameter] = {
                 key: moments.read_into(_like_moment(parameter, key), f"{name}.{key}")
-                for key in kept[name]
-                if f"{name}.{key}" in moments
+                for key in given
             }
+    if state.step and not any(optimizer.state[p] for p in parameters.values()):
+        raise damaged(checkpoint / OPTIMIZER, f"it has no moments, after {state.step} steps")
     return state
 
 

@@ -9,7 +9,6 @@ not reach. Every token is scored exactly once, but for a first token that nothin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from blockdiffusion.checkpoints.formats import LIGHTNING, PICKLES, load, refuse_missing_path
+from blockdiffusion.checkpoints.tensors import FLOAT_KINDS, check_header, is_finite
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
 from blockdiffusion.diffusion.denoiser import bos_id, is_autoregressive, masked_nll
 from blockdiffusion.diffusion.estimators import Complement
@@ -27,13 +27,15 @@ from blockdiffusion.diffusion.exact import MAX_BLOCK_SIZE, exact_blocks
 from blockdiffusion.diffusion.losses import subs_nll
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.journal import Journal, fingerprint
-from blockdiffusion.files.records import read_json
+from blockdiffusion.evaluate.likelihood import MOST_NATS
+from blockdiffusion.files.records import of_file, read_json
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.runtime.seeding import generator
 
 LOGIT_BYTES = 2**28  # logits of one pass: bounds memory
 MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # of a judge's configuration
+INDEX = "model.safetensors.index.json"
 UNKNOWN_CONTEXT = 1024  # of a judge that names no limit
 OURS = (BlockDiffusionConfig.model_type, "bd3lm")
 PAIRS = 8  # complement pairs per window, where a judge's blocks are too long to enumerate
@@ -262,10 +264,11 @@ def judge_samples(
         found = None if kept is None else kept.get(f"pass {number}")
         if found is None:
             found = judge.nll([place.row for place in group], number)
-            if not all(map(math.isfinite, found)):
-                raise UserError(
-                    f"the judge {judge.name} gives a text {min(found)} nats: its weights or logits "
-                    "are not finite; take another judge"
+            scored = [sum(place.row.scored) for place in group]
+            if not all(nats < MOST_NATS * n for nats, n in zip(found, scored, strict=True)):
+                raise UserError(  # nan is not less, either
+                    f"the judge {judge.name} gives a text {max(found):.4g} nats: its logits are "
+                    "not finite or far too large; take another judge"
                 )
             if kept is not None:
                 kept.put(f"pass {number}", found)
@@ -538,6 +541,7 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
         raise UserError(f"the judge {name} has {why}; a model.safetensors is needed")
     if (folder / "config.json").is_file():
         _check_sizes(folder / "config.json")
+        _check_weights(folder)
     try:
         tokenizer = load_tokenizer(name)
     except UserError as error:
@@ -565,7 +569,45 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
             f"the weights of the judge {name} lack {missing[0]} and do not fit its config.json; "
             "it would judge with random numbers"
         )
+    for tensor, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not is_finite(parameter.detach()):
+            raise UserError(
+                f"the judge {name}: {tensor} holds numbers that are not finite (nan or infinity); "
+                "take another judge"
+            )
     return model.to(device=device), tokenizer
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuses what transformers would take: weights outside the folder, files that it would read
+    for long, whole numbers in the place of weights.
+
+    Links to a cache, as the hub's client makes them, are the user's own.
+    """
+    quantised = "quantization_config" in read_json(folder / "config.json", "take another judge")
+    if (index := folder / INDEX).exists():
+        parts = read_json(index, "copy or download it again").get("weight_map")
+        names = set(parts.values()) if isinstance(parts, dict) else {None}
+        for part in names:
+            if (
+                not isinstance(part, str)
+                or Path(part).name != part
+                or not (folder / part).is_file()
+            ):
+                raise UserError(
+                    f"{index} names {shown(part)} for weights, which is no file of its folder; "
+                    "copy or download the judge again"
+                )
+    for file in folder.glob("*.safetensors"):
+        with of_file(file, "copy or download it again"):
+            header = check_header(file)
+        for name, entry in {} if quantised else header.items():
+            kind = entry.get("dtype") if isinstance(entry, dict) else None
+            if name.endswith(".weight") and kind not in FLOAT_KINDS:
+                raise UserError(
+                    f"{file}: {shown(name)} holds {shown(kind)}, which no weights are in; copy or "
+                    "download it again"
+                )
 
 
 def _check_sizes(path: Path) -> None:

@@ -239,7 +239,8 @@ def measure_variance(
 
     Raises:
         UserError: too few rows, a block size that does not divide them, no estimator that exists
-            at one of the block sizes for this network, or a network of discrete time.
+            at one of the block sizes for this network, a network of discrete time, or a loss or
+            gradient that is not finite.
     """
     start = time.perf_counter()
     options = VarianceOptions() if options is None else options
@@ -420,6 +421,12 @@ def _measure(
                     generator(options.seed, "variance", index),
                     gradients=options.gradients,
                 )
+                _check_finite(
+                    found.loss,
+                    found.loss_variance,
+                    *found.gradient_variance.values(),
+                    *found.gradient_square.values(),
+                )
                 if kept is not None:
                     kept.put(name, asdict(found))
             moments.append(found)
@@ -455,12 +462,22 @@ def _enumerate(
                     model, clean_BL.to(model.device), free_BL.to(model.device), valid
                 )
                 loss = float(found.nelbo_BK.sum()) / int(free_BL.sum())
+                _check_finite(loss)
                 if kept is not None:
                     kept.put(name, loss)
             losses.append((loss,))
             advance(stage, _enumeration_work(size, options))
     model.train(training)
     return _Reference(EXACT, losses)
+
+
+def _check_finite(*values: float) -> None:
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            "the loss or its gradient is not finite (nan or infinity): the network's numbers "
+            "overflow, or its weights have diverged; measure in float32, or take an earlier "
+            "checkpoint"
+        )
 
 
 def _read_moments(values: dict[str, Any] | None) -> Moments | None:
