@@ -23,7 +23,7 @@ from tests.faulty_disk import FaultyDisk
 from tests.reproduce.toy import TOY
 from tests.tiny import TEXT, write_recipe
 
-TIMES = {"seconds", "tokens_per_second", "tflops_per_second", "peak_share"}
+TIMES = {"seconds", "search_seconds", "tokens_per_second", "tflops_per_second", "peak_share"}
 FREQUENT = {"every": 1, "keep": 1}
 
 
@@ -105,7 +105,9 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     (folder / "text.txt").write_text(TEXT[:2900])
     passages = TEXT.split("\n\n")[:9]
-    (folder / "passages.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in passages))
+    (folder / "passages.jsonl").write_text(
+        "".join(json.dumps({"text": p}) + "\n" for p in passages)
+    )
     (folder / "pages").mkdir()
     for split in ("train", "valid", "test"):
         (folder / "pages" / f"wiki.{split}.tokens").write_text(" = Cats = \n" + TEXT[:700])
