@@ -54,7 +54,7 @@ COMMANDS = {
         parts=2,
     ),
     "train": Command("train {p}/recipe.yaml out={o}/run", parts=8),
-    "train, with its search": Command("train {p}/search.yaml out={o}/run", parts=4),
+    "train, with its search": Command("train {p}/search.yaml out={o}/run", parts=12),
     "eval": Command(
         "eval {p}/run --data {p}/data --samples 2 --estimator count --per-row --json {o}/eval.json"
     ),
