@@ -228,7 +228,7 @@ def lengths(
 ) -> None:
     """How long documents become: tokens until a sampled EOS."""
     from blockdiffusion.evaluate.generation.lengths import document_lengths
-    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.reports.terminal import length_lines, progress_bar
 
     check_places(json_file)
@@ -248,4 +248,5 @@ def lengths(
         )
     if json_file is not None:
         write_json(json_file, found.to_dict() | {"model": model})
+        remove_journal(json_file)
     say("\n".join(length_lines(found, model)))

@@ -85,6 +85,7 @@ def generate_eval(
     """Generated text under a judge: perplexity, entropy, diversity, repetition, length, cost."""
     from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
     from blockdiffusion.evaluate.generation.samples import DrawOptions
+    from blockdiffusion.evaluate.journal import remove_journal
     from blockdiffusion.reports.terminal import generation_lines, progress_bar
     from blockdiffusion.runtime.distributed import joined
 
@@ -127,6 +128,7 @@ def generate_eval(
     if json_file is not None:
         write_json(json_file, values)
     _write_generation_tables([values], [], csv_file, markdown, plot)
+    remove_journal(json_file)
     say("\n".join(generation_lines(values)))
 
 

@@ -59,7 +59,7 @@ def evaluate(
     """Likelihood of held-out text: nats per token, perplexity, bits per byte, with error bars."""
     from blockdiffusion.checkpoints.release import check_card, record_evaluation
     from blockdiffusion.data.manifest import Manifest
-    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.likelihood import likelihood
     from blockdiffusion.evaluate.prepared import evaluation_facts, read_rows
     from blockdiffusion.reports.terminal import likelihood_lines, progress_bar
@@ -97,11 +97,10 @@ def evaluate(
         if per_row:
             values["tokens_per_row"] = text.free_tokens().tolist()
         write_json(json_file, values | {"model": model, "data": str(data), "split": split})
-    if journal is not None:
-        journal.unlink(missing_ok=True)
     if card:
         facts = evaluation_facts(result, Manifest.load(data), data, split, seed=seed)
         record_evaluation(model, facts)
+    remove_journal(json_file)
     say("\n".join(likelihood_lines(result, f"{model} on {data} ({split})")))
 
 
@@ -164,7 +163,7 @@ def zero_shot(
     dtype: DTYPE = "auto",
 ) -> None:
     """Zero-shot perplexity on the paper's sets, with error bars and conventions."""
-    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.scoring import ScoreOptions
     from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions, measure_zero_shot
     from blockdiffusion.evaluate.zero_shot.table import (
@@ -208,6 +207,8 @@ def zero_shot(
         write_whole(csv_file, zero_shot_csv(table).encode())
     if markdown is not None:
         write_whole(markdown, zero_shot_markdown(table, model).encode())
+    if all(row.result is not None for row in table.rows):  # else others may be measured later
+        remove_journal(json_file)
     say("\n".join(zero_shot_lines(table, model)))
 
 
@@ -237,7 +238,7 @@ def references(
     dtype: DTYPE = "auto",
 ) -> None:
     """Bits per byte of n-gram models and compressors on held-out rows, beside a model's."""
-    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.scoring import ScoreOptions
     from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.studies.references.coders import CoderOptions, compare_coders
@@ -261,6 +262,7 @@ def references(
         write_json(json_file, table.to_dict() | {"data": str(data)})
     if markdown is not None:
         write_whole(markdown, page.encode())
+    remove_journal(json_file)
     say(page, end="")
 
 
@@ -289,7 +291,7 @@ def variance(
     dtype: DTYPE = "auto",
 ) -> None:
     """Variance of the bound and of its gradient, for many estimators and block sizes."""
-    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.prepared import read_rows
     from blockdiffusion.reports.terminal import progress_bar, variance_lines
     from blockdiffusion.studies.variance.picture import variance_picture
@@ -319,6 +321,7 @@ def variance(
         write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
     if plot is not None:
         write_whole(plot, variance_picture(table, what).encode())
+    remove_journal(json_file)
     say("\n".join(variance_lines(table, what)))
 
 

@@ -53,14 +53,19 @@ class Journal:
         except OSError as error:
             raise storage_error(error, self.path) from error
 
-    def remove(self) -> None:
-        """Removes the file, once the whole result is written elsewhere."""
-        self.path.unlink(missing_ok=True)
-
 
 def journal_beside(result: Path | None) -> Path | None:
     """The journal of a measurement whose result goes into the file `result`; None without one."""
     return None if result is None else result.with_name(f"{result.name}.journal")
+
+
+def remove_journal(result: Path | None) -> None:
+    """Removes the journal beside `result`; only when all files of the result are written.
+
+    Otherwise a full disk at the end would cost the measurement.
+    """
+    if (journal := journal_beside(result)) is not None:
+        journal.unlink(missing_ok=True)
 
 
 def fingerprint(model: Any, *others: Any) -> str:

@@ -210,15 +210,6 @@ def json_lines(path: Path, *, finite: bool = True) -> Iterator[dict[str, Any]]:
             continue
 
 
-def ends_cut_short(path: Path) -> bool:
-    """Whether a file of lines ends in the middle of one."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
-
-
 def as_object(value: Any) -> dict[str, Any]:
     """`value`, which is a mapping.
 

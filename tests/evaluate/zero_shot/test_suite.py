@@ -159,7 +159,7 @@ def test_when_a_missing_set_is_there_only_that_one_is_measured(
         scoring, "likelihood", lambda *args, **more: (calls.append(1), real(*args, **more))[1]
     )
     second = measure_zero_shot(model, only(local), journal=journal)
-    assert len(calls) == 1 and second.rows[1].result is not None and not journal.exists()
+    assert len(calls) == 1 and second.rows[1].result is not None
     assert second.rows[0].result.nats_per_token == first.rows[0].result.nats_per_token
 
 
@@ -211,7 +211,6 @@ def test_a_stopped_measurement_goes_on(make_model, local, tmp_path, monkeypatch)
     resumed = measure_zero_shot(
         model, options, journal=journal, progress=lambda *state: progress.append(state)
     )
-    assert not journal.exists()
     for before, after, other in zip(chunked.rows, resumed.rows, whole.rows, strict=True):
         assert after.result.nats_per_token == before.result.nats_per_token
         error = math.hypot(after.result.stderr_noise, other.result.stderr_noise)

@@ -125,6 +125,18 @@ def test_what_was_interrupted_keeps_its_journal(tmp_path):
     assert journal.read_text() == "half" and said[0] == "a: goes on"
 
 
+def test_what_is_measured_is_not_measured_again_for_its_note(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, measure(tmp_path, "a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "finish", lambda *_: (_ for _ in ()).throw(UserError("disk full")))
+        with pytest.raises(UserError, match="disk full"):
+            carry_out(plan, lambda line: None, Fakes(plan))
+    again = Fakes(plan)
+    carry_out(plan, lambda line: None, again)
+    note = json.loads((tmp_path / "steps" / "a.json").read_text())
+    assert again.began == [] and note["done"]
+
+
 def test_a_failure_is_the_steps_own_sentence_and_the_other_is_kept(tmp_path):
     plan = plan_of(tmp_path, measure(tmp_path, "a"), measure(tmp_path, "b"))
 

@@ -95,7 +95,7 @@ def document_lengths(
         batch_size: documents sampled at a time.
         seed: of the documents; every batch has a random stream of its own.
         journal: a file that keeps finished batches, so that a measurement that was stopped goes on;
-            it is removed at the end.
+            the caller removes it.
         progress: called with (stage, done, total) documents.
         sampling: further options of `blockdiffusion.stream`, such as `window` or `top_p`.
 
@@ -137,8 +137,6 @@ def document_lengths(
         nfe += found["nfe"]
         if progress is not None:
             progress("documents", len(lengths), num_samples)
-    if kept is not None:
-        kept.remove()
     return DocumentLengths(
         lengths=tuple(lengths),
         cut=tuple(cut),

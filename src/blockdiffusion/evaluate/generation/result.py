@@ -211,7 +211,7 @@ def evaluate_samples(
         reference: real texts, about as many and as long.
         mauve: whether to compute MAUVE against the reference, from the judge's hidden states.
         progress: called with (stage, done, total).
-        journal: file that keeps what the judge has finished; removed at the end.
+        journal: file that keeps what the judge has finished; the caller removes it.
 
     Raises:
         UserError: nothing to score; MAUVE without its package, a reference or hidden states.
@@ -246,7 +246,7 @@ def evaluate_samples(
             for part in (tokens[count:], tokens[:count])
         ]
         score = mauve_score(features[0], features[1], conditions.seed)
-    result = GenerationResult(
+    return GenerationResult(
         label=conditions.label,
         model=conditions.model,
         judge=judge_facts(judge, used, step),
@@ -269,9 +269,6 @@ def evaluate_samples(
         device=str(judge.model.device),
         seconds=time.perf_counter() - begin,
     )
-    if journal is not None:
-        journal.unlink(missing_ok=True)
-    return result
 
 
 def text_numbers(

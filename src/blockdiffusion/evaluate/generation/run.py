@@ -85,7 +85,7 @@ def generate_and_judge(
         device: of the judge.
         beside: where the result will be written: finished samples are kept beside it in
             `NAME.samples.jsonl`, and finished passes of the judge in `NAME.journal`, so that the
-            same call goes on after a kill. None: nothing is kept.
+            same call goes on after a kill; the caller removes the journal. None: nothing is kept.
         team: processes that call this alike and share the drawing; the first one judges.
 
     Returns:

@@ -219,7 +219,7 @@ def measure_zero_shot(
         model: any kind that `likelihood` takes, with a tokenizer.
         progress: called with (set and what is counted, done, how many there are or None).
         journal: file that keeps what is finished, so that the same call goes on after an
-            interruption, or when a missing set can be read; removed when all sets are measured.
+            interruption, or when a missing set can be read; the caller removes it.
 
     Raises:
         UserError: the options do not fit the model, or no set at all can be read.
@@ -236,8 +236,6 @@ def measure_zero_shot(
     ]
     if all(row.result is None for row in rows):
         raise UserError(f"no set of the suite can be read; of {rows[0].task}: {rows[0].missing}")
-    if kept is not None and all(row.result is not None for row in rows):
-        kept.remove()
     return ZeroShotTable(
         rows=tuple(rows),
         options=options,

@@ -28,7 +28,7 @@ from blockdiffusion.evaluate.generation.samples import (
     draw_samples,
     identity,
 )
-from blockdiffusion.evaluate.journal import journal_beside
+from blockdiffusion.evaluate.journal import journal_beside, remove_journal
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.files.disk import write_whole
 from blockdiffusion.files.records import Damaged, read_json, sealed, unsealed
@@ -151,7 +151,9 @@ def _measured(
         "reference": [*reference, options.split] if reference else None,
     }))  # fmt: skip
     if file.exists():
-        return _read(file, key)
+        values = _read(file, key)
+        remove_journal(file)  # an error may have left it
+        return values
     drawn = draw_samples(
         model,
         draw,
@@ -187,6 +189,7 @@ def _measured(
     }
     text = json.dumps(sealed(values), indent=2) + "\n"
     write_whole(file, text.encode())
+    remove_journal(file)
     return unsealed(json.loads(text))  # as it is read the next time
 
 

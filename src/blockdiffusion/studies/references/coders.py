@@ -146,7 +146,7 @@ def compare_coders(
         models: by the names that the table gives them, of any kind that `likelihood` takes.
         progress: called with (what is measured, done, how many there are).
         journal: file that keeps what is finished, so that the same call goes on after an
-            interruption; removed when all is measured.
+            interruption; the caller removes it.
 
     Raises:
         UserError: no such data or split, too many training tokens, a model of other symbols, or an
@@ -173,8 +173,6 @@ def compare_coders(
         result = _model(model, name, symbols, report, journal)
         rows += _model_rows(name, result, symbols)
         found[name] = result.to_dict()
-    if kept is not None:
-        kept.remove()
     return CoderTable(
         rows=tuple(rows),
         options=options,

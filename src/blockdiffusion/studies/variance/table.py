@@ -235,7 +235,7 @@ def measure_variance(
         text: from `prepared.read_rows`, `options.rows` rows.
         progress: called with (what is measured, done, total) units of work.
         journal: file that keeps what is finished, so that the same call after an interruption goes
-            on; removed at the end.
+            on; the caller removes it.
 
     Raises:
         UserError: too few rows, a block size that does not divide them, no estimator that exists
@@ -264,8 +264,6 @@ def measure_variance(
         kept = Journal(journal, fingerprint(model, *tensors, conditions))
     measured = [_measure(model, batches, p, options, advance, kept) for p in plan]
     exact = {size: _enumerate(model, batches, size, options, advance, kept) for size in enumerated}
-    if kept is not None:
-        kept.remove()
     rows: list[VarianceRow] = []
     references = {}
     for size in sizes:
