@@ -17,8 +17,8 @@ from blockdiffusion.models.cache import BlockCache
 class Denoiser(Protocol):
     """A network that predicts the tokens behind the masks of a block, given the clean past.
 
-    `config` is a `DiffusionConfig`, `backbone` the network inside (`models.backbone`), `tokenizer` a
-    Hugging Face tokenizer or None.
+    `config` is a `DiffusionConfig`, `backbone` the network inside (`models.backbone`), and
+    `tokenizer` a Hugging Face tokenizer or None.
     """
 
     config: Any

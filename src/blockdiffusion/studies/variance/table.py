@@ -439,7 +439,8 @@ def _enumerate(
         loss = None if kept is None else kept.get(name)
         if loss is None:
             valid = None if bool(valid_BL.all()) else valid_BL.to(model.device)
-            found = exact_blocks(model, clean_BL.to(model.device), free_BL.to(model.device), valid)
+            clean, free = clean_BL.to(model.device), free_BL.to(model.device)
+            found = exact_blocks(resized, clean, free, valid)
             loss = float(found.nelbo_BK.sum()) / int(free_BL.sum())
             if kept is not None:
                 kept.put(name, loss)
