@@ -179,7 +179,7 @@ def test_raw_weights_are_the_state_dict(model, tmp_path):
     path = tmp_path / "last.ckpt"
     save_with_settings(path, lightning(model), settings("bd3lm", model), None)
     raw = find_model(path, LightningOptions(weights="raw")).model
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.backbone.named_parameters():
         assert torch.equal(raw.get_parameter(name), parameter + 1)
 
 
