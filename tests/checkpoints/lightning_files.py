@@ -79,7 +79,7 @@ def save_with_settings(path: Path, content: dict[str, Any], settings: Any, token
 
 def settings(kind: str, model: BlockDiffusionModel) -> dict[str, Any]:
     """The authors' configuration of a run that made `model`."""
-    config = model.config
+    config = model.full_config()
     return {
         "algo": {
             "name": kind,

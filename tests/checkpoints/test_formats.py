@@ -189,7 +189,9 @@ def test_weights_go_to_another_block_size_length_and_dropout(make_model, tmp_pat
 
 
 def test_weights_come_from_the_published_format_too(bd3lm):
-    model = BlockDiffusionModel(BlockDiffusionConfig(**bd3lm.config.to_dict() | {"block_size": 8}))
+    model = BlockDiffusionModel(
+        BlockDiffusionConfig(**bd3lm.full_config().to_dict() | {"block_size": 8})
+    )
     copy_weights(GOLDEN / "bd3lm-hf", model)
     assert torch.equal(model.output.weight, bd3lm.output.weight)
 

@@ -166,9 +166,9 @@ def test_a_whole_file_needs_no_options(make_model, tmp_path, kind):
     save_with_settings(path, lightning(model), settings(kind, model), byte_tokenizer())
     again = blockdiffusion.load(path)
     assert equal_weights(model, again) and not again.training
-    config = again.config
+    config, expected = again.full_config(), model.full_config()
     for name in ("seq_len", "block_size", "num_heads", "cond_dim", "adaln", "time_conditioning"):
-        assert getattr(config, name) == getattr(model.config, name), name
+        assert getattr(config, name) == getattr(expected, name), name
     assert config.bos is True and config.dropout == 0.25
     read = read_lightning(path)
     assert (read.kind, read.steps, read.weights) == (kind, 77, "ema")

@@ -54,7 +54,7 @@ IDS = ["S=4", "S=16 N=2", "S=5 N=3", "S=L", "S=1", "time", "causal", "causal ada
 def network(sizes) -> tuple[BlockDiffusionModel, Network]:
     torch.manual_seed(0)
     model = BlockDiffusionModel(BlockDiffusionConfig(**{**SIZES, **sizes})).train()
-    return model, Network.of(model.config)
+    return model, Network.of(model.full_config())
 
 
 def update(model, estimator, rows=2) -> tuple[BatchLoss, Pass]:

@@ -84,29 +84,32 @@ class Hidden(nn.Module):
         layer.modulation = nn.Linear(2, 4)
         self.layers, self.output = nn.ModuleList([layer]), nn.Linear(6, 5)
 
+    def hidden_matrices(self):
+        (layer,) = self.layers
+        mlp = [layer.mlp_in, *([layer.mlp_out] if hasattr(layer, "mlp_out") else [])]
+        return [part.weight for part in mlp]
+
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest_by_hand():
     """One update of each: Muon's is orthogonal, and scaled to the size of AdamW's, 0.2 a number."""
     torch.manual_seed(0)
     model, twin = Hidden(), Hidden()
-    twin.backbone.load_state_dict(model.backbone.state_dict())
+    twin.load_state_dict(model.state_dict())
     draw = torch.Generator().manual_seed(1)
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         ours.grad = torch.randn(ours.shape, generator=draw)
         theirs.grad = ours.grad.clone()
     optimizer = make_optimizer(model, OptimOptions(name="muon", lr=0.01, weight_decay=0.5))
     optimizer.step()
-    hidden = twin.backbone.layers[0].mlp_in.weight
+    hidden = twin.layers[0].mlp_in.weight
     rest = [p for p in twin.parameters() if p is not hidden]
     decayed = [{"params": [p for p in rest if p.ndim == n], "weight_decay": d}
                for n, d in ((2, 0.5), (1, 0.0))]  # fmt: skip
     torch.optim.AdamW(decayed, lr=0.01).step()
-    for (name, ours), theirs in zip(
-        model.backbone.named_parameters(), twin.parameters(), strict=True
-    ):
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         if name != "layers.0.mlp_in.weight":
             torch.testing.assert_close(ours, theirs)
-    step = (hidden * (1 - 0.01 * 0.5) - model.backbone.layers[0].mlp_in.weight) / 0.01
+    step = (hidden * (1 - 0.01 * 0.5) - model.layers[0].mlp_in.weight) / 0.01
     values = torch.linalg.svdvals(step) / (0.2 * math.sqrt(6))
     assert ((values > 0.6) & (values < 1.3)).all()  # "orthogonal" as Muon's five rounds have it
     assert 0.1 < step.square().mean().sqrt() < 0.3
@@ -125,7 +128,7 @@ def test_loaded_state_reaches_both():
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    keys = {name: set(optimizer.state[p]) for name, p in model.backbone.named_parameters()}
+    keys = {name: set(optimizer.state[p]) for name, p in model.named_parameters()}
     assert keys.pop("layers.0.mlp_in.weight") == {"momentum_buffer"}
     assert all(found == {"step", "exp_avg", "exp_avg_sq"} for found in keys.values())
     other = make_optimizer(model, OptimOptions(name="muon"))
@@ -144,7 +147,7 @@ def update_shards_and_whole_matrices(rows: list[list[int]]) -> None:
 
     torch.manual_seed(0)
     model = Hidden()
-    model.backbone.layers[0].mlp_out = nn.Linear(7, 5)
+    model.layers[0].mlp_out = nn.Linear(7, 5)
     options = OptimOptions(name="muon", lr=0.01, weight_decay=0.5)
     with joined() as processes:
         mesh = init_device_mesh("cpu", (processes.size,))
@@ -157,9 +160,7 @@ def update_shards_and_whole_matrices(rows: list[list[int]]) -> None:
             for optimizer in optimizers:
                 optimizer.step()
         for name, held in zip(("mlp_in", "mlp_out"), rows, strict=True):
-            weights = [
-                getattr(network.backbone.layers[0], name).weight for network in (sharded, model)
-            ]
+            weights = [getattr(network.layers[0], name).weight for network in (sharded, model)]
             momenta = [
                 optimizer.state[weight]["momentum_buffer"]
                 for optimizer, weight in zip(optimizers, weights, strict=True)

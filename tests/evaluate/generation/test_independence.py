@@ -80,7 +80,7 @@ def test_the_same_weights_under_other_names_and_precision(tmp_path):
     judge = load_judge(name)
     config = GPT2Config.from_pretrained(name)
     model = GPT2LMHeadModel(config)
-    model.backbone.load_state_dict(judge.model.backbone.state_dict())
+    model.load_state_dict(judge.model.state_dict())
     with pytest.raises(UserError, match="has the same weights"):
         check_judge("elsewhere", model.to(torch.bfloat16), judge)
     with torch.no_grad():
