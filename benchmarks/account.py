@@ -101,7 +101,7 @@ def measured_training(recipe: Any, manifest: Any, updates: int) -> dict[str, flo
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident set so far
     before = resident("VmRSS")
     model = build_model(recipe, manifest).train()
-    model.activation_checkpointing = recipe.train.activation_checkpointing
+    model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     for parameter in model.parameters():  # zeros would let kernels cheat
         torch.nn.init.normal_(parameter, std=0.02, generator=draw)
     optimizer, average = make_optimizer(model, recipe.optim), MovingAverage(model, 0.9999)

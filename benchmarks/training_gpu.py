@@ -209,7 +209,7 @@ def one_pass_sdpa(model: Any, batch: Corrupted, clean_BL: torch.Tensor) -> torch
 def compiled_model(config: BlockDiffusionConfig) -> BlockDiffusionModel:
     """Ours with compiled layers."""
     model = generic_model(config)
-    model.compile_layers()
+    model.backbone.compile_layers()
     return model
 
 
@@ -243,9 +243,9 @@ class TwoPasses:
         model, device, length = self.model, noisy_BNL.device, clean_BL.shape[1]
         head_width = self.config.width // self.config.num_heads
         positions = torch.arange(length, device=device)
-        x_BLD = model.embedding(noisy_BNL[:, 0])
+        x_BLD = model.backbone.embedding(noisy_BNL[:, 0])
         rotary = rotary_tables(positions, head_width, x_BLD.dtype)
-        cond = model.time(torch.zeros(1, 1, device=device))
+        cond = model.backbone.time(torch.zeros(1, 1, device=device))
         clean = self._clean_pass(clean_BL, cond, rotary)
         streams = Streams(length, self.config.block_size)
         backend = resolve_backend(None, device)
@@ -261,7 +261,7 @@ class TwoPasses:
         self, clean_BL: torch.Tensor, cond: torch.Tensor, rotary: Rotary
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of every layer; the last one computes nothing else."""
-        *layers, last = self.model.layers
+        *layers, last = self.model.backbone.layers
         streams = Streams(clean_BL.shape[1], self.config.block_size, num_noisy=0)
         backend = resolve_backend(None, clean_BL.device)
         found = []
@@ -270,7 +270,7 @@ class TwoPasses:
             found.append((k, v))
             return attend(q, k, v, streams, backend)
 
-        x_BLD = self.model.embedding(clean_BL)
+        x_BLD = self.model.backbone.embedding(clean_BL)
         for layer in layers:
             x_BLD = layer(x_BLD, cond, rotary, read)
         shift, scale = last.modulate(cond)[:2]

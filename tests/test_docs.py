@@ -128,7 +128,7 @@ def published_model(folder):
         vocab_size=50258, seq_len=1024, width=16, num_layers=1, num_heads=2, cond_dim=8
     )
     state = {}
-    for name, tensor in blockdiffusion.BlockDiffusionModel(config).state_dict().items():
+    for name, tensor in blockdiffusion.BlockDiffusionModel(config).backbone.state_dict().items():
         theirs, ours = next(
             (theirs.replace(".N.", ".0."), ours.replace(".N.", ".0."))
             for theirs, ours in BD3LM_NAMES.items()

@@ -22,14 +22,18 @@ sys.meta_path.insert(0, MovedModules())
 
 if TYPE_CHECKING:
     from blockdiffusion.checkpoints.formats import load
+    from blockdiffusion.diffusion.config import DiffusionConfig
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
+    from blockdiffusion.models.block_diffusion import BlockDiffusion
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
     from blockdiffusion.sampling import Engine, Generation, generate, infill, stream
 
 _HOMES = {
+    "BlockDiffusion": "blockdiffusion.models.block_diffusion",
     "BlockDiffusionConfig": "blockdiffusion.models.transformer",
     "BlockDiffusionModel": "blockdiffusion.models.transformer",
+    "DiffusionConfig": "blockdiffusion.diffusion.config",
     "Engine": "blockdiffusion.sampling",
     "Generation": "blockdiffusion.sampling",
     "Likelihood": "blockdiffusion.evaluate.likelihood",
@@ -42,8 +46,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "BlockDiffusion",
     "BlockDiffusionConfig",
     "BlockDiffusionModel",
+    "DiffusionConfig",
     "Engine",
     "Generation",
     "Likelihood",

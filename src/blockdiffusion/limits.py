@@ -30,7 +30,7 @@ class Limit(NamedTuple):
 LIMITS: dict[str, Limit] = {
     # networks
     **dict.fromkeys(("vocab_size", "top_k"), Limit(1, MOST_IDS)),
-    **dict.fromkeys(("mask_id", "bos_id", "eos_id", "pad_id"), Limit(0, MOST_IDS)),
+    **dict.fromkeys(("mask_id", "bos_id", "eos_id", "pad_id", "start_id"), Limit(0, MOST_IDS)),
     **dict.fromkeys(("seq_len", "block_size", "tokens_per_step"), Limit(1, 2**20)),
     **dict.fromkeys(("width", "cond_dim"), Limit(1, 2**17)),
     "num_layers": Limit(1, 10_000),

@@ -46,7 +46,8 @@ def test_a_golden_lightning_file_becomes_a_directory(kind, tmp_path):
     options = LightningOptions(kind=kind, seq_len=32)
     made = convert(source, tmp_path / "made", lightning=options)
     again = blockdiffusion.load(tmp_path / "made")
-    assert equal_models(made.model, again) and made.model.config.to_dict() == again.config.to_dict()
+    assert equal_models(made.model, again)
+    assert made.model.full_config().to_dict() == again.full_config().to_dict()
     assert made.notes == (
         "no tokenizer: this model works with ids; convert with --tokenizer for text",
     )
@@ -71,7 +72,8 @@ def test_the_published_format_round_trips_bit_for_bit(bd3lm, tmp_path):
     for key in raw.keys() - {"transformers_version", "auto_map"}:
         assert ours[key] == raw[key], key
     again = blockdiffusion.load(tmp_path / "theirs")
-    assert equal_models(bd3lm, again) and again.config.to_dict() == bd3lm.config.to_dict()
+    assert equal_models(bd3lm, again)
+    assert again.full_config().to_dict() == bd3lm.full_config().to_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -91,7 +93,7 @@ def test_our_own_format_round_trips_with_its_card(make_model, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "ours")
     notes = ["It knows *little*.", "It was trained for a test."]
     card = Card(name="ours", training={"steps": 5}, datasets=["owner/text"], notes=notes)
-    write_card(tmp_path / "ours", model.config, card)
+    write_card(tmp_path / "ours", model.full_config(), card)
     made = convert(tmp_path / "ours", tmp_path / "copy")
     assert equal_models(model, blockdiffusion.load(tmp_path / "copy")) and made.notes == ()
     assert read_card(tmp_path / "copy") == replace(card, name="copy")
@@ -103,7 +105,7 @@ def test_our_own_format_round_trips_with_its_card(make_model, tmp_path):
 
 
 def test_a_card_from_before_there_were_notes_is_read(make_model, tmp_path):
-    write_card(tmp_path, make_model().config, Card(name="old"))
+    write_card(tmp_path, make_model().full_config(), Card(name="old"))
     facts = json.loads((tmp_path / "card.json").read_text())
     del facts["notes"]
     (tmp_path / "card.json").write_text(json.dumps(facts))

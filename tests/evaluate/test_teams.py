@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import blockdiffusion.evaluate.likelihood as likelihood_module
+from blockdiffusion.checkpoints.formats import load
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
@@ -42,13 +43,13 @@ def measure(folder: Path) -> None:
     found = []
     with joined() as processes:
         for name, estimator, options in KINDS:
-            model = BlockDiffusionModel.from_pretrained(folder / name).double().eval()
+            model = load(folder / name).double().eval()
             journal = folder / f"journal{processes.size}"
             result = likelihood(
                 model, ids, estimator, 3, team=processes, journal=journal, **options
             )
             found.append(result.to_dict(rows=True) | {"seconds": None})
-        model = with_bytes(BlockDiffusionModel.from_pretrained(folder / "plain").double().eval())
+        model = with_bytes(load(folder / "plain").double().eval())
         file = folder / f"samples{processes.size}.jsonl"
         for guard in (None, GUARD):
             drawn = draw_samples(model, DRAW, file=file, guard=guard, team=processes)
@@ -85,7 +86,7 @@ def test_any_number_of_processes_goes_on_from_the_journal_of_any_other(models, m
     monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 96)
     ids = torch.randint(256, (7, 16), generator=torch.Generator().manual_seed(1))
     for (name, estimator, options), expected in zip(KINDS, one, strict=False):
-        model = BlockDiffusionModel.from_pretrained(models / name).double().eval()
+        model = load(models / name).double().eval()
         found = likelihood(model, ids, estimator, 3, journal=models / "journal2", **options)
         values = found.to_dict(rows=True) | {"seconds": None}
         assert json.loads(json.dumps(values)) == expected

@@ -35,12 +35,15 @@ class Network(nn.Module):
         self.inner = nn.Linear(2, width)
         self.unused = nn.Parameter(torch.ones(1))  # never has a gradient
 
-        self.dtype, self.config = torch.float32, Config()
+    @property
+    def backbone(self):
+        return self
 
+    def full_config(self):
+        return self
 
-class Config:
     def save_pretrained(self, folder):
-        (folder / "config.json").write_text(self.architectures[0])
+        (folder / "config.json").write_text("Network")
 
 
 def trained(seed=0, width=3):

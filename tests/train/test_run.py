@@ -49,12 +49,12 @@ def test_initial_weights_are_a_function_of_the_seed(recipe_file, prepared):
     recipe = load_recipe(recipe_file)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one = build_model(recipe, manifest).embedding.weight
+    one = build_model(recipe, manifest).backbone.embedding.weight
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    assert torch.equal(one, build_model(recipe, manifest).embedding.weight)
+    assert torch.equal(one, build_model(recipe, manifest).backbone.embedding.weight)
     other = build_model(load_recipe(recipe_file, ["train.seed=1"]), manifest)
-    assert not torch.equal(one, other.embedding.weight)
+    assert not torch.equal(one, other.backbone.embedding.weight)
 
 
 def test_the_block_size_must_divide_the_rows(recipe_file, prepared):

@@ -28,8 +28,8 @@ from blockdiffusion.estimate.flops import (
 )
 from blockdiffusion.limits import check_limit
 from blockdiffusion.models.attention import resolve_backend
+from blockdiffusion.models.transformer import is_hidden_matrix
 from blockdiffusion.runtime.hardware import Hardware
-from blockdiffusion.train.optim import is_hidden_matrix
 from blockdiffusion.train.recipe import Recipe
 
 DRAWN_TOKENS = 2**16  # of rows that are masked to see how many positions are scored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from blockdiffusion.files.disk import append, storage_error
 from blockdiffusion.files.records import Damaged, json_lines, sealed, unsealed
+from blockdiffusion.models.block_diffusion import BlockDiffusion
 
 
 class Journal:
@@ -70,7 +72,11 @@ def remove_journal(result: Path | None) -> None:
 
 def fingerprint(model: Any, *others: Any) -> str:
     """A hash of a model's configuration and weights, and of tensors and plain values."""
-    digest = hashlib.sha256(repr(sorted(model.config.to_dict().items(), key=str)).encode())
+    if isinstance(model, BlockDiffusion):
+        facts = {**model.backbone.config.to_dict(), **asdict(model.config)}
+    else:
+        facts = model.config.to_dict()
+    digest = hashlib.sha256(repr(sorted(facts.items(), key=str)).encode())
     for value in (*model.state_dict().values(), *others):
         if isinstance(value, torch.Tensor):
             plain = value.detach().cpu().contiguous()

@@ -266,9 +266,9 @@ def check_room(
 ) -> None:
     """Refuses rows that do not fit into memory together: their ids, their keys and values (at two
     bytes a number) and the logits of a block."""
-    config = model.config
+    config, sizes = model.config, model.backbone.attention
     held = tokens if window is None else min(tokens, window + config.block_size)
-    cached = 4 * getattr(config, "num_layers", 0) * getattr(config, "width", 0)
+    cached = 4 * sizes.num_layers * sizes.num_kv_heads * sizes.head_width
     needed = rows * (8.0 * tokens + cached * held + 4.0 * config.block_size * config.vocab_size)
     what = f"sampling {counted(rows, 'row')} of {counted(tokens, 'token')}"
     check_memory(needed, what, lower, model.device)

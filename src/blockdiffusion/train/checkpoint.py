@@ -52,6 +52,7 @@ from blockdiffusion.files.records import (
     read_bytes,
 )
 from blockdiffusion.limits import check_limits
+from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.runtime.distributed import ALONE, Team, is_sharded
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
@@ -211,7 +212,7 @@ def remove_old(out: Path, keep: int) -> None:
 
 
 def export_model(
-    out: Path, model: nn.Module, tokenizer: Path | None, card: Card | None = None
+    out: Path, model: BlockDiffusionModel, tokenizer: Path | None, card: Card | None = None
 ) -> None:
     """Writes the weights of `model`, the tokenizer's files and the model card to `out`/model/.
 
@@ -226,9 +227,9 @@ def export_model(
         partial.mkdir()
         for path in [] if tokenizer is None else tokenizer.iterdir():
             shutil.copyfile(path, partial / path.name)  # without its permissions
-        sums = write_model(model, partial)  # type: ignore[arg-type]
+        sums = write_model(model, partial)
         if card is not None:
-            write_card(partial, model.config, card)  # type: ignore
+            write_card(partial, model.full_config(), card)
         write_sums(partial, sums_of(partial, sums))
         publish_directory(partial, final)
 

@@ -227,7 +227,7 @@ def test_the_same_seed_gives_the_same_table_and_order_does_not_matter(make_model
 
 
 def test_every_parameter_has_a_group(make_model):
-    names = dict(make_model().named_parameters())
+    names = dict(make_model().backbone.named_parameters())
     groups = {name: parameter_group(name) for name in names}
     assert set(groups.values()) == {
         "embedding", "attention", "mlp", "norms and modulation", "output",

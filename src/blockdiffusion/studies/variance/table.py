@@ -15,8 +15,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 
 import blockdiffusion
-from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.diffusion.estimators import (
     T_MIN,
     Bernoulli,
@@ -383,16 +381,6 @@ class _Reference:
     losses: list[tuple[float, ...]]
 
 
-@contextmanager
-def _at_block_size(model: Denoiser, size: int) -> Iterator[None]:
-    own = model.config.block_size
-    model.config.block_size = size
-    try:
-        yield
-    finally:
-        model.config.block_size = own
-
-
 def _measure(
     model: Any,
     batches: Sequence[tuple[torch.Tensor, ...]],
@@ -403,32 +391,32 @@ def _measure(
 ) -> _Cell:
     stage = f"S = {plan.block_size} {plan.label}"
     moments = []
-    with _at_block_size(model, plan.block_size):
-        for index, (clean_BL, free_BL, valid_BL) in enumerate(batches):
-            advance(stage, 0)
-            name = f"S={plan.block_size} {plan.label} {plan.law.name} batch {index}"
-            found = None if kept is None else _read_moments(kept.get(name))
-            if found is None:
-                found = batch_moments(
-                    model,
-                    clean_BL.to(model.device),
-                    free_BL.to(model.device),
-                    None if bool(valid_BL.all()) else valid_BL.to(model.device),
-                    plan.law,
-                    options.replicates,
-                    generator(options.seed, "variance", index),
-                    gradients=options.gradients,
-                )
-                _check_finite(
-                    found.loss,
-                    found.loss_variance,
-                    *found.gradient_variance.values(),
-                    *found.gradient_square.values(),
-                )
-                if kept is not None:
-                    kept.put(name, asdict(found))
-            moments.append(found)
-            advance(stage, plan.work)
+    model = model.with_block_size(plan.block_size)
+    for index, (clean_BL, free_BL, valid_BL) in enumerate(batches):
+        advance(stage, 0)
+        name = f"S={plan.block_size} {plan.label} {plan.law.name} batch {index}"
+        found = None if kept is None else _read_moments(kept.get(name))
+        if found is None:
+            found = batch_moments(
+                model,
+                clean_BL.to(model.device),
+                free_BL.to(model.device),
+                None if bool(valid_BL.all()) else valid_BL.to(model.device),
+                plan.law,
+                options.replicates,
+                generator(options.seed, "variance", index),
+                gradients=options.gradients,
+            )
+            _check_finite(
+                found.loss,
+                found.loss_variance,
+                *found.gradient_variance.values(),
+                *found.gradient_square.values(),
+            )
+            if kept is not None:
+                kept.put(name, asdict(found))
+        moments.append(found)
+        advance(stage, plan.work)
     return _Cell(plan, moments, options.replicates)
 
 
@@ -449,22 +437,21 @@ def _enumerate(
     stage, losses = f"S = {size} {EXACT}", []
     training = model.training
     model.eval()
-    with _at_block_size(model, size):
-        for index, (clean_BL, free_BL, valid_BL) in enumerate(batches):
-            advance(stage, 0)
-            name = f"S={size} exact batch {index}"
-            loss = None if kept is None else kept.get(name)
-            if loss is None:
-                valid = None if bool(valid_BL.all()) else valid_BL.to(model.device)
-                found = exact_blocks(
-                    model, clean_BL.to(model.device), free_BL.to(model.device), valid
-                )
-                loss = float(found.nelbo_BK.sum()) / int(free_BL.sum())
-                _check_finite(loss)
-                if kept is not None:
-                    kept.put(name, loss)
-            losses.append((loss,))
-            advance(stage, _enumeration_work(size, options))
+    resized = model.with_block_size(size)
+    for index, (clean_BL, free_BL, valid_BL) in enumerate(batches):
+        advance(stage, 0)
+        name = f"S={size} exact batch {index}"
+        loss = None if kept is None else kept.get(name)
+        if loss is None:
+            valid = None if bool(valid_BL.all()) else valid_BL.to(model.device)
+            clean, free = clean_BL.to(model.device), free_BL.to(model.device)
+            found = exact_blocks(resized, clean, free, valid)
+            loss = float(found.nelbo_BK.sum()) / int(free_BL.sum())
+            _check_finite(loss)
+            if kept is not None:
+                kept.put(name, loss)
+        losses.append((loss,))
+        advance(stage, _enumeration_work(size, options))
     model.train(training)
     return _Reference(EXACT, losses)
 
