@@ -229,7 +229,7 @@ class TwoPasses:
     and then one noisy stream, which reads them. It computes what the single pass does."""
 
     def __init__(self, model: BlockDiffusionModel) -> None:
-        self.model, self.config, self.output = model, model.config, model.output
+        self.model, self.config, self.output = model, model.full_config(), model.output
 
     def encode(
         self,

@@ -180,7 +180,7 @@ def test_weights_go_to_another_block_size_length_and_dropout(make_model, tmp_pat
     model = BlockDiffusionModel(config)
     copy_weights(tmp_path, model)
     for name, parameter in source.backbone.named_parameters():
-        assert torch.equal(model.get_parameter(name), parameter.float())
+        assert torch.equal(model.backbone.get_parameter(name), parameter.float())
     assert (model.config.block_size, model.backbone.config.dropout, model.dtype) == (
         16,
         0.1,

@@ -180,7 +180,7 @@ def test_raw_weights_are_the_state_dict(model, tmp_path):
     save_with_settings(path, lightning(model), settings("bd3lm", model), None)
     raw = find_model(path, LightningOptions(weights="raw")).model
     for name, parameter in model.backbone.named_parameters():
-        assert torch.equal(raw.get_parameter(name), parameter + 1)
+        assert torch.equal(raw.backbone.get_parameter(name), parameter + 1)
 
 
 def test_names_of_a_compiled_network_are_understood(model, tmp_path):

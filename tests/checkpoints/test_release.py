@@ -258,7 +258,7 @@ def run(tmp_path_factory, prepared_bytes):
 
 def test_a_run_describes_its_model(run, prepared_bytes):
     folder = run / "model"
-    card, config = read_card(folder), blockdiffusion.load(run).config
+    card, config = read_card(folder), blockdiffusion.load(run).full_config()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines if "valid_bound" in line]
     assert all("evaluation" not in line for line in logged)
@@ -301,7 +301,7 @@ def test_the_measured_step_is_told_where_it_is_not_the_last(make_model):
     found = {
         "data": "d", "split": "valid", "is_bound": False, "perplexity": 8.0, "step": 2,
     }  # fmt: skip
-    config = make_model().config
+    config = make_model().full_config()
     for steps, told in ((2, False), (5, True)):
         text = render(config, Card(name="m", training={"steps": steps}, evaluation=found))
         assert ("after step 2; these are those after step 5" in text) == told

@@ -60,7 +60,7 @@ def test_memory_of_what_stands_is_that_of_the_tensors(recipe_of, name):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
-    optimizer = make_optimizer(model, OptimOptions(name=name))
+    optimizer = make_optimizer(model.backbone, OptimOptions(name=name))
     optimizer.step()
     held = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
     assert memory.optimizer == optimizer_bytes(Network.of(model.full_config()), name) == held
