@@ -39,11 +39,11 @@ from blockdiffusion.diffusion.denoiser import masked_loss
 from blockdiffusion.diffusion.estimators import Corrupted, Count
 from blockdiffusion.models import transformer
 from blockdiffusion.models.attention import attend, resolve_backend
+from blockdiffusion.models.backbone import Outputs
 from blockdiffusion.models.masks import Streams, dense_mask
 from blockdiffusion.models.transformer import (
     BlockDiffusionConfig,
     BlockDiffusionModel,
-    Kept,
     Rotary,
     rotary_tables,
     split_heads,
@@ -243,8 +243,7 @@ class TwoPasses:
         model, device, length = self.model, noisy_BNL.device, clean_BL.shape[1]
         head_width = self.config.width // self.config.num_heads
         positions = torch.arange(length, device=device)
-        x_BLD = model.backbone.embedding(noisy_BNL[:, 0])
-        rotary = rotary_tables(positions, head_width, x_BLD.dtype)
+        rotary = rotary_tables(positions, head_width, model.dtype)
         cond = model.backbone.time(torch.zeros(1, 1, device=device))
         clean = self._clean_pass(clean_BL, cond, rotary)
         streams = Streams(length, self.config.block_size)
@@ -254,8 +253,8 @@ class TwoPasses:
             k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), clean[index], strict=True))
             return attend(q, k, v, streams, backend)
 
-        kept = Kept(place=scored_BNL[:, 0].nonzero(as_tuple=True))
-        return model._run_layers(x_BLD, cond, rotary, read, kept)[0]
+        outputs = Outputs(places=scored_BNL[:, 0].nonzero(as_tuple=True))
+        return model.backbone(noisy_BNL[:, 0], positions, read, outputs)[0]
 
     def _clean_pass(
         self, clean_BL: torch.Tensor, cond: torch.Tensor, rotary: Rotary
