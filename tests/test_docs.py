@@ -24,6 +24,7 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS
 from blockdiffusion.data.tokenizers import byte_tokenizer
+from blockdiffusion.diffusion.schedules import SCHEDULES
 from blockdiffusion.evaluate.generation.judge import JudgeFacts
 from blockdiffusion.evaluate.generation.result import (
     Cost,
@@ -147,6 +148,8 @@ def published_model(folder):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_the_python_runs(page, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    # The page on extensions adds a schedule by its name.
+    monkeypatch.setattr("blockdiffusion.diffusion.schedules.SCHEDULES", dict(SCHEDULES))
     namespace = {}
     for block in blocks(page, "python"):
         exec(compile(block, name_of(page), "exec"), namespace)
