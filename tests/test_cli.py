@@ -486,7 +486,7 @@ MISTAKES = {
     "no point": (["pareto", "{run}", "--judge", "{golden}", "--out", "{new}", "--point", "a:k=2"],
                  "there are steps, schedule"),
     "JSON prompt": (["sample", "{run}", "--prompt-file", "a.jsonl"], "is read as one plain text"),
-    "packed prompt": (["sample", "{run}", "--prompt-file", "a.json.gz"], "JSON by its name"),
+    "packed prompt": (["sample", "{run}", "--prompt-file", "a.json.gz"], "named as JSON"),
     "prompt folder": (["sample", "{run}", "--prompt-file", "{folder}"], "is a folder: name a file"),
     "prompt device": (["sample", "{run}", "--prompt-file", "/dev/zero"], "is a device"),
     "template gone": (["infill", "{run}", "--template-file", "{new}"], "does not exist"),
