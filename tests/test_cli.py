@@ -16,19 +16,19 @@ import pytest
 import yaml
 
 import blockdiffusion.evaluate.likelihood as likelihood_module
-from blockdiffusion.corruption import EstimatorName
-from blockdiffusion.costs import SampleDtype
+from blockdiffusion.checkpoints.lightning import Weights
+from blockdiffusion.checkpoints.release import Target
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.options import DOCUMENT_RULES, PACKERS
 from blockdiffusion.data.registry import DATA_SETS
+from blockdiffusion.diffusion.estimators import EstimatorName
+from blockdiffusion.diffusion.schedules import SCHEDULES
+from blockdiffusion.estimate.flops import SampleDtype
 from blockdiffusion.evaluate.zero_shot import suite
-from blockdiffusion.hardware import NAMES
-from blockdiffusion.models.lightning import Weights
-from blockdiffusion.release import Target
-from blockdiffusion.reproduce.scales import SCALES
+from blockdiffusion.runtime.hardware import NAMES
 from blockdiffusion.sampling.nucleus import TopPRule
 from blockdiffusion.sampling.processes import _MASKED
-from blockdiffusion.schedules import SCHEDULES
+from blockdiffusion.studies.reproduce.scales import SCALES
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
 from tests.evaluate.judges import save_gpt2

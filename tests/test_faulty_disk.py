@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 
 import blockdiffusion.evaluate.likelihood as likelihood_module
-from blockdiffusion.checksums import NOTES, SUMS
 from blockdiffusion.data import packing
+from blockdiffusion.files.checksums import NOTES, SUMS
 from blockdiffusion.train.checkpoint import holds_run
 from tests.command import blockdiff
 from tests.faulty_disk import FaultyDisk
