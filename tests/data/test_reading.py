@@ -127,7 +127,7 @@ def test_standard_input_is_read_once_or_not_at_all(tmp_path, packing):
         input=b"A text from a pipe.\n" * 8, cwd=tmp_path, capture_output=True,
     )  # fmt: skip
     if "fraction" in packing:
-        assert b"1 documents            160 tokens" in ended.stdout, ended
+        assert b"1 document            160 tokens" in ended.stdout, ended
     else:
         assert ended.returncode == 2 and b"/dev/stdin is a pipe" in ended.stderr
 
