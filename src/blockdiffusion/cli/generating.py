@@ -215,7 +215,8 @@ def lengths(
     """How long documents become: tokens until a sampled EOS."""
     from blockdiffusion.evaluate.generation.lengths import document_lengths
     from blockdiffusion.evaluate.journal import journal_beside
-    from blockdiffusion.reports.terminal import length_lines, progress_bar
+    from blockdiffusion.evaluate.listing import length_lines
+    from blockdiffusion.reports.terminal import progress_bar
 
     check_places(json_file)
     network = load_sampler(model, device, dtype)

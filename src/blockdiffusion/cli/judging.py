@@ -85,7 +85,8 @@ def generate_eval(
     """Generated text under a judge: perplexity, entropy, diversity, repetition, length, cost."""
     from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
     from blockdiffusion.evaluate.generation.samples import DrawOptions
-    from blockdiffusion.reports.terminal import generation_lines, progress_bar
+    from blockdiffusion.evaluate.generation.table import generation_lines
+    from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.runtime.distributed import joined
 
     check_places(json_file, csv_file, markdown, plot)

@@ -61,8 +61,9 @@ def evaluate(
     from blockdiffusion.data.manifest import Manifest
     from blockdiffusion.evaluate.journal import journal_beside
     from blockdiffusion.evaluate.likelihood import likelihood
+    from blockdiffusion.evaluate.listing import likelihood_lines
     from blockdiffusion.evaluate.prepared import evaluation_facts, read_rows
-    from blockdiffusion.reports.terminal import likelihood_lines, progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.runtime.distributed import joined
     from blockdiffusion.runtime.seeding import generator
 
@@ -291,7 +292,8 @@ def variance(
     """Variance of the bound and of its gradient, for many estimators and block sizes."""
     from blockdiffusion.evaluate.journal import journal_beside
     from blockdiffusion.evaluate.prepared import read_rows
-    from blockdiffusion.reports.terminal import progress_bar, variance_lines
+    from blockdiffusion.reports.terminal import progress_bar
+    from blockdiffusion.studies.variance.listing import variance_lines
     from blockdiffusion.studies.variance.picture import variance_picture
     from blockdiffusion.studies.variance.table import (
         DEFAULT_ESTIMATORS,
