@@ -27,7 +27,7 @@ ROWS = (
             distinct={1: 0.5, 2: {"value": 0.25, "stderr": 0.1}, 3: None},
         ),
     },
-    {"name": "another", "is_bound": False, "seconds": 3, "text": None},
+    {"name": "another", "is_bound": False, "seconds": 3, "text": {"distinct": {1: None}}},
 )  # fmt: skip
 
 
@@ -39,9 +39,9 @@ def table():
 def test_lines(table):
     assert table.lines() == [
         "Two models",
-        "  model         perplexity             interval             distinct     ms",
+        "  model        perplexity             interval           distinct     ms",
         "  one      <= 7.12 ± 0.25  12 (11.50 .. 12.50)  0.5000  0.2500  -  2,000",
-        "  another                                                          3,000",
+        "  another                                                       -  3,000",
         "  errors: one standard error",
     ]
 
@@ -52,7 +52,7 @@ def test_facts_set_the_rows_side_by_side(table):
         "  model                 one                 another",
         "  perplexity            <= 7.12 ± 0.25",
         "  interval              12 (11.50 .. 12.50)",
-        "  distinct              0.5000  0.2500  -",
+        "  distinct              0.5000  0.2500  -   -",
         "  ms                    2,000               3,000",
         "  errors: one standard error",
     ]
@@ -65,7 +65,7 @@ def test_markdown(table):
         "| model | perplexity | interval | distinct | ms |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| one | <= 7.12 ± 0.25 | 12 (11.50 .. 12.50) | 0.5000 0.2500 - | 2,000 |",
-        "| another |  |  |  | 3,000 |",
+        "| another |  |  | - | 3,000 |",
         "",
         "* errors: one standard error",
         "",

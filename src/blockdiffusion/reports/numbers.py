@@ -15,7 +15,7 @@ def number(value: float | None) -> str:
     if value is None:
         return ""
     if abs(value) >= 1e7 or not math.isfinite(value):
-        return f"{value:.3g}".replace("e+", "e")
+        return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
     if value == int(value):
         return f"{value:,.0f}"
     if abs(value) < 5e-4:  # four decimals would say nothing

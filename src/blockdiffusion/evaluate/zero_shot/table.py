@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from blockdiffusion.escape import csv_table
 from blockdiffusion.evaluate.likelihood import CUT
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotRow, ZeroShotTable
@@ -32,7 +34,7 @@ def zero_shot_markdown(table: ZeroShotTable, what: str) -> str:
 
 def zero_shot_csv(table: ZeroShotTable) -> str:
     """One line a set, with every value and the conventions; what is not known is empty."""
-    common = {
+    common: dict[str, Any] = {
         "packing": table.options.packing, "context": table.context, "stride": table.stride,
         "frame": table.frame, "document_eos": table.options.document_eos,
     }  # fmt: skip
@@ -117,4 +119,4 @@ def _exact(row: ZeroShotRow) -> float | None:
 def _error(row: ZeroShotRow, name: str) -> float | None:
     """Of the perplexity: its derivative times the error of the nats."""
     stderr = found(row, f"result.{name}")
-    return None if stderr is None else row.result.perplexity * stderr
+    return None if stderr is None else found(row, "result.perplexity") * stderr

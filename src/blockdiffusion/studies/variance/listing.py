@@ -70,7 +70,8 @@ def _compared(of: str) -> tuple[Column, ...]:
     """The variance, and what it is at equal compute."""
 
     def equal(row: VarianceRow) -> str:
-        return scientific(row.at_equal_compute(f"{of}_variance").value)
+        variance = row.at_equal_compute(f"{of}_variance")
+        return "" if variance is None else scientific(variance.value)
 
     return (
         Column("variance", lambda row: _scientific(getattr(row, f"{of}_variance"))),
@@ -119,5 +120,6 @@ def _scientific(found: Measured) -> str:
 
 def _share(found: Measured) -> str:
     """The error in per cent."""
-    known = found.stderr is not None and found.value != 0
-    return f" ±{100 * found.stderr / found.value:.0f}%" if known else ""
+    if found.stderr is None or found.value == 0:
+        return ""
+    return f" ±{100 * found.stderr / found.value:.0f}%"
