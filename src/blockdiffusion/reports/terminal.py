@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,12 +23,14 @@ from rich.table import Column
 from rich.text import Text
 
 from blockdiffusion.escape import say, terminal
+from blockdiffusion.renamed import moved_name
 from blockdiffusion.text import Detokenizer, token_text
 
 if TYPE_CHECKING:
     from blockdiffusion.data.packing import Progress as Stages
     from blockdiffusion.sampling import Event
 
+__getattr__ = partial(moved_name, __name__)
 HIDDEN = "░"
 SECONDS_BETWEEN_LINES = 30.0
 LONGEST_WAIT = 30 * 86_400.0  # seconds
