@@ -72,8 +72,7 @@ class MovedModules(MetaPathFinder, Loader):
         old = module.__name__
         new = new_name(old)
         assert new is not None
-        message = f"{old} is now {new}; the old name will not be read by the next version"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        _warn(old, new)
         sys.modules[old] = importlib.import_module(new)
 
 
@@ -86,10 +85,7 @@ def moved_name(module: str, name: str) -> Any:
     new = MOVED_NAMES.get(f"{module.removeprefix(PACKAGE)}.{name}")
     if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    message = (
-        f"{module}.{name} is now {PACKAGE}{new}; the old name will not be read by the next version"
-    )
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    _warn(f"{module}.{name}", PACKAGE + new)
     home, _, own = new.rpartition(".")
     return getattr(importlib.import_module(PACKAGE + home), own)
 
@@ -103,3 +99,8 @@ def new_name(old: str) -> str | None:
         moved, dot, last = moved.rpartition(".")
         below = dot + last + below
     return None
+
+
+def _warn(old: str, new: str) -> None:
+    message = f"{old} is now {new}; the old name will not be read by the next version"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)

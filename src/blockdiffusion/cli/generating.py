@@ -233,6 +233,5 @@ def lengths(
             **vars(filters),
             window=window,
         )
-    if json_file is not None:
-        write_json(json_file, found.to_dict() | {"model": model})
+    write_json(json_file, found.to_dict() | {"model": model})
     say("\n".join(length_lines(found, model)))

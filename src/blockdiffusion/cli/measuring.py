@@ -20,10 +20,9 @@ from blockdiffusion.cli.options import (
     SAMPLES,
     choice,
 )
-from blockdiffusion.cli.shared import check_places, load_model, write_json
+from blockdiffusion.cli.shared import check_places, load_model, write_json, write_text
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
-from blockdiffusion.files.disk import write_whole
 
 
 def evaluate(
@@ -203,12 +202,9 @@ def zero_shot(
         network.tokenizer = load_tokenizer(tokenizer)
     with progress_bar("zero-shot") as report:
         table = measure_zero_shot(network, options, report, journal)
-    if json_file is not None:
-        write_json(json_file, table.to_dict() | {"model": model})
-    if csv_file is not None:
-        write_whole(csv_file, zero_shot_csv(table).encode())
-    if markdown is not None:
-        write_whole(markdown, zero_shot_markdown(table, model).encode())
+    write_json(json_file, table.to_dict() | {"model": model})
+    write_text(csv_file, zero_shot_csv(table))
+    write_text(markdown, zero_shot_markdown(table, model))
     say("\n".join(zero_shot_lines(table, model)))
 
 
@@ -258,10 +254,8 @@ def references(
     with progress_bar("references") as report:
         table = compare_coders(data, options, networks, report, journal)
     page = coders_markdown(table, f"{data} ({split})")
-    if json_file is not None:
-        write_json(json_file, table.to_dict() | {"data": str(data)})
-    if markdown is not None:
-        write_whole(markdown, page.encode())
+    write_json(json_file, table.to_dict() | {"data": str(data)})
+    write_text(markdown, page)
     say(page, end="")
 
 
@@ -317,10 +311,9 @@ def variance(
         text = read_rows(data, split, network, options.rows, bos, report)
         table = measure_variance(network, text, options, report, journal)
     what = f"{model} on {data} ({split})"
-    if json_file is not None:
-        write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
+    write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
     if plot is not None:
-        write_whole(plot, variance_picture(table, what).encode())
+        write_text(plot, variance_picture(table, what))
     say("\n".join(variance_lines(table, what)))
 
 

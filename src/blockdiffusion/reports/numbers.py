@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 SI = ("", "k", "M", "G", "T", "P", "E")
 COUNTS = ("", "K", "M", "B", "T")
+LONGEST_WAIT = 30 * 86_400.0  # seconds
 
 
 def number(value: float | None) -> str:
@@ -35,7 +37,7 @@ def with_error(found: Mapping[str, Any] | None, spec: str | None = None) -> str:
         return number(value)
     if abs(value) >= 1e7:
         return f"{number(value)} ± {number(error)}"
-    places = max(1 - math.floor(math.log10(error)), 0)
+    places = _places(error)
     return f"{value:,.{places}f} ± {error:,.{places}f}"
 
 
@@ -49,7 +51,12 @@ def two_digits(error: float) -> str:
     """A standard error to two significant digits, without an exponent: 0.00031, 2.3, 120."""
     if not 0 < error < 1e15:  # of a run that has diverged
         return f"{error:.2g}"
-    return f"{error:,.{max(1 - math.floor(math.log10(error)), 0)}f}"
+    return f"{error:,.{_places(error)}f}"
+
+
+def _places(error: float) -> int:
+    """Decimals that give two digits of an error."""
+    return max(1 - math.floor(math.log10(error)), 0)
 
 
 def scientific(value: float, digits: int = 2) -> str:
@@ -87,3 +94,10 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{seconds / 86_400:,.3g} days"
+
+
+def clock(seconds: float) -> str:
+    """1:02:03; with days before it, up to what anybody waits for."""
+    if seconds > LONGEST_WAIT:
+        return f"more than {timedelta(seconds=LONGEST_WAIT).days} days"
+    return str(timedelta(seconds=round(seconds)))

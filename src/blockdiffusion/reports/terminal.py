@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from rich.text import Text
 
 from blockdiffusion.escape import say, terminal
 from blockdiffusion.renamed import moved_name
+from blockdiffusion.reports.numbers import clock
 from blockdiffusion.text import Detokenizer, token_text
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __getattr__ = partial(moved_name, __name__)
 HIDDEN = "░"
 SECONDS_BETWEEN_LINES = 30.0
-LONGEST_WAIT = 30 * 86_400.0  # seconds
 LIVE_CHARACTERS = 4000  # of a sample that are drawn anew with every token
 
 
@@ -96,15 +95,8 @@ class _ProgressLines:
         line = f"{self.title} {stage}: {done:,}"
         if total:
             left = (now - self.began) * (total - done) / max(done, 1)
-            line += f" of {total:,}, {_time_left(left)} left"
+            line += f" of {total:,}, {clock(left)} left"
         say(line, err=True)
-
-
-def _time_left(seconds: float) -> str:
-    """As h:mm:ss, with days before it, up to what anybody waits for."""
-    if seconds > LONGEST_WAIT:
-        return f"more than {timedelta(seconds=LONGEST_WAIT).days} days"
-    return str(timedelta(seconds=round(seconds)))
 
 
 def show_stream(

@@ -165,10 +165,7 @@ class ZeroShotRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; those of the likelihood beside the others."""
-        values = {
-            "task": self.task, "source": self.source, "detokenizer": self.detokenizer,
-            "documents": self.documents, "num_bytes": self.num_bytes, "missing": self.missing,
-        }  # fmt: skip
+        values = {name: value for name, value in vars(self).items() if name != "result"}
         return values | ({} if self.result is None else self.result.to_dict())
 
 
