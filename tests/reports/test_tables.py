@@ -91,6 +91,14 @@ def test_text_from_outside_does_no_harm():
     check_markdown(table.markdown())
 
 
+def test_what_no_row_has_is_not_shown():
+    columns = (Column("model", "name"), Column("MAUVE", "mauve", name="mauve"))
+    table = Table(columns, [{"name": "one"}])
+    assert table.markdown_lines()[0] == "| model |" and table.csv() == 'mauve\n""\n'
+    assert table.facts() == ["", "  model                 one"]
+    assert described("x", {"a name of twenty-two ch": "1"})[1] == "  a name of twenty-two ch 1"
+
+
 def test_facts_without_a_value_have_no_line():
     note = "word " * 30
     title, fact, *notes = described("x", {"known": "1", "unknown": ""}, [note])

@@ -69,7 +69,7 @@ def length_lines(result: DocumentLengths, what: str) -> list[str]:
     facts = {
         "tokens until EOS": f"median {result.median:,.6g}, max {result.maximum:,}, "
         f"mean {result.mean:,.1f}",
-        "documents": f"{len(result.lengths):,} documents, {100 * result.share_cut:.1f} % cut at "
+        "measured": f"{len(result.lengths):,} documents, {100 * result.share_cut:.1f} % cut at "
         f"{result.max_new_tokens:,} tokens",
         "cost": f"{result.tokens_per_forward:.2f} tokens per pass; {result.seconds:.1f} s",
     }

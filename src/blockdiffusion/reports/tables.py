@@ -100,7 +100,8 @@ class Table:
         return csv_table([flat(record) for record in self.records()])
 
     def _shown(self) -> list[Column]:
-        return [column for column in self.columns if column.head]
+        """The columns in which something stands."""
+        return [c for c in self.columns if c.head and any(map(c.cell, self.rows))]
 
     def _is_text(self, column: Column) -> bool:
         values = [column.value(row) for row in self.rows]
@@ -146,8 +147,9 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def described(title: str, facts: Mapping[str, str], notes: Iterable[str] = ()) -> list[str]:
     """Lines for a terminal: a title, named facts but for empty ones, and notes."""
-    lines = [f"  {name:<22}{text}" for name, text in facts.items() if text]
-    return [title, *lines, *wrapped(notes)]
+    known = {name: text for name, text in facts.items() if text}
+    width = max([22, *(len(name) + 1 for name in known)])
+    return [title, *(f"  {name:<{width}}{text}" for name, text in known.items()), *wrapped(notes)]
 
 
 def wrapped(notes: Iterable[str]) -> list[str]:

@@ -114,7 +114,7 @@ def _table(results: Sequence[Result], notes: Sequence[str] = ()) -> Table:
 def _columns(bound: str) -> list[Column]:
     is_bound = "judge.is_bound"
     return [
-        Column("samples of", "label", name="label"),
+        Column("text", "label", name="label"),
         Column("", "model", name="model"),
         Column("", "judge.name", name="judge"),
         Column("", is_bound, name="is_bound"),
