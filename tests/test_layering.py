@@ -14,7 +14,8 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 ROWS = [
     ["errors", "escape", "renamed"],
-    ["limits", "text", "from_pretrained", "runtime"],
+    ["limits", "text", "from_pretrained", "runtime", "reports.numbers"],
+    ["reports.tables"],
     ["files"],
     ["diffusion.schedules", "diffusion.losses", "diffusion.estimators", "diffusion.config"],
     ["models.backbone"],

@@ -8,7 +8,7 @@ import blockdiffusion.evaluate.likelihood as likelihood_module
 from blockdiffusion.diffusion.denoiser import causal_nll
 from blockdiffusion.diffusion.exact import exact_blocks
 from blockdiffusion.errors import UserError
-from blockdiffusion.reports.terminal import likelihood_lines
+from blockdiffusion.evaluate.listing import likelihood_lines
 
 T_MIN = 1e-3
 

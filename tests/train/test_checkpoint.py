@@ -13,6 +13,7 @@ from torch import nn
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.checksums import differing, read_sums
+from blockdiffusion.runtime.versions import versions
 from blockdiffusion.train import checkpoint, tensor_files
 from blockdiffusion.train.checkpoint import TrainState, latest, load, read_state, save
 from blockdiffusion.train.optim import MovingAverage, OptimOptions, make_optimizer
@@ -25,7 +26,7 @@ STATE = TrainState(
     data="d",
     threads=1,
     device="cpu",
-    versions=checkpoint.versions(),
+    versions=versions(),
 )
 
 

@@ -229,7 +229,8 @@ def lengths(
     """How long documents become: tokens until a sampled EOS."""
     from blockdiffusion.evaluate.generation.lengths import document_lengths
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
-    from blockdiffusion.reports.terminal import length_lines, progress_bar
+    from blockdiffusion.evaluate.listing import length_lines
+    from blockdiffusion.reports.terminal import progress_bar
 
     check_places(json_file)
     network = load_sampler(model, device, dtype)
@@ -246,7 +247,6 @@ def lengths(
             **vars(filters),
             window=window,
         )
-    if json_file is not None:
-        write_json(json_file, found.to_dict() | {"model": model})
-        remove_journal(json_file)
+    write_json(json_file, found.to_dict() | {"model": model})
+    remove_journal(json_file)
     say("\n".join(length_lines(found, model)))

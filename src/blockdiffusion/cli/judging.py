@@ -29,9 +29,9 @@ from blockdiffusion.cli.shared import (
     device_of,
     load_unquantised,
     write_json,
+    write_text,
 )
 from blockdiffusion.escape import say
-from blockdiffusion.files.disk import write_whole
 
 
 @grouped
@@ -85,8 +85,9 @@ def generate_eval(
     """Generated text under a judge: perplexity, entropy, diversity, repetition, length, cost."""
     from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
     from blockdiffusion.evaluate.generation.samples import DrawOptions
+    from blockdiffusion.evaluate.generation.table import generation_lines
     from blockdiffusion.evaluate.journal import remove_journal
-    from blockdiffusion.reports.terminal import generation_lines, progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.runtime.distributed import joined
 
     check_places(json_file, csv_file, markdown, plot)
@@ -125,8 +126,7 @@ def generate_eval(
     if result is None:
         return
     values = result.to_dict()
-    if json_file is not None:
-        write_json(json_file, values)
+    write_json(json_file, values)
     _write_generation_tables([values], [], csv_file, markdown, plot)
     remove_journal(json_file)
     say("\n".join(generation_lines(values)))
@@ -214,9 +214,9 @@ def pareto(
         )
     write_json(out / "pareto.json", result)
     table = markdown_text(result)
-    write_whole(out / "pareto.md", table.encode())
-    write_whole(out / "pareto.csv", csv_text(result).encode())
-    write_whole(out / "pareto.svg", pareto_picture(result).encode())
+    write_text(out / "pareto.md", table)
+    write_text(out / "pareto.csv", csv_text(result))
+    write_text(out / "pareto.svg", pareto_picture(result))
     say(table, end="")
 
 
@@ -230,9 +230,7 @@ def _write_generation_tables(
     from blockdiffusion.evaluate.generation.picture import generation_picture
     from blockdiffusion.evaluate.generation.table import csv_text, markdown_text
 
-    if csv_file is not None:
-        write_whole(csv_file, csv_text(results).encode())
-    if markdown is not None:
-        write_whole(markdown, markdown_text(results, notes).encode())
+    write_text(csv_file, csv_text(results))
+    write_text(markdown, markdown_text(results, notes))
     if plot is not None:
-        write_whole(plot, generation_picture(results).encode())
+        write_text(plot, generation_picture(results))

@@ -20,10 +20,9 @@ from blockdiffusion.cli.options import (
     SAMPLES,
     choice,
 )
-from blockdiffusion.cli.shared import check_places, load_model, write_json
+from blockdiffusion.cli.shared import check_places, load_model, write_json, write_text
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
-from blockdiffusion.files.disk import write_whole
 
 
 def evaluate(
@@ -61,8 +60,9 @@ def evaluate(
     from blockdiffusion.data.manifest import Manifest
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.likelihood import likelihood
+    from blockdiffusion.evaluate.listing import likelihood_lines
     from blockdiffusion.evaluate.prepared import evaluation_facts, read_rows
-    from blockdiffusion.reports.terminal import likelihood_lines, progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.runtime.distributed import joined
     from blockdiffusion.runtime.seeding import generator
 
@@ -201,12 +201,9 @@ def zero_shot(
         network.tokenizer = load_tokenizer(tokenizer)
     with progress_bar("zero-shot") as report:
         table = measure_zero_shot(network, options, report, journal)
-    if json_file is not None:
-        write_json(json_file, table.to_dict() | {"model": model})
-    if csv_file is not None:
-        write_whole(csv_file, zero_shot_csv(table).encode())
-    if markdown is not None:
-        write_whole(markdown, zero_shot_markdown(table, model).encode())
+    write_json(json_file, table.to_dict() | {"model": model})
+    write_text(csv_file, zero_shot_csv(table))
+    write_text(markdown, zero_shot_markdown(table, model))
     if all(row.result is not None for row in table.rows):  # else others may be measured later
         remove_journal(json_file)
     say("\n".join(zero_shot_lines(table, model)))
@@ -258,10 +255,8 @@ def references(
     with progress_bar("references") as report:
         table = compare_coders(data, options, networks, report, journal)
     page = coders_markdown(table, f"{data} ({split})")
-    if json_file is not None:
-        write_json(json_file, table.to_dict() | {"data": str(data)})
-    if markdown is not None:
-        write_whole(markdown, page.encode())
+    write_json(json_file, table.to_dict() | {"data": str(data)})
+    write_text(markdown, page)
     remove_journal(json_file)
     say(page, end="")
 
@@ -293,7 +288,8 @@ def variance(
     """Variance of the bound and of its gradient, for many estimators and block sizes."""
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.prepared import read_rows
-    from blockdiffusion.reports.terminal import progress_bar, variance_lines
+    from blockdiffusion.reports.terminal import progress_bar
+    from blockdiffusion.studies.variance.listing import variance_lines
     from blockdiffusion.studies.variance.picture import variance_picture
     from blockdiffusion.studies.variance.table import (
         DEFAULT_ESTIMATORS,
@@ -317,10 +313,9 @@ def variance(
         text = read_rows(data, split, network, options.rows, bos, report)
         table = measure_variance(network, text, options, report, journal)
     what = f"{model} on {data} ({split})"
-    if json_file is not None:
-        write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
+    write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
     if plot is not None:
-        write_whole(plot, variance_picture(table, what).encode())
+        write_text(plot, variance_picture(table, what))
     remove_journal(json_file)
     say("\n".join(variance_lines(table, what)))
 

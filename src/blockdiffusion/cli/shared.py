@@ -89,7 +89,13 @@ def check_places(*paths: Path | None) -> None:
             raise storage_error(error, path) from error
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
     import json
 
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path | None, text: str) -> None:
+    """Writes a file where one was asked for."""
+    if path is not None:
+        write_whole(path, text.encode())

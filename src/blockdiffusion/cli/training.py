@@ -82,8 +82,7 @@ def plan(
         ),
     )
     say("\n".join(account_lines(account)))
-    if json is not None:
-        write_json(json, account.to_dict())
+    write_json(json, account.to_dict())
 
 
 def train(

@@ -28,9 +28,10 @@ from blockdiffusion.reports.page import (
 )
 from blockdiffusion.reports.trace import Trace, trace_of_events
 from blockdiffusion.runtime.seeding import generator
+from blockdiffusion.runtime.versions import versions
 from blockdiffusion.sampling import DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.processes import as_process, make_process
-from blockdiffusion.train.checkpoint import latest, read_state, versions
+from blockdiffusion.train.checkpoint import latest, read_state
 
 EVALUATION = "eval.json"
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,7 +28,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import blockdiffusion
 from blockdiffusion.checkpoints.card import Card, check_evaluation, write_card
 from blockdiffusion.checkpoints.formats import write_model
 from blockdiffusion.errors import UserError, shown
@@ -98,17 +96,6 @@ class TrainState:
     """The last evaluation: its step, what it measured and how; None: there was none yet."""
     processes: int = 1
     """How many trained together; with another number sums round differently."""
-
-
-def versions() -> dict[str, str]:
-    """The versions that a checkpoint records."""
-    from importlib.metadata import version
-
-    found = {"blockdiffusion": blockdiffusion.__version__, "python": platform.python_version()}
-    found["torch"] = str(torch.__version__)
-    for package in ("transformers", "safetensors", "numpy"):
-        found[package] = version(package)
-    return found
 
 
 # --- The run directory ----------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from blockdiffusion.files.disk import written_aside
 from blockdiffusion.runtime.devices import keep_freed_memory, select_device
 from blockdiffusion.runtime.distributed import ALONE, Team, current, local
 from blockdiffusion.runtime.seeding import generator, seed_global
+from blockdiffusion.runtime.versions import versions
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
 from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
@@ -176,7 +177,7 @@ def train(
         data=data_fingerprint(rows.manifest),
         threads=torch.get_num_threads(),
         device=str(device),
-        versions=checkpoints.versions(),
+        versions=versions(),
         processes=team.size,
     )
     note = None

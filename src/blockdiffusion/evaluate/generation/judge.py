@@ -10,7 +10,7 @@ not reach. Every token is scored exactly once, but for a first token that nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,10 +88,6 @@ class JudgeFacts:
     stride: int
     first_token: str | None
     fingerprint: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 class Judge(Protocol):

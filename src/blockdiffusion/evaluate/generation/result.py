@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,9 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.judge import (
     Judge,
@@ -38,6 +34,7 @@ from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.evaluate.likelihood import Z95
 from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
 from blockdiffusion.reports.markup import perplexity_of
+from blockdiffusion.runtime.versions import versions
 
 FORMAT = "blockdiffusion-generation-1"
 DISTINCT = (1, 2, 3, 4)
@@ -169,11 +166,7 @@ class GenerationResult:
             **asdict(self),
             "text": self.text.to_dict(),
             "reference": None if self.reference is None else self.reference.to_dict(),
-            "versions": {
-                "blockdiffusion": blockdiffusion.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
 
 

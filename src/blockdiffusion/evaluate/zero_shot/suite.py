@@ -8,7 +8,6 @@ conventions that it has.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import blockdiffusion
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.named import NamedSet, NamedSplit
 from blockdiffusion.data.parts import id_dtype
@@ -38,6 +35,7 @@ from blockdiffusion.evaluate.windows import (
     document_windows,
 )
 from blockdiffusion.limits import check_limits
+from blockdiffusion.runtime.versions import versions
 
 PACKINGS = ("wrap", "document")
 FRAMES = ("auto", "none", "bos", "bos-eos")
@@ -167,10 +165,7 @@ class ZeroShotRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; those of the likelihood beside the others."""
-        values = {
-            "task": self.task, "source": self.source, "detokenizer": self.detokenizer,
-            "documents": self.documents, "num_bytes": self.num_bytes, "missing": self.missing,
-        }  # fmt: skip
+        values = {name: value for name, value in vars(self).items() if name != "result"}
         return values | ({} if self.result is None else self.result.to_dict())
 
 
@@ -196,11 +191,7 @@ class ZeroShotTable:
             **asdict(self.options),
             **used,
             "seconds": self.seconds,
-            "versions": {
-                "blockdiffusion": blockdiffusion.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "sets": [row.to_dict() for row in self.rows],
         }
 

@@ -9,7 +9,6 @@ training; a compressor reads the rows as one text.
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import blockdiffusion
 from blockdiffusion.data.loader import Batch, TokenRows
 from blockdiffusion.data.manifest import TOKENIZER_FOLDER, Manifest, data_fingerprint
 from blockdiffusion.data.tokenizers import load_tokenizer
@@ -31,6 +29,7 @@ from blockdiffusion.evaluate.prepared import read_rows
 from blockdiffusion.evaluate.scoring import ScoreOptions, score
 from blockdiffusion.evaluate.windows import Window
 from blockdiffusion.limits import check_limits
+from blockdiffusion.runtime.versions import versions
 from blockdiffusion.studies.references.compressors import COMPRESSORS, PREFIX_BYTES, Compressor
 from blockdiffusion.studies.references.ngram import count_ngrams
 
@@ -124,11 +123,7 @@ class CoderTable:
             **options,
             **values,
             "coders": coders,
-            "versions": {
-                "blockdiffusion": blockdiffusion.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
 
 

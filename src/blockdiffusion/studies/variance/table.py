@@ -13,7 +13,6 @@ them, so the variance is multiplied by the cost.
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,6 @@ from typing import Any
 
 import torch
 
-import blockdiffusion
 from blockdiffusion.diffusion.estimators import (
     T_MIN,
     Bernoulli,
@@ -40,6 +38,7 @@ from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
 from blockdiffusion.evaluate.prepared import HeldOutText
 from blockdiffusion.limits import check_limit, check_limits
 from blockdiffusion.runtime.seeding import generator
+from blockdiffusion.runtime.versions import versions
 
 PAPER = "bernoulli (paper)"
 EXACT = "the exact bound"
@@ -203,11 +202,7 @@ class VarianceTable:
             **asdict(self.options),
             "t_min": T_MIN,
             **{name: getattr(self, name) for name in plain},
-            "versions": {
-                "blockdiffusion": blockdiffusion.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "references": self.references,
             "exact": self.exact,
             "left_out": [
