@@ -156,7 +156,7 @@ def test_the_live_display_shows_what_would_steer_a_terminal():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"tflops_per_second": 0.0005}, ["0.5 GFLOP/s"]),
+        ({"tflops_per_second": 0.0005}, ["500 MFLOP/s"]),
         ({"tflops_per_second": 312.4, "peak_share": 0.316}, ["312 TFLOP/s (32%)"]),
         ({}, []),
     ],

@@ -1,8 +1,8 @@
 """One table for a terminal, Markdown, CSV and JSON: columns that know what they hold, and rows.
 
 A row is a mapping or an object; a column finds its value in it by a dotted path or a function. A
-value is text, a number, or plain values for several numbers: {"value", "stderr"} and {"value",
-"low", "high"} for a number with its error or interval, a mapping or sequence otherwise.
+value is text, a number, {"value", "stderr"} or {"value", "low", "high"} for a number with its error
+or interval, or another mapping, of several numbers by name.
 """
 
 from __future__ import annotations
@@ -63,10 +63,9 @@ class Table:
         cells += [[column.cell(row) for column in columns] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [self.title] if self.title else []
-        for line in cells:
-            first, *others = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            first = line[0].ljust(len(first))
-            lines.append(f"  {(' ' * gap).join([first, *others])}".rstrip())
+        for first, *others in cells:
+            right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+            lines.append(f"  {(' ' * gap).join([first.ljust(widths[0]), *right])}".rstrip())
         return lines + wrapped(self.notes)
 
     def facts(self, width: int = 38) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from blockdiffusion.evaluate.measured import Measured
 from blockdiffusion.reports.numbers import scientific
@@ -92,7 +91,7 @@ LOSS = (
 def _gradient(row: VarianceRow) -> tuple[Column, ...]:
     """Variance of the gradient; the share of every parameter group in per cent."""
 
-    def share(group: str) -> Any:
+    def share(group: str) -> Column:
         def of(row: VarianceRow) -> str:
             total = math.fsum(found.value for found in row.groups.values())
             return f"{100 * row.groups[group].value / total:.1f}" if total else ""
