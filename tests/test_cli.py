@@ -39,7 +39,7 @@ RECIPE = {
     "model": {"num_layers": 1, "width": 16, "num_heads": 2, "cond_dim": 8, "dropout": 0.0},
     "train": {"steps": 6, "batch_size": 4, "threads": 1},
     "optim": {"warmup_steps": 2},
-    "eval": {"every": 3, "rows": 4, "samples": 2},
+    "eval": {"every": 3, "rows": 4, "mc_samples": 2},
     "sample": {"every": 6, "max_new_tokens": 8},
 }
 
@@ -99,7 +99,7 @@ def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
 def test_a_killed_evaluation_goes_on_and_gives_the_same(place, tmp_path, monkeypatch):
     monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 64)
     files = [tmp_path / "whole.json", tmp_path / "killed.json"]
-    options = ("eval", place / "run", "--data", place / "data", "--samples", 2, "--per-row")
+    options = ("eval", place / "run", "--data", place / "data", "--mc-samples", 2, "--per-row")
     assert blockdiff(*options, "--json", files[0]).returncode == 0
     stop_at_third_group(monkeypatch)
     assert blockdiff(*options, "--json", files[1]).returncode == 130

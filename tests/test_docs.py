@@ -33,6 +33,7 @@ from blockdiffusion.evaluate.generation.result import (
 )
 from blockdiffusion.evaluate.generation.samples import Sample
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
 from blockdiffusion.files.records import convert, describe
 from blockdiffusion.models.transformer import BlockDiffusionConfig
@@ -200,18 +201,20 @@ def test_a_command_line_is_understood(page, words):
         if values["device"] != "cpu":  # which would be measured
             choose_hardware(values["device"], **numbers)
     elif name == "eval":
-        choose_estimator(values["estimator"], BlockDiffusionConfig())  # refuses an unknown one
+        choose_estimator(
+            LikelihoodOptions(estimator=values["estimator"]), BlockDiffusionConfig()
+        )  # refuses an unknown one
     elif name == "references":
         known = {field.name for field in dataclasses.fields(CoderOptions)}
         CoderOptions(**{key: value for key, value in values.items() if key in known})
-        choose_estimator(values["estimator"], BlockDiffusionConfig())
+        choose_estimator(LikelihoodOptions(estimator=values["estimator"]), BlockDiffusionConfig())
     elif name == "variance":
         VarianceOptions(estimators=tuple(values["estimators"] or ("count",)))
     elif name == "zero-shot":
         known = {field.name for field in dataclasses.fields(ZeroShotOptions)} - {"local"}
         ZeroShotOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
                            if k in known and v is not None})  # fmt: skip
-        choose_estimator(values["estimator"], BlockDiffusionConfig())
+        choose_estimator(LikelihoodOptions(estimator=values["estimator"]), BlockDiffusionConfig())
     elif name == "reproduce":
         find_scale(values["scale"])
         for table in values["tables"]:

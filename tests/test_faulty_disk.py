@@ -28,7 +28,7 @@ def place(tmp_path_factory):
         folder / "recipe.yaml",
         folder / "data",
         folder / "run",
-        eval={"every": 2, "rows": 2, "samples": 2},
+        eval={"every": 2, "rows": 2, "mc_samples": 2},
         checkpoint={"every": 1, "keep": 1},
     )
     assert blockdiff("train", recipe).returncode == 0
@@ -49,7 +49,7 @@ def train(place, out):
 
 def evaluate(place, out):
     return blockdiff(
-        "eval", place / "run", "--data", place / "data", "--samples", 2, "--estimator", "count",
+        "eval", place / "run", "--data", place / "data", "--mc-samples", 2, "--estimator", "count",
         "--json", out / "eval.json",
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 ROWS = [
     ["errors", "escape", "renamed"],
-    ["limits", "text", "from_pretrained", "runtime"],
+    ["limits", "options", "text", "from_pretrained", "runtime", "evaluate.options"],
     ["files"],
     ["diffusion.schedules", "diffusion.losses", "diffusion.estimators"],
     ["models.masks", "models.cuda_graphs", "models.cache", "models.attention"],

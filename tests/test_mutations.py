@@ -48,7 +48,7 @@ class Target:
 
 
 SAMPLE = ("sample", "{p}/run", "--max-new-tokens", "4", "--seed", "1")
-EVAL = ("eval", "{p}/run", "--data", "{p}/data", "--rows", "4", "--samples", "2")
+EVAL = ("eval", "{p}/run", "--data", "{p}/data", "--rows", "4", "--mc-samples", "2")
 REPORT = ("report", "{p}/run", "--num-samples", "1", "--max-new-tokens", "4")
 RESUME = ("train", "{p}/run/config.yaml", "--resume", "out={p}/run")
 PLAN = ("plan", "{p}/recipe.yaml", "--device", "h100")
@@ -112,7 +112,7 @@ def place(tmp_path_factory):
         folder / "data",
         folder / "run",
         search={"every": 1, "widths": [0.5], "rows": 2, "batch_size": 1, "replicates": 2},
-        eval={"every": 2, "rows": 2, "samples": 2},
+        eval={"every": 2, "rows": 2, "mc_samples": 2},
         sample={"every": 2, "max_new_tokens": 4},
         checkpoint={"every": 1},
     )

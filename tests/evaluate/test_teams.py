@@ -45,7 +45,7 @@ def measure(folder: Path) -> None:
             model = BlockDiffusionModel.from_pretrained(folder / name).double().eval()
             journal = folder / f"journal{processes.size}"
             result = likelihood(
-                model, ids, estimator, 3, team=processes, journal=journal, **options
+                model, ids, estimator, mc_samples=3, team=processes, journal=journal, **options
             )
             found.append(result.to_dict(rows=True) | {"seconds": None})
         model = with_bytes(BlockDiffusionModel.from_pretrained(folder / "plain").double().eval())
@@ -86,7 +86,9 @@ def test_any_number_of_processes_goes_on_from_the_journal_of_any_other(models, m
     ids = torch.randint(256, (7, 16), generator=torch.Generator().manual_seed(1))
     for (name, estimator, options), expected in zip(KINDS, one, strict=False):
         model = BlockDiffusionModel.from_pretrained(models / name).double().eval()
-        found = likelihood(model, ids, estimator, 3, journal=models / "journal2", **options)
+        found = likelihood(
+            model, ids, estimator, mc_samples=3, journal=models / "journal2", **options
+        )
         values = found.to_dict(rows=True) | {"seconds": None}
         assert json.loads(json.dumps(values)) == expected
 

@@ -11,40 +11,27 @@ from blockdiffusion.cli.options import (
     BOS,
     DEVICE,
     DTYPE,
-    ESTIMATORS,
     JSON_FILE,
     LAWS,
+    LIKELIHOOD,
     MASK_SEED,
     MODEL,
-    ORDERS,
-    SAMPLES,
     choice,
+    grouped,
 )
 from blockdiffusion.cli.shared import check_places, load_model, write_json
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.files.disk import write_whole
 
 
+@grouped
 def evaluate(
     model: MODEL,
     data: Annotated[Path, typer.Option(help="Directory that `blockdiff prepare` made.")],
     split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
-    estimator: Annotated[
-        str,
-        choice(
-            "auto (exact where that costs no more than --samples complement pairs, else "
-            "these), exact (enumerates; S <= 8), orders (a tighter bound), or a law of masks: "
-            "complement, count, bernoulli, bernoulli:cosine, ...",
-            ESTIMATORS,
-        ),
-    ] = "auto",
-    samples: SAMPLES = 8,
-    orders: ORDERS = 8,
-    target_stderr: Annotated[
-        float | None,
-        typer.Option(help="Draw on until the noise error is at most this, at most 4,096 times."),
-    ] = None,
+    how: LikelihoodOptions = LIKELIHOOD,
     rows: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     bos: BOS = None,
     seed: MASK_SEED = 0,
@@ -78,15 +65,12 @@ def evaluate(
         result = likelihood(
             network,
             text.batch.ids_BL,
-            estimator=estimator,
-            samples=samples,
-            orders=orders,
-            target_stderr=target_stderr,
+            how,
             bos=text.bos,
             valid=text.batch.valid_BL,
             num_bytes=text.num_bytes,
             generator=generator(seed, "likelihood"),
-            progress=lambda done, total: report(estimator, done, total),
+            progress=lambda done, total: report(how.estimator, done, total),
             team=team,
             journal=journal,
         )
@@ -105,6 +89,7 @@ def evaluate(
     say("\n".join(likelihood_lines(result, f"{model} on {data} ({split})")))
 
 
+@grouped
 def zero_shot(
     model: MODEL,
     suite: Annotated[str, choice("Which sets: paper (its table 5).", "paper")] = "paper",
@@ -141,18 +126,7 @@ def zero_shot(
         int | None, typer.Option(help="Read only the first documents of each set.")
     ] = None,
     rows: Annotated[int | None, typer.Option(help="Score only the first rows of each set.")] = None,
-    estimator: Annotated[
-        str,
-        choice("auto, exact, orders or a law of masks, as for eval.", ESTIMATORS),
-    ] = "auto",
-    samples: SAMPLES = 8,
-    orders: ORDERS = 8,
-    target_stderr: Annotated[
-        float | None,
-        typer.Option(
-            help="Draw on until a set's noise error is at most this, at most 4,096 times."
-        ),
-    ] = None,
+    how: LikelihoodOptions = LIKELIHOOD,
     seed: MASK_SEED = 0,
     tokenizer: Annotated[
         str | None, typer.Option(help="For a model without one: a Hugging Face name or path.")
@@ -165,7 +139,6 @@ def zero_shot(
 ) -> None:
     """Zero-shot perplexity on the paper's sets, with error bars and conventions."""
     from blockdiffusion.evaluate.journal import journal_beside
-    from blockdiffusion.evaluate.scoring import ScoreOptions
     from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions, measure_zero_shot
     from blockdiffusion.evaluate.zero_shot.table import (
         zero_shot_csv,
@@ -185,13 +158,8 @@ def zero_shot(
         document_eos=document_eos,
         max_documents=max_documents,
         rows=rows,
-        score=ScoreOptions(
-            estimator=estimator,
-            samples=samples,
-            orders=orders,
-            target_stderr=target_stderr,
-            seed=seed,
-        ),
+        score=how,
+        seed=seed,
     )
     check_places(json_file, csv_file, markdown)
     journal = journal_beside(json_file)
@@ -211,6 +179,7 @@ def zero_shot(
     say("\n".join(zero_shot_lines(table, model)))
 
 
+@grouped
 def references(
     data: Annotated[Path, typer.Argument(help="Directory that `blockdiff prepare` made.")],
     models: Annotated[
@@ -224,12 +193,7 @@ def references(
         int | None, typer.Option(help="Learn from the first training rows only.")
     ] = None,
     bos: BOS = None,
-    estimator: Annotated[
-        str,
-        choice("Of models: auto, exact, orders or a law of masks, as for eval.", ESTIMATORS),
-    ] = "auto",
-    samples: SAMPLES = 8,
-    orders: ORDERS = 8,
+    how: LikelihoodOptions = LIKELIHOOD,
     seed: MASK_SEED = 0,
     json_file: JSON_FILE = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
@@ -238,7 +202,6 @@ def references(
 ) -> None:
     """Bits per byte of n-gram models and compressors on held-out rows, beside a model's."""
     from blockdiffusion.evaluate.journal import journal_beside
-    from blockdiffusion.evaluate.scoring import ScoreOptions
     from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.studies.references.coders import CoderOptions, compare_coders
     from blockdiffusion.studies.references.table import coders_markdown
@@ -249,7 +212,8 @@ def references(
         order=order,
         train_rows=train_rows,
         bos=bos,
-        score=ScoreOptions(estimator=estimator, samples=samples, orders=orders, seed=seed),
+        score=how,
+        seed=seed,
     )
     check_places(json_file, markdown)
     journal = journal_beside(json_file)

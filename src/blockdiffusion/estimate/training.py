@@ -416,13 +416,13 @@ def _evaluated_copies(recipe: Recipe, network: Network) -> int:
     if network.autoregressive or size == 1:
         return 1
     if options.estimator == "auto" and not network.time_conditioning:
-        return min(2**size - 1, 2 * options.samples)  # what is cheaper
+        return min(2**size - 1, 2 * options.mc_samples)  # what is cheaper
     if options.estimator == "exact":
         return 2**size - 1
     if options.estimator == "orders":
-        return options.samples * options.orders * size
+        return options.mc_samples * options.orders * size
     paired = options.estimator in ("auto", "complement")
-    return options.samples * (2 if paired else 1)
+    return options.mc_samples * (2 if paired else 1)
 
 
 def _search(recipe: Recipe, network: Network, passes: Callable[[int], Pass]) -> float:

@@ -33,7 +33,8 @@ from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.diffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
-from blockdiffusion.limits import check_limit
+from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.options import changed
 from blockdiffusion.runtime.distributed import ALONE, Team
 from blockdiffusion.runtime.seeding import generator as seeded_generator
 from blockdiffusion.sampling.requests import as_ids
@@ -43,7 +44,6 @@ MOST_NATS = 700.0  # a token; exp of more is no number
 PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
 COPIES = 8  # noisy copies that share one clean stream
 MAX_SAMPLES = 4096  # replicates after which a target of the noise error is given up
-USUAL_SAMPLES = 8
 CUT = "mask probabilities below {:g} left out"  # by `t_min`
 TRUSTED = 30  # degrees of freedom from which a noise error may end the drawing
 Z95 = 1.959963984540054
@@ -162,11 +162,9 @@ class Likelihood:
 def likelihood(
     model: Denoiser,
     ids: torch.Tensor | Sequence[str] | Sequence[Sequence[int]],
-    estimator: str = "auto",
-    samples: int = USUAL_SAMPLES,
+    options: LikelihoodOptions | str | None = None,
+    samples: int | None = None,
     *,
-    orders: int = 8,
-    target_stderr: float | None = None,
     bos: bool | None = None,
     valid: torch.Tensor | None = None,
     given: torch.Tensor | None = None,
@@ -176,6 +174,7 @@ def likelihood(
     progress: Progress | None = None,
     team: Team = ALONE,
     journal: Path | None = None,
+    **changes: Any,
 ) -> Likelihood:
     """Nats per token, perplexity and bits per byte of `ids`, with error bars.
 
@@ -183,18 +182,8 @@ def likelihood(
         model: from `blockdiffusion.load`, or any `Denoiser`; evaluated in its own precision.
         ids: token ids (B, L), or a list of id lists, or a list of texts (needs a tokenizer). Rows
             that do not fill their last block are padded; padding is not seen and not counted.
-        estimator: "exact" (enumerates; S <= 8), "orders" (the K-order bound), or a law of masks as
-            `estimators.make_estimator` reads it, not clipped: "count", "complement", "bernoulli",
-            "bernoulli:cosine", ... "auto" is "exact" where that takes no more noisy copies than
-            `samples` complement pairs (with the usual 8 up to S = 4), and else the unbiased one
-            with the least noise: complement pairs; "timesteps" for D3PM, which has no other.
-            "exact" and "orders" need masks and a network without time input. The likelihood of an
-            autoregressive model is exact, in one pass; it allows "exact" and "auto" only.
-        samples: independent replicates of the masks; the noise error needs two.
-        orders: K of the bound of "orders"; every replicate draws so many orders of each block.
-        target_stderr: go on until the noise error (of the tighter bound, for "orders") is at most
-            this and well known, `samples` replicates at a time, or 4,096 replicates are made; the
-            result's `remarks` say so. "exact" has no noise and draws nothing.
+        options: how to estimate, or the name of an estimator alone.
+        samples: an older name of `mc_samples`.
         bos: whether position 0 of each row is given and not counted; None = what the model's
             configuration says, and no BOS where it says nothing. Texts get the BOS put before them.
         valid: bool (B, L), False at padding; None = all valid.
@@ -209,6 +198,7 @@ def likelihood(
         journal: file that keeps finished groups of rows, so that the same call goes on after a
             kill, in a team of any size, to the same result but for `seconds`. The caller removes
             it.
+        changes: fields of `options`, by name.
 
     Raises:
         UserError: for ids outside the vocabulary, a clipped schedule, blocks too long to
@@ -216,13 +206,13 @@ def likelihood(
     """
     start = time.perf_counter()
     config = model.config
-    for name, value in (
-        ("samples", samples), ("orders", orders), ("target_stderr", target_stderr),
-    ):  # fmt: skip
-        check_limit(name, value)
-    estimator, law, note = choose_estimator(estimator, config, samples, t_min)
-    if target_stderr is not None and not target_stderr > 0:
-        raise UserError(f"target_stderr is {target_stderr}; it must be above 0")
+    if isinstance(options, str):
+        options, changes = None, {"estimator": options} | changes
+    if samples is not None:
+        changes["samples"] = samples
+    options = changed(options or LikelihoodOptions(), changes)
+    estimator, law, note = choose_estimator(options, config, t_min)
+    orders, target_stderr = options.orders, options.target_stderr
     given_bos = bool(config.bos) if bos is None else bos
     if _are_texts(ids):
         rows = _tokenize(model, ids, given_bos)
@@ -261,7 +251,7 @@ def likelihood(
             team=team,
             kept=kept,
         )
-        found = _draw_until(draw, samples, num_tokens, target_stderr, progress)
+        found = _draw_until(draw, options.mc_samples, num_tokens, target_stderr, progress)
     row_B = found.nelbo_BR.mean(1)
     is_exact = _is_exact(config, law)
     if is_exact:  # what is no bound
@@ -308,18 +298,15 @@ def likelihood(
 
 
 def choose_estimator(
-    name: str, config: Any, samples: int = USUAL_SAMPLES, t_min: float = T_MIN
+    options: LikelihoodOptions, config: Any, t_min: float = T_MIN
 ) -> tuple[str, Estimator | None, str | None]:
     """What "auto" stands for, the law of masks (None where there is none to draw from), and a note
     where it is another one than was asked for.
 
-    Args:
-        config: of the network.
-        samples: what "auto" may cost, in complement pairs.
-
     Raises:
         UserError: the estimator is unknown, clipped, or not one that the network allows.
     """
+    name = options.estimator
     if config.objective == "autoregressive":
         if name not in ("auto", "exact"):
             raise UserError(
@@ -329,7 +316,7 @@ def choose_estimator(
         return "exact", None, None
     diffusion = diffusion_of(config)
     if name == "auto":
-        exact = diffusion.enumerable and enumeration_is_cheap(config.block_size, samples)
+        exact = diffusion.enumerable and enumeration_is_cheap(config.block_size, options.mc_samples)
         name = "exact" if exact else diffusion.usual_estimator
     if name in ("exact", "orders"):
         if not diffusion.enumerable:

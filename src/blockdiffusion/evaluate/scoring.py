@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -14,31 +14,23 @@ import torch
 from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, data_error, likelihood
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.windows import Window
 from blockdiffusion.runtime.seeding import generator
 
+ScoreOptions = LikelihoodOptions  # its name in the version before
 CHUNK_TOKENS = 2**14  # what a kill loses at most: some passes of `likelihood`
 TENSORS = ("nats_per_row", "exact_nats_per_row")
 Progress = Callable[[float, float], None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreOptions:
-    """How likelihoods are estimated: the arguments of `likelihood` of the same names."""
-
-    estimator: str = "auto"
-    samples: int = 8
-    orders: int = 8
-    target_stderr: float | None = None
-    seed: int = 0
-
-
 def score(
     model: Denoiser,
     windows: Sequence[Window],
-    options: ScoreOptions,
+    options: LikelihoodOptions,
     *,
     bos: bool,
+    seed: int = 0,
     num_bytes: float | None = None,
     journal: Journal | None = None,
     name: str = "",
@@ -48,6 +40,7 @@ def score(
 
     Args:
         windows: in the order of their units, which are numbered from 0.
+        seed: of the masks.
         bos: whether position 0 of every window is a BOS; it is among the given ones.
         num_bytes: UTF-8 bytes that the scored tokens cover.
         journal: keeps finished chunks.
@@ -77,14 +70,11 @@ def score(
             part = likelihood(
                 model,
                 ids_BL,
-                options.estimator,
-                options.samples,
-                orders=options.orders,
-                target_stderr=target,
+                replace(options, target_stderr=target),
                 bos=bos,
                 valid=valid_BL,
                 given=given_BL,
-                generator=generator(options.seed, "score", name, number),
+                generator=generator(seed, "score", name, number),
                 progress=report,
             )
             if journal is not None:

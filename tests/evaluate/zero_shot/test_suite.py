@@ -15,7 +15,7 @@ from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate import scoring
 from blockdiffusion.evaluate.likelihood import likelihood
-from blockdiffusion.evaluate.scoring import ScoreOptions
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.zero_shot import suite
 from blockdiffusion.evaluate.zero_shot.suite import SUITES, ZeroShotOptions, measure_zero_shot
 from blockdiffusion.evaluate.zero_shot.table import (
@@ -26,7 +26,7 @@ from blockdiffusion.evaluate.zero_shot.table import (
 from tests.hostile import HOSTILE, check_csv, check_markdown
 
 BYTES = dict(vocab_size=258, mask_id=257, seq_len=16, bos_id=256, eos_id=256)
-EXACT = ScoreOptions(estimator="exact")
+EXACT = LikelihoodOptions(estimator="exact")
 SENTENCES = [f" the <unk> 's N shares rose {number} points " for number in range(12)]
 PASSAGES = ["\u201cYes,\u201d she said.", "A second passage, which is longer than one window is."]
 
@@ -123,7 +123,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model(make_model, local, kind, packing):
     model = with_bytes(make_model(**BYTES, **KINDS[kind]))
-    score = ScoreOptions(samples=2)
+    score = LikelihoodOptions(mc_samples=2)
     table = measure_zero_shot(model, only(local, packing=packing, score=score))
     for row in table.rows:
         assert math.isfinite(row.result.perplexity) and row.result.stderr_data > 0
@@ -190,7 +190,7 @@ def test_the_asked_split_must_be_there(make_model, place, local):
 
 def test_a_stopped_measurement_goes_on(make_model, local, tmp_path, monkeypatch):
     model = with_bytes(make_model(**BYTES))
-    options = only(local, score=ScoreOptions(samples=3))
+    options = only(local, score=LikelihoodOptions(mc_samples=3))
     whole = measure_zero_shot(model, options)
     monkeypatch.setattr(scoring, "CHUNK_TOKENS", 160)
     chunked = measure_zero_shot(model, options)
@@ -252,10 +252,10 @@ def test_csv_and_markdown_say_the_same(make_model, local):
 def test_what_is_not_as_it_was_asked_for_is_told(make_model, local, monkeypatch):
     monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 4)
     model = with_bytes(make_model(**BYTES, block_size=1))
-    score = ScoreOptions(estimator="complement", samples=2)
+    score = LikelihoodOptions(estimator="complement", mc_samples=2)
     page = zero_shot_markdown(measure_zero_shot(model, only(local, score=score)), "model")
     assert page.count("one is used") == 1
-    score = ScoreOptions(estimator="bernoulli", samples=2, target_stderr=1e-9)
+    score = LikelihoodOptions(estimator="bernoulli", mc_samples=2, target_stderr=1e-9)
     page = zero_shot_markdown(measure_zero_shot(model, only(local, score=score)), "model")
     for task in ("ptb", "lambada"):
         assert f"* {task}: the noise error is" in page
@@ -300,7 +300,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_read(
         (with_bytes(make_model(**BYTES)), ZeroShotOptions(context=2), "no room for text"),
         (
             with_bytes(make_ar(**BYTES)),
-            ZeroShotOptions(score=ScoreOptions(estimator="count")),
+            ZeroShotOptions(score=LikelihoodOptions(estimator="count")),
             "exact in one pass",
         ),
     ]:
@@ -318,7 +318,7 @@ def test_real_sets(make_model, data_folder, monkeypatch):
             f"lambada={data_folder / 'lambada' / 'lambada_test.jsonl'}",
         ),
         rows=8,
-        score=ScoreOptions(samples=2),
+        score=LikelihoodOptions(mc_samples=2),
     )
     table = measure_zero_shot(model, options)
     assert [row.result.num_tokens for row in table.rows] == [128, 128]

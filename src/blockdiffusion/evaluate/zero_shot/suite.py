@@ -30,7 +30,8 @@ from blockdiffusion.diffusion.denoiser import Denoiser, bos_id
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
-from blockdiffusion.evaluate.scoring import ScoreOptions, score
+from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.evaluate.scoring import score
 from blockdiffusion.evaluate.windows import (
     Window,
     check_stride,
@@ -86,6 +87,7 @@ class ZeroShotOptions:
         max_documents: read only the first documents of each set.
         rows: score only the first rows, for `wrap`.
         score: how the likelihood is estimated.
+        seed: of the masks.
 
     Raises:
         UserError: something that does not exist or does not go together.
@@ -101,7 +103,8 @@ class ZeroShotOptions:
     document_eos: bool = False
     max_documents: int | None = None
     rows: int | None = None
-    score: ScoreOptions = dataclasses.field(default_factory=ScoreOptions)
+    score: LikelihoodOptions = dataclasses.field(default_factory=LikelihoodOptions)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (("suite", SUITES), ("packing", PACKINGS), ("frame", FRAMES)):
@@ -229,9 +232,9 @@ def measure_zero_shot(
     cutter = _Cutter.of(model, options)
     kept = None
     if journal is not None:
-        kept = Journal(journal, fingerprint(model, asdict(options.score)))
+        kept = Journal(journal, fingerprint(model, asdict(options.score), options.seed))
     rows = [
-        _measure(model, cutter, options.score, task, named, kept, progress or _silent)
+        _measure(model, cutter, options, task, named, kept, progress or _silent)
         for task, named in options.sources()
     ]
     if all(row.result is None for row in rows):
@@ -255,7 +258,7 @@ def _silent(stage: str, done: int, total: int | None) -> None:
 def _measure(
     model: Denoiser,
     cutter: _Cutter,
-    options: ScoreOptions,
+    options: ZeroShotOptions,
     task: Task,
     named: NamedSet,
     journal: Journal | None,
@@ -277,7 +280,8 @@ def _measure(
     result = score(
         model,
         text.windows,
-        options,
+        options.score,
+        seed=options.seed,
         bos=cutter.bos is not None,
         num_bytes=text.num_bytes,
         journal=journal,
@@ -335,7 +339,7 @@ class _Cutter:
                 f"{tokenizer.mask_token_id}, the model V = {config.vocab_size} and mask "
                 f"{config.mask_id}: name the tokenizer that the model was trained with"
             )
-        choose_estimator(options.score.estimator, config)  # fails before anything is read
+        choose_estimator(options.score, config)  # fails before anything is read
         frame = options.frame
         if frame == "auto":
             frame = {None: "bos-eos", True: "bos", False: "none"}[config.bos]

@@ -208,7 +208,7 @@ def _bound(model: Any, samples: Sequence[Sample], draw: DrawOptions) -> dict[str
     if has_one_block(model) and max(map(len, rows)) > model.config.seq_len:
         return None
     bos = model.config.bos if draw.bos is None else draw.bos
-    found = likelihood(model, rows, samples=BOUND_SAMPLES, bos=bool(bos))
+    found = likelihood(model, rows, mc_samples=BOUND_SAMPLES, bos=bool(bos))
     return {"value": found.nats_per_token, "stderr": found.stderr_data}
 
 

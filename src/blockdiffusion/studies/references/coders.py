@@ -27,8 +27,9 @@ from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator, data_error
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.prepared import read_rows
-from blockdiffusion.evaluate.scoring import ScoreOptions, score
+from blockdiffusion.evaluate.scoring import score
 from blockdiffusion.evaluate.windows import Window
 from blockdiffusion.limits import check_limits
 from blockdiffusion.studies.references.compressors import COMPRESSORS, PREFIX_BYTES, Compressor
@@ -52,6 +53,7 @@ class CoderOptions:
         train_rows: read only the first rows of the training split.
         bos: whether position 0 of a row is given and not counted; None: as the data say.
         score: how the likelihood of models is estimated.
+        seed: of their masks.
 
     Raises:
         UserError: a value that is not allowed.
@@ -62,7 +64,8 @@ class CoderOptions:
     order: int = 6
     train_rows: int | None = None
     bos: bool | None = None
-    score: ScoreOptions = field(default_factory=ScoreOptions)
+    score: LikelihoodOptions = field(default_factory=LikelihoodOptions)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -157,11 +160,12 @@ def compare_coders(
     # Every model is checked before anything long begins.
     for model in (models or {}).values():
         read_rows(directory, options.split, model, options.rows, options.bos)
-        choose_estimator(options.score.estimator, model.config)
+        choose_estimator(options.score, model.config)
     symbols = _Symbols.of(Path(directory), options)
     kept = None
     if journal is not None:
-        settings = {name: value for name, value in asdict(options).items() if name != "score"}
+        of_models = ("score", "seed")
+        settings = {n: value for n, value in asdict(options).items() if n not in of_models}
         kept = Journal(journal, repr((symbols.fingerprint, settings)))
     rows = [CoderRow(**row) for row in _kept(kept, "n-grams", partial(_ngrams, symbols, report))]
     for number, compressor in enumerate(COMPRESSORS):
@@ -342,8 +346,8 @@ def _compressed(symbols: _Symbols, compressor: Compressor) -> list[dict[str, Any
 def _model(
     model: Denoiser, name: str, symbols: _Symbols, progress: Progress, journal: Path | None
 ) -> Likelihood:
-    options = symbols.options.score
-    identity = fingerprint(model, asdict(options))
+    options = symbols.options
+    identity = fingerprint(model, asdict(options.score), options.seed)
     kept = None if journal is None else Journal(journal, identity)
     valid_BL = _valid(symbols.held_out)
     windows = [
@@ -355,7 +359,8 @@ def _model(
     return score(
         model,
         windows,
-        options,
+        options.score,
+        seed=options.seed,
         bos=symbols.bos,
         num_bytes=symbols.num_bytes,
         journal=kept,

@@ -397,7 +397,7 @@ class _Planner:
     def _test(self, text: Text, name: str) -> None:
         system, measure = find_system(name, self.scale, text.seq_len), self.scale.measure
         options = ["eval", "--data", self._rows_of(text.name), "--estimator", system.estimator]
-        options += ["--samples", str(measure.samples), "--per-row"]
+        options += ["--mc-samples", str(measure.samples), "--per-row"]
         if measure.rows is not None:
             options += ["--rows", str(measure.rows)]
         self._measure(text, name, "test", options)
@@ -412,7 +412,7 @@ class _Planner:
 
     def _zero_shot(self, text: Text, name: str) -> None:
         measure = self.scale.measure
-        options, files = ["zero-shot", "--samples", str(measure.samples)], []
+        options, files = ["zero-shot", "--mc-samples", str(measure.samples)], []
         if measure.zero_shot_rows is not None:
             options += ["--rows", str(measure.zero_shot_rows)]
         for task in zero_shot_names():
