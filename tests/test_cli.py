@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 import yaml
 
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 from blockdiffusion.checkpoints.lightning import Weights
 from blockdiffusion.checkpoints.release import Target
 from blockdiffusion.data.detokenizers import DETOKENIZERS
@@ -97,7 +97,7 @@ def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 64)
+    monkeypatch.setattr(replicates, "PASS_TOKENS", 64)
     files = [tmp_path / "whole.json", tmp_path / "killed.json"]
     options = ("eval", place / "run", "--data", place / "data", "--mc-samples", 2, "--per-row")
     assert blockdiff(*options, "--json", files[0]).returncode == 0

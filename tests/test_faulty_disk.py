@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 from blockdiffusion.data import packing
 from blockdiffusion.files.checksums import NOTES, SUMS
 from blockdiffusion.train.checkpoint import holds_run
@@ -130,7 +130,7 @@ PARTS = 8  # of all operations, for tests of less than a minute each
 
 @pytest.fixture(autouse=True)
 def many_small_writes(monkeypatch):
-    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 64)
+    monkeypatch.setattr(replicates, "PASS_TOKENS", 64)
     monkeypatch.setattr(packing, "UNIT_BYTES", 2000)
     monkeypatch.setattr(packing, "SHARD_TOKENS", 16 * 40)
 

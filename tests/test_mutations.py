@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
 from tests.tiny import TEXT, stop_at_third_group, write_recipe
@@ -103,7 +103,7 @@ def place(tmp_path_factory):
     """All of these files, made by the commands themselves."""
     folder = tmp_path_factory.mktemp("mutations")
     small_passes = pytest.MonkeyPatch()
-    small_passes.setattr(likelihood_module, "PASS_TOKENS", 32)  # several groups of rows
+    small_passes.setattr(replicates, "PASS_TOKENS", 32)  # several groups of rows
     (folder / "text.txt").write_text(TEXT)
     prepare = ("prepare", "{p}/text.txt", "--out", "{p}/data", "--tokenizer", "byte", "--seq-len",
                "16", "--documents", "blank-line", "--workers", "1")  # fmt: skip

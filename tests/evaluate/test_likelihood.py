@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import blockdiffusion
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 from blockdiffusion.diffusion.denoiser import causal_nll
 from blockdiffusion.diffusion.exact import exact_blocks
 from blockdiffusion.errors import UserError
@@ -206,7 +206,7 @@ def test_a_target_of_the_noise_error_is_reached_and_stops(make_model, random_ids
 
 
 def test_a_target_out_of_reach_is_given_up(make_model, random_ids, monkeypatch):
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 8)
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.MAX_SAMPLES", 8)
     calls = []
     result = blockdiffusion.likelihood(
         make_model(), random_ids(2, 16), "count", mc_samples=3, target_stderr=1e-9,
@@ -373,7 +373,7 @@ def test_the_same_seed_gives_the_same_estimate(make_model, random_ids):
 
 
 def test_progress_reaches_the_total(make_model, random_ids, monkeypatch):
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.PASS_TOKENS", 64)
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.PASS_TOKENS", 64)
     for estimator in ("exact", "bernoulli", "complement", "orders"):
         calls = []
         blockdiffusion.likelihood(
@@ -446,7 +446,7 @@ def test_rows_of_an_autoregressive_model_do_not_see_each_other(make_ar, random_i
     whole = blockdiffusion.likelihood(model, ids)
     alone = [blockdiffusion.likelihood(model, [row]).nats_per_token * len(row) for row in ids]
     assert torch.allclose(whole.nats_per_row, torch.tensor(alone, dtype=torch.float64))
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.PASS_TOKENS", 14)  # two rows a pass
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.PASS_TOKENS", 14)  # two rows a pass
     again = blockdiffusion.likelihood(model, ids)
     assert torch.allclose(whole.nats_per_row, again.nats_per_row) and whole.num_tokens == 28
 
@@ -470,7 +470,7 @@ def test_masks_are_refused_for_an_autoregressive_model(make_ar, random_ids, esti
 def test_a_killed_evaluation_goes_on_bit_for_bit(
     make_model, make_ar, random_ids, tmp_path, monkeypatch, estimator, options
 ):
-    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 96)  # a row or two at a time
+    monkeypatch.setattr(replicates, "PASS_TOKENS", 96)  # a row or two at a time
     model, name = (make_ar(), "auto") if estimator == "ar" else (make_model(), estimator)
     ids, passes, stop = random_ids(7, 16), [], None
     encode = "encode_causal" if estimator == "ar" else "encode"

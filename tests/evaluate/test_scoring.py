@@ -75,7 +75,7 @@ def test_a_target_of_the_noise_is_that_of_all_chunks(make_model, random_ids, mon
 
 def test_a_target_out_of_reach_is_that_of_all_chunks(make_model, random_ids, monkeypatch):
     monkeypatch.setattr(scoring, "CHUNK_TOKENS", 64)
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 8)
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.MAX_SAMPLES", 8)
     options = LikelihoodOptions(estimator="count", mc_samples=4, target_stderr=1e-9)
     found = score(make_model(), windows_of(random_ids(8, 16)), options, bos=False)
     (remark,) = found.remarks

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
@@ -37,7 +37,7 @@ def models(make_model, make_ar, tmp_path) -> Path:
 
 def measure(folder: Path) -> None:
     """Likelihoods and samples, into a file of the number of processes."""
-    likelihood_module.PASS_TOKENS = 96  # a row or two at a time
+    replicates.PASS_TOKENS = 96  # a row or two at a time
     ids = torch.randint(256, (7, 16), generator=torch.Generator().manual_seed(1))
     found = []
     with joined() as processes:
@@ -82,7 +82,7 @@ def test_any_number_of_processes_goes_on_from_the_journal_of_any_other(models, m
 
     monkeypatch.setattr(BlockDiffusionModel, "encode", asked)
     monkeypatch.setattr(BlockDiffusionModel, "encode_causal", asked)
-    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 96)
+    monkeypatch.setattr(replicates, "PASS_TOKENS", 96)
     ids = torch.randint(256, (7, 16), generator=torch.Generator().manual_seed(1))
     for (name, estimator, options), expected in zip(KINDS, one, strict=False):
         model = BlockDiffusionModel.from_pretrained(models / name).double().eval()

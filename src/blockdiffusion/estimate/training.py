@@ -33,7 +33,7 @@ from blockdiffusion.train.optim import is_hidden_matrix
 from blockdiffusion.train.recipe import Recipe
 
 DRAWN_TOKENS = 2**16  # of rows that are masked to see how many positions are scored
-EVALUATED_COPIES = 8  # that share one clean stream (`evaluate.likelihood.COPIES`)
+EVALUATED_COPIES = 8  # that share one clean stream (`evaluate.replicates.COPIES`)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,16 +6,17 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from blockdiffusion.diffusion.denoiser import Denoiser
-from blockdiffusion.evaluate.journal import Journal
+from blockdiffusion.evaluate.journal import NO_JOURNAL, Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, data_error, likelihood
 from blockdiffusion.evaluate.options import LikelihoodOptions
-from blockdiffusion.evaluate.windows import Window
+from blockdiffusion.evaluate.windows import Window, rectangle
 from blockdiffusion.runtime.seeding import generator
 
 ScoreOptions = LikelihoodOptions  # its name in the version before
@@ -32,7 +33,7 @@ def score(
     bos: bool,
     seed: int = 0,
     num_bytes: float | None = None,
-    journal: Journal | None = None,
+    journal: Journal = NO_JOURNAL,
     name: str = "",
     progress: Progress | None = None,
 ) -> Likelihood:
@@ -56,48 +57,48 @@ def score(
     target = options.target_stderr
     if target is not None:
         target *= math.sqrt(len(chunks))  # independent chunks of one size
+    of_chunk = replace(options, target_stderr=target)
     done, parts = 0, []
     for number, chunk in enumerate(chunks):
+
+        def report(part: float, total: float, done: int = done, rows: int = len(chunk)) -> None:
+            if progress is not None:
+                progress(done + rows * part / total, len(windows))
+
+        source = generator(seed, "score", name, number)
         key = f"{name} {number} {_digest(chunk)}"
-        kept = None if journal is None else journal.get(key)
-        if kept is None:
-
-            def report(part: int, total: int, done: int = done, rows: int = len(chunk)) -> None:
-                if progress is not None:
-                    progress(done + rows * part / total, len(windows))
-
-            ids_BL, valid_BL, given_BL = _rectangle(chunk)
-            part = likelihood(
-                model,
-                ids_BL,
-                replace(options, target_stderr=target),
-                bos=bos,
-                valid=valid_BL,
-                given=given_BL,
-                generator=generator(seed, "score", name, number),
-                progress=report,
-            )
-            if journal is not None:
-                journal.put(key, _to_json(part))
-        else:
-            part = _from_json(kept)
-        parts.append(part)
+        found = journal.result(key, partial(_measured, model, chunk, of_chunk, bos, source, report))
+        parts.append(_from_json(found))
+        report(1, 1)
         done += len(chunk)
-        if progress is not None:
-            progress(done, len(windows))
     return replace(_merged(parts, windows, num_bytes), target_stderr=options.target_stderr)
 
 
-def _rectangle(chunk: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, valid, given), each (B, L)."""
-    length = max(len(window.ids) for window in chunk)
-    ids_BL = np.zeros((len(chunk), length), dtype=np.int64)
-    valid_BL, given_BL = np.zeros((2, len(chunk), length), dtype=bool)
-    for row, window in enumerate(chunk):
-        ids_BL[row, : len(window.ids)] = window.ids
-        valid_BL[row, : len(window.ids)] = True
-        given_BL[row, : window.given] = True
-    return torch.from_numpy(ids_BL), torch.from_numpy(valid_BL), torch.from_numpy(given_BL)
+def _measured(
+    model: Denoiser,
+    chunk: Sequence[Window],
+    options: LikelihoodOptions,
+    bos: bool,
+    source: torch.Generator,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The likelihood of a chunk, as a journal keeps it."""
+    ids_BL, valid_BL = rectangle([window.ids for window in chunk])
+    given_B = torch.tensor([window.given for window in chunk])
+    part = likelihood(
+        model,
+        ids_BL,
+        options,
+        bos=bos,
+        valid=valid_BL,
+        given=torch.arange(ids_BL.shape[1]) < given_B[:, None],
+        generator=source,
+        progress=progress,
+    )
+    values = asdict(part)
+    return values | {
+        name: None if values[name] is None else values[name].tolist() for name in TENSORS
+    }
 
 
 def _digest(chunk: Sequence[Window]) -> str:
@@ -106,13 +107,6 @@ def _digest(chunk: Sequence[Window]) -> str:
         digest.update(f"{len(window.ids)} {window.given} {window.unit} ".encode())
         digest.update(window.ids.astype(np.int64).tobytes())
     return digest.hexdigest()
-
-
-def _to_json(part: Likelihood) -> dict[str, Any]:
-    values = asdict(part)
-    return values | {
-        name: None if values[name] is None else values[name].tolist() for name in TENSORS
-    }
 
 
 def _from_json(values: dict[str, Any]) -> Likelihood:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from blockdiffusion.errors import UserError
 
@@ -84,3 +85,16 @@ def check_stride(context: int, stride: int, block_size: int, bos: bool) -> None:
         if block_size == context:
             allowed = f"from 1 to {context - bos}"
         raise UserError(f"context {context} with stride {stride} cannot be scored: give {allowed}")
+
+
+def rectangle(
+    rows: Sequence[Sequence[int] | np.ndarray], multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of any length as int64 (B, L), padded with 0 to whole multiples, and which is valid."""
+    longest = max(len(row) for row in rows)
+    found = np.zeros((len(rows), longest + -longest % multiple), dtype=np.int64)
+    valid = np.zeros(found.shape, dtype=bool)
+    for index, row in enumerate(rows):
+        found[index, : len(row)] = row
+        valid[index, : len(row)] = True
+    return torch.from_numpy(found), torch.from_numpy(valid)

@@ -250,7 +250,7 @@ def test_csv_and_markdown_say_the_same(make_model, local):
 
 
 def test_what_is_not_as_it_was_asked_for_is_told(make_model, local, monkeypatch):
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 4)
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.MAX_SAMPLES", 4)
     model = with_bytes(make_model(**BYTES, block_size=1))
     score = LikelihoodOptions(estimator="complement", mc_samples=2)
     page = zero_shot_markdown(measure_zero_shot(model, only(local, score=score)), "model")

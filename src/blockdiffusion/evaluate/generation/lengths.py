@@ -6,12 +6,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.limits import check_limit
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.sampling import generate
@@ -109,36 +110,35 @@ def document_lengths(
         check_limit(name, value)
     began = time.perf_counter()
     settings = (num_samples, max_new_tokens, batch_size, seed, sorted(sampling.items()))
-    kept = None if journal is None else Journal(journal, fingerprint(model, settings))
+    kept = Journal.of(journal, model, settings)
+
+    def draw(batch: int) -> dict[str, Any]:
+        result = generate(
+            model,
+            num_samples=min(batch_size, num_samples - batch * batch_size),
+            max_new_tokens=max_new_tokens,
+            generator=generator(seed, "lengths", batch),
+            **sampling,
+        )
+        last_B = result.sequences.gather(1, result.lengths[:, None] - 1)[:, 0]
+        ended_B = last_B == eos_id
+        return {
+            "lengths": (result.lengths - result.prompt_lengths - ended_B.long()).tolist(),
+            "cut": (~ended_B).tolist(),
+            "nfe": int(result.nfe.sum()),
+        }
+
     lengths: list[int] = []
     cut: list[bool] = []
     nfe = 0
-    for batch, first in enumerate(range(0, num_samples, batch_size)):
-        found: dict[str, Any] | None = None if kept is None else kept.get(str(batch))
-        if found is None:
-            result = generate(
-                model,
-                num_samples=min(batch_size, num_samples - first),
-                max_new_tokens=max_new_tokens,
-                generator=generator(seed, "lengths", batch),
-                **sampling,
-            )
-            last_B = result.sequences.gather(1, result.lengths[:, None] - 1)[:, 0]
-            ended_B = last_B == eos_id
-            found = {
-                "lengths": (result.lengths - result.prompt_lengths - ended_B.long()).tolist(),
-                "cut": (~ended_B).tolist(),
-                "nfe": int(result.nfe.sum()),
-            }
-            if kept is not None:
-                kept.put(str(batch), found)
+    for batch in range(-(-num_samples // batch_size)):
+        found = kept.result(str(batch), partial(draw, batch))
         lengths += found["lengths"]
         cut += found["cut"]
         nfe += found["nfe"]
         if progress is not None:
             progress("documents", len(lengths), num_samples)
-    if kept is not None:
-        kept.remove()
+    kept.remove()
     return DocumentLengths(
         lengths=tuple(lengths),
         cut=tuple(cut),

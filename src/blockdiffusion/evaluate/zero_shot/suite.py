@@ -28,7 +28,7 @@ from blockdiffusion.data.shards import RowRules, WrapPacker
 from blockdiffusion.data.tokenizers import encode, vocab_size
 from blockdiffusion.diffusion.denoiser import Denoiser, bos_id
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
 from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.scoring import score
@@ -230,16 +230,14 @@ def measure_zero_shot(
     start = time.perf_counter()
     options = ZeroShotOptions() if options is None else options
     cutter = _Cutter.of(model, options)
-    kept = None
-    if journal is not None:
-        kept = Journal(journal, fingerprint(model, asdict(options.score), options.seed))
+    kept = Journal.of(journal, model, asdict(options.score), options.seed)
     rows = [
         _measure(model, cutter, options, task, named, kept, progress or _silent)
         for task, named in options.sources()
     ]
     if all(row.result is None for row in rows):
         raise UserError(f"no set of the suite can be read; of {rows[0].task}: {rows[0].missing}")
-    if kept is not None and all(row.result is not None for row in rows):
+    if all(row.result is not None for row in rows):
         kept.remove()
     return ZeroShotTable(
         rows=tuple(rows),
@@ -261,7 +259,7 @@ def _measure(
     options: ZeroShotOptions,
     task: Task,
     named: NamedSet,
-    journal: Journal | None,
+    journal: Journal,
     progress: Progress,
 ) -> ZeroShotRow:
     """One set, or why it cannot be read."""

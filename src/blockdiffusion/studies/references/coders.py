@@ -25,7 +25,7 @@ from blockdiffusion.data.manifest import TOKENIZER_FOLDER, Manifest, data_finger
 from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator, data_error
 from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.prepared import read_rows
@@ -162,23 +162,20 @@ def compare_coders(
         read_rows(directory, options.split, model, options.rows, options.bos)
         choose_estimator(options.score, model.config)
     symbols = _Symbols.of(Path(directory), options)
-    kept = None
-    if journal is not None:
-        of_models = ("score", "seed")
-        settings = {n: value for n, value in asdict(options).items() if n not in of_models}
-        kept = Journal(journal, repr((symbols.fingerprint, settings)))
-    rows = [CoderRow(**row) for row in _kept(kept, "n-grams", partial(_ngrams, symbols, report))]
+    of_models = ("score", "seed")
+    settings = {n: value for n, value in asdict(options).items() if n not in of_models}
+    kept = Journal(journal, repr((symbols.fingerprint, settings)))
+    rows = [CoderRow(**row) for row in kept.result("n-grams", partial(_ngrams, symbols, report))]
     for number, compressor in enumerate(COMPRESSORS):
         report("compressors", number, len(COMPRESSORS))
-        measured = _kept(kept, compressor.name, partial(_compressed, symbols, compressor))
+        measured = kept.result(compressor.name, partial(_compressed, symbols, compressor))
         rows += [CoderRow(**row) for row in measured]
     found = {}
     for name, model in (models or {}).items():
         result = _model(model, name, symbols, report, journal)
         rows += _model_rows(name, result, symbols)
         found[name] = result.to_dict()
-    if kept is not None:
-        kept.remove()
+    kept.remove()
     return CoderTable(
         rows=tuple(rows),
         options=options,
@@ -195,16 +192,6 @@ def compare_coders(
 
 def _silent(stage: str, done: int, total: int | None) -> None:
     pass
-
-
-def _kept(journal: Journal | None, name: str, measure: Callable[[], Any]) -> Any:
-    """What the journal has under `name`, else what `measure` gives, and kept from now on."""
-    found = None if journal is None else journal.get(name)
-    if found is None:
-        found = measure()
-        if journal is not None:
-            journal.put(name, found)
-    return found
 
 
 # --- the symbols -------------------------------------------------------------------------------
@@ -347,8 +334,7 @@ def _model(
     model: Denoiser, name: str, symbols: _Symbols, progress: Progress, journal: Path | None
 ) -> Likelihood:
     options = symbols.options
-    identity = fingerprint(model, asdict(options.score), options.seed)
-    kept = None if journal is None else Journal(journal, identity)
+    kept = Journal.of(journal, model, asdict(options.score), options.seed)
     valid_BL = _valid(symbols.held_out)
     windows = [
         Window(ids=ids[valid], given=int(symbols.bos), unit=number)
