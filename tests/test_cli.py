@@ -31,7 +31,7 @@ from blockdiffusion.sampling.processes import _MASKED
 from blockdiffusion.studies.reproduce.scales import SCALES
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
-from tests.evaluate.judges import save_gpt2
+from tests.evaluate.scorers import save_gpt2
 from tests.tiny import stop_at_third_group
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not the first time.\n\n" * 300

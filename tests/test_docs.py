@@ -24,7 +24,6 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS
 from blockdiffusion.data.tokenizers import byte_tokenizer
-from blockdiffusion.evaluate.generation.judge import JudgeFacts
 from blockdiffusion.evaluate.generation.result import (
     Cost,
     GenerationResult,
@@ -34,6 +33,7 @@ from blockdiffusion.evaluate.generation.result import (
 from blockdiffusion.evaluate.generation.samples import Sample
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
 from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.evaluate.scorer import ScorerFacts
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
 from blockdiffusion.files.records import convert, describe
 from blockdiffusion.models.transformer import BlockDiffusionConfig
@@ -48,7 +48,7 @@ from blockdiffusion.studies.variance.table import VarianceOptions
 from blockdiffusion.train.recipe import Recipe, load_recipe
 from blockdiffusion.train.run import run_training
 from tests.checkpoints.lightning_files import lightning, save_with_settings, settings
-from tests.evaluate.judges import save_gpt2
+from tests.evaluate.scorers import save_gpt2
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -340,7 +340,7 @@ def test_everything_that_is_written_is_explained(place):
     for kind in (CoderRow, CoderTable, CoderOptions):
         assert {field.name for field in dataclasses.fields(kind)} - {"options"} <= explained
     explained = set(re.findall(r"`(\w+)`", (HOW_TO / "generate-eval.md").read_text()))
-    for kind in (GenerationResult, TextNumbers, Lengths, Cost, JudgeFacts, Sample):
+    for kind in (GenerationResult, TextNumbers, Lengths, Cost, ScorerFacts, Sample):
         assert {field.name for field in dataclasses.fields(kind)} <= explained
     names = set(re.findall(r"`(\w+)`", (HOW_TO / "python.md").read_text()))
     assert set(blockdiffusion.__all__) - {"__version__"} <= names

@@ -14,7 +14,7 @@ from blockdiffusion.evaluate.generation.samples import DrawOptions, EntropyGuard
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.runtime.distributed import joined
-from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
+from tests.evaluate.scorers import BYTES, save_gpt2, with_bytes
 from tests.teams import assert_ended_well, command, team
 
 KINDS = [

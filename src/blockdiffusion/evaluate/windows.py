@@ -48,12 +48,23 @@ def document_windows(
         context, stride: see `check_stride`.
     """
     document = np.asarray(ids)
-    first = np.array([] if bos_id is None else [bos_id], dtype=document.dtype)
-    payload = context - len(first)
-    for start in range(0, max(len(document) - payload, 0) + stride, stride):
-        scored_from = start - stride + payload if start else 0
-        row = np.concatenate([first, document[start : start + payload]])
-        yield Window(ids=row, given=len(first) + scored_from - start, unit=unit)
+    lead = np.array([] if bos_id is None else [bos_id], dtype=document.dtype)
+    for start, end, first in spans(len(document), context - len(lead), stride):
+        row = np.concatenate([lead, document[start:end]])
+        yield Window(ids=row, given=len(lead) + first - start, unit=unit)
+
+
+def spans(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first scored) of the windows over `length` tokens.
+
+    The scored parts follow each other without gap or overlap. The rule is the authors'
+    (`record_generative_perplexity`): window i starts at i * stride.
+    """
+    first = 0
+    for start in range(0, max(length - context, 0) + stride, stride):
+        end = min(start + context, length)
+        yield start, end, first
+        first = end
 
 
 def default_stride(context: int, block_size: int) -> int:

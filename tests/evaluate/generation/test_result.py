@@ -15,13 +15,12 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation.judge import CausalJudge, DiffusionJudge, load_judge
 from blockdiffusion.evaluate.generation.mauve_score import mauve_score
 from blockdiffusion.evaluate.generation.metrics import distinct, self_bleu, token_entropy
 from blockdiffusion.evaluate.generation.picture import generation_picture
 from blockdiffusion.evaluate.generation.reference import reference_samples
 from blockdiffusion.evaluate.generation.result import Conditions, evaluate_samples
-from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge, samples_file
+from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_score, samples_file
 from blockdiffusion.evaluate.generation.samples import Drawn, DrawOptions, Sample
 from blockdiffusion.evaluate.generation.table import (
     check_comparable,
@@ -32,8 +31,9 @@ from blockdiffusion.evaluate.generation.table import (
     read_result,
     with_error,
 )
+from blockdiffusion.evaluate.scorer import CausalScorer, OwnScorer, load_scorer
 from blockdiffusion.reports.terminal import generation_lines
-from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
+from tests.evaluate.scorers import BYTES, save_gpt2, with_bytes
 from tests.hostile import HOSTILE, check_csv, check_markdown, check_picture
 
 TEXTS = ["It was the best", "of times, of times, of times", "", "xyz", "aaaa aaaa aaaa", "o"]
@@ -46,7 +46,7 @@ def sample_of(text, **more):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    return load_judge(str(save_gpt2(tmp_path_factory.mktemp("judge"))))
+    return load_scorer(str(save_gpt2(tmp_path_factory.mktemp("judge"))))
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_a_picture_of_one_sample_without_errors(judge):
 
 
 def test_a_bound_is_marked_everywhere(make_model):
-    judge = DiffusionJudge("ours", with_bytes(make_model(**BYTES, seq_len=16, bos=False)))
+    judge = OwnScorer("ours", with_bytes(make_model(**BYTES, seq_len=16, bos=False)))
     samples = [sample_of(text) for text in TEXTS]
     values = evaluate_samples(Drawn(samples, 6, 0), judge, Conditions(label="x")).to_dict()
     assert values["judge"]["is_bound"]
@@ -290,11 +290,11 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(make_model, tmp_path, mo
     )
 
     def run(place):
-        return generate_and_judge(options, load_model=lambda _: model, beside=tmp_path / place)
+        return generate_and_score(options, load_model=lambda _: model, beside=tmp_path / place)
 
     whole = run("whole.json").to_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(CausalJudge, "nll", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(CausalScorer, "nll", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run("cut.json")
     assert samples_file(tmp_path / "cut.json").name == "cut.samples.jsonl"

@@ -22,7 +22,7 @@ from blockdiffusion.studies.reproduce.kept import Kept
 from blockdiffusion.studies.reproduce.listing import plan_lines
 from blockdiffusion.studies.reproduce.plan import Plan, Step
 from blockdiffusion.studies.reproduce.scales import PAPER, SMALL
-from tests.evaluate.judges import BYTES
+from tests.evaluate.scorers import BYTES
 from tests.studies.reproduce.toy import TOY
 
 

@@ -1,0 +1,147 @@
+"""Texts under a scorer: window by window, many windows in a pass, and what is finished is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.evaluate.journal import Journal
+from blockdiffusion.evaluate.scorer import Row, Scorer, ScorerTokens
+from blockdiffusion.evaluate.windows import spans
+
+LOGIT_BYTES = 2**28  # logits of one pass: bounds memory
+
+
+def window_sizes(scorer: Scorer, context: int | None, stride: int | None) -> tuple[int, int]:
+    """The context and stride to use: the scorer's own context and half of it by default.
+
+    Raises:
+        UserError: they do not fit the scorer or each other.
+    """
+    used = scorer.context if context is None else context
+    if not 2 <= used <= scorer.context:
+        raise UserError(
+            f"the context is {used} tokens, but the scorer {scorer.name} reads from 2 to "
+            f"{scorer.context}; choose one in between"
+        )
+    half = max((used + scorer.lead) // 2 // scorer.grain, 1) * scorer.grain
+    step = half if stride is None else stride
+    # Windows of ours begin with a start of their own, so that a whole one may be scored.
+    if not 1 <= step < used and not (step == used and scorer.grain > 1):
+        raise UserError(
+            f"the stride is {step}; it must be at least 1 and smaller than the context of {used} "
+            "tokens, so that no window begins with a token that is to be scored"
+        )
+    if (used + scorer.lead) % scorer.grain or step % scorer.grain:
+        raise UserError(
+            f"the context is {used} and the stride {step} tokens, but the scorer {scorer.name} "
+            f"reads whole blocks of {scorer.grain}; choose a context of "
+            f"{scorer.context} or that less a multiple of {scorer.grain}, and a stride that is one"
+        )
+    return used, step
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A window: `row` of sample `sample`."""
+
+    sample: int
+    row: Row
+
+
+def score_texts(
+    scorer: Scorer,
+    texts: Sequence[ScorerTokens],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    journal: Path | None = None,
+) -> list[float]:
+    """Nats that the scorer gives to the scored tokens of every text.
+
+    Args:
+        context, stride: see `window_sizes`.
+        progress: called with (done, total) tokens read.
+        journal: file that keeps finished passes, so that the same call goes on after a kill. The
+            caller removes it.
+
+    Raises:
+        UserError: context and stride do not fit.
+    """
+    used, step = window_sizes(scorer, context, stride)
+    places = []
+    for index, tokens in enumerate(texts):
+        if any(tokens.scored):
+            places += [_Place(index, row) for row in _rows(tokens, used, step)]
+    places.sort(key=lambda place: len(place.row.ids), reverse=True)
+    kept = Journal.of(journal, scorer.model, [place.row for place in places])
+    nats = [0.0] * len(texts)
+    done, total = 0, sum(len(place.row.ids) for place in places)
+    for number, group in enumerate(_passes(places, scorer.model.config.vocab_size)):
+        rows = [place.row for place in group]
+        found = kept.result(f"pass {number}", partial(_finite, scorer, rows, number))
+        for place, value in zip(group, found, strict=True):
+            nats[place.sample] += value
+        done += sum(len(row.ids) for row in rows)
+        if progress is not None:
+            progress(done, total)
+    return nats
+
+
+def _finite(scorer: Scorer, rows: Sequence[Row], number: int) -> list[float]:
+    found = scorer.nll(rows, number)
+    if not all(map(math.isfinite, found)):
+        raise UserError(
+            f"the scorer {scorer.name} gives a text {min(found)} nats: its weights or logits "
+            "are not finite; take another scorer"
+        )
+    return found
+
+
+def scorer_features(
+    scorer: Scorer, samples: Sequence[ScorerTokens], context: int | None = None
+) -> np.ndarray:
+    """Features (number of samples, D) for MAUVE: the scorer's last hidden state at the last token
+    of the first window of each sample.
+
+    Raises:
+        UserError: the scorer is a block diffusion model, which has no such state.
+    """
+    used, _ = window_sizes(scorer, context, None)
+    rows = [_Place(i, Row(t.ids[:used], t.scored[:used])) for i, t in enumerate(samples)]
+    rows.sort(key=lambda place: len(place.row.ids), reverse=True)
+    features: list[np.ndarray] = [np.empty(0)] * len(samples)
+    for group in _passes(rows, scorer.model.config.vocab_size):
+        found = scorer.features([place.row for place in group]).cpu().numpy()
+        for place, vector in zip(group, found, strict=True):
+            features[place.sample] = vector
+    return np.stack(features)
+
+
+def _rows(tokens: ScorerTokens, context: int, stride: int) -> list[Row]:
+    """The windows that have something to score."""
+    rows = []
+    for start, end, first in spans(len(tokens.ids), context, stride):
+        scored = (False,) * (first - start) + tokens.scored[first:end]
+        if any(scored):
+            rows.append(Row(tokens.ids[start:end], scored))
+    return rows
+
+
+def _passes(places: Sequence[_Place], vocab_size: int) -> list[list[_Place]]:
+    """The windows (longest first) in passes whose logits take at most `LOGIT_BYTES`."""
+    passes: list[list[_Place]] = []
+    for place in places:
+        longest = len(passes[-1][0].row.ids) if passes else 0
+        if passes and (len(passes[-1]) + 1) * longest * vocab_size * 4 <= LOGIT_BYTES:
+            passes[-1].append(place)
+        else:
+            passes.append([place])
+    return passes
