@@ -48,11 +48,11 @@ class Target:
 
 
 SAMPLE = ("sample", "{p}/run", "--max-new-tokens", "4", "--seed", "1")
-EVAL = ("eval", "{p}/run", "--data", "{p}/data", "--rows", "4", "--mc-samples", "2")
+EVAL = ("eval", "{p}/run", "--data", "{p}/data", "--limit", "4", "--mc-samples", "2")
 REPORT = ("report", "{p}/run", "--num-samples", "1", "--max-new-tokens", "4")
 RESUME = ("train", "{p}/run/config.yaml", "--resume", "out={p}/run")
 PLAN = ("plan", "{p}/recipe.yaml", "--device", "h100")
-JUDGE = ("generate-eval", "{p}/run", "--judge", "{p}/judge", "--num-samples", "2", "--batch-size",
+JUDGE = ("generate-eval", "{p}/run", "--scorer", "{p}/judge", "--num-samples", "2", "--batch-size",
          "2", "--max-new-tokens", "4", "--json", "{p}/judged.json")  # fmt: skip
 TARGETS = {
     "config.json": Target("run/model/config.json", SAMPLE),
@@ -78,7 +78,7 @@ TARGETS = {
     "samples": Target("judged.samples.jsonl", JUDGE, kind="lines"),
     "samples from a file": Target(
         "judged.samples.jsonl",
-        ("generate-eval", "--judge", "{p}/judge", "--samples-from", "{p}/judged.samples.jsonl"),
+        ("generate-eval", "--scorer", "{p}/judge", "--samples-from", "{p}/judged.samples.jsonl"),
         kind="lines",
     ),
     "result": Target(
@@ -88,7 +88,7 @@ TARGETS = {
     ),
     "point": Target(
         "pareto/points/first-hitting.json",
-        ("pareto", "{p}/run", "--judge", "{p}/judge", "--out", "{p}/pareto", "--point",
+        ("pareto", "{p}/run", "--scorer", "{p}/judge", "--out", "{p}/pareto", "--point",
          "first-hitting", "--num-samples", "2", "--batch-size", "2", "--max-new-tokens", "4"),
     ),
 }  # fmt: skip

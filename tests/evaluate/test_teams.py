@@ -103,7 +103,7 @@ def test_the_commands_say_and_write_what_one_process_does(models, tmp_path):
     commands = {
         "eval": ["eval", models / "plain", "--data", tmp_path / "data", "--no-bos"],
         "generate-eval": [
-            "generate-eval", models / "plain", "--judge", judge, "--num-samples", 5,
+            "generate-eval", models / "plain", "--scorer", judge, "--num-samples", 5,
             "--batch-size", 2, "--max-new-tokens", 8, "--no-bos",
         ],
     }  # fmt: skip

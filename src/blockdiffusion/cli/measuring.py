@@ -32,7 +32,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Directory that `blockdiff prepare` made.")],
     split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
     how: LikelihoodOptions = LIKELIHOOD,
-    rows: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     bos: BOS = None,
     seed: MASK_SEED = 0,
     json_file: JSON_FILE = None,
@@ -61,7 +61,7 @@ def evaluate(
     journal = journal_beside(json_file)
     with joined() as team, progress_bar("eval", quiet=not team.is_first) as report:
         network = load_model(model, device, dtype)
-        text = read_rows(data, split, network, rows, bos, report)
+        text = read_rows(data, split, network, limit, bos, report)
         result = likelihood(
             network,
             text.batch.ids_BL,
@@ -93,11 +93,11 @@ def evaluate(
 def zero_shot(
     model: MODEL,
     suite: Annotated[str, choice("Which sets: paper (its table 5).", "paper")] = "paper",
-    only: Annotated[
+    tasks: Annotated[
         list[str] | None,
         choice(
-            "A set of the suite (ptb, wikitext, lm1b, lambada, ag_news, pubmed or arxiv); may "
-            "be repeated.",
+            "Sets of the suite (ptb, wikitext, lm1b, lambada, ag_news, pubmed or arxiv), with "
+            "commas between; may be repeated.",
             "ptb wikitext lm1b lambada ag_news pubmed arxiv",
         ),
     ] = None,
@@ -125,7 +125,9 @@ def zero_shot(
     max_documents: Annotated[
         int | None, typer.Option(help="Read only the first documents of each set.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="Score only the first rows of each set.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Score only the first rows of each set.")
+    ] = None,
     how: LikelihoodOptions = LIKELIHOOD,
     seed: MASK_SEED = 0,
     tokenizer: Annotated[
@@ -149,7 +151,7 @@ def zero_shot(
 
     options = ZeroShotOptions(
         suite=suite,
-        only=tuple(only or ()),
+        tasks=tuple(name for names in tasks or () for name in names.split(",")),
         local=tuple(local or ()),
         packing=packing,
         context=context,
@@ -157,7 +159,7 @@ def zero_shot(
         frame=frame,
         document_eos=document_eos,
         max_documents=max_documents,
-        rows=rows,
+        limit=limit,
         score=how,
         seed=seed,
     )
@@ -187,7 +189,7 @@ def references(
         typer.Option("--model", help="Model or run to put beside them; may be repeated."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split whose rows are coded.")] = "valid",
-    rows: Annotated[int | None, typer.Option(help="Code only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Code only the first rows.")] = None,
     order: Annotated[int, typer.Option(help="Longest n-gram; shorter ones are listed too.")] = 6,
     train_rows: Annotated[
         int | None, typer.Option(help="Learn from the first training rows only.")
@@ -208,7 +210,7 @@ def references(
 
     options = CoderOptions(
         split=split,
-        rows=rows,
+        limit=limit,
         order=order,
         train_rows=train_rows,
         bos=bos,

@@ -121,8 +121,8 @@ class FilterOptions:
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
-    """What samples are compared with, and how the judge reads them."""
+class ScorerOptions:
+    """What samples are compared with, and how the scorer reads them."""
 
     reference: Annotated[
         list[str] | None,
@@ -130,7 +130,7 @@ class JudgeOptions:
     ] = None
     split: Annotated[str, typer.Option(help="Split of a prepared --reference.")] = "valid"
     context: Annotated[
-        int | None, typer.Option(help="Tokens of the judge's windows; all it can read by default.")
+        int | None, typer.Option(help="Tokens of the scorer's windows; all it can read by default.")
     ] = None
     stride: Annotated[
         int | None, typer.Option(help="Tokens between two windows; half the context by default.")
@@ -141,7 +141,7 @@ class JudgeOptions:
         return vars(self) | {"reference": tuple(self.reference or ())}
 
 
-POLICY, FILTERS, READING = PolicyOptions(), FilterOptions(), JudgeOptions()
+POLICY, FILTERS, READING = PolicyOptions(), FilterOptions(), ScorerOptions()
 LIKELIHOOD = LikelihoodOptions()
 
 
@@ -182,7 +182,12 @@ def _annotated(hint: Any, about: Mapping[str, Any]) -> Any:
 
 
 # What options were called in the version before.
-OLD_NAMES = {"--samples": "--mc-samples"}
+OLD_NAMES = {
+    "--samples": "--mc-samples",
+    "--rows": "--limit",
+    "--only": "--tasks",
+    "--judge": "--scorer",
+}
 
 
 def new_names(arguments: list[str], commands: Mapping[str, Callable[..., None]]) -> list[str]:

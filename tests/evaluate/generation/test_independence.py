@@ -56,9 +56,9 @@ def check(place, model, judge):
 
 
 def test_the_model_itself_is_refused(place, tmp_path):
-    with pytest.raises(UserError, match="both the model under test and its judge"):
+    with pytest.raises(UserError, match="both the model under test and its scorer"):
         check(place, "model", "model")
-    with pytest.raises(UserError, match="both the model under test and its judge"):
+    with pytest.raises(UserError, match="both the model under test and its scorer"):
         check(place, "model", "model/model")
     copy = tmp_path / "copy"
     shutil.copytree(place / "model" / "model", copy)

@@ -185,9 +185,9 @@ def test_results_of_different_judges_do_not_compare(result):
     assert "depend on the number of samples" in note
     longer = {**values, "lengths": {**values["lengths"], "median": 99}}
     assert "length" in check_comparable([values, longer], ["a", "b"])[0]
-    for key, words in (("fingerprint", "another judge"), ("stride", "another stride")):
+    for key, words in (("fingerprint", "another scorer"), ("stride", "another stride")):
         other = {**values, "judge": {**values["judge"], key: 1}}
-        with pytest.raises(UserError, match=f"b was judged with {words}"):
+        with pytest.raises(UserError, match=f"b was scored with {words}"):
             check_comparable([values, other], ["a", "b"])
 
 
@@ -285,7 +285,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(make_model, tmp_path, mo
     model = with_bytes(make_model(**BYTES))
     options = GenerateEval(
         model="m",
-        judge=str(save_gpt2(tmp_path / "judge")),
+        scorer=str(save_gpt2(tmp_path / "judge")),
         draw=DrawOptions(num_samples=5, max_new_tokens=12, batch_size=2),
     )
 
@@ -306,8 +306,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(make_model, tmp_path, mo
 
 def test_options_that_make_no_sense_are_refused():
     for changes, message in (
-        (dict(model=None), "nothing to judge"), (dict(mauve=True), "compares with real text"),
+        (dict(model=None), "nothing to score"), (dict(mauve=True), "compares with real text"),
         (dict(min_entropy=-1.0), "above 0"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            GenerateEval(**{"model": "m", "judge": "j", **changes})
+            GenerateEval(**{"model": "m", "scorer": "j", **changes})

@@ -52,7 +52,9 @@ def with_bytes(model):
 
 
 def only(local, **changes):
-    return ZeroShotOptions(**{"only": ("ptb", "lambada"), "local": local, "score": EXACT} | changes)
+    return ZeroShotOptions(
+        **{"tasks": ("ptb", "lambada"), "local": local, "score": EXACT} | changes
+    )
 
 
 def test_the_suite_is_the_papers_table():
@@ -84,7 +86,7 @@ def test_by_default_rows_are_framed_and_wrapped_as_in_the_paper(make_model, loca
 )
 def test_the_frame_follows_the_models_training(make_model, local, bos, frame, counted):
     model = with_bytes(make_model(**BYTES, bos=bos))
-    table = measure_zero_shot(model, only(local, only=("ptb",), rows=3))
+    table = measure_zero_shot(model, only(local, tasks=("ptb",), limit=3))
     result = table.rows[0].result
     assert table.frame == frame and result.bos == (frame != "none")
     assert (result.num_tokens, result.num_rows) == (3 * counted, 3)
@@ -95,7 +97,7 @@ def test_the_frame_follows_the_models_training(make_model, local, bos, frame, co
 def test_documents_by_themselves_with_a_stride(make_model, local):
     """The short passage has one window; data errors are over documents."""
     model = with_bytes(make_model(**BYTES, bos=False))
-    options = only(local, only=("lambada",), packing="document", stride=4, document_eos=True)
+    options = only(local, tasks=("lambada",), packing="document", stride=4, document_eos=True)
     table = measure_zero_shot(model, options)
     texts = [f"\n{PASSAGES[0]}".replace("\u201c", '"').replace("\u201d", '"'), f"\n{PASSAGES[1]}"]
     row = table.rows[0]
@@ -225,7 +227,7 @@ def test_a_stopped_measurement_goes_on(make_model, local, tmp_path, monkeypatch)
 
 def test_csv_and_markdown_say_the_same(make_model, local):
     model = with_bytes(make_model(**BYTES))
-    table = measure_zero_shot(model, only(local, only=("ptb", "lm1b", "lambada")))
+    table = measure_zero_shot(model, only(local, tasks=("ptb", "lm1b", "lambada")))
     records = list(csv.DictReader(io.StringIO(zero_shot_csv(table))))
     assert [record["task"] for record in records] == ["ptb", "lm1b", "lambada"]
     assert records[1]["perplexity"] == "" and "cannot be fetched" in records[1]["missing"]
@@ -267,11 +269,11 @@ def test_what_is_not_as_it_was_asked_for_is_told(make_model, local, monkeypatch)
     ("changes", "sentence"),
     [
         (dict(suite="glue"), "suite is 'glue': it must be one of paper"),
-        (dict(only=("ptb", "wiki")), "has no 'wiki': it has ptb, wikitext"),
+        (dict(tasks=("ptb", "wiki")), "has no 'wiki': it has ptb, wikitext"),
         (dict(packing="rows"), "packing is 'rows'"),
         (dict(frame="eos"), "frame is 'eos': it must be one of auto, none, bos, bos-eos"),
         (dict(stride=4), "stride goes with packing document"),
-        (dict(packing="document", rows=4), "rows goes with packing wrap"),
+        (dict(packing="document", limit=4), "limit goes with packing wrap"),
         (dict(context=0), "context is 0"),
         (dict(max_documents=0), "max_documents is 0"),
         (dict(local=("ptb",)), "it must be NAME=PATH"),
@@ -312,7 +314,7 @@ def test_real_sets(make_model, data_folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = with_bytes(make_model(**BYTES, bos=False))
     options = ZeroShotOptions(
-        only=("wikitext", "lambada"),
+        tasks=("wikitext", "lambada"),
         local=(
             f"wikitext={data_folder / 'wikitext-2'}",
             f"lambada={data_folder / 'lambada' / 'lambada_test.jsonl'}",

@@ -104,7 +104,7 @@ def test_drawn_masks_orders_and_autoregressive_models_have_their_rows(
 ):
     place = directory()
     models = {"blocks": make_model(**SIZES), "next": make_ar(**SIZES)}
-    options = CoderOptions(rows=4, score=LikelihoodOptions(mc_samples=4))  # too few to enumerate
+    options = CoderOptions(limit=4, score=LikelihoodOptions(mc_samples=4))  # too few to enumerate
     found = by_name(compare_coders(place, options, models))
     assert found["blocks, bound"].stderr_noise > 0 and found["blocks, bound"].is_bound
     assert not found["next, exact"].is_bound and found["next, exact"].stderr_noise is None
@@ -112,7 +112,7 @@ def test_drawn_masks_orders_and_autoregressive_models_have_their_rows(
     exact = likelihood(models["next"], valid, bos=False).nats_per_token / math.log(2)
     assert found["next, exact"].bits_per_token == pytest.approx(exact)
     options = CoderOptions(
-        rows=4, score=LikelihoodOptions(estimator="orders", mc_samples=2, orders=2)
+        limit=4, score=LikelihoodOptions(estimator="orders", mc_samples=2, orders=2)
     )
     found = by_name(compare_coders(place, options, {"blocks": models["blocks"]}))
     assert found["blocks, 2-order bound"].bits_per_byte < found["blocks, bound"].bits_per_byte
@@ -185,7 +185,7 @@ def test_it_goes_on_where_it_was_stopped(directory, make_model, tmp_path, monkey
 
 
 def test_the_page_has_every_coder_and_its_conventions(directory, make_model):
-    table = compare_coders(directory(), CoderOptions(rows=4), {"ours": make_model(**SIZES)})
+    table = compare_coders(directory(), CoderOptions(limit=4), {"ours": make_model(**SIZES)})
     page = coders_markdown(table, "data (valid)")
     lines = [line for line in page.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + len(table.rows) and len({line.count("|") for line in lines}) == 1

@@ -73,7 +73,7 @@ class ZeroShotOptions:
 
     Attributes:
         suite: a key of `SUITES`.
-        only: names of its tasks; all if empty.
+        tasks: names of its tasks; all if empty.
         local: `NAME=PATH` or `NAME:split=PATH` for each task with local files.
         packing: `wrap`: the documents of a set are one stream, cut to rows of `context` tokens, the
             last partial row dropped (the paper). `document`: each by itself, in windows of
@@ -85,7 +85,7 @@ class ZeroShotOptions:
             model was trained, and `bos-eos` where it does not say.
         document_eos: whether an EOS stands after every document; the paper has none here.
         max_documents: read only the first documents of each set.
-        rows: score only the first rows, for `wrap`.
+        limit: score only the first rows, for `wrap`.
         score: how the likelihood is estimated.
         seed: of the masks.
 
@@ -94,7 +94,7 @@ class ZeroShotOptions:
     """
 
     suite: str = "paper"
-    only: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     local: tuple[str, ...] = ()
     packing: str = "wrap"
     context: int | None = None
@@ -102,7 +102,7 @@ class ZeroShotOptions:
     frame: str = "auto"
     document_eos: bool = False
     max_documents: int | None = None
-    rows: int | None = None
+    limit: int | None = None
     score: LikelihoodOptions = dataclasses.field(default_factory=LikelihoodOptions)
     seed: int = 0
 
@@ -111,15 +111,15 @@ class ZeroShotOptions:
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} is {shown(value)}: it must be one of {', '.join(allowed)}")
         known = [task.name for task in SUITES[self.suite]]
-        if unknown := [name for name in self.only if name not in known]:
+        if unknown := [name for name in self.tasks if name not in known]:
             raise UserError(
                 f"the suite {self.suite} has no {unknown[0]!r}: it has {', '.join(known)}"
             )
         check_limits(self)
         if self.stride is not None and self.packing == "wrap":
             raise UserError("stride goes with packing document: wrapped rows do not overlap")
-        if self.rows is not None and self.packing == "document":
-            raise UserError("rows goes with packing wrap: give max_documents instead")
+        if self.limit is not None and self.packing == "document":
+            raise UserError("limit goes with packing wrap: give max_documents instead")
         self.sources()  # refuses what is wrong in local
 
     def sources(self) -> list[tuple[Task, NamedSet]]:
@@ -139,7 +139,7 @@ class ZeroShotOptions:
             local[tasks[name].name] = (split or tasks[name].split, Path(path).expanduser())
         chosen = []
         for task in SUITES[self.suite]:
-            if not self.only or task.name in self.only:
+            if not self.tasks or task.name in self.tasks:
                 split, path = local.get(task.name, (task.split, None))
                 data_set = find_set(task.data_set)
                 chosen.append((task, NamedSet(data_set=data_set, split=split, path=path)))
@@ -361,7 +361,7 @@ class _Cutter:
             row_eos=eos if row_eos else None,
             document_eos=eos if options.document_eos else None,
             max_documents=options.max_documents,
-            rows=options.rows,
+            rows=options.limit,
         )
 
     def read(self, source: NamedSplit, progress: Callable[[int], None]) -> _Text:

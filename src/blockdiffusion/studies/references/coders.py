@@ -48,7 +48,7 @@ class CoderOptions:
 
     Attributes:
         split: the split whose rows are coded.
-        rows: code only the first ones.
+        limit: code only the first rows.
         order: the longest n-gram; every order from 1 on is in the table.
         train_rows: read only the first rows of the training split.
         bos: whether position 0 of a row is given and not counted; None: as the data say.
@@ -60,7 +60,7 @@ class CoderOptions:
     """
 
     split: str = "valid"
-    rows: int | None = None
+    limit: int | None = None
     order: int = 6
     train_rows: int | None = None
     bos: bool | None = None
@@ -159,7 +159,7 @@ def compare_coders(
     report = _silent if progress is None else progress
     # Every model is checked before anything long begins.
     for model in (models or {}).values():
-        read_rows(directory, options.split, model, options.rows, options.bos)
+        read_rows(directory, options.split, model, options.limit, options.bos)
         choose_estimator(options.score, model.config)
     symbols = _Symbols.of(Path(directory), options)
     of_models = ("score", "seed")
@@ -213,7 +213,7 @@ class _Symbols:
     def of(cls, directory: Path, options: CoderOptions) -> _Symbols:
         source, train = TokenRows(directory, options.split), TokenRows(directory, "train")
         manifest, split = source.manifest, source.manifest.splits[options.split]
-        held_out = source.rows(np.arange(min(source.num_rows, options.rows or source.num_rows)))
+        held_out = source.rows(np.arange(min(source.num_rows, options.limit or source.num_rows)))
         share = int(_valid(held_out).sum()) / split.tokens
         train_rows = min(train.num_rows, options.train_rows or train.num_rows)
         if train_rows * train.seq_len > MAX_TRAIN_TOKENS:
