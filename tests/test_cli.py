@@ -144,7 +144,7 @@ def test_zero_shot_prints_the_table_and_writes_three_files(place, tmp_path, monk
     (tmp_path / "ptb.valid.txt").write_text(" the <unk> 's N shares rose \n" * 30)
     files = [tmp_path / "new" / f"z.{end}" for end in ("json", "csv", "md")]
     run = blockdiff(
-        "zero-shot", place / "run", "--local", f"ptb={tmp_path}", "--tasks", "ptb", "--tasks", "lm1b",
+        "zero-shot", place / "run", "--local", f"ptb={tmp_path}", "--tasks", "ptb,lm1b",
         "--estimator", "exact", "--json", files[0], "--csv", files[1], "--markdown", files[2],
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -247,7 +247,7 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
     run = ["generate-eval", place / "run", "--scorer"]
     mistakes = [
-        ([*run, place / "run"], "both the model under test and its judge"),
+        ([*run, place / "run"], "both the model under test and its scorer"),
         ([*run, GOLDEN / "bd3lm-hf"], "has no tokenizer"),
         ([*run, tmp_path / "none/at/all"], "none/at/all does not exist; give"),
         ([*run, tmp_path / "jugde"], "jugde does not exist; give a model directory"),
@@ -260,9 +260,9 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
           "--num-samples", 1], "there is no file"),
         ([*run, judge, "--min-entropy", 0], "above 0"),
         ([*run, judge, "--samples-from", tmp_path / "empty.jsonl"], "no sample in"),
-        ([*run, judge, "--samples-from", tmp_path / "blank.jsonl"], "nothing to judge"),
+        ([*run, judge, "--samples-from", tmp_path / "blank.jsonl"], "nothing to score"),
         ([*run, judge, "--plot", tmp_path], "is a directory"),
-        (["generate-eval", "--scorer", judge], "nothing to judge"),
+        (["generate-eval", "--scorer", judge], "nothing to score"),
         (["generate-compare", place / "recipe.yaml"], "not valid JSON"),
     ]  # fmt: skip
     for arguments, expected in mistakes:

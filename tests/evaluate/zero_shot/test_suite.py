@@ -319,7 +319,7 @@ def test_real_sets(make_model, data_folder, monkeypatch):
             f"wikitext={data_folder / 'wikitext-2'}",
             f"lambada={data_folder / 'lambada' / 'lambada_test.jsonl'}",
         ),
-        rows=8,
+        limit=8,
         score=LikelihoodOptions(mc_samples=2),
     )
     table = measure_zero_shot(model, options)

@@ -33,7 +33,7 @@ def measure(make_model, judge, tmp_path):
 
     def measure(points=POINTS, draw=DRAW, out=tmp_path / "out", **more):
         options = Pareto(
-            model="mine", judge=judge, out=out, draw=draw,
+            model="mine", scorer=judge, out=out, draw=draw,
             points=tuple(parse_point(text) for text in points), **more,
         )  # fmt: skip
         return measure_pareto(options, load_model=lambda name: model)
@@ -52,7 +52,7 @@ def test_every_point_is_what_generate_eval_finds(measure, judge):
         tokens_per_step=2,
     )  # fmt: skip
     alone = generate_and_score(
-        GenerateEval(model="mine", judge=judge, draw=draw), load_model=lambda name: measure.model
+        GenerateEval(model="mine", scorer=judge, draw=draw), load_model=lambda name: measure.model
     )
     found = result["points"][1]
     assert found["text"]["perplexity"] == pytest.approx(alone.text.perplexity, rel=1e-9)
