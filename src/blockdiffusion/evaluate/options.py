@@ -20,20 +20,14 @@ MC_SAMPLES = "Independent draws of the masks; two or more give a noise error."
 class LikelihoodOptions:
     """How a likelihood is estimated.
 
-    Attributes:
-        estimator: "exact" enumerates (S <= 8); "orders" gives the K-order bound, too; any other
-            name is a distribution of masks as `estimators.make_estimator` reads it, not clipped:
-            "count", "complement", "bernoulli", "bernoulli:cosine", ... "auto" is "exact" where that
-            takes no more noisy copies than `mc_samples` complement pairs (with the usual 8 up to
-            S = 4), and else the unbiased one with the least noise: complement pairs; "timesteps"
-            for D3PM, which has no other. "exact" and "orders" need masks and a network without time
-            input. The likelihood of an autoregressive model is exact, in one pass; it allows
-            "exact" and "auto" only.
-        mc_samples: independent replicates of the masks; the noise error needs two.
-        orders: K of the bound of "orders"; every replicate draws so many orders of each block.
-        target_stderr: draw on, `mc_samples` replicates at a time, until the noise error (of the
-            tighter bound, for "orders") is at most this and well known, or 4,096 replicates are
-            made; the result's `remarks` say so. "exact" has no noise and draws nothing.
+    "auto" is "exact" where that takes no more noisy copies than `mc_samples` complement pairs (with
+    the usual 8 up to S = 4), and else the unbiased estimator with the least noise: complement
+    pairs; "timesteps" for D3PM, which has no other. Distributions of masks are written as for
+    `estimators.make_estimator`, not clipped. "exact" and "orders" need masks and a network without
+    time input. The likelihood of an autoregressive model is exact, in one pass; it allows "exact"
+    and "auto" only. With a target, `mc_samples` replicates are drawn at a time until the noise
+    error (of the tighter bound, for "orders") is at most this and well known, or 4,096 are made;
+    the result's `remarks` say so. "exact" has no noise and draws nothing.
 
     Raises:
         UserError: a value is not allowed.

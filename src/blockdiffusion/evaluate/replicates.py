@@ -61,12 +61,8 @@ class Found:
     def extended(self, more: Found) -> Found:
         """With further replicates of the same rows."""
         orders = {k: torch.cat([v, more.orders[k]], dim=1) for k, v in self.orders.items()}
-        return Found(
-            torch.cat([self.nelbo_BR, more.nelbo_BR], dim=1),
-            self.groups,
-            self.copies + more.copies,
-            orders=orders,
-        )
+        nelbo_BR = torch.cat([self.nelbo_BR, more.nelbo_BR], dim=1)
+        return Found(nelbo_BR, self.groups, self.copies + more.copies, orders=orders)
 
 
 class Advance:

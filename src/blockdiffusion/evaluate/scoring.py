@@ -135,11 +135,30 @@ def _merged(
     def per_unit(values_W: torch.Tensor) -> torch.Tensor:
         return torch.zeros(num_units, dtype=values_W.dtype).index_add(0, unit_W, values_W)
 
-    nats_U = per_unit(torch.cat([part.nats_per_row for part in parts]))
+    def together(name: str, add: Callable[[Sequence[float]], float]) -> Any:
+        """Of means over the tokens of each part, or dicts of them; None if one is not known."""
+        values = [getattr(part, name) for part in parts]
+        if None in values:
+            return None
+
+        def total(means: Sequence[float]) -> float:
+            counts = [part.num_tokens for part in parts]
+            return add([mean * n for mean, n in zip(means, counts, strict=True)]) / num_tokens
+
+        if isinstance(values[0], dict):
+            return {k: total([value[k] for value in values]) for k in values[0]}
+        return total(values)
+
+    def noise(name: str) -> Any:
+        return together(name, lambda errors: math.hypot(*errors))  # of independent parts
+
+    nats_U, tokens_U = (
+        per_unit(torch.cat([part.nats_per_row for part in parts])),
+        per_unit(tokens_W),
+    )
+    nats = float(nats_U.sum()) / num_tokens
     exact_parts = [p.exact_nats_per_row for p in parts if p.exact_nats_per_row is not None]
     exact_U = per_unit(torch.cat(exact_parts)) if exact_parts else None
-    tokens_U = per_unit(tokens_W)
-    nats = float(nats_U.sum()) / num_tokens
     exact = None if exact_U is None else float(exact_U.sum()) / num_tokens
     bits = None if not num_bytes else num_tokens / num_bytes / math.log(2)
     return replace(
@@ -150,50 +169,16 @@ def _merged(
         exact_bits_per_byte=None if exact is None or bits is None else exact * bits,
         nats_per_row=nats_U,
         exact_nats_per_row=exact_U,
-        orders_nats_per_token=_mean(parts, [part.orders_nats_per_token for part in parts]),
-        order_bounds=_by_order(parts, [part.order_bounds for part in parts], _mean),
+        orders_nats_per_token=together("orders_nats_per_token", sum),
+        order_bounds=together("order_bounds", sum),
         num_tokens=num_tokens,
         num_rows=num_units,
-        stderr_noise=_noise(parts, [part.stderr_noise for part in parts]),
+        stderr_noise=noise("stderr_noise"),
         stderr_data=data_error(nats_U, tokens_U),
         exact_stderr_data=None if exact_U is None else data_error(exact_U, tokens_U),
-        orders_stderr_noise=_noise(parts, [part.orders_stderr_noise for part in parts]),
-        order_bounds_stderr_noise=_by_order(
-            parts, [part.order_bounds_stderr_noise for part in parts], _noise
-        ),
+        orders_stderr_noise=noise("orders_stderr_noise"),
+        order_bounds_stderr_noise=noise("order_bounds_stderr_noise"),
         samples=max(part.samples for part in parts),
         copies=max(part.copies for part in parts),
         seconds=sum(part.seconds for part in parts),
     )
-
-
-def _totals(parts: Sequence[Likelihood], means: Sequence[float | None]) -> list[float] | None:
-    """What are means over the tokens of each part, as sums; None if one is not known."""
-    totals = [
-        mean * part.num_tokens for part, mean in zip(parts, means, strict=True) if mean is not None
-    ]
-    return totals if len(totals) == len(parts) else None
-
-
-def _mean(parts: Sequence[Likelihood], means: Sequence[float | None]) -> float | None:
-    totals = _totals(parts, means)
-    return None if totals is None else sum(totals) / sum(part.num_tokens for part in parts)
-
-
-def _noise(parts: Sequence[Likelihood], errors: Sequence[float | None]) -> float | None:
-    """Errors of independent parts: their squares add."""
-    totals = _totals(parts, errors)
-    return None if totals is None else math.hypot(*totals) / sum(p.num_tokens for p in parts)
-
-
-def _by_order(
-    parts: Sequence[Likelihood],
-    values: Sequence[dict[int, float] | None],
-    together: Callable[[Sequence[Likelihood], Sequence[float | None]], float | None],
-) -> dict[int, float] | None:
-    """`together` for every number of orders; None if one part has no values."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(parts):
-        return None
-    found = {k: together(parts, [value[k] for value in known]) for k in known[0]}
-    return {k: value for k, value in found.items() if value is not None}

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal
@@ -103,8 +105,7 @@ def document_lengths(
     Raises:
         UserError: the model has no EOS, or options out of range.
     """
-    eos_id = model.config.eos_id
-    if eos_id is None:
+    if model.config.eos_id is None:
         raise UserError("this model names no EOS, at which a document would end; train it with one")
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         check_limit(name, value)
@@ -112,27 +113,14 @@ def document_lengths(
     settings = (num_samples, max_new_tokens, batch_size, seed, sorted(sampling.items()))
     kept = Journal.of(journal, model, settings)
 
-    def draw(batch: int) -> dict[str, Any]:
-        result = generate(
-            model,
-            num_samples=min(batch_size, num_samples - batch * batch_size),
-            max_new_tokens=max_new_tokens,
-            generator=generator(seed, "lengths", batch),
-            **sampling,
-        )
-        last_B = result.sequences.gather(1, result.lengths[:, None] - 1)[:, 0]
-        ended_B = last_B == eos_id
-        return {
-            "lengths": (result.lengths - result.prompt_lengths - ended_B.long()).tolist(),
-            "cut": (~ended_B).tolist(),
-            "nfe": int(result.nfe.sum()),
-        }
-
     lengths: list[int] = []
     cut: list[bool] = []
     nfe = 0
     for batch in range(-(-num_samples // batch_size)):
-        found = kept.result(str(batch), partial(draw, batch))
+        count = min(batch_size, num_samples - batch * batch_size)
+        source = generator(seed, "lengths", batch)
+        draw = partial(_drawn, model, count, max_new_tokens, source, sampling)
+        found = kept.result(str(batch), draw)
         lengths += found["lengths"]
         cut += found["cut"]
         nfe += found["nfe"]
@@ -146,3 +134,19 @@ def document_lengths(
         nfe=nfe,
         seconds=time.perf_counter() - began,
     )
+
+
+def _drawn(
+    model: Denoiser, count: int, max_new_tokens: int, source: torch.Generator, sampling: Any
+) -> dict[str, Any]:
+    """The lengths of a batch, as a journal keeps them."""
+    result = generate(
+        model, num_samples=count, max_new_tokens=max_new_tokens, generator=source, **sampling
+    )
+    last_B = result.sequences.gather(1, result.lengths[:, None] - 1)[:, 0]
+    ended_B = last_B == model.config.eos_id
+    return {
+        "lengths": (result.lengths - result.prompt_lengths - ended_B.long()).tolist(),
+        "cut": (~ended_B).tolist(),
+        "nfe": int(result.nfe.sum()),
+    }

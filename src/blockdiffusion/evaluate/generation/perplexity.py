@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -47,14 +46,6 @@ def window_sizes(scorer: Scorer, context: int | None, stride: int | None) -> tup
     return used, step
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A window: `row` of sample `sample`."""
-
-    sample: int
-    row: Row
-
-
 def score_texts(
     scorer: Scorer,
     texts: Sequence[ScorerTokens],
@@ -76,20 +67,17 @@ def score_texts(
         UserError: context and stride do not fit.
     """
     used, step = window_sizes(scorer, context, stride)
-    places = []
-    for index, tokens in enumerate(texts):
-        if any(tokens.scored):
-            places += [_Place(index, row) for row in _rows(tokens, used, step)]
-    places.sort(key=lambda place: len(place.row.ids), reverse=True)
-    kept = Journal.of(journal, scorer.model, [place.row for place in places])
+    rows = [(n, row) for n, tokens in enumerate(texts) for row in _rows(tokens, used, step)]
+    passes = list(_passes(scorer, rows))
+    kept = Journal.of(journal, scorer.model, [row for group in passes for _, row in group])
     nats = [0.0] * len(texts)
-    done, total = 0, sum(len(place.row.ids) for place in places)
-    for number, group in enumerate(_passes(places, scorer.model.config.vocab_size)):
-        rows = [place.row for place in group]
-        found = kept.result(f"pass {number}", partial(_finite, scorer, rows, number))
-        for place, value in zip(group, found, strict=True):
-            nats[place.sample] += value
-        done += sum(len(row.ids) for row in rows)
+    done, total = 0, sum(len(row.ids) for _, row in rows)
+    for number, group in enumerate(passes):
+        in_pass = [row for _, row in group]
+        found = kept.result(f"pass {number}", partial(_finite, scorer, in_pass, number))
+        for (text, _), value in zip(group, found, strict=True):
+            nats[text] += value
+        done += sum(len(row.ids) for row in in_pass)
         if progress is not None:
             progress(done, total)
     return nats
@@ -115,33 +103,29 @@ def scorer_features(
         UserError: the scorer is a block diffusion model, which has no such state.
     """
     used, _ = window_sizes(scorer, context, None)
-    rows = [_Place(i, Row(t.ids[:used], t.scored[:used])) for i, t in enumerate(samples)]
-    rows.sort(key=lambda place: len(place.row.ids), reverse=True)
+    rows = [(n, Row(tokens.ids[:used], tokens.scored[:used])) for n, tokens in enumerate(samples)]
     features: list[np.ndarray] = [np.empty(0)] * len(samples)
-    for group in _passes(rows, scorer.model.config.vocab_size):
-        found = scorer.features([place.row for place in group]).cpu().numpy()
-        for place, vector in zip(group, found, strict=True):
-            features[place.sample] = vector
+    for group in _passes(scorer, rows):
+        found = scorer.features([row for _, row in group]).cpu().numpy()
+        for (sample, _), vector in zip(group, found, strict=True):
+            features[sample] = vector
     return np.stack(features)
 
 
-def _rows(tokens: ScorerTokens, context: int, stride: int) -> list[Row]:
+def _rows(tokens: ScorerTokens, context: int, stride: int) -> Iterator[Row]:
     """The windows that have something to score."""
-    rows = []
     for start, end, first in spans(len(tokens.ids), context, stride):
         scored = (False,) * (first - start) + tokens.scored[first:end]
         if any(scored):
-            rows.append(Row(tokens.ids[start:end], scored))
-    return rows
+            yield Row(tokens.ids[start:end], scored)
 
 
-def _passes(places: Sequence[_Place], vocab_size: int) -> list[list[_Place]]:
-    """The windows (longest first) in passes whose logits take at most `LOGIT_BYTES`."""
-    passes: list[list[_Place]] = []
-    for place in places:
-        longest = len(passes[-1][0].row.ids) if passes else 0
-        if passes and (len(passes[-1]) + 1) * longest * vocab_size * 4 <= LOGIT_BYTES:
-            passes[-1].append(place)
-        else:
-            passes.append([place])
-    return passes
+def _passes(scorer: Scorer, rows: Sequence[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+    """Windows with the numbers of their texts, the longest first, in passes whose logits take at
+    most `LOGIT_BYTES`."""
+    left = sorted(rows, key=lambda row: len(row[1].ids), reverse=True)
+    while left:
+        bytes_of_one = len(left[0][1].ids) * scorer.model.config.vocab_size * 4
+        count = max(1, LOGIT_BYTES // bytes_of_one)
+        yield left[:count]
+        left = left[count:]

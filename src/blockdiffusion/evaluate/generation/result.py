@@ -241,11 +241,8 @@ def evaluate_samples(
         ]
         score = mauve_score(features[0], features[1], conditions.seed)
     result = GenerationResult(
-        label=conditions.label,
-        model=conditions.model,
+        **{name: value for name, value in vars(conditions).items() if name != "seed"},
         judge=scorer_facts(scorer, used, step),
-        sampling=conditions.sampling,
-        guard=conditions.guard,
         drawn=drawn.drawn,
         rejected=drawn.rejected,
         text=text_numbers(tokens[:count], nats[:count], conditions.seed),
@@ -254,11 +251,9 @@ def evaluate_samples(
             if reference is None
             else text_numbers(tokens[count:], nats[count:], conditions.seed)
         ),
-        reference_source=conditions.reference_source,
         mauve=score,
         lengths=_lengths(drawn.samples),
         cost=_cost(drawn.samples),
-        warnings=conditions.warnings,
         per_sample=_per_sample(drawn.samples, tokens[:count], nats[:count]),
         device=str(scorer.model.device),
         seconds=time.perf_counter() - begin,

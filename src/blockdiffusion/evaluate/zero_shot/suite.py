@@ -232,7 +232,7 @@ def measure_zero_shot(
     cutter = _Cutter.of(model, options)
     kept = Journal.of(journal, model, asdict(options.score), options.seed)
     rows = [
-        _measure(model, cutter, options, task, named, kept, progress or _silent)
+        _measure(model, cutter, options, task, named, kept, progress or (lambda *_: None))
         for task, named in options.sources()
     ]
     if all(row.result is None for row in rows):
@@ -247,10 +247,6 @@ def measure_zero_shot(
         frame=cutter.frame,
         seconds=time.perf_counter() - start,
     )
-
-
-def _silent(stage: str, done: int, total: int | None) -> None:
-    pass
 
 
 def _measure(
@@ -313,8 +309,7 @@ class _Cutter:
     bos: int | None
     row_eos: int | None
     document_eos: int | None
-    max_documents: int | None
-    rows: int | None
+    options: ZeroShotOptions
 
     @classmethod
     def of(cls, model: Denoiser, options: ZeroShotOptions) -> _Cutter:
@@ -360,8 +355,7 @@ class _Cutter:
             bos=None if frame == "none" else bos_id(model),
             row_eos=eos if row_eos else None,
             document_eos=eos if options.document_eos else None,
-            max_documents=options.max_documents,
-            rows=options.limit,
+            options=options,
         )
 
     def read(self, source: NamedSplit, progress: Callable[[int], None]) -> _Text:
@@ -385,7 +379,7 @@ class _Cutter:
         """(token ids, UTF-8 bytes) of each document."""
         detokenize = DETOKENIZERS[source.data_set.detokenize]
         texts = (text for text in source.documents() if text.strip())
-        for number, text in enumerate(map(detokenize, islice(texts, self.max_documents))):
+        for number, text in enumerate(map(detokenize, islice(texts, self.options.max_documents))):
             progress(number)
             yield np.array(encode(self.tokenizer, text), dtype=np.int64), len(text.encode())
 
@@ -398,7 +392,7 @@ class _Cutter:
             row_eos_id=self.row_eos,
             document_eos_id=self.document_eos,
         )
-        packer = WrapPacker(rules)
+        packer, limit = WrapPacker(rules), self.options.limit
         rows: list[np.ndarray] = []
         documents = num_bytes = num_tokens = 0
         for ids, size in read:
@@ -407,9 +401,9 @@ class _Cutter:
             documents += 1
             num_bytes += size
             num_tokens += len(ids) + (self.document_eos is not None)
-            if self.rows is not None and len(rows) >= self.rows:
+            if limit is not None and len(rows) >= limit:
                 break
-        rows = rows[: self.rows]
+        rows = rows[:limit]
         windows = [
             Window(ids=row, given=int(self.bos is not None), unit=number)
             for number, row in enumerate(rows)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import blockdiffusion
-from blockdiffusion.data.loader import Batch, TokenRows
+from blockdiffusion.data.loader import Batch, TokenRows, free_tokens
 from blockdiffusion.data.manifest import TOKENIZER_FOLDER, Manifest, data_fingerprint
 from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.diffusion.denoiser import Denoiser
@@ -156,7 +156,7 @@ def compare_coders(
             estimator that a model does not allow.
     """
     options = CoderOptions() if options is None else options
-    report = _silent if progress is None else progress
+    report = progress or (lambda *_: None)
     # Every model is checked before anything long begins.
     for model in (models or {}).values():
         read_rows(directory, options.split, model, options.limit, options.bos)
@@ -188,10 +188,6 @@ def compare_coders(
         bos=symbols.bos,
         models=found,
     )
-
-
-def _silent(stage: str, done: int, total: int | None) -> None:
-    pass
 
 
 # --- the symbols -------------------------------------------------------------------------------
@@ -239,9 +235,7 @@ class _Symbols:
 
     def counted(self, batch: Batch) -> np.ndarray:
         """Which positions (B, L) are coded: not padding, not given."""
-        counted_BL = _valid(batch).copy()
-        counted_BL[:, : int(self.bos)] = False
-        return counted_BL
+        return free_tokens(batch, self.bos).numpy()
 
     @property
     def num_tokens(self) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 import blockdiffusion
+from blockdiffusion.data.loader import free_tokens
 from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.diffusion.estimators import (
     T_MIN,
@@ -335,10 +336,8 @@ def _batches(text: HeldOutText, options: VarianceOptions) -> list[tuple[torch.Te
             f"{options.batches} batches of {options.batch_size} rows are {options.rows} rows, but "
             f"the split has {len(ids_BL)}; ask for fewer batches or smaller ones"
         )
-    valid_BL = torch.ones_like(ids_BL, dtype=torch.bool) if valid_BL is None else valid_BL.bool()
-    free_BL = valid_BL.clone()
-    if text.bos:
-        free_BL[:, 0] = False
+    free_BL = free_tokens(text.batch, text.bos)
+    valid_BL = torch.ones_like(free_BL) if valid_BL is None else valid_BL
     size = options.batch_size
     return [
         (ids_BL[i : i + size].long(), free_BL[i : i + size], valid_BL[i : i + size])
@@ -355,7 +354,6 @@ class _Cell:
 
     plan: _Plan
     moments: list[Moments]
-    replicates: int
 
     def loss_variances(self) -> list[float]:
         return [m.loss_variance for m in self.moments]
@@ -406,7 +404,7 @@ class _Job:
         name = f"S={plan.block_size} {plan.label} {plan.law.name}"
         found = self._per_batch(plan.block_size, name, stage, plan.work, moments)
         read = [Moments(**values | {"losses": tuple(values["losses"])}) for values in found]
-        return _Cell(plan, read, options.replicates)
+        return _Cell(plan, read)
 
     def enumerate(self, size: int) -> _Reference:
         """The exact bound of every batch, nats per token."""
@@ -529,5 +527,5 @@ def _mean_loss(cell: _Cell, reference: _Reference | None = None) -> Measured:
     if reference is not None:
         losses_BR -= torch.tensor(reference.losses, dtype=torch.float64)
     away_BR = losses_BR - losses_BR[:, :1]  # exactly 0 without noise
-    stderr = (away_BR.var(1).sum() / cell.replicates).sqrt() / len(losses_BR)
+    stderr = (away_BR.var(1).sum() / away_BR.shape[1]).sqrt() / len(losses_BR)
     return Measured(value=float(losses_BR.mean()), stderr=float(stderr))
