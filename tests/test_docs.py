@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import blockdiffusion
 from blockdiffusion.checkpoints.bd3lm import BD3LM_NAMES
 from blockdiffusion.cli import app
+from blockdiffusion.cli.options import OLD_NAMES
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS
@@ -236,6 +237,7 @@ def options_of(command):
 def test_options_in_the_prose_exist(page):
     """`--option` alone belongs to some command, behind a command's name to that one."""
     everywhere = {"--help", "--version"}.union(*map(options_of, COMMANDS))
+    everywhere |= OLD_NAMES.keys() if page.name == "CHANGELOG.md" else set()
     for code in re.findall(r"`([^`]+)`", prose(page)):
         words = code.removeprefix("blockdiff ").split()
         known = everywhere

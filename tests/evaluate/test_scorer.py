@@ -293,7 +293,7 @@ def test_no_hub_is_asked_for_a_path(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", asked)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(UserError, match=r"^runs/scorer does not exist: the folder runs is here"):
+    with pytest.raises(UserError, match=r"^runs/judge does not exist: the folder runs is here"):
         load_scorer("runs/judge")
     with pytest.raises(UserError, match=r"could not be had from the hub \(AssertionError\)"):
         load_scorer("run/judge")  # no folder here: an id

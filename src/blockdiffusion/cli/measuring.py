@@ -151,7 +151,7 @@ def zero_shot(
 
     options = ZeroShotOptions(
         suite=suite,
-        tasks=tuple(name for names in tasks or () for name in names.split(",")),
+        tasks=tuple(tasks or ()),
         local=tuple(local or ()),
         packing=packing,
         context=context,

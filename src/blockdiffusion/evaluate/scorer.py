@@ -413,3 +413,7 @@ def _context(config: Any) -> int:
         if isinstance(found, int) and found > 1:
             return found
     return UNKNOWN_CONTEXT
+
+
+# Their names in the version before.
+Judge, JudgeFacts, JudgeTokens, load_judge = Scorer, ScorerFacts, ScorerTokens, load_scorer

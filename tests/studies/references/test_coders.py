@@ -77,7 +77,7 @@ def test_compressors_code_the_same_text(directory):
 
 def test_ngrams_code_the_rows_that_the_model_is_scored_on(directory, make_model):
     place, model = directory(), make_model(**SIZES)
-    options = CoderOptions(rows=10, order=3, score=LikelihoodOptions(estimator="exact"))
+    options = CoderOptions(limit=10, order=3, score=LikelihoodOptions(estimator="exact"))
     table = compare_coders(place, options, {"ours": model})
     found = by_name(table)
     train, valid = TokenRows(place, "train"), TokenRows(place, "valid")
@@ -160,7 +160,7 @@ def test_it_learns_from_the_first_training_rows_only(directory):
 
 def test_it_goes_on_where_it_was_stopped(directory, make_model, tmp_path, monkeypatch):
     place, model, journal = directory(), make_model(**SIZES), tmp_path / "journal"
-    options = CoderOptions(rows=6)
+    options = CoderOptions(limit=6)
 
     def stop(stage, done, total):
         if stage.startswith("ours"):
@@ -181,7 +181,7 @@ def test_it_goes_on_where_it_was_stopped(directory, make_model, tmp_path, monkey
         compare_coders(place, options, {"ours": model}, stop, journal)
     monkeypatch.setattr(coders, "count_ngrams", None)
     with pytest.raises(TypeError):
-        compare_coders(place, CoderOptions(rows=7), journal=journal)
+        compare_coders(place, CoderOptions(limit=7), journal=journal)
 
 
 def test_the_page_has_every_coder_and_its_conventions(directory, make_model):
@@ -198,7 +198,7 @@ def test_the_page_has_every_coder_and_its_conventions(directory, make_model):
     models = {HOSTILE: table.models["ours"]}
     check_markdown(coders_markdown(replace(table, rows=(named,), models=models), HOSTILE))
     values = table.to_dict()
-    assert values["rows"] == 4 and len(values["coders"]) == len(table.rows)
+    assert values["limit"] == 4 and len(values["coders"]) == len(table.rows)
     assert values["versions"]["torch"] == torch.__version__
 
 
@@ -206,7 +206,7 @@ def test_what_cannot_be_is_refused(directory, make_model, monkeypatch):
     place = directory()
     for mistake, sentence in (
         (dict(order=0), "order is 0"),
-        (dict(rows=0), "rows is 0"),
+        (dict(limit=0), "limit is 0"),
         (dict(train_rows=-1), "train_rows is -1"),
         (dict(split="train"), "split is train"),
     ):

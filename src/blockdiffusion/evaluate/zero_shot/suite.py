@@ -73,7 +73,7 @@ class ZeroShotOptions:
 
     Attributes:
         suite: a key of `SUITES`.
-        tasks: names of its tasks; all if empty.
+        tasks: names of its tasks, each text one or several with commas between; all if empty.
         local: `NAME=PATH` or `NAME:split=PATH` for each task with local files.
         packing: `wrap`: the documents of a set are one stream, cut to rows of `context` tokens, the
             last partial row dropped (the paper). `document`: each by itself, in windows of
@@ -110,6 +110,8 @@ class ZeroShotOptions:
         for name, allowed in (("suite", SUITES), ("packing", PACKINGS), ("frame", FRAMES)):
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} is {shown(value)}: it must be one of {', '.join(allowed)}")
+        tasks = tuple(name for names in self.tasks for name in names.split(","))
+        object.__setattr__(self, "tasks", tasks)
         known = [task.name for task in SUITES[self.suite]]
         if unknown := [name for name in self.tasks if name not in known]:
             raise UserError(
