@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import blockdiffusion.evaluate.likelihood as likelihood_module
 from blockdiffusion.data import packing
 from blockdiffusion.evaluate.generation import samples
 from blockdiffusion.evaluate.journal import Journal
@@ -112,7 +111,7 @@ def place(tmp_path_factory):
     for split in ("train", "valid", "test"):
         (folder / "pages" / f"wiki.{split}.tokens").write_text(" = Cats = \n" + TEXT[:700])
     data, run = folder / "data", folder / "run"
-    often = dict(eval={"every": 2, "rows": 2, "samples": 2}, checkpoint=FREQUENT)
+    often = dict(eval={"every": 2, "rows": 2, "mc_samples": 2}, checkpoint=FREQUENT)
     write_recipe(folder / "recipe.yaml", data, run, **often)
     search = {"every": 1, "widths": [0.5], "rows": 2, "batch_size": 1, "replicates": 2}
     write_recipe(folder / "search.yaml", data, run, search=search, checkpoint=FREQUENT)
@@ -135,7 +134,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def many_small_writes(monkeypatch):
-    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 64)
+    monkeypatch.setattr(replicates, "PASS_TOKENS", 64)
     monkeypatch.setattr(packing, "UNIT_BYTES", 2000)
     monkeypatch.setattr(packing, "SHARD_TOKENS", 16 * 40)
 

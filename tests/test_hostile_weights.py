@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import blockdiffusion
 from blockdiffusion.checkpoints.tensors import MOST_HEADER
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation.judge import load_judge
+from blockdiffusion.evaluate.scorer import load_scorer
 from blockdiffusion.train.tensor_files import SavedTensors
 from tests.command import blockdiff
 from tests.evaluate.judges import save_gpt2
@@ -89,7 +89,7 @@ HEADERS = {
 READERS = {
     "run/model/model.safetensors": lambda path: blockdiffusion.load(path.parent),
     "run/checkpoints/step-00000002/weights.safetensors": lambda path: SavedTensors(path, {}),
-    "judge/model.safetensors": lambda path: load_judge(str(path.parent)),
+    "judge/model.safetensors": lambda path: load_scorer(str(path.parent)),
 }
 
 
@@ -140,7 +140,7 @@ def test_a_judge_whose_weights_are_not_finite(value, dtype, place, file):
     tensors["transformer.h.1.mlp.c_fc.weight"][3, 4] = value
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"transformer\.h\.1\.mlp\.c_fc\.weight holds numbers"):
-        load_judge(str(place / "judge"))
+        load_scorer(str(place / "judge"))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn])
@@ -150,7 +150,7 @@ def test_a_judge_of_other_kinds_of_numbers(dtype, place, file):
     name = "transformer.h.1.mlp.c_fc.weight"
     save_file(tensors | {name: tensors[name].to(dtype)}, path, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"c_fc\.weight' holds '.*', which no weights are in"):
-        load_judge(str(place / "judge"))
+        load_scorer(str(place / "judge"))
 
 
 @pytest.mark.parametrize("part", ["../weights.safetensors", "{}/run/model/model.safetensors",
@@ -163,7 +163,7 @@ def test_a_judge_whose_index_leads_elsewhere(part, place, tmp_path):
     index = {"weight_map": dict.fromkeys(load_file(judge / "other.safetensors"), part)}
     (judge / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="no file of its folder"):
-        load_judge(str(judge))
+        load_scorer(str(judge))
 
 
 # --- numbers that overflow ------------------------------------------------------------------------

@@ -14,7 +14,8 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 ROWS = [
     ["errors", "escape", "renamed"],
-    ["limits", "text", "from_pretrained", "runtime", "reports.numbers"],
+    ["limits", "options", "text", "from_pretrained", "runtime", "evaluate.options"],
+    ["reports.numbers"],
     ["reports.tables"],
     ["files"],
     ["diffusion.schedules", "diffusion.losses", "diffusion.estimators", "diffusion.config"],

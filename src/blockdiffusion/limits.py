@@ -45,8 +45,8 @@ LIMITS: dict[str, Limit] = {
     "num_noisy": Limit(1, 1024),
     "offset_step": Limit(0.001, 1, whole=False),  # its inverse is a number of clips
     # measuring
-    **dict.fromkeys(("rows", "train_rows", "max_documents"), Limit(1, MOST_COUNT)),
-    **dict.fromkeys(("samples", "batches"), Limit(1, 10**6)),
+    **dict.fromkeys(("rows", "limit", "train_rows", "max_documents"), Limit(1, MOST_COUNT)),
+    **dict.fromkeys(("mc_samples", "batches"), Limit(1, 10**6)),
     "replicates": Limit(2, 10**6),
     "orders": Limit(1, 10**5),
     "order": Limit(1, 64),

@@ -22,6 +22,7 @@ MOVED = {
     "denoiser": "diffusion.denoiser",
     "devices": "runtime.devices",
     "diffusions": "diffusion.objectives",
+    "evaluate.generation.judge": "evaluate.scorer",
     "evaluate.pareto": "studies.pareto",
     "evaluate.references": "studies.references",
     "evaluate.report": "reports",

@@ -250,7 +250,8 @@ def run(tmp_path_factory, prepared_bytes):
     overrides = [
         f"out={out}", f"data.path={prepared_bytes}", "model.num_layers=1", "model.width=16",
         "model.num_heads=2", "model.cond_dim=8", "train.steps=4", "train.batch_size=2",
-        "eval.every=2", "eval.rows=3", "eval.samples=2", "sample.every=null", "checkpoint.every=2",
+        "eval.every=2", "eval.rows=3", "eval.mc_samples=2", "sample.every=null",
+        "checkpoint.every=2",
     ]  # fmt: skip
     run_training(load_recipe(DEMO, overrides))
     return out
@@ -321,7 +322,7 @@ def test_a_resumed_run_keeps_what_was_measured(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "small")
     before = read_card(copy / "model")
     shutil.rmtree(copy / "model")
-    overrides = [f"out={copy}", "eval.samples=7"]  # what is measured from now on
+    overrides = [f"out={copy}", "eval.mc_samples=7"]  # what is measured from now on
     run_training(load_recipe(copy / "config.yaml", overrides), resume=True)
     assert read_card(copy / "model") == before
 

@@ -160,7 +160,7 @@ def test_a_bf16_text_reads_half_of_the_bytes(recipe_of):
 
 def test_the_usual_evaluation_enumerates_or_draws_whichever_is_less(recipe_of):
     def flops(estimator, samples):
-        options = {"every": 5, "rows": 4, "estimator": estimator, "samples": samples}
+        options = {"every": 5, "rows": 4, "estimator": estimator, "mc_samples": samples}
         return account_of(recipe_of(eval=options)).training.flops_evaluation
 
     assert flops("auto", 4) == flops("complement", 4) < flops("exact", 4)

@@ -18,7 +18,7 @@ from blockdiffusion.cli.data import datasets, prepare
 from blockdiffusion.cli.generating import infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
-from blockdiffusion.cli.options import within_limits
+from blockdiffusion.cli.options import new_names, within_limits
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.shared import warn
 from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
@@ -27,6 +27,7 @@ from blockdiffusion.errors import Elsewhere, UserError, reason
 from blockdiffusion.escape import mend_standard_streams, say
 from blockdiffusion.files.checksums import Changed
 from blockdiffusion.files.disk import storage_error
+from blockdiffusion.options import Renamed
 from blockdiffusion.runtime.devices import spin_briefly_if_busy
 from blockdiffusion.runtime.distributed import SHARED, end_with_input, joined, several_processes
 
@@ -106,7 +107,7 @@ def main() -> None:
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # it takes more
     end_with_input()
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        sys.exit(app(new_names(sys.argv[1:], COMMANDS) or ["--help"], standalone_mode=False))
     except UserError as error:
         _fail(str(error))
     except USAGE_ERROR as error:
@@ -159,7 +160,7 @@ def _show_warning(
     message: Any, category: type[Warning], filename: str, lineno: int, *more: Any
 ) -> None:
     """Prints a warning for the user as one sentence, and any other in Python's usual form."""
-    if issubclass(category, Changed):
+    if issubclass(category, Changed | Renamed):
         warn(str(message))
     else:
         _show_usual_warning(message, category, filename, lineno, *more)

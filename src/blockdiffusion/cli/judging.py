@@ -1,4 +1,4 @@
-"""Commands that judge samples."""
+"""Commands that score samples."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from blockdiffusion.cli.options import (
     SAMPLING_DTYPE,
     WINDOW,
     FilterOptions,
-    JudgeOptions,
     PolicyOptions,
+    ScorerOptions,
     grouped,
 )
 from blockdiffusion.cli.shared import (
@@ -36,13 +36,16 @@ from blockdiffusion.escape import say
 
 @grouped
 def generate_eval(
-    judge: Annotated[
-        str, typer.Option(help="Hugging Face causal language model, or one of ours; not MODEL.")
+    scorer: Annotated[
+        str,
+        typer.Option(
+            help="Evaluator: a Hugging Face causal language model, or one of ours; not MODEL."
+        ),
     ],
     model: Annotated[
         str | None, typer.Argument(help="Model under test; may be left out with --samples-from.")
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="Samples to judge.")] = 64,
+    num_samples: Annotated[int, typer.Option(help="Samples to score.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 256,
     batch_size: Annotated[
         int, typer.Option(help="Samples drawn together; a sample depends on it.")
@@ -62,12 +65,12 @@ def generate_eval(
         int, typer.Option(help="Last tokens that --min-entropy looks at, after every block.")
     ] = 256,
     samples_from: Annotated[
-        Path | None, typer.Option(help="Judge the samples of this JSON lines file; draw none.")
+        Path | None, typer.Option(help="Score the samples of this JSON lines file; draw none.")
     ] = None,
     mauve: Annotated[
         bool, typer.Option("--mauve", help="MAUVE against --reference; needs mauve-text.")
     ] = False,
-    reading: JudgeOptions = READING,
+    reading: ScorerOptions = READING,
     label: Annotated[str | None, typer.Option(help="Name in tables and pictures.")] = None,
     json_file: Annotated[
         Path | None,
@@ -82,8 +85,8 @@ def generate_eval(
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
-    """Generated text under a judge: perplexity, entropy, diversity, repetition, length, cost."""
-    from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
+    """Generated text under a scorer: perplexity, entropy, diversity, repetition, length, cost."""
+    from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_score
     from blockdiffusion.evaluate.generation.samples import DrawOptions
     from blockdiffusion.evaluate.generation.table import generation_lines
     from blockdiffusion.evaluate.journal import remove_journal
@@ -93,7 +96,7 @@ def generate_eval(
     check_places(json_file, csv_file, markdown, plot)
     options = GenerateEval(
         model=model,
-        judge=judge,
+        scorer=scorer,
         draw=DrawOptions(
             num_samples=num_samples,
             max_new_tokens=max_new_tokens,
@@ -115,7 +118,7 @@ def generate_eval(
         label=label,
     )
     with joined() as team, progress_bar("generate-eval", quiet=not team.is_first) as report:
-        result = generate_and_judge(
+        result = generate_and_score(
             options,
             load_model=lambda name: load_unquantised(name, device, dtype),
             device=device_of(device),
@@ -142,7 +145,7 @@ def generate_compare(
         Path | None, typer.Option(help="Perplexity against entropy, and lengths, as SVG.")
     ] = None,
 ) -> None:
-    """Results of generate-eval side by side; all under the same judge."""
+    """Results of generate-eval side by side; all under the same scorer."""
     from blockdiffusion.evaluate.generation.table import (
         check_comparable,
         markdown_text,
@@ -158,8 +161,11 @@ def generate_compare(
 @grouped
 def pareto(
     model: MODEL,
-    judge: Annotated[
-        str, typer.Option(help="Hugging Face causal language model, or one of ours; not MODEL.")
+    scorer: Annotated[
+        str,
+        typer.Option(
+            help="Evaluator: a Hugging Face causal language model, or one of ours; not MODEL."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for all results; once stopped, goes on there.")],
     point: Annotated[
@@ -174,7 +180,7 @@ def pareto(
     bos: BOS = None,
     eos: EOS = True,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-    reading: JudgeOptions = READING,
+    reading: ScorerOptions = READING,
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
@@ -189,7 +195,7 @@ def pareto(
     check_places(out / "pareto.json")
     options = Pareto(
         model=model,
-        judge=judge,
+        scorer=scorer,
         out=out,
         points=tuple(parse_point(text) for text in point or ()),
         draw=DrawOptions(

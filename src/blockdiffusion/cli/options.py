@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from blockdiffusion.cli.shared import warn
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.limits import check_limit
 
 
@@ -42,7 +44,6 @@ SAMPLING_DTYPE = Annotated[
     ),
 ]
 LAWS = "complement count bernoulli resampled"
-ESTIMATORS = "auto exact orders complement count bernoulli"  # what a likelihood may be estimated by
 BOS = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
@@ -52,8 +53,6 @@ JSON_FILE = Annotated[
     Path | None,
     typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
 ]
-SAMPLES = Annotated[int, typer.Option(help="Independent draws of the masks.")]
-ORDERS = Annotated[int, typer.Option(help="K of the K-order bound, for orders.")]
 MASK_SEED = Annotated[int, typer.Option(help="Of the masks.")]
 
 SEED = Annotated[int | None, typer.Option(help="For a draw that can be repeated.")]
@@ -122,8 +121,8 @@ class FilterOptions:
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
-    """What samples are compared with, and how the judge reads them."""
+class ScorerOptions:
+    """What samples are compared with, and how the scorer reads them."""
 
     reference: Annotated[
         list[str] | None,
@@ -131,7 +130,7 @@ class JudgeOptions:
     ] = None
     split: Annotated[str, typer.Option(help="Split of a prepared --reference.")] = "valid"
     context: Annotated[
-        int | None, typer.Option(help="Tokens of the judge's windows; all it can read by default.")
+        int | None, typer.Option(help="Tokens of the scorer's windows; all it can read by default.")
     ] = None
     stride: Annotated[
         int | None, typer.Option(help="Tokens between two windows; half the context by default.")
@@ -142,7 +141,8 @@ class JudgeOptions:
         return vars(self) | {"reference": tuple(self.reference or ())}
 
 
-POLICY, FILTERS, READING = PolicyOptions(), FilterOptions(), JudgeOptions()
+POLICY, FILTERS, READING = PolicyOptions(), FilterOptions(), ScorerOptions()
+LIKELIHOOD = LikelihoodOptions()
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
@@ -160,7 +160,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         parameters += [
             inspect.Parameter(
                 field.name, parameter.KEYWORD_ONLY, default=field.default,
-                annotation=options[field.name],
+                annotation=_annotated(options[field.name], field.metadata),
             )
             for field in fields(kind)
         ]  # fmt: skip
@@ -174,6 +174,37 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {}
     return call
+
+
+def _annotated(hint: Any, about: Mapping[str, Any]) -> Any:
+    """The type of an option that `options.option` describes; of others, which say it themselves."""
+    return Annotated[hint, choice(about["help"], about["choices"])] if about else hint
+
+
+# What options were called in the version before.
+OLD_NAMES = {
+    "--samples": "--mc-samples",
+    "--rows": "--limit",
+    "--only": "--tasks",
+    "--judge": "--scorer",
+}
+
+
+def new_names(arguments: list[str], commands: Mapping[str, Callable[..., None]]) -> list[str]:
+    """`arguments` with the names that the options of their command have now, and a warning."""
+    command = commands.get(arguments[0]) if arguments else None
+    known = () if command is None else inspect.signature(command).parameters
+    found, warned = [], set()
+    for argument in arguments:
+        old, equals, value = argument.partition("=")
+        new = OLD_NAMES.get(old, "")
+        if new.strip("-").replace("-", "_") in known:
+            argument = f"{new}{equals}{value}"
+            if old not in warned:
+                warn(f"{old} is now {new}; the next version will not read it")
+            warned.add(old)
+        found.append(argument)
+    return found
 
 
 def within_limits(command: Callable[..., None]) -> Callable[..., None]:

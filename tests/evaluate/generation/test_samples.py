@@ -16,7 +16,7 @@ from blockdiffusion.evaluate.generation.samples import (
 )
 from blockdiffusion.runtime.seeding import seeded
 from blockdiffusion.sampling import generate
-from tests.evaluate.judges import BYTES, with_bytes
+from tests.evaluate.scorers import BYTES, with_bytes
 
 
 @pytest.fixture

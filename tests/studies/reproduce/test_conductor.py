@@ -22,7 +22,7 @@ from blockdiffusion.studies.reproduce.kept import Kept
 from blockdiffusion.studies.reproduce.listing import plan_lines
 from blockdiffusion.studies.reproduce.plan import Plan, Step
 from blockdiffusion.studies.reproduce.scales import PAPER, SMALL
-from tests.evaluate.judges import BYTES
+from tests.evaluate.scorers import BYTES
 from tests.studies.reproduce.toy import TOY
 
 
@@ -103,7 +103,7 @@ def test_a_measurement_is_repeated_when_it_is_another_or_its_result_is_gone(tmp_
     (tmp_path / "results" / "a.json").unlink()
     leftover = tmp_path / "results" / "b.json.journal"
     leftover.write_text("of other options")
-    changed = plan_of(tmp_path, plan.steps[0], measure(tmp_path, "b", words=("--rows", "2")))
+    changed = plan_of(tmp_path, plan.steps[0], measure(tmp_path, "b", words=("--limit", "2")))
     assert [Kept(changed).state(step) for step in changed.steps] == ["interrupted", "out of date"]
     fakes = Fakes(changed)
     carry_out(changed, lambda line: None, fakes)

@@ -101,7 +101,9 @@ def test_the_paper_scale_has_the_papers_sizes(tmp_path):
     assert runs["lm1b-t2-sL-0-0.5"].recipe["model"]["block_size"] == 128
     commands = " ".join(word for step in plan.steps for word in step.command)
     assert "lm1b --out" in commands and "--tokenizer bert-base-uncased" in commands
-    assert "--judge openai-community/gpt2-large --num-samples 300 --max-new-tokens 2047" in commands
+    assert (
+        "--scorer openai-community/gpt2-large --num-samples 300 --max-new-tokens 2047" in commands
+    )
 
 
 def test_the_cost_for_every_number_of_gpus_is_that_of_the_plan(tmp_path):
@@ -168,7 +170,7 @@ def test_the_cost_of_blocks_is_below_twice_that_of_plain_diffusion(tmp_path):
             "is the text that the models under test are trained on",
         ),
         (
-            ["T7", "--scale", "paper", "--judge", "runs/reproduce-paper/runs/owt-s4"],
+            ["T7", "--scale", "paper", "--scorer", "runs/reproduce-paper/runs/owt-s4"],
             "is one of the models under test",
         ),
     ],

@@ -192,7 +192,7 @@ def draw_samples(
     """
     if model.tokenizer is None:
         raise UserError(
-            "this model's directory has no tokenizer, so its samples cannot be given to a judge; "
+            "this model's directory has no tokenizer, so its samples cannot be given to a scorer; "
             "put its tokenizer.json there"
         )
     sampler = sampling_copy(model, int8=options.int8)

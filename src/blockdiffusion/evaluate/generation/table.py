@@ -34,19 +34,19 @@ def read_result(path: Path) -> Result:
 
 
 def check_comparable(results: Sequence[Result], names: Sequence[str]) -> list[str]:
-    """Refuses results of different judges; returns what else makes numbers differ.
+    """Refuses results of different scorers; returns what else makes numbers differ.
 
     Raises:
-        UserError: two judges, or one judge with other windows.
+        UserError: two scorers, or one with other windows.
     """
     keys = ("fingerprint", "context", "stride")
     for result, name in zip(results, names, strict=True):
         for key in keys:
             if result["judge"][key] != results[0]["judge"][key]:
-                what = "another judge" if key == "fingerprint" else f"another {key} of the judge"
+                what = "another scorer" if key == "fingerprint" else f"another {key} of the scorer"
                 raise UserError(
-                    f"{name} was judged with {what} than {names[0]}, so their perplexities do not "
-                    "compare; judge both samples in the same way"
+                    f"{name} was scored with {what} than {names[0]}, so their perplexities do not "
+                    "compare; score both in the same way"
                 )
     notes = []
     if len({result["text"]["num_samples"] for result in results}) > 1:
@@ -82,13 +82,13 @@ def real_label(result: Result) -> str:
 
 
 def conventions(result: Result) -> str:
-    """Under which judge, and how, in one line."""
+    """Under which scorer, and how, in one line."""
     judge = result["judge"]
     before = judge["first_token"]
     first = f"first token scored after {before}" if before else "first token not scored"
     bound = ", upper bounds" if judge["is_bound"] else ""
     return (
-        f"judge {judge['name']} ({judge['kind']}, {judge['parameters']:,} parameters{bound}): "
+        f"scorer {judge['name']} ({judge['kind']}, {judge['parameters']:,} parameters{bound}): "
         f"context {judge['context']}, stride {judge['stride']}, {first}"
     )
 
