@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
+import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 from blockdiffusion.data import packing
 from blockdiffusion.evaluate.generation import samples
 from blockdiffusion.evaluate.journal import Journal

@@ -15,7 +15,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.scorer import load_scorer
 from blockdiffusion.train.tensor_files import SavedTensors
 from tests.command import blockdiff
-from tests.evaluate.judges import save_gpt2
+from tests.evaluate.scorers import save_gpt2
 from tests.tiny import TEXT, write_recipe
 
 WEIGHTS = "model.safetensors"
