@@ -68,7 +68,8 @@ def svg(texts: list[str], shown: dict[int, int], opened: list[int], passes: int)
     width, height = 2 * MARGIN + COLUMNS * CHARACTER, 3 * MARGIN + LINE * (row + 1)
     title = "A text is written block by block; inside a block, tokens appear in random order"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" role="img" '
+        f'aria-label="{title}">'
         f"<title>{title}</title><style>{STYLE}</style>"
         f'<rect class="card" width="100%" height="100%" rx="10"/>'
         f'<text class="head" x="{MARGIN}" y="{MARGIN + 8}">blocks of four tokens, one pass a token'

@@ -472,7 +472,7 @@ MISTAKES = {
     "no model": (["sample", "{folder}/nothing/here"], "does not exist"),
     "top p": (["sample", "{run}", "--top-p", "1.5"], "(0, 1]"),
     "temperature": (["sample", "{run}", "--temperature", "inf"], "temperature is inf"),
-    "cold": (["sample", "{run}", "--temperature", "1e-45"], "top_k=1 is greedy"),
+    "cold": (["sample", "{run}", "--temperature", "1e-45"], "between 1e-30 and"),
     "seed": (["sample", "{run}", "--seed", str(2**70)], "; it must be at most 1844"),
     "seed of infill": (["infill", "{run}", "[MASK]", "--seed", "-1"], "--seed is -1; it must be"),
     "steps": (["sample", "{run}", "--steps", "4"], "ancestral"),

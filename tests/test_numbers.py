@@ -35,6 +35,7 @@ LINES = {
 }
 # What makes an option count.
 BESIDE = {
+    "valid_fraction": "--seq-len 8",
     "steps": "--policy ancestral",
     "tokens_per_step": "--policy random",
     "threshold": "--policy confidence",

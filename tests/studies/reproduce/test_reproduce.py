@@ -15,6 +15,7 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS, LastDocuments, find_set
 from blockdiffusion.errors import UserError
+from blockdiffusion.escape import markdown
 from blockdiffusion.files.disk import locked
 from blockdiffusion.studies.reproduce import (
     Reproduced,
@@ -99,7 +100,9 @@ def test_every_table_stands_beside_the_papers(made):
             assert f"| {row.label}" in page
             for figure in row.figures.values():
                 assert f"{figure.value:,.{table.places}f}" in page or table.name == "T5"
-        assert one.values["said"] and all(f"* {said}" in page for said in one.values["said"])
+        assert one.values["said"] and all(
+            f"* {markdown(said)}" in page for said in one.values["said"]
+        )
         assert str(plan.out) not in page
 
 

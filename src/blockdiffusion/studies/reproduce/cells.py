@@ -137,7 +137,7 @@ def _zero_shot_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
         notes = [
             f"Documents detokenised by the rules of each set, one after the other, in rows of "
             f"{context} tokens (ends of rows: {frame}), at most "
-            f"{values['rows'] or 'all'} rows of a set."
+            f"{values['limit'] or 'all'} rows of a set."
         ]
     notes += [f"{name} is missing: {why}" for name, why in missing.items()]
     if plan.text(table).is_local and "wikitext" in table.columns:
