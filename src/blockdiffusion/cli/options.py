@@ -48,6 +48,12 @@ BOS = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
 ]
+SCORER = Annotated[
+    str,
+    typer.Option(
+        help="Evaluator: a Hugging Face causal language model, or one of ours; not MODEL."
+    ),
+]
 # Of measurements.
 JSON_FILE = Annotated[
     Path | None,
