@@ -130,7 +130,7 @@ def test_what_padding_holds_is_never_looked_at(make_model, name, padding, mask_i
 
     def nats(ids):
         return blockdiffusion.likelihood(
-            model, ids, estimator, 2, bos=False, valid=valid, generator=seeded(0)
+            model, ids, estimator, mc_samples=2, bos=False, valid=valid, generator=seeded(0)
         ).nats_per_row
 
     found, expected = nats(ids.masked_fill(~valid, padding)), nats(ids)

@@ -79,7 +79,7 @@ def test_one_logit_is_enough(value, where):
 def test_no_likelihood_is_told(make_model, random_ids, estimator):
     with pytest.raises(UserError, match=r"the likelihood is (nan|inf) nats a token"):
         blockdiffusion.likelihood(
-            overflowing(make_model()), random_ids(2, 16), estimator=estimator, samples=2
+            overflowing(make_model()), random_ids(2, 16), estimator=estimator, mc_samples=2
         )
 
 

@@ -17,6 +17,7 @@ from blockdiffusion.cli.options import (
     POLICY,
     READING,
     SAMPLING_DTYPE,
+    SCORER,
     WINDOW,
     FilterOptions,
     PolicyOptions,
@@ -36,12 +37,7 @@ from blockdiffusion.escape import say
 
 @grouped
 def generate_eval(
-    scorer: Annotated[
-        str,
-        typer.Option(
-            help="Evaluator: a Hugging Face causal language model, or one of ours; not MODEL."
-        ),
-    ],
+    scorer: SCORER,
     model: Annotated[
         str | None, typer.Argument(help="Model under test; may be left out with --samples-from.")
     ] = None,
@@ -161,12 +157,7 @@ def generate_compare(
 @grouped
 def pareto(
     model: MODEL,
-    scorer: Annotated[
-        str,
-        typer.Option(
-            help="Evaluator: a Hugging Face causal language model, or one of ours; not MODEL."
-        ),
-    ],
+    scorer: SCORER,
     out: Annotated[Path, typer.Option(help="Folder for all results; once stopped, goes on there.")],
     point: Annotated[
         list[str] | None,

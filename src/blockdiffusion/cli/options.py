@@ -48,6 +48,12 @@ BOS = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
 ]
+SCORER = Annotated[
+    str,
+    typer.Option(
+        help="Evaluator: a Hugging Face causal language model, or one of ours; not MODEL."
+    ),
+]
 # Of measurements.
 JSON_FILE = Annotated[
     Path | None,
@@ -193,18 +199,12 @@ OLD_NAMES = {
 def new_names(arguments: list[str], commands: Mapping[str, Callable[..., None]]) -> list[str]:
     """`arguments` with the names that the options of their command have now, and a warning."""
     command = commands.get(arguments[0]) if arguments else None
-    known = () if command is None else inspect.signature(command).parameters
-    found, warned = [], set()
-    for argument in arguments:
-        old, equals, value = argument.partition("=")
-        new = OLD_NAMES.get(old, "")
-        if new.strip("-").replace("-", "_") in known:
-            argument = f"{new}{equals}{value}"
-            if old not in warned:
-                warn(f"{old} is now {new}; the next version will not read it")
-            warned.add(old)
-        found.append(argument)
-    return found
+    known = inspect.signature(command).parameters if command else ()
+    names = {o: new for o, new in OLD_NAMES.items() if new[2:].replace("-", "_") in known}
+    given = [argument.partition("=") for argument in arguments]
+    for old in dict.fromkeys(name for name, *_ in given if name in names):
+        warn(f"{old} is now {names[old]}; the next version will not read it")
+    return [names.get(name, name) + equals + value for name, equals, value in given]
 
 
 def within_limits(command: Callable[..., None]) -> Callable[..., None]:

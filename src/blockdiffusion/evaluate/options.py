@@ -12,7 +12,6 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
 from blockdiffusion.options import option
 
-ESTIMATORS = "auto exact orders complement count bernoulli"
 MC_SAMPLES = "Independent draws of the masks; two or more give a noise error."
 
 
@@ -40,7 +39,7 @@ class LikelihoodOptions:
         "auto (exact where that costs no more than --mc-samples complement pairs, else these), "
         "exact (enumerates; S <= 8), orders (a tighter bound), or a distribution of masks: "
         "complement, count, bernoulli, bernoulli:cosine, ...",
-        choices=ESTIMATORS,
+        choices="auto exact orders complement count bernoulli",
     )
     mc_samples: int = option(8, MC_SAMPLES, was="samples")
     orders: int = option(8, "K of the K-order bound, for orders.")

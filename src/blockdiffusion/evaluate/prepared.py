@@ -20,23 +20,10 @@ from blockdiffusion.limits import check_limit
 
 # What a model card keeps of a likelihood.
 MEASURED = (
-    "nats_per_token",
-    "perplexity",
-    "is_bound",
-    "stderr_noise",
-    "stderr_data",
-    "exact_nats_per_token",
-    "exact_perplexity",
-    "orders_nats_per_token",
-    "orders_perplexity",
-    "estimator",
-    "samples",
-    "copies",
-    "t_min",
-    "bos",
-    "num_tokens",
-    "num_rows",
-)
+    "nats_per_token", "perplexity", "is_bound", "stderr_noise", "stderr_data",
+    "exact_nats_per_token", "exact_perplexity", "orders_nats_per_token", "orders_perplexity",
+    "estimator", "samples", "copies", "t_min", "bos", "num_tokens", "num_rows",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
 """Scorers: language models that say how likely generated text is (generative perplexity).
 
 A scorer, also called an evaluator model, is any Hugging Face causal language model, or one of ours:
-autoregressive, or block diffusion, whose value is a bound. Texts are tokenized anew with the
-scorer's tokenizer. What is longer than its context is read in windows, as the authors do it: the
-first window is scored whole, each later one starts `stride` tokens further and scores what the one
-before it did not reach. Every token is scored exactly once, but for a first token that nothing
-stands before.
+autoregressive, or block diffusion, whose value is a bound. Texts are tokenized anew with its
+tokenizer, and read in windows (`evaluate.generation.perplexity`).
 """
 
 from __future__ import annotations
@@ -142,11 +139,6 @@ def _load(name: str, device: torch.device | str | None) -> Scorer:
     if _model_type(name) not in OURS:
         return CausalScorer(name, *_load_causal(name, device))
     model = load(name, device=device)
-    if model.tokenizer is None:
-        raise UserError(
-            f"the scorer {name} has no tokenizer, so text cannot be given to it; put its "
-            "tokenizer.json into its directory, or take another scorer"
-        )
     is_masked = model.config.objective == "block_diffusion" and not model.config.time_conditioning
     if not is_autoregressive(model) and not is_masked:
         raise UserError(
@@ -159,6 +151,11 @@ def _load(name: str, device: torch.device | str | None) -> Scorer:
 def _check_ids(scorer: Scorer) -> None:
     """Refuses a tokenizer that can give ids to text which the network does not have."""
     tokenizer, size = scorer.tokenizer, scorer.model.config.vocab_size
+    if tokenizer is None or not encode(tokenizer, "a"):
+        raise UserError(
+            f"the scorer {scorer.name} has no tokenizer, so text cannot be given to it; put its "
+            "tokenizer.json into its directory, or take another scorer"
+        )
     unread = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = set(tokenizer.get_vocab().values()) - unread  # see `encode`
     ids |= {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
@@ -171,19 +168,15 @@ def _check_ids(scorer: Scorer) -> None:
 
 def scorer_facts(scorer: Scorer, context: int, stride: int) -> ScorerFacts:
     """What a result says about its scorer."""
+    told = {n: getattr(scorer, n) for n in ("name", "kind", "is_bound", "first_token")}
+    parameters = sum(parameter.numel() for parameter in scorer.model.parameters())
     return ScorerFacts(
-        name=scorer.name,
-        kind=scorer.kind,
-        parameters=sum(parameter.numel() for parameter in scorer.model.parameters()),
-        is_bound=scorer.is_bound,
+        **told,
+        parameters=parameters,
         context=context,
         stride=stride,
-        first_token=scorer.first_token,
         fingerprint=fingerprint(scorer.model),
     )
-
-
-# --- The scorers ---------------------------------------------------------------------------------
 
 
 def _tensors(
@@ -335,14 +328,13 @@ def _model_type(name: str) -> str | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        return _read_type(Path(hf_hub_download(name, "config.json")))
-    except UserError:
-        raise
+        place = Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # the hub client has no common base class for its failures
         raise UserError(
             f"the scorer {name} is no local directory and could not be had from the hub "
             f"({type(error).__name__}); check the name and the connection, or give a directory"
         ) from error
+    return _read_type(place)
 
 
 def _made_of(file: Path) -> str:
@@ -374,11 +366,6 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
         tokenizer = load_tokenizer(name)
     except UserError as error:
         raise UserError(f"the scorer {name} has no usable tokenizer: {error}") from error
-    if not encode(tokenizer, "a"):
-        raise UserError(
-            f"the scorer {name} has no tokenizer, so text cannot be given to it; save one there "
-            "with save_pretrained, or take another scorer"
-        )
     logging.disable_progress_bar()  # it would cut through ours
     try:
         model, info = from_pretrained(

@@ -86,14 +86,12 @@ def check_stride(context: int, stride: int, block_size: int, bos: bool) -> None:
         raise UserError(
             f"stride is {stride} and context {context}: the stride must be from 1 to the context"
         )
-    if block_size == context:
-        fits = stride <= context - bos
-    else:
-        fits = context % block_size == 0 and stride % block_size == 0 and stride <= context - bos
-    if not fits:
+    one_block = block_size == context
+    whole = one_block or context % block_size == stride % block_size == 0
+    if not whole or stride > context - bos:
         largest = (context - bos) // block_size * block_size
         allowed = f"multiples of the block size {block_size}, the stride at most {largest}"
-        if block_size == context:
+        if one_block:
             allowed = f"from 1 to {context - bos}"
         raise UserError(f"context {context} with stride {stride} cannot be scored: give {allowed}")
 
@@ -102,10 +100,8 @@ def rectangle(
     rows: Sequence[Sequence[int] | np.ndarray], multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of any length as int64 (B, L), padded with 0 to whole multiples, and which is valid."""
-    longest = max(len(row) for row in rows)
-    found = np.zeros((len(rows), longest + -longest % multiple), dtype=np.int64)
-    valid = np.zeros(found.shape, dtype=bool)
-    for index, row in enumerate(rows):
-        found[index, : len(row)] = row
-        valid[index, : len(row)] = True
-    return torch.from_numpy(found), torch.from_numpy(valid)
+    tensors = [torch.from_numpy(np.asarray(row, dtype=np.int64)) for row in rows]
+    found = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+    found = torch.nn.functional.pad(found, (0, -found.shape[1] % multiple))
+    lengths = torch.tensor([len(row) for row in rows])
+    return found, torch.arange(found.shape[1]) < lengths[:, None]

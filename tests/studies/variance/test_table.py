@@ -181,7 +181,7 @@ def test_a_network_that_reads_the_time(make_model, random_ids, objective):
     table = measure_variance(model, text_of(ids), options)
     assert [(s, spec) for s, spec, _ in table.left_out] == [(1, specs[-1]), (4, specs[-1])]
     assert not table.exact and set(table.references.values()) <= {"count", "complement"}
-    many = likelihood(model, ids, "complement", 40)
+    many = likelihood(model, ids, "complement", mc_samples=40)
     for label in specs[:3]:
         row = row_of(table, label)
         error = math.hypot(row.loss.stderr, many.stderr_noise)
@@ -197,7 +197,7 @@ def test_the_prior_is_part_of_the_bound(make_model, random_ids):
     ids, options = random_ids(8, 16), dict(batch_size=4, replicates=60, gradients=False)
     table = measure_variance(model, text_of(ids), options_of("bernoulli", "count", **options))
     assert [label for _, label, _ in table.left_out] == ["count"]
-    row, many = row_of(table, "bernoulli"), likelihood(model, ids, "bernoulli", 200)
+    row, many = row_of(table, "bernoulli"), likelihood(model, ids, "bernoulli", mc_samples=200)
     error = math.hypot(row.loss.stderr, many.stderr_noise)
     assert abs(row.loss.value - many.nats_per_token) < 4.5 * error < 0.3 * math.log(12) / 2
 

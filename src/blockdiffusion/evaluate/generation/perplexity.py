@@ -1,4 +1,4 @@
-"""Texts under a scorer: window by window, many windows in a pass, and what is finished is kept."""
+"""Texts under a scorer, window by window: every token is scored once, in passes of many windows."""
 
 from __future__ import annotations
 

@@ -120,35 +120,51 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationResult:
+class Origin:
+    """Where samples come from.
+
+    Attributes:
+        label: what the result is called in tables and pictures.
+        model: directory or id; None where only samples were given.
+        sampling: how the samples were drawn, plain values; None where they were given.
+        guard: minimum entropy and window of the guard; None without one.
+    """
+
+    label: str
+    model: str | None = None
+    sampling: dict[str, Any] | None = None
+    guard: dict[str, Any] | None = None
+    reference_source: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions(Origin):
+    """That, and the seed of what a metric draws: samples for self-BLEU, clusters of MAUVE."""
+
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult(Origin):
     """Generated text under a scorer.
 
     Attributes:
-        label: what it is called in tables and pictures.
-        model: directory or id; None where only samples were given.
         judge: the scorer.
-        sampling: how the samples were drawn, plain values; None where they were given.
-        guard: minimum entropy and window of the guard; None without one.
         drawn, rejected: samples drawn, and how many of them the guard rejected.
         reference: the same numbers of real text; None without.
         mauve: None unless asked for.
         per_sample: nats, scored tokens, entropy, length of every sample that counts.
     """
 
-    label: str
-    model: str | None
     judge: ScorerFacts
-    sampling: dict[str, Any] | None
-    guard: dict[str, Any] | None
     drawn: int
     rejected: int
     text: TextNumbers
     reference: TextNumbers | None
-    reference_source: str | None
     mauve: float | None
     lengths: Lengths | None
     cost: Cost | None
-    warnings: tuple[str, ...]
     per_sample: list[dict[str, Any]]
     device: str
     seconds: float
@@ -162,20 +178,6 @@ class GenerationResult:
             "reference": None if self.reference is None else self.reference.to_dict(),
             "versions": versions(),
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """What a result says about where its samples come from; see `GenerationResult`."""
-
-    label: str
-    model: str | None = None
-    sampling: dict[str, Any] | None = None
-    guard: dict[str, Any] | None = None
-    reference_source: str | None = None
-    warnings: tuple[str, ...] = ()
-    seed: int = 0
-    """Of what a metric draws: the samples for self-BLEU, the clusters of MAUVE."""
 
 
 def evaluate_samples(

@@ -47,21 +47,10 @@ PAPER = "bernoulli (paper)"
 EXACT = "the exact bound"
 PAPER_LAW = Bernoulli(stratify="batch")  # linear, unclipped, times stratified over the batch
 DEFAULT_ESTIMATORS = (
-    "bernoulli",
-    "bernoulli:cosine",
-    "bernoulli:square",
-    "bernoulli:sqrt",
-    "bernoulli:log",
-    "bernoulli[0.3,0.8]",
-    "bernoulli[0.45,0.95]",
-    "bernoulli[1,1]",
-    "resampled[0.3,0.8]",
-    "count",
-    "complement",
-    "countx4",
-    "count[0.45,0.95]",
-    "complement[0.45,0.95]",
-)
+    "bernoulli", "bernoulli:cosine", "bernoulli:square", "bernoulli:sqrt", "bernoulli:log",
+    "bernoulli[0.3,0.8]", "bernoulli[0.45,0.95]", "bernoulli[1,1]", "resampled[0.3,0.8]",
+    "count", "complement", "countx4", "count[0.45,0.95]", "complement[0.45,0.95]",
+)  # fmt: skip
 GROUPS = ("embedding", "attention", "mlp", "norms and modulation", "output")
 Progress = Callable[[str, int, int], None]
 
