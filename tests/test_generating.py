@@ -156,15 +156,17 @@ def test_who_waits_in_front_of_a_terminal_is_told(saved, monkeypatch):
 def test_a_seed_repeats_a_draw(make_model):
     model = make_model(mask_id=12)
     for sample, what in ((blockdiffusion.generate, [1, 2]), (blockdiffusion.infill, [1, 12, 12])):
-        drawn = [sample(model, what, 8, bos=False, seed=seed).sequences for seed in (3, 3, 4)]
+        drawn = [
+            sample(model, what, num_samples=8, bos=False, seed=seed).sequences for seed in (3, 3, 4)
+        ]
         assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
         with pytest.raises(UserError, match="seed and generator are both given"):
             sample(model, what, bos=False, seed=3, generator=torch.Generator())
         with pytest.raises(UserError, match="seed is -1"):
             sample(model, what, bos=False, seed=-1)
-    *_, done = blockdiffusion.stream(model, [1, 2], 8, bos=False, seed=3)
+    *_, done = blockdiffusion.stream(model, [1, 2], num_samples=8, bos=False, seed=3)
     assert isinstance(done, DoneEvent)
-    whole = blockdiffusion.generate(model, [1, 2], 8, bos=False, seed=3)
+    whole = blockdiffusion.generate(model, [1, 2], num_samples=8, bos=False, seed=3)
     assert whole.sequences.equal(done.ids[:, : whole.sequences.shape[1]])
 
 

@@ -13,7 +13,7 @@ import blockdiffusion
 
 ROOT = Path(blockdiffusion.__file__).parent
 ROWS = [
-    ["errors", "escape", "renamed"],
+    ["errors", "escape", "lazy", "renamed"],
     ["limits", "text", "from_pretrained", "runtime"],
     ["files"],
     ["diffusion.schedules", "diffusion.losses", "diffusion.estimators"],

@@ -10,10 +10,10 @@ Names are imported when first used, so that `import blockdiffusion` costs nothin
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from blockdiffusion.lazy import attributes
 from blockdiffusion.renamed import MovedModules
 
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
-    from blockdiffusion.sampling import Engine, Generation, generate, infill, stream
+    from blockdiffusion.sampling import Engine, Generation, SamplingParams, generate, infill, stream
 
 _HOMES = {
     "BlockDiffusionConfig": "blockdiffusion.models.transformer",
@@ -33,6 +33,7 @@ _HOMES = {
     "Engine": "blockdiffusion.sampling",
     "Generation": "blockdiffusion.sampling",
     "Likelihood": "blockdiffusion.evaluate.likelihood",
+    "SamplingParams": "blockdiffusion.sampling",
     "UserError": "blockdiffusion.errors",
     "generate": "blockdiffusion.sampling",
     "infill": "blockdiffusion.sampling",
@@ -47,6 +48,7 @@ __all__ = [
     "Engine",
     "Generation",
     "Likelihood",
+    "SamplingParams",
     "UserError",
     "__version__",
     "generate",
@@ -57,12 +59,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = attributes(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

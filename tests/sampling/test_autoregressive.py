@@ -54,7 +54,9 @@ def test_ending_at_eos_keeps_the_law(make_ar):
     model = make_ar(vocab_size=5, eos_id=1, bos=False)
     law = enumerated(model, 3, eos_id=1, prompt=(2, 0))
     assert len(law) == 1 + 3 + 9 * 4
-    result = blockdiffusion.generate(model, [2, 0], DRAWS, max_new_tokens=3, generator=seeded(2))
+    result = blockdiffusion.generate(
+        model, [2, 0], num_samples=DRAWS, max_new_tokens=3, generator=seeded(2)
+    )
     assert p_value(result, law) > FALSE_ALARM
     assert torch.equal(result.nfe, result.lengths - 2 + 1)  # one pass reads the prompt
     assert result.lengths.unique().tolist() == [3, 4, 5]
@@ -143,7 +145,9 @@ def test_a_model_with_a_start_symbol_always_gets_it(make_ar):
     """Though the prompt begins with the BOS."""
     with torch.no_grad():
         model = make_ar(bos=False, bos_id=3)
-        result = blockdiffusion.generate(model, [3], 1, 1, bos=True, top_k=1, generator=seeded())
+        result = blockdiffusion.generate(
+            model, [3], max_new_tokens=1, bos=True, top_k=1, generator=seeded()
+        )
         assert result.sequences.tolist() == [[3, next_log_prob(model, [12, 3]).argmax().item()]]
 
 
@@ -219,8 +223,8 @@ def test_the_cache_is_a_ring_of_the_window(make_ar, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(policy="first-hitting"), "policy is given, but this model is autoregressive"),
-    (dict(policy=FirstHitting()), "no masks to reveal"),
+    (dict(sampler="first-hitting"), "sampler is given, but this model is autoregressive"),
+    (dict(sampler=FirstHitting()), "no masks to reveal"),
     (dict(steps=4), "steps is given"),
     (dict(schedule="linear"), "schedule is given"),
     (dict(stride=2), "stride is given"),

@@ -17,19 +17,19 @@ from tests.tiny import NOISES
 KINDS = NOISES | {"causal": dict(clean_attention="causal")}
 MASKED = [
     {},
-    dict(policy="ancestral", steps=2),
-    dict(policy="random", tokens_per_step=2),
-    dict(policy="confidence", tokens_per_step=2),
-    dict(policy="confidence", threshold=0.3),
-    dict(policy="margin", tokens_per_step=1),
-    dict(policy="entropy", threshold=0.5),
-    dict(policy="remask", steps=5),
+    dict(sampler="ancestral", steps=2),
+    dict(sampler="random", tokens_per_step=2),
+    dict(sampler="confidence", tokens_per_step=2),
+    dict(sampler="confidence", threshold=0.3),
+    dict(sampler="margin", tokens_per_step=1),
+    dict(sampler="entropy", threshold=0.5),
+    dict(sampler="remask", steps=5),
 ]
 POLICIES = {
     "masked": MASKED,
     "causal": MASKED,
-    "timed": [policy for policy in MASKED if policy.get("policy") != "random"],
-    "sedd": [{}, dict(policy="analytic", steps=3)],
+    "timed": [policy for policy in MASKED if policy.get("sampler") != "random"],
+    "sedd": [{}, dict(sampler="analytic", steps=3)],
 }
 
 
@@ -260,7 +260,7 @@ def test_ties_are_not_broken_by_rounding(make_model):
             for policy in ("confidence", "margin", "entropy"):
                 engine = Engine(model, max_rows=rows)
                 for seed in range(rows):
-                    engine.submit(policy=policy, tokens_per_step=2, max_new_tokens=4, seed=seed)
+                    engine.submit(sampler=policy, tokens_per_step=2, max_new_tokens=4, seed=seed)
                 for event in engine.step():
                     assert not isinstance(event, Revealed) or event.positions == [0, 1]
 
@@ -294,11 +294,11 @@ def test_an_engine_that_cannot_be(make_model, options, message):
         (dict(max_new_tokens=41), "does not fit into max_tokens = 40"),
         (dict(max_new_tokens=0), "max_new_tokens is 0"),
         (dict(top_p=0), "top_p is 0"),
-        (dict(policy="ancestral"), "needs a number of steps"),
+        (dict(sampler="ancestral"), "needs a number of steps"),
         (dict(prompt=[12]), "a prompt holds the id 12"),
         (dict(prompt="text"), "no tokenizer"),
-        (dict(policy="analytic"), "analytic"),
-        (dict(policy=3), "policy is 3; it must be a name, a Policy or a Process"),
+        (dict(sampler="analytic"), "analytic"),
+        (dict(sampler=3), "sampler is 3; it must be a name, a Policy or a Process"),
         (dict(temperature=math.inf), r"temperature is inf; it must lie in \[0\.001, 1000\]"),
         (dict(temperature=math.nan), "temperature is nan"),
         (dict(temperature=1e-45), "temperature is 1e-45; .*top_k=1 is greedy"),
@@ -306,12 +306,12 @@ def test_an_engine_that_cannot_be(make_model, options, message):
         (dict(max_new_tokens=4.5), r"max_new_tokens is 4\.5; it must be a whole number"),
         (dict(max_new_tokens=True), "max_new_tokens is True; it must be a whole number"),
         (
-            dict(policy="random", tokens_per_step=2.5),
+            dict(sampler="random", tokens_per_step=2.5),
             r"tokens_per_step is 2\.5; it must be a whole",
         ),
-        (dict(policy="margin", threshold="1"), "threshold is '1'; it must be a number"),
+        (dict(sampler="margin", threshold="1"), "threshold is '1'; it must be a number"),
         (dict(top_k=2.5), r"top_k is 2\.5; it must be a whole number"),
-        (dict(seed=2**70), r"seed is 1180591620717411303424; it must lie in 0\.\.2\*\*64 - 1"),
+        (dict(seed=2**70), r"seed is 1180591620717411303424; it must be at most"),
         (dict(seed=-1), "seed is -1"),
         (dict(seed=1.5), r"seed is 1\.5; it must be a whole number"),
         (dict(prompt=["a", "b"]), "holds 'a', which is no token id; give a text, or a list"),
@@ -321,11 +321,11 @@ def test_an_engine_that_cannot_be(make_model, options, message):
         (dict(prompt=len), "is given as a prompt; give a text, or a list of token ids"),
         (
             dict(use_cache=False),
-            "use_cache is no option of a request; there are eos, policy, steps",
+            "use_cache is no option of a request; leave it out",
         ),
         (dict(window=8), r"window is no option of a request; .* \(a window is the engine's\)"),
         (dict(stride=3), "stride is no option of a request"),
-        (dict(foo=1), "foo is no option of a request"),
+        (dict(foo=1), "foo.? is no option; there are num_samples"),
     ],
 )
 def test_requests_are_checked_when_they_are_submitted(make_model, options, message):

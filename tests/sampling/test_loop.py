@@ -27,8 +27,8 @@ def test_first_hitting_keeps_the_law(tiny_law, tiny_law_expected, use_cache):
 
 
 def test_ancestral_tends_to_the_law(tiny_law, tiny_law_expected):
-    few = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=4)
-    many = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=256)
+    few = p_value(tiny_law, tiny_law_expected, sampler="ancestral", steps=4)
+    many = p_value(tiny_law, tiny_law_expected, sampler="ancestral", steps=256)
     assert few < 1e-10 and many > FALSE_ALARM
 
 
@@ -48,8 +48,8 @@ def test_both_samplers_have_their_laws_at_every_block_size(make_model, shape):
     blocks = config.seq_len // config.block_size
     chain = noise_oracles.chain_law(model, halves, uniform=False, num_blocks=blocks)
     for options, law, other in (
-        (dict(policy="first-hitting"), order, chain),
-        (dict(policy="ancestral", steps=2), chain, order),
+        (dict(sampler="first-hitting"), order, chain),
+        (dict(sampler="ancestral", steps=2), chain, order),
     ):
         result = blockdiffusion.generate(
             model, num_samples=DRAWS, max_new_tokens=config.seq_len, bos=False,
@@ -64,7 +64,7 @@ def test_both_samplers_have_their_laws_at_every_block_size(make_model, shape):
 
 @pytest.mark.parametrize("schedule", ["cosine", "sqrt"])
 def test_ancestral_tends_to_the_law_with_every_schedule(tiny_law, tiny_law_expected, schedule):
-    many = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=1024, schedule=schedule)
+    many = p_value(tiny_law, tiny_law_expected, sampler="ancestral", steps=1024, schedule=schedule)
     assert many > FALSE_ALARM
 
 
@@ -166,7 +166,7 @@ def test_nfe_counts_passes_a_row_took_part_in(make_model):
     )
     assert result.nfe[0] == 5  # one pass reads the prompt
     result = blockdiffusion.generate(
-        model, num_samples=3, max_new_tokens=16, policy="ancestral", steps=1, generator=seeded()
+        model, num_samples=3, max_new_tokens=16, sampler="ancestral", steps=1, generator=seeded()
     )
     assert result.nfe.tolist() == [4, 4, 4] and result.tokens_per_forward.tolist() == [4, 4, 4]
 

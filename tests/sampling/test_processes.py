@@ -60,7 +60,13 @@ def exact_law(model, kind, steps):
 
 def draw(model, seed=1, prompts=None, draws=DRAWS, new=4, **options):
     return blockdiffusion.generate(
-        model, prompts, draws, new, bos=False, generator=seeded(seed), **options
+        model,
+        prompts,
+        num_samples=draws,
+        max_new_tokens=new,
+        bos=False,
+        generator=seeded(seed),
+        **options,
     )
 
 
@@ -139,7 +145,7 @@ def test_a_prompt_inside_a_block_is_given(make, kind):
 def test_masked_diffusion_reads_the_time_of_its_pass(make):
     """Ancestral steps are those of absorbing D3PM; first hitting is their limit."""
     model = make()
-    result = draw(model, policy="ancestral", steps=3)
+    result = draw(model, sampler="ancestral", steps=3)
     assert p_value(result, exact_law(model, "absorbing", 3)) > FALSE_ALARM
     first = draw(model)
     assert first.nfe.max() == 4
@@ -231,7 +237,7 @@ def test_which_process_a_network_has(make):
     assert make_process(make().config) == FirstHitting()
     assert Planned(FirstHitting()).name == "first-hitting"
     model = make("sedd")
-    own = draw(model, draws=20, policy=Analytic(2))
+    own = draw(model, draws=20, sampler=Analytic(2))
     assert torch.equal(own.sequences, draw(model, draws=20).sequences)
 
 
@@ -241,15 +247,15 @@ class Untimed:
 
 
 @pytest.mark.parametrize(("kind", "options", "message"), [
-    ("sedd", dict(policy="first-hitting"), "policy is first-hitting, but .* use analytic"),
+    ("sedd", dict(sampler="first-hitting"), "sampler is first-hitting, but .* use analytic"),
     ("sedd", dict(steps=0), "steps is 0; it must be at least 1"),
     ("sedd", dict(schedule="cosin"), "unknown schedule"),
-    ("uniform", dict(policy="analytic"), "by its own steps; use ancestral"),
+    ("uniform", dict(sampler="analytic"), "by its own steps; use ancestral"),
     ("uniform", dict(steps=0), "steps is 0; it must be at least 1"),
     ("absorbing", dict(schedule="cosine"), r"has its own \(linear\); leave it out"),
-    ("masked", dict(policy=Untimed()), "which the policy untimed does not tell"),
-    ("masked", dict(policy="analytic"), "unknown policy 'analytic'"),
-    ("sedd", dict(policy=Analytic(2), steps=3), "this policy object has its own"),
+    ("masked", dict(sampler=Untimed()), "which the policy untimed does not tell"),
+    ("masked", dict(sampler="analytic"), "unknown sampler 'analytic'"),
+    ("sedd", dict(sampler=Analytic(2), steps=3), "this object has its own"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_one_sentence(make, kind, options, message):
     with pytest.raises(UserError, match=message):

@@ -112,7 +112,7 @@ def test_skipping_passes_that_reveal_nothing_equals_recomputing_them(make_mdlm):
                 for i, u in zip(now, draws, strict=True):
                     ids[i] = int((prob[i].cumsum(0) <= u * prob[i].sum()).sum())
         result = blockdiffusion.generate(
-            model, max_new_tokens=6, policy="ancestral", steps=steps, generator=seeded(seed)
+            model, max_new_tokens=6, sampler="ancestral", steps=steps, generator=seeded(seed)
         )
         assert result.sequences[0].tolist() == ids and result.nfe.item() <= 6
 
@@ -139,7 +139,7 @@ def test_ancestral_steps_are_those_of_the_reverse_process(make_mdlm):
         state = {ids: prob for ids, prob in following.items() if prob > 0}
     assert len(state) == 27
     result = blockdiffusion.generate(
-        model, num_samples=DRAWS, max_new_tokens=3, policy="ancestral", steps=steps,
+        model, num_samples=DRAWS, max_new_tokens=3, sampler="ancestral", steps=steps,
         generator=seeded(4),
     )  # fmt: skip
     assert p_value(result, state) > FALSE_ALARM
@@ -167,7 +167,9 @@ def test_beyond_the_row_it_keeps_the_law(make_mdlm):
 def test_options_that_change_nothing(make_mdlm, options):
     model = make_mdlm()
     results = [
-        blockdiffusion.generate(model, None, 50, max_new_tokens=11, generator=seeded(), **chosen)
+        blockdiffusion.generate(
+            model, None, num_samples=50, max_new_tokens=11, generator=seeded(), **chosen
+        )
         for chosen in ({}, options)
     ]
     assert torch.equal(results[0].sequences, results[1].sequences)
@@ -238,7 +240,7 @@ def test_every_confidence_equals_the_oracle_on_the_frame(make_mdlm, stride):
 def test_few_passes_with_ancestral_steps(make_mdlm):
     model = make_mdlm(length=8, vocab_size=13)
     result = blockdiffusion.generate(
-        model, num_samples=3, max_new_tokens=16, policy="ancestral", steps=1, generator=seeded()
+        model, num_samples=3, max_new_tokens=16, sampler="ancestral", steps=1, generator=seeded()
     )
     assert result.nfe.tolist() == [3, 3, 3]  # the row, and two slides of four tokens
     assert result.tokens_per_forward.tolist() == pytest.approx([16 / 3] * 3)
@@ -261,7 +263,7 @@ def test_memory_is_one_frame(make_mdlm, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(stride=0), "stride is 0; it must be from 1 to the 8 tokens"),
+    (dict(stride=0), "stride is 0; it must be at least 1"),
     (dict(stride=9), "stride is 9"),
     (dict(window=12), "leave window out"),
     (dict(window=4), "the window is 4"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from blockdiffusion.cli.shared import warn
 from blockdiffusion.limits import check_limit
+from blockdiffusion.sampling.params import FIELDS
 
 
 def one_of(*values: str) -> Callable[[str], list[str]]:
@@ -28,9 +30,7 @@ def choice(help: str, values: str) -> Any:
     return typer.Option(help=help, autocompletion=one_of(*values.split()))
 
 
-SCHEDULES = "linear cosine square sqrt log"
 WEIGHTS = "auto float32 float64 bf16"
-POLICIES = "first-hitting ancestral random confidence margin entropy remask analytic"
 
 MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
 DEVICE = Annotated[str, choice("auto, cpu, cuda or mps.", "auto cpu cuda mps")]
@@ -56,69 +56,9 @@ SAMPLES = Annotated[int, typer.Option(help="Independent draws of the masks.")]
 ORDERS = Annotated[int, typer.Option(help="K of the K-order bound, for orders.")]
 MASK_SEED = Annotated[int, typer.Option(help="Of the masks.")]
 
-SEED = Annotated[int | None, typer.Option(help="For a draw that can be repeated.")]
 JSON_LINES = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
-STRIDE = Annotated[
-    int | None,
-    typer.Option(help="Models of one block: new tokens of each slide beyond L; L/2 by default."),
-]
-WINDOW = Annotated[
-    int | None, typer.Option(help="A token sees the last WINDOW tokens; constant memory.")
-]
-EOS = Annotated[bool, typer.Option(help="End at a sampled EOS.")]
-CACHE = Annotated[bool, typer.Option(help="Keep keys and values of finished blocks.")]
 
-
-# --- options that go together: fields are named as what takes them names its arguments -----------
-
-
-@dataclass(frozen=True)
-class PolicyOptions:
-    """Which tokens a pass reveals; the arguments of `sampling.stream`."""
-
-    policy: Annotated[
-        str | None,
-        choice(
-            "first-hitting, ancestral, random, confidence, margin, entropy or remask; SEDD: "
-            "analytic; by default the model's.",
-            POLICIES,
-        ),
-    ] = None
-    steps: Annotated[
-        int | None, typer.Option(help="Steps per block, for ancestral, remask and analytic.")
-    ] = None
-    schedule: Annotated[
-        str | None,
-        choice("Noise schedule of the steps: linear, cosine, square, sqrt or log.", SCHEDULES),
-    ] = None
-    tokens_per_step: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a pass, for random, confidence, margin and entropy."),
-    ] = None
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Instead: of confidence or margin in [0, 1], or of entropy in nats."),
-    ] = None
-    remask: Annotated[
-        float | None,
-        typer.Option(help="Share of the largest rate of remask, in [0, 1]; 1 by default."),
-    ] = None
-
-
-@dataclass(frozen=True)
-class FilterOptions:
-    """What a token is drawn from; the arguments of `sampling.logits.Filters`."""
-
-    top_p: Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")] = 1.0
-    top_p_rule: Annotated[
-        str,
-        choice(
-            "transformers (keeps the token that crosses) or authors (drops it).",
-            "transformers authors",
-        ),
-    ] = "transformers"
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None
-    temperature: Annotated[float, typer.Option(help="In [0.001, 1000].")] = 1.0
+# --- options that go together: the fields of a dataclass ------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -142,38 +82,77 @@ class JudgeOptions:
         return vars(self) | {"reference": tuple(self.reference or ())}
 
 
-POLICY, FILTERS, READING = PolicyOptions(), FilterOptions(), JudgeOptions()
+READING = JudgeOptions()
+FILTERS = ("top_p", "top_p_rule", "top_k", "temperature")
+
+
+@dataclass(frozen=True)
+class Only:
+    """Annotates a parameter of a dataclass: these of its fields are options."""
+
+    names: tuple[str, ...]
+
+
+def all_but(*names: str) -> Only:
+    """All options of sampling but these."""
+    return Only(tuple(name for name in FIELDS if name not in names))
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters of a dataclass above are its fields, each an option."""
+    """A command whose parameters of a dataclass are its fields, each an option; the parameter's
+    default has the defaults of them all."""
     hints = get_type_hints(command, include_extras=True)
-    parameters, groups = [], {}
+    parameters, groups, renamed = [], {}, {}
     for name, parameter in inspect.signature(command).parameters.items():
-        if not is_dataclass(hints[name]):
+        kind, *notes = get_args(hints[name]) or (hints[name],)
+        if not is_dataclass(kind):
             parameters.append(
                 parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
             )
             continue
-        kind = groups[name] = hints[name]
-        options = get_type_hints(kind, include_extras=True)
-        parameters += [
-            inspect.Parameter(
-                field.name, parameter.KEYWORD_ONLY, default=field.default,
-                annotation=options[field.name],
-            )
-            for field in fields(kind)
-        ]  # fmt: skip
+        only = next((note.names for note in notes if isinstance(note, Only)), None)
+        types = get_type_hints(kind, include_extras=True)
+        chosen = [field for field in fields(kind) if only is None or field.name in only]
+        groups[name] = parameter.default, [field.name for field in chosen]
+        for field in chosen:
+            default = getattr(parameter.default, field.name)
+            annotation = _declared(types[field.name], field.metadata)
+            parameters.append(_keyword(field.name, default, annotation))
+            if was := field.metadata.get("was"):
+                renamed[was] = field.name
+                hidden = Annotated[str | None, typer.Option(hidden=True)]
+                parameters.append(_keyword(was, None, hidden))
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
-        for name, kind in groups.items():
-            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        for was, name in renamed.items():
+            if (value := values.pop(was)) is not None:
+                warn(f"--{was} is now --{name}; the next version does not read the old name")
+                values[name] = value
+        for name, (defaults, chosen) in groups.items():
+            values[name] = replace(defaults, **{field: values.pop(field) for field in chosen})
         command(**values)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {}
     return call
+
+
+def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def _declared(hint: Any, about: Mapping[str, str]) -> Any:
+    """The type of an option, with what `params.option` tells about it."""
+    if not about:
+        return hint
+    words = about["choices"].split()
+    hint = str | None if hint is Any else str if get_origin(hint) is Literal else hint
+    flags = (about["flags"],) if about["flags"] else ()
+    completion = one_of(*words) if words else None
+    return Annotated[hint, typer.Option(*flags, help=about["help"], autocompletion=completion)]
 
 
 def within_limits(command: Callable[..., None]) -> Callable[..., None]:

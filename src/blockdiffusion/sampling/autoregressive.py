@@ -18,10 +18,11 @@ from blockdiffusion.sampling.loop import (
     BlockEvent,
     DoneEvent,
     Event,
-    SamplingOptions,
     StepEvent,
     check_request,
+    eos_of,
 )
+from blockdiffusion.sampling.params import SamplingParams
 from blockdiffusion.sampling.streams import row_streams
 
 
@@ -29,27 +30,25 @@ from blockdiffusion.sampling.streams import row_streams
 def sample_next_tokens(
     model: NextTokenModel,
     prompts: Sequence[Sequence[int]],
-    options: SamplingOptions,
+    params: SamplingParams,
     generator: torch.Generator,
 ) -> Iterator[Event]:
     """Samples a continuation of every prompt (ids; may be empty or ragged).
 
     A prompt that begins with the BOS gets no start symbol, unless the model was trained with one
-    (`bos` is false in its configuration). `options.policy` is not read; with a window a token sees
+    (`bos` is false in its configuration). With a window a token sees
     the last `window` tokens, itself and the start symbol included.
     """
-    check_request(model, prompts, options)
-    state = _Rows(model, prompts, options)
+    check_request(model, prompts, params)
+    state = _Rows(model, prompts, params)
     streams = row_streams(generator, prompts, 1)
     while state.active.numel():
         logits_RV = model.head(state.past.read(state.last_R))
         uniform_R = streams.of(state.active).each(1)[:, 0]
-        token_R, confidence_R = draw_tokens(
-            logits_RV, model.config.mask_id, options.filters, uniform_R
-        )
+        token_R, confidence_R = draw_tokens(logits_RV, model.config.mask_id, params, uniform_R)
         positions_R = state.ends_B[state.active]
         yield StepEvent(0, state.active, positions_R, token_R, confidence_R)
-        yield state.append(token_R, options.eos_id)
+        yield state.append(token_R, eos_of(model, params))
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
 
 
@@ -57,12 +56,12 @@ class _Rows:
     """Where every row stands. R counts the active rows, B all of them."""
 
     def __init__(
-        self, model: NextTokenModel, prompts: Sequence[Sequence[int]], options: SamplingOptions
+        self, model: NextTokenModel, prompts: Sequence[Sequence[int]], params: SamplingParams
     ):
         config, device = model.config, model.device
         bos_id = None if config.bos is False else find_bos_id(model)
         self.prompts_B = torch.tensor([len(prompt) for prompt in prompts])
-        self.limits_B = self.prompts_B + options.max_new_tokens
+        self.limits_B = self.prompts_B + params.max_new_tokens
         shape = (len(prompts), int(self.limits_B.max()))
         self.ids_BT = torch.full(shape, config.mask_id, device=device)
         inputs_BT = torch.full((shape[0], 1 + int(self.prompts_B.max())), config.mask_id)
@@ -75,8 +74,8 @@ class _Rows:
             lengths_B[row] = len(given)
         self.ends_B = self.prompts_B.clone()
         self.active = torch.arange(len(prompts))
-        kind = CachedPast if options.use_cache else RecomputedPast
-        self.past = kind(model, len(prompts), shape[1] + 1, options.window)
+        kind = CachedPast if params.use_cache else RecomputedPast
+        self.past = kind(model, len(prompts), shape[1] + 1, params.window)
         # The last token is read by the pass that gives the next one.
         self.nfe_B = self.past.read_on(inputs_BT.to(device), lengths_B - 1)
         self.last_R = inputs_BT.gather(1, lengths_B[:, None] - 1)[:, 0].to(device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,22 +24,16 @@ from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limit
 from blockdiffusion.runtime.seeding import fresh_seed, seeded
-from blockdiffusion.sampling.logits import NOT_FINITE, Filters
-from blockdiffusion.sampling.loop import SamplingOptions, check_request, check_room, check_window
-from blockdiffusion.sampling.policies import PolicySettings
+from blockdiffusion.sampling.logits import NOT_FINITE
+from blockdiffusion.sampling.loop import check_request, check_room, check_window, eos_of
+from blockdiffusion.sampling.params import FIELDS, SamplingParams, as_params
 from blockdiffusion.sampling.processes import Course, Setting, as_process
-from blockdiffusion.sampling.requests import given_prompt, prepare_prompts, sampling_options
+from blockdiffusion.sampling.requests import given_prompt, prepare_prompts, resolved
 from blockdiffusion.sampling.sliding import has_one_block
 from blockdiffusion.sampling.streams import RowStreams, row_streams
 from blockdiffusion.text import Given, whole_text
 
-# What a request may choose beside its length, BOS and seed.
-OPTIONS = (
-    "eos",
-    "policy",
-    *(setting.name for setting in fields(PolicySettings)),
-    *(filter.name for filter in fields(Filters)),
-)
+ENGINES = ("num_samples", "stride", "window", "use_cache")  # what no request chooses
 PREFILL_TOKENS = 512  # clean tokens that a request brings into one pass, at most
 
 Reason = Literal["length", "eos", "cancelled"]
@@ -103,13 +97,14 @@ class _Request:
         id: int,
         ids: list[int],
         prompt_text: list[Given],
-        options: SamplingOptions,
+        params: SamplingParams,
+        eos_id: int | None,
         streams: RowStreams,
     ):
         self.id, self.ids, self.prompt_text = id, ids, prompt_text
-        self.options, self.streams = options, streams
+        self.params, self.eos_id, self.streams = params, eos_id, streams
         self.prompt_tokens = len(ids)
-        self.limit = len(ids) + options.max_new_tokens
+        self.limit = len(ids) + params.max_new_tokens
         self.num_read = self.nfe = self.start = self.given = 0
         self.course: Course | None = None
         self.block: list[int] = []
@@ -127,7 +122,7 @@ class _Request:
         self.given = len(self.ids) - self.start
         block = self.ids[self.start :] + [setting.config.mask_id] * (size - self.given)
         open_1S = torch.arange(size)[None] >= self.given
-        self.course = as_process(self.options.policy).begin(open_1S, setting)
+        self.course = as_process(self.params.sampler).begin(open_1S, setting)
         filled_1S = self.course.fill(torch.tensor([block], device=setting.device))
         self.block = filled_1S[0].tolist()
 
@@ -138,7 +133,7 @@ class _Request:
         for slot in range(min(len(self.block), self.limit - self.start)):
             if undecided[slot]:
                 return False
-            if slot >= self.given and self.block[slot] == self.options.eos_id:
+            if slot >= self.given and self.block[slot] == self.eos_id:
                 return True
         return True
 
@@ -146,8 +141,8 @@ class _Request:
         """Adds the block to `ids`, cut at an EOS or the limit; why the request ends, if it does."""
         new = self.block[self.given : self.limit - self.start]
         reason: Reason | None = None
-        if self.options.eos_id in new:
-            new = new[: new.index(self.options.eos_id) + 1]
+        if self.eos_id in new:
+            new = new[: new.index(self.eos_id) + 1]
             reason = "eos"
         self.ids += new
         self.course = None
@@ -216,51 +211,45 @@ class Engine:
     def submit(
         self,
         prompt: Any = None,
-        *,
-        max_new_tokens: int = 128,
-        bos: bool | None = None,
-        seed: int | None = None,
+        params: SamplingParams | None = None,
         **options: Any,
     ) -> int:
         """Puts a request into the queue; returns its number.
 
         Args:
             prompt: a text or ids; None = from nothing.
-            max_new_tokens, bos: as for `generate`.
-            seed: of its draws; None = any.
-            options: `eos`, `policy` and its settings, `temperature`, `top_k`, `top_p`,
-                `top_p_rule`, as for `generate`.
+            params: how to sample; `options`, fields of `SamplingParams` by name, go before it. The
+                window is the engine's; `num_samples`, `stride` and `use_cache` are not for it.
 
         Raises:
             UserError: something is out of range, or the request does not fit into the engine.
         """
-        for name in options:
-            if name not in OPTIONS:
+        params = as_params(params, **options)
+        for name in ENGINES:
+            if getattr(params, name) not in (FIELDS[name].default, getattr(self, name, None)):
                 raise UserError(
-                    f"{name} is no option of a request; there are {', '.join(OPTIONS)} (a window "
-                    "is the engine's)"
+                    f"{name} is no option of a request; leave it out (a window is the engine's)"
                 )
-        prompts = prepare_prompts(self.model, None if prompt is None else [prompt], 1, bos)
-        sampling = sampling_options(
-            self.model, max_new_tokens=max_new_tokens, window=self.window, **options
-        )
-        check_request(self.model, prompts, sampling)
-        total = len(prompts[0]) + max_new_tokens
+        prompts = prepare_prompts(self.model, None if prompt is None else [prompt], 1, params.bos)
+        params = resolved(self.model, replace(params, window=self.window))
+        check_request(self.model, prompts, params)
+        total = len(prompts[0]) + params.max_new_tokens
         if self.window is None and total > self.max_tokens:
             raise UserError(
-                f"a request of {len(prompts[0])} given and {max_new_tokens} new tokens does not "
-                f"fit into max_tokens = {self.max_tokens}; ask for less, or give the engine more, "
-                "or a window"
+                f"a request of {len(prompts[0])} given and {params.max_new_tokens} new tokens "
+                f"does not fit into max_tokens = {self.max_tokens}; ask for less, or give the "
+                "engine more, or a window"
             )
         if has_one_block(self.model) and total > self.model.config.seq_len:
             raise UserError(
                 f"a request of {total} tokens in all goes beyond the one block of this model, "
                 f"which has {self.model.config.seq_len}; generate slides its block over such texts"
             )
-        generator = seeded(fresh_seed() if seed is None else seed)
-        streams = row_streams(generator, prompts, self.model.config.block_size)
+        seed = fresh_seed() if params.seed is None else params.seed
+        streams = row_streams(seeded(seed), prompts, self.model.config.block_size)
         text = given_prompt(prompt, len(prompts[0]))
-        request = _Request(self._next_id, list(prompts[0]), text, sampling, streams)
+        eos_id = eos_of(self.model, params)
+        request = _Request(self._next_id, list(prompts[0]), text, params, eos_id, streams)
         self._next_id += 1
         self._waiting.append(request)
         return request.id
@@ -369,9 +358,7 @@ class Engine:
         return Revealed(request.id, positions, ids, confidences)
 
     def _setting(self, request: _Request) -> Setting:
-        return Setting(
-            self.model.config, self.model.device, request.options.filters, request.streams
-        )
+        return Setting(self.model.config, self.model.device, request.params, request.streams)
 
     def _leave(self, number: int) -> None:
         """Gives a row back; as in the cache, the last one takes its place."""

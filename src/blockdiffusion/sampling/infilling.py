@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -28,10 +28,10 @@ from blockdiffusion.sampling.loop import (
     BlockBatch,
     DoneEvent,
     Event,
-    SamplingOptions,
     check_given,
     denoise_block,
 )
+from blockdiffusion.sampling.params import SamplingParams
 from blockdiffusion.sampling.requests import as_ids, as_list, with_bos
 from blockdiffusion.sampling.sliding import has_one_block
 from blockdiffusion.text import Given, encode_behind, encode_text
@@ -118,13 +118,13 @@ def _masks(number: str | None) -> int:
 def fill_events(
     model: Denoiser,
     templates: Sequence[Sequence[int]],
-    options: SamplingOptions,
+    params: SamplingParams,
     generator: torch.Generator,
 ) -> Iterator[Event]:
     """Fills the masks of every template (ids, see `prepare_templates`).
 
     The events of `sample_events`; `DoneEvent.prompt_lengths` counts the given tokens, wherever they
-    stand. `options.max_new_tokens` is 0, and `eos_id` is not read: a template has its length.
+    stand. `max_new_tokens` and `eos` are not read: a template has its length.
 
     Raises:
         UserError: an autoregressive network, or a template beyond the row of a model of one block.
@@ -134,17 +134,17 @@ def fill_events(
             "this model is autoregressive: it sees what stands before a token only, and cannot "
             "fill what is missing; use generate, or a model that denoises"
         )
-    check_given(model, templates, options, masks=True)
+    check_given(model, templates, params, 0, masks=True)
     length, longest = model.config.seq_len, max(map(len, templates))
     if has_one_block(model) and longest > length:
         raise UserError(
             f"a template has {longest} tokens, more than the one block of this model, which has "
             f"{length}; shorten it"
         )
-    state = _TemplateBatch(model, templates, options, generator)
+    state = _TemplateBatch(model, templates, params, generator)
     while state.active.numel():
-        yield from denoise_block(model, state, options)
-        yield state.finish_block(None)
+        yield from denoise_block(model, state, params)
+        yield state.finish_block()
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.given_B, state.nfe_B)
 
 
@@ -155,7 +155,7 @@ class _TemplateBatch(BlockBatch):
         self,
         model: Denoiser,
         templates: Sequence[Sequence[int]],
-        options: SamplingOptions,
+        params: SamplingParams,
         generator: torch.Generator,
     ):
         size, mask_id = model.config.block_size, model.config.mask_id
@@ -166,7 +166,7 @@ class _TemplateBatch(BlockBatch):
             for row in templates
         ]  # fmt: skip
         self.given_B = torch.tensor([sum(token != mask_id for token in row) for row in templates])
-        super().__init__(model, templates, options, generator)
+        super().__init__(model, templates, replace(params, eos=False), generator, 0)
 
     def first_starts(self) -> torch.Tensor:
         """See `BlockBatch`."""

@@ -9,7 +9,7 @@ line, `generate` and the pictures all consume the same events.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -17,31 +17,9 @@ from blockdiffusion.diffusion.denoiser import Denoiser, NextTokenModel
 from blockdiffusion.errors import UserError
 from blockdiffusion.runtime.hardware import check_memory
 from blockdiffusion.sampling.context import CachedContext, RecomputedContext
-from blockdiffusion.sampling.logits import Filters
-from blockdiffusion.sampling.policies import FirstHitting, Policy
-from blockdiffusion.sampling.processes import Process, Setting, as_process
+from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.sampling.processes import Setting, as_process
 from blockdiffusion.sampling.streams import row_streams
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """What to sample, and how.
-
-    Attributes:
-        max_new_tokens: tokens after the prompt (and BOS); a row may stop earlier at EOS.
-        policy: which tokens a pass reveals, or any other process that fits the network.
-        filters: temperature, top-k, top-p.
-        eos_id: a sampled token of this id ends its row; None = rows never end early.
-        window: a token sees the last `window` tokens, its own block included; None = all.
-        use_cache: keep keys and values of finished blocks (same result, less work).
-    """
-
-    max_new_tokens: int
-    policy: Policy | Process = field(default_factory=FirstHitting)
-    filters: Filters = field(default_factory=Filters)
-    eos_id: int | None = None
-    window: int | None = None
-    use_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,26 +78,26 @@ Event = StepEvent | BlockEvent | DoneEvent
 def sample_events(
     model: Denoiser,
     prompts: Sequence[Sequence[int]],
-    options: SamplingOptions,
+    params: SamplingParams,
     generator: torch.Generator,
 ) -> Iterator[Event]:
     """Samples a continuation of every prompt (ids; may be empty or ragged)."""
-    check_request(model, prompts, options)
-    state = BlockBatch(model, prompts, options, generator)
+    check_request(model, prompts, params)
+    state = BlockBatch(model, prompts, params, generator)
     while state.active.numel():
-        yield from denoise_block(model, state, options)
-        yield state.finish_block(options.eos_id)
+        yield from denoise_block(model, state, params)
+        yield state.finish_block()
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
 
 
 def denoise_block(
-    model: Denoiser, state: BlockBatch, options: SamplingOptions
+    model: Denoiser, state: BlockBatch, params: SamplingParams
 ) -> Iterator[StepEvent]:
     """Takes the current block of all active rows from noise to text."""
     block_RS, open_RS, kept_RS = state.open_block()
     streams = state.streams.of(state.active)
-    setting = Setting(model.config, model.device, options.filters, streams)
-    course = as_process(options.policy).begin(open_RS, setting)
+    setting = Setting(model.config, model.device, params, streams)
+    course = as_process(params.sampler).begin(open_RS, setting)
     block_RS = course.fill(block_RS)
     ended_R = torch.zeros(len(block_RS), dtype=torch.bool)
     step = 0
@@ -142,9 +120,9 @@ def denoise_block(
             changes.ids,
             changes.confidences,
         )
-        if options.eos_id is not None:
+        if state.eos_id is not None:
             ended_R |= _decided_up_to_eos(
-                block_RS.cpu(), course.undecided_RS, state.new_RS, options.eos_id
+                block_RS.cpu(), course.undecided_RS, state.new_RS, state.eos_id
             )
         step += 1
     state.block_RS = block_RS
@@ -166,14 +144,17 @@ class BlockBatch:
         self,
         model: Denoiser,
         prompts: Sequence[Sequence[int]],
-        options: SamplingOptions,
+        params: SamplingParams,
         generator: torch.Generator,
+        new_tokens: int | None = None,
     ):
+        new_tokens = params.max_new_tokens if new_tokens is None else new_tokens
         self.size = model.config.block_size
         self.streams = row_streams(generator, prompts, self.size)
         self.mask_id = model.config.mask_id
+        self.eos_id = eos_of(model, params)
         self.prompts_B = torch.tensor([len(p) for p in prompts])
-        self.limits_B = self.prompts_B + options.max_new_tokens
+        self.limits_B = self.prompts_B + new_tokens
         shape = (len(prompts), self.columns())
         self.ids_BT = torch.full(shape, self.mask_id, device=model.device)
         for row, prompt in enumerate(prompts):
@@ -181,7 +162,7 @@ class BlockBatch:
         self.ends_B = self.prompts_B.clone()
         self.active = torch.arange(len(prompts))
         self.starts_R = self.first_starts()
-        self.context = self.past(model, options)
+        self.context = self.past(model, params)
         self.nfe_B = self.context.read_on(self.ids_BT, self.starts_R)
         self.block_RS = self.new_RS = torch.empty(0)
 
@@ -189,11 +170,11 @@ class BlockBatch:
         """Tokens of the longest row, whole blocks."""
         return -(-int(self.limits_B.max()) // self.size) * self.size
 
-    def past(self, model: Denoiser, options: SamplingOptions) -> CachedContext | RecomputedContext:
+    def past(self, model: Denoiser, params: SamplingParams) -> CachedContext | RecomputedContext:
         """The clean past of all rows, empty."""
-        kind = CachedContext if options.use_cache else RecomputedContext
+        kind = CachedContext if params.use_cache else RecomputedContext
         rows, longest = self.ids_BT.shape
-        return kind(model, rows, longest, options.window)
+        return kind(model, rows, longest, params.window)
 
     def first_starts(self) -> torch.Tensor:
         """Where every row's first block with something to sample begins."""
@@ -212,7 +193,7 @@ class BlockBatch:
         kept_RS = position_RS < self.limits_B[self.active, None]
         return block_RS, self.new_RS.clone(), kept_RS
 
-    def finish_block(self, eos_id: int | None) -> BlockEvent:
+    def finish_block(self) -> BlockEvent:
         """Stores the block, cuts at EOS or the limit, and lets finished rows leave."""
         rows, starts_R = self.active, self.starts_R
         position_RS = starts_R[:, None] + torch.arange(self.size)
@@ -222,8 +203,8 @@ class BlockBatch:
         next_R = self.next_starts()
         done_R = next_R >= self.limits_B[rows]
         ends_R = torch.where(done_R, self.limits_B[rows], starts_R + self.size)
-        if eos_id is not None:
-            is_eos_RS = (block_RS == eos_id) & self.new_RS & (position_RS < ends_R[:, None])
+        if self.eos_id is not None:
+            is_eos_RS = (block_RS == self.eos_id) & self.new_RS & (position_RS < ends_R[:, None])
             has_eos_R = is_eos_RS.any(1)
             after_R = starts_R + is_eos_RS.long().argmax(1) + 1
             ends_R = torch.where(has_eos_R, after_R, ends_R)
@@ -253,6 +234,11 @@ class BlockBatch:
             self.nfe_B[rows] += self.context.read_on(given_RT, ahead_R)
 
 
+def eos_of(model: Denoiser | NextTokenModel, params: SamplingParams) -> int | None:
+    """A sampled token of this id ends its row; None: rows never end early."""
+    return model.config.eos_id if params.eos else None
+
+
 def check_window(window: int | None, block_size: int) -> None:
     if window is not None and window < block_size:
         raise UserError(
@@ -274,17 +260,16 @@ def check_room(
 
 
 def check_request(
-    model: Denoiser | NextTokenModel, prompts: Sequence[Sequence[int]], options: SamplingOptions
+    model: Denoiser | NextTokenModel, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> None:
-    if options.max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
-    check_given(model, prompts, options)
+    check_given(model, prompts, params, params.max_new_tokens)
 
 
 def check_given(
     model: Denoiser | NextTokenModel,
     rows: Sequence[Sequence[int]],
-    options: SamplingOptions,
+    params: SamplingParams,
+    new_tokens: int,
     masks: bool = False,
 ) -> None:
     """Refuses what cannot be given: too long for the window, or ids that the model does not have;
@@ -292,8 +277,8 @@ def check_given(
     config = model.config
     if not len(rows):
         raise UserError("there is no prompt; give at least one, which may be empty")
-    window = options.window
-    longest = max(map(len, rows)) + options.max_new_tokens
+    window = params.window
+    longest = max(map(len, rows)) + new_tokens
     check_room(model, len(rows), longest, window, "lower num_samples or max_new_tokens")
     check_window(window, config.block_size)
     for row in rows:

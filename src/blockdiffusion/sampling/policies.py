@@ -7,15 +7,13 @@ predicts is thrown away, whether or not the network reads the time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from blockdiffusion.diffusion.schedules import Linear, Schedule
 from blockdiffusion.errors import UserError
-from blockdiffusion.limits import check_limits
 from blockdiffusion.sampling.streams import RowStreams
 
 
@@ -124,41 +122,3 @@ def check_tokens_per_step(tokens: int, block_size: int | None = None) -> None:
     most = "" if block_size is None else f" and at most {block_size}, the tokens of a block"
     if tokens < 1 or (block_size is not None and tokens > block_size):
         raise UserError(f"tokens_per_step is {tokens}; it must be at least 1{most}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicySettings:
-    """What the names of policies may need.
-
-    Attributes:
-        steps: passes of a block. schedule: how they are spread over the noise.
-        tokens_per_step: tokens that a pass reveals.
-        threshold: of what a prediction must have to be revealed.
-        remask: share of the largest possible rate at which decided tokens are masked again.
-    """
-
-    steps: int | None = None
-    schedule: str | None = None
-    tokens_per_step: int | None = None
-    threshold: float | None = None
-    remask: float | None = None
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-
-    def check_read(self, name: str, reads: Mapping[str, Sequence[str]]) -> None:
-        """Refuses what the policy `name` has no use for; `reads`: what each policy reads."""
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is not None and item.name not in reads[name]:
-                readers = [other for other, read in reads.items() if item.name in read]
-                advice = f", or take {_either(readers)}" if readers else ""
-                raise UserError(
-                    f"{item.name} is {value}, which has no meaning for the policy {name}; leave it "
-                    f"out{advice}"
-                )
-
-
-def _either(names: Sequence[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last

@@ -28,17 +28,16 @@ from blockdiffusion.diffusion.objectives import DiscreteTime
 from blockdiffusion.diffusion.schedules import Linear, Schedule, make_schedule, noise_level
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.sampling.logits import (
-    Filters,
     draw_columns,
     draw_tokens,
     filtered_probs,
     probabilities,
 )
+from blockdiffusion.sampling.params import SamplingParams
 from blockdiffusion.sampling.policies import (
     Ancestral,
     FirstHitting,
     Policy,
-    PolicySettings,
     RandomOrder,
     TimedPolicy,
     check_tokens_per_step,
@@ -52,12 +51,12 @@ Place = tuple[torch.Tensor, torch.Tensor]  # rows and slots, (M,) each, on the C
 
 
 class Setting(NamedTuple):
-    """What draws in a block depend on: the network's configuration and device, filters, and the
+    """What draws in a block depend on: the network's configuration and device, the options, and the
     random numbers of the block's rows."""
 
     config: Any
     device: torch.device
-    filters: Filters
+    params: SamplingParams
     streams: RowStreams
 
 
@@ -166,7 +165,7 @@ class _PlannedCourse:
     def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
         setting = self.setting
         token_M, confidence_M = draw_tokens(
-            logits_MV, setting.config.mask_id, setting.filters, setting.streams.at(place_M[0])
+            logits_MV, setting.config.mask_id, setting.params, setting.streams.at(place_M[0])
         )
         self.undecided_RS[place_M] = False
         self.step += 1
@@ -205,7 +204,7 @@ class MostCertain:
     def __post_init__(self) -> None:
         if (self.tokens_per_step is None) == (self.threshold is None):
             raise UserError(
-                f"the policy {self.name} needs either tokens_per_step or threshold; give one"
+                f"the sampler {self.name} needs either tokens_per_step or threshold; give one"
             )
         if self.tokens_per_step is not None:
             check_tokens_per_step(self.tokens_per_step)
@@ -278,7 +277,7 @@ class _MostCertainCourse:
         token_M, confidence_M = draw_tokens(
             _rows(logits_MV, chosen_M),
             setting.config.mask_id,
-            setting.filters,
+            setting.params,
             setting.streams.at(row_M),
         )
         self.undecided_RS[row_M, slot_M] = False
@@ -349,7 +348,7 @@ class _RemaskingCourse:
     def decide(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Changes:
         mask_id = self.setting.config.mask_id
         token_M, confidence_M = draw_tokens(
-            logits_MV, mask_id, self.setting.filters, self.setting.streams.at(place_M[0])
+            logits_MV, mask_id, self.setting.params, self.setting.streams.at(place_M[0])
         )
         # No row leaves before the last step: all that is forgotten is in a row that goes on.
         row_F, slot_F = self.forgotten_RS.nonzero(as_tuple=True)
@@ -423,7 +422,7 @@ class _AnalyticCourse:
         token_M, confidence_M = draw_tokens(
             _rows(logits_MV, revealed_M),
             config.mask_id,
-            self.setting.filters,
+            self.setting.params,
             streams.at(row_M),
         )
         self.undecided_RS[row_M, slot_M] = False
@@ -476,7 +475,7 @@ class _UniformCourse:
         mask_id = self.setting.config.mask_id
         now, then = self.prob[self.step], self.prob[self.step + 1]
         prob_MV = probabilities(exclude_mask_token_(logits_MV, mask_id))
-        clean_MV = filtered_probs(prob_MV, self.setting.filters)
+        clean_MV = filtered_probs(prob_MV, self.setting.params)
         reverse_MV = uniform_reverse(clean_MV, ids_M, 1 - now, 1 - then, mask_id)
         token_M = draw_columns(reverse_MV, self.setting.streams.at(place_M[0]))
         confidence_M = prob_MV.gather(-1, token_M[:, None])[:, 0]
@@ -515,16 +514,15 @@ def as_process(policy: Policy | Process) -> Process:
     return policy if isinstance(policy, Process) else Planned(policy)
 
 
-def make_process(
-    config: Any, policy: str | None = None, settings: PolicySettings | None = None
-) -> Policy | Process:
-    """The process called `policy`, or the usual one, of a network of this configuration.
+def make_process(config: Any, params: SamplingParams | None = None) -> Policy | Process:
+    """The process that `params` name, or the usual one, of a network of this configuration.
 
     Raises:
         UserError: the network's objective has no such process, or not with these settings.
     """
-    name = None if policy is None else policy.replace("_", "-")
-    made = _MAKERS[config.objective](config, name, settings or PolicySettings())
+    params = params or SamplingParams()
+    name = None if params.sampler is None else params.sampler.replace("_", "-")
+    made = _MAKERS[config.objective](config, name, params)
     check_fits(made, config)
     return made
 
@@ -536,54 +534,54 @@ def check_fits(policy: Policy | Process, config: Any) -> None:
         UserError: it reads too many tokens at a time, or the network reads times it does not tell.
     """
     streams = RowStreams([bytes(16)], config.block_size)
-    setting = Setting(config, torch.device("cpu"), Filters(), streams)
+    setting = Setting(config, torch.device("cpu"), SamplingParams(), streams)
     as_process(policy).begin(torch.ones(1, config.block_size, dtype=torch.bool), setting)
 
 
-def _masked(config: Any, name: str | None, settings: PolicySettings) -> Policy | Process:
+def _masked(config: Any, name: str | None, params: SamplingParams) -> Policy | Process:
     name = "first-hitting" if name is None else name
     if name not in _MASKED:
-        raise UserError(f"unknown policy {shown(name)}; known: {', '.join(sorted(_MASKED))}")
-    settings.check_read(name, {other: reads for other, (reads, _) in _MASKED.items()})
-    return _MASKED[name][1](name, settings)
+        raise UserError(f"unknown sampler {shown(name)}; known: {', '.join(sorted(_MASKED))}")
+    params.check_read(name, {other: reads for other, (reads, _) in _MASKED.items()})
+    return _MASKED[name][1](name, params)
 
 
-def _first_hitting(name: str, settings: PolicySettings) -> Policy:
+def _first_hitting(name: str, params: SamplingParams) -> Policy:
     return FirstHitting()
 
 
-def _ancestral(name: str, settings: PolicySettings) -> Policy:
-    return Ancestral(_needed_steps(name, settings), make_schedule(settings.schedule or "linear"))
+def _ancestral(name: str, params: SamplingParams) -> Policy:
+    return Ancestral(_needed_steps(name, params), make_schedule(params.schedule or "linear"))
 
 
-def _random(name: str, settings: PolicySettings) -> Policy:
-    if settings.tokens_per_step is None:
+def _random(name: str, params: SamplingParams) -> Policy:
+    if params.tokens_per_step is None:
         raise UserError(
-            "the policy random needs the number of tokens of a pass: give tokens_per_step"
+            "the sampler random needs the number of tokens of a pass: give tokens_per_step"
         )
-    return RandomOrder(settings.tokens_per_step)
+    return RandomOrder(params.tokens_per_step)
 
 
-def _most_certain(name: str, settings: PolicySettings) -> Process:
-    return MostCertain(name, settings.tokens_per_step, settings.threshold)  # type: ignore[arg-type]
+def _most_certain(name: str, params: SamplingParams) -> Process:
+    return MostCertain(name, params.tokens_per_step, params.threshold)  # type: ignore[arg-type]
 
 
-def _remasking(name: str, settings: PolicySettings) -> Process:
+def _remasking(name: str, params: SamplingParams) -> Process:
     return Remasking(
-        _needed_steps(name, settings),
-        1.0 if settings.remask is None else settings.remask,
-        make_schedule(settings.schedule or "linear"),
+        _needed_steps(name, params),
+        1.0 if params.remask is None else params.remask,
+        make_schedule(params.schedule or "linear"),
     )
 
 
-def _needed_steps(name: str, settings: PolicySettings) -> int:
-    if settings.steps is None:
-        raise UserError(f"the policy {name} needs a number of steps per block: give steps")
-    return settings.steps
+def _needed_steps(name: str, params: SamplingParams) -> int:
+    if params.steps is None:
+        raise UserError(f"the sampler {name} needs a number of steps per block: give steps")
+    return params.steps
 
 
-_Maker = Callable[[str, PolicySettings], Policy | Process]
-# The policies of masked diffusion: the settings that each reads, and who makes it.
+_Maker = Callable[[str, SamplingParams], Policy | Process]
+# The samplers of masked diffusion: the settings that each reads, and who makes it.
 _MASKED: dict[str, tuple[tuple[str, ...], _Maker]] = {
     "first-hitting": ((), _first_hitting),
     "ancestral": (("steps", "schedule"), _ancestral),
@@ -595,30 +593,30 @@ _MASKED: dict[str, tuple[tuple[str, ...], _Maker]] = {
 }
 
 
-def _score_entropy(config: Any, name: str | None, settings: PolicySettings) -> Policy | Process:
+def _score_entropy(config: Any, name: str | None, params: SamplingParams) -> Policy | Process:
     if name not in (None, "analytic"):
         raise UserError(
-            f"policy is {name}, but a network of score entropy (SEDD) is sampled by its scores; "
+            f"sampler is {name}, but a network of score entropy (SEDD) is sampled by its scores; "
             "use analytic"
         )
-    settings.check_read("analytic", {"analytic": ("steps", "schedule")})
-    steps = config.block_size if settings.steps is None else settings.steps
-    return Analytic(steps, make_schedule(settings.schedule or "linear"))
+    params.check_read("analytic", {"analytic": ("steps", "schedule")})
+    steps = config.block_size if params.steps is None else params.steps
+    return Analytic(steps, make_schedule(params.schedule or "linear"))
 
 
-def _d3pm(config: Any, name: str | None, settings: PolicySettings) -> Policy | Process:
+def _d3pm(config: Any, name: str | None, params: SamplingParams) -> Policy | Process:
     if name not in (None, "ancestral"):
         raise UserError(
-            f"policy is {name}, but a d3pm network is sampled by its own steps; use ancestral"
+            f"sampler is {name}, but a d3pm network is sampled by its own steps; use ancestral"
         )
-    if settings.schedule is not None:
+    if params.schedule is not None:
         raise UserError(
-            f"schedule is {settings.schedule}, but a d3pm network has its own "
+            f"schedule is {params.schedule}, but a d3pm network has its own "
             f"({config.noise_schedule}); leave it out"
         )
-    settings.check_read("ancestral", {"ancestral": ("steps",)})
+    params.check_read("ancestral", {"ancestral": ("steps",)})
     kind = UniformReverse if config.transition == "uniform" else Ancestral
-    steps = config.timesteps if settings.steps is None else settings.steps
+    steps = config.timesteps if params.steps is None else params.steps
     return kind(steps, DiscreteTime(config).schedule)
 
 

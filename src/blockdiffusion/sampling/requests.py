@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -11,17 +12,11 @@ import torch
 from blockdiffusion.diffusion.denoiser import Denoiser, bos_id, is_autoregressive
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import check_limit
-from blockdiffusion.sampling.logits import Filters, TopPRule
-from blockdiffusion.sampling.loop import SamplingOptions
-from blockdiffusion.sampling.policies import FirstHitting, Policy, PolicySettings
+from blockdiffusion.sampling.params import SETTINGS, SamplingParams
 from blockdiffusion.sampling.processes import Process, check_fits, make_process
 from blockdiffusion.text import Given, encode_text
 
 Prompt = str | Sequence[int] | torch.Tensor
-CHECKED = (
-    "max_new_tokens", "top_k", "window", "steps", "tokens_per_step", "temperature", "top_p",
-    "threshold", "remask",
-)  # fmt: skip
 
 
 def prepare_prompts(
@@ -42,57 +37,27 @@ def with_bos(
     return [row for row in rows for _ in range(num_samples)]
 
 
-def sampling_options(
-    model: Denoiser,
-    *,
-    max_new_tokens: int,
-    eos: bool = True,
-    policy: str | Policy | Process | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    top_p_rule: TopPRule = "transformers",
-    use_cache: bool = True,
-    window: int | None = None,
-    **settings: Any,
-) -> SamplingOptions:
-    """The options of `stream` for this model; `settings` are those of `PolicySettings`.
+def resolved(model: Denoiser, params: SamplingParams) -> SamplingParams:
+    """`params` with the sampler as an object, for this model.
 
     Raises:
-        UserError: one is out of range, or not of this kind of model.
+        UserError: they do not fit this kind of model.
     """
-    given = settings | dict(max_new_tokens=max_new_tokens, window=window)
-    given |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    for name in CHECKED:
-        if not (name == "max_new_tokens" and given[name] == 0):  # which `check_request` refuses
-            check_limit(name, given.get(name))
+    sampler = params.sampler
+    settings = {name: getattr(params, name) for name in SETTINGS}
     if is_autoregressive(model):
-        refuse_masks(policy=policy, **settings)
-    return SamplingOptions(
-        max_new_tokens=max_new_tokens,
-        policy=_policy(model, policy, PolicySettings(**settings)),
-        filters=Filters(temperature=temperature, top_k=top_k, top_p=top_p, top_p_rule=top_p_rule),
-        eos_id=model.config.eos_id if eos else None,
-        window=window,
-        use_cache=use_cache,
-    )
-
-
-def _policy(
-    model: Denoiser, policy: str | Policy | Process | None, settings: PolicySettings
-) -> Policy | Process:
-    if is_autoregressive(model):
-        return FirstHitting()  # not read
-    if isinstance(policy, str | None):
-        return make_process(model.config, policy, settings)
-    if not isinstance(policy, Process) and not hasattr(policy, "plan"):
-        raise UserError(f"policy is {shown(policy)}; it must be a name, a Policy or a Process")
-    if settings != PolicySettings():
+        refuse_masks(sampler=sampler, **settings, stride=params.stride)
+        return params
+    if isinstance(sampler, str | None):
+        return replace(params, sampler=make_process(model.config, params))
+    if not isinstance(sampler, Process) and not hasattr(sampler, "plan"):
+        raise UserError(f"sampler is {shown(sampler)}; it must be a name, a Policy or a Process")
+    if any(value is not None for value in settings.values()):
         raise UserError(
-            "steps, schedule and the like go with a policy's name; this policy object has its own"
+            "steps, schedule and the like go with a sampler's name; this object has its own"
         )
-    check_fits(policy, model.config)
-    return policy
+    check_fits(sampler, model.config)
+    return params
 
 
 def refuse_masks(**options: object) -> None:

@@ -23,10 +23,10 @@ from blockdiffusion.sampling.loop import (
     BlockEvent,
     DoneEvent,
     Event,
-    SamplingOptions,
     check_request,
     denoise_block,
 )
+from blockdiffusion.sampling.params import SamplingParams
 
 
 def has_one_block(model: Denoiser) -> bool:
@@ -38,17 +38,16 @@ def has_one_block(model: Denoiser) -> bool:
 def sample_sliding(
     model: Denoiser,
     prompts: Sequence[Sequence[int]],
-    options: SamplingOptions,
+    params: SamplingParams,
     generator: torch.Generator,
-    stride: int | None = None,
 ) -> Iterator[Event]:
     """Samples a continuation of every prompt (ids; may be empty, ragged, or longer than L).
 
     Args:
-        options: `window` must be None or L, which is what a frame is; a block of a `BlockEvent` is
-            a frame, with the tokens it began with.
-        stride: masked tokens that a slide adds, 1..L; None = half of L. With a stride of L nothing
-            is kept, and the text is made of independent rows.
+        params: `window` must be None or L, which is what a frame is; a block of a `BlockEvent` is
+            a frame, with the tokens it began with. `stride` masked tokens are added by a slide,
+            1..L; None = half of L. With a stride of L nothing is kept, and the text is made of
+            independent rows.
 
     Raises:
         UserError: a model of several blocks, or a stride or window out of range.
@@ -59,20 +58,19 @@ def sample_sliding(
             f"stride is for models of one block, and this one has blocks of {size} tokens in rows "
             f"of {model.config.seq_len}; leave it out"
         )
-    if stride is None:
-        stride = max(1, size // 2)
+    stride = max(1, size // 2) if params.stride is None else params.stride
     if not 1 <= stride <= size:
         raise UserError(f"stride is {stride}; it must be from 1 to the {size} tokens of the block")
-    if options.window not in (None, size):
+    if params.window not in (None, size):
         raise UserError(
-            f"the window is {options.window}, but a model of one block writes longer texts by "
+            f"the window is {params.window}, but a model of one block writes longer texts by "
             f"sliding that block, so that a token sees at most its {size} tokens; leave window out"
         )
-    check_request(model, prompts, replace(options, window=None))
-    state = _SlidingBatch(model, prompts, options, generator, stride)
+    check_request(model, prompts, replace(params, window=None))
+    state = _SlidingBatch(model, prompts, params, generator, stride)
     while state.active.numel():
-        yield from denoise_block(model, state, options)
-        yield state.finish_block(options.eos_id)
+        yield from denoise_block(model, state, params)
+        yield state.finish_block()
     yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
 
 
@@ -93,18 +91,18 @@ class _SlidingBatch(BlockBatch):
         self,
         model: Denoiser,
         prompts: Sequence[Sequence[int]],
-        options: SamplingOptions,
+        params: SamplingParams,
         generator: torch.Generator,
         stride: int,
     ):
         self.stride = stride
-        super().__init__(model, prompts, options, generator)
+        super().__init__(model, prompts, params, generator)
 
     def columns(self) -> int:
         """See `BlockBatch`; the last frame may stick out."""
         return max(int(self.limits_B.max()) + self.stride, self.size)
 
-    def past(self, model: Denoiser, options: SamplingOptions) -> CachedContext:
+    def past(self, model: Denoiser, params: SamplingParams) -> CachedContext:
         """See `BlockBatch`."""
         return _Frame(model, len(self.ids_BT), self.size, None)
 
@@ -121,8 +119,8 @@ class _SlidingBatch(BlockBatch):
         self.new_RS = position_RS >= self.ends_B[self.active, None]
         return block_RS, self.new_RS.clone(), kept_RS
 
-    def finish_block(self, eos_id: int | None) -> BlockEvent:
+    def finish_block(self) -> BlockEvent:
         """Stores the frame, cuts at EOS or the limit, and slides the rows that go on."""
-        event = super().finish_block(eos_id)
+        event = super().finish_block()
         self.starts_R = self.starts_R - self.size + self.stride
         return event

@@ -32,23 +32,27 @@ from blockdiffusion.files.records import (
 from blockdiffusion.limits import MOST_COUNT, check_limits
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.runtime.distributed import ALONE, Team
-from blockdiffusion.runtime.seeding import derive_seed, seeded
+from blockdiffusion.runtime.seeding import derive_seed
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
-from blockdiffusion.sampling.logits import Filters, TopPRule
+from blockdiffusion.sampling.params import FIELDS, SETTINGS, SamplingParams
 from blockdiffusion.text import whole_text
 
 STREAM = "generate-eval"
+# What a sample depends on, by the names and in the order of the first files that tell it.
+IDENTITY = {"max_new_tokens": "max_new_tokens", "eos": "eos", "policy": "sampler"} | {
+    name: name
+    for name in (*SETTINGS, "temperature", "top_k", "top_p", "top_p_rule", "use_cache", "window")
+}
 MOST_TRIES = 10  # samples drawn for each one that a guard lets through
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawOptions:
-    """How samples are drawn, from nothing (or a BOS); see `sampling.stream`.
+class DrawOptions(SamplingParams):
+    """How samples are drawn, from nothing (or a BOS).
 
     Attributes:
         num_samples: samples to have; only those of a last, short batch depend on it.
-        policy: None: the usual one of the network.
         batch_size: samples drawn together. They share a random stream, so a sample depends on it.
         int8: by a copy of the network in 8 bits: an approximation; see `models.inference`.
     """
@@ -57,35 +61,7 @@ class DrawOptions:
     max_new_tokens: int = 256
     batch_size: int = 16
     seed: int = 0
-    bos: bool | None = None
-    eos: bool = True
-    policy: str | None = None
-    steps: int | None = None
-    schedule: str | None = None
-    tokens_per_step: int | None = None
-    threshold: float | None = None
-    remask: float | None = None
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    top_p_rule: TopPRule = "transformers"
-    use_cache: bool = True
-    window: int | None = None
     int8: bool = False
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-        Filters(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            top_p_rule=self.top_p_rule,
-        )
-
-    def sampling(self) -> dict[str, Any]:
-        """The arguments of `sampling.stream` that change the law or the draw."""
-        own = {"num_samples", "batch_size", "seed", "bos", "int8"}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,9 +243,10 @@ def _draw_batch(
     events = stream(
         model,
         prompts,
+        SamplingParams(**{name: getattr(options, name) for name in FIELDS}),
+        num_samples=1,
         bos=False,  # already in the prompts
-        generator=seeded(derive_seed(options.seed, STREAM, first)),
-        **options.sampling(),
+        seed=derive_seed(options.seed, STREAM, first),
     )
     for event in events:
         if isinstance(event, BlockEvent):
@@ -324,9 +301,8 @@ def identity(model: Any, options: DrawOptions) -> str:
     """Everything that a sample depends on but its number, as a hash."""
     bos = model.config.bos if options.bos is None else options.bos
     precision = ["int8"] if options.int8 else []
-    return fingerprint(
-        model, options.sampling(), options.seed, options.batch_size, bool(bos), *precision
-    )
+    sampling = {name: getattr(options, new) for name, new in IDENTITY.items()}
+    return fingerprint(model, sampling, options.seed, options.batch_size, bool(bos), *precision)
 
 
 class SampleFile:

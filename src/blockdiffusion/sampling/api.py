@@ -1,0 +1,197 @@
+"""`generate` for whole results, `stream` for events as they happen, `infill` for gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
+from blockdiffusion.errors import UserError
+from blockdiffusion.runtime.seeding import fresh_seed, seeded
+from blockdiffusion.sampling.autoregressive import sample_next_tokens
+from blockdiffusion.sampling.infilling import fill_events, prepare_templates
+from blockdiffusion.sampling.logits import refuse_masks_written
+from blockdiffusion.sampling.loop import DoneEvent, Event, sample_events
+from blockdiffusion.sampling.params import SamplingParams, as_params
+from blockdiffusion.sampling.requests import (
+    Prompt,
+    as_list,
+    given_prompt,
+    prepare_prompts,
+    resolved,
+)
+from blockdiffusion.sampling.sliding import has_one_block, sample_sliding
+from blockdiffusion.text import Given, whole_text
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Finished samples.
+
+    Attributes:
+        sequences: int64 (B, longest), BOS and prompt included, padded at the right with EOS (0
+            where the model has none).
+        lengths: int64 (B,), tokens of each row before padding.
+        prompt_lengths: int64 (B,), tokens that were given (BOS and prompt).
+        texts: of each row, the prompt as it was given (of ids: decoded) and what is new, without
+            special tokens; None without a tokenizer.
+        nfe: int64 (B,), network passes each row took part in, commits included, a fused pass once.
+        tokens_per_forward: float64 (B,), new tokens per network pass.
+    """
+
+    sequences: torch.Tensor
+    lengths: torch.Tensor
+    prompt_lengths: torch.Tensor
+    texts: list[str] | None
+    nfe: torch.Tensor
+    tokens_per_forward: torch.Tensor
+
+
+def stream(
+    model: Denoiser,
+    prompts: Prompt | Sequence[Prompt] | None = None,
+    params: SamplingParams | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Iterator[Event]:
+    """Events of sampling: tokens as they are decided, blocks as they are finished.
+
+    Takes the arguments of `generate`.
+
+    Yields:
+        `StepEvent` for each pass, `BlockEvent` for each block, then one `DoneEvent`.
+
+    Raises:
+        UserError: see `generate`.
+    """
+    params = resolved(model, as_params(params, **options))
+    generator = _source(params.seed, generator)
+    rows = prepare_prompts(model, prompts, params.num_samples, params.bos)
+    longest = max(map(len, rows), default=0) + params.max_new_tokens
+    if is_autoregressive(model):
+        yield from sample_next_tokens(model, rows, params, generator)
+    elif params.stride is not None or (has_one_block(model) and longest > model.config.seq_len):
+        yield from sample_sliding(model, rows, params, generator)
+    else:
+        yield from sample_events(model, rows, params, generator)
+
+
+def generate(
+    model: Denoiser,
+    prompts: Prompt | Sequence[Prompt] | None = None,
+    params: SamplingParams | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Generation:
+    """Samples continuations of prompts, or texts from nothing.
+
+    >>> generate(model, ["Once upon", "The"], num_samples=2, max_new_tokens=40, seed=1).texts
+    >>> generate(model, "Once upon", SamplingParams(top_p=0.9)).texts
+
+    Args:
+        model: from `blockdiffusion.load`, or any `Denoiser`.
+        prompts: a text or ids, or a list of them, of any lengths; None = from nothing.
+        params: how to sample; `options`, fields of `SamplingParams` by name, go before it.
+        generator: instead of a seed, the source of randomness itself (CPU).
+
+    Raises:
+        UserError: for options out of range or not of this kind of model, foreign ids, or a prompt
+            longer than the window.
+    """
+    if isinstance(prompts, Iterator):  # is read twice
+        prompts = list(prompts)
+    events = stream(model, prompts, params, generator=generator, **options)
+    return finish(model, events, as_list(prompts))
+
+
+def infill(
+    model: Denoiser,
+    templates: Prompt | Sequence[Prompt],
+    params: SamplingParams | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Generation:
+    """Fills what is missing in texts, given tokens anywhere; see `sampling.infilling`.
+
+    >>> infill(model, "The [MASK:3] sat on the [MASK].", num_samples=4).texts
+
+    Args:
+        model: from `blockdiffusion.load`, or any `Denoiser`.
+        templates: texts in which `[MASK]` stands for one missing token and `[MASK:5]` for five, or
+            ids with the mask token in their place; one or a list.
+        params, generator, options: as for `generate`. A template has its length, and no EOS ends
+            it: `max_new_tokens`, `eos` and `stride` are not read.
+
+    Returns:
+        Whole texts, in which the pieces of a text are as they were given; `prompt_lengths` counts
+        the given tokens, wherever they stand.
+
+    Raises:
+        UserError: for options as `generate`, an autoregressive model, a template without a mask or
+            with more masks than `sampling.infilling.MOST_MASKS`.
+    """
+    params = as_params(params, **options)
+    source = _source(params.seed, generator)
+    rows = prepare_templates(model, templates, params.num_samples, params.bos)
+    events = fill_events(model, [row.ids for row in rows], resolved(model, params), source)
+    return collect(model, _last(events), [row.given for row in rows])
+
+
+def _source(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
+    """The source of randomness: of the given seed, the given one, or one that is like no other."""
+    if seed is not None and generator is not None:
+        raise UserError("seed and generator are both given, and each is a source; leave one out")
+    if generator is None:
+        generator = seeded(fresh_seed() if seed is None else seed)
+    return generator
+
+
+def finish(model: Denoiser, events: Iterator[Event], prompts: Sequence[Any] = ()) -> Generation:
+    """Takes all events of a stream; its result. `prompts` are those whose samples it has."""
+    done = _last(events)
+    given = done.prompt_lengths.tolist()
+    samples = len(given) // max(1, len(prompts))  # of each prompt
+    return collect(
+        model,
+        done,
+        [
+            given_prompt(prompt, given[number * samples + sample])
+            for number, prompt in enumerate(prompts)
+            for sample in range(samples)
+        ],
+    )
+
+
+def _last(events: Iterator[Event]) -> DoneEvent:
+    return next(event for event in events if isinstance(event, DoneEvent))
+
+
+def collect(model: Denoiser, done: DoneEvent, given: Sequence[Sequence[Given]] = ()) -> Generation:
+    """The result of a finished stream; `given`: what of each row was given as text."""
+    longest = int(done.lengths.max())
+    pad_id = model.config.eos_id if model.config.eos_id is not None else 0
+    outside = torch.arange(longest) >= done.lengths[:, None]
+    refuse_masks_written(done.ids[:, :longest][~outside], model.config.mask_id)
+    sequences = done.ids[:, :longest].masked_fill(outside, pad_id)
+    texts = None
+    if model.tokenizer is not None:
+        texts = [
+            whole_text(model.tokenizer, row[:length].tolist(), texts_given)
+            for row, length, texts_given in zip(
+                sequences, done.lengths.tolist(), given or [()] * len(sequences), strict=True
+            )
+        ]
+    return Generation(
+        sequences=sequences,
+        lengths=done.lengths,
+        prompt_lengths=done.prompt_lengths,
+        texts=texts,
+        nfe=done.nfe,
+        tokens_per_forward=(done.lengths - done.prompt_lengths).double() / done.nfe,
+    )
