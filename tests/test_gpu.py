@@ -13,7 +13,7 @@ from blockdiffusion.diffusion.losses import exclude_mask_token_
 from blockdiffusion.models.attention import attend
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.models.masks import Streams
-from blockdiffusion.sampling.engine import Finished
+from blockdiffusion.sampling import Finished
 from blockdiffusion.sampling.logits import draw_tokens, filtered_probs
 from blockdiffusion.sampling.params import SamplingParams
 from tests.sampling.laws import DRAWS, FALSE_ALARM, law_of, p_value, seeded

@@ -8,8 +8,7 @@ import pytest
 import blockdiffusion
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import DoneEvent, Engine
-from blockdiffusion.sampling.engine import Finished
+from blockdiffusion.sampling import Engine, Finished
 from blockdiffusion.text import (
     Detokenizer,
     encode_behind,
@@ -210,9 +209,8 @@ def test_all_ways_to_sample_write_the_same_text(tokenizer, make_model):
         engine.submit(prompt, seed=seed, **options)
         assert [e.text for e in engine.run() if isinstance(e, Finished)] == [whole]
         *_, done = blockdiffusion.stream(model, prompt, seed=seed, **options)
-        assert isinstance(done, DoneEvent)
-        ids, given = done.ids[0, : done.lengths[0]].tolist(), int(done.prompt_lengths[0])
-        assert whole == whole_text(tokenizer, ids, [(0, given, prompt)])
+        assert isinstance(done, Finished) and done.text == whole
+        assert whole == whole_text(tokenizer, done.ids, [(0, done.prompt_tokens, prompt)])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,15 +25,28 @@ if TYPE_CHECKING:
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
-    from blockdiffusion.sampling import Engine, Generation, SamplingParams, generate, infill, stream
+    from blockdiffusion.sampling import (
+        BlockDone,
+        Engine,
+        Finished,
+        Generation,
+        SamplingParams,
+        TokensRevealed,
+        generate,
+        infill,
+        stream,
+    )
 
 _HOMES = {
+    "BlockDone": "blockdiffusion.sampling",
     "BlockDiffusionConfig": "blockdiffusion.models.transformer",
     "BlockDiffusionModel": "blockdiffusion.models.transformer",
     "Engine": "blockdiffusion.sampling",
+    "Finished": "blockdiffusion.sampling",
     "Generation": "blockdiffusion.sampling",
     "Likelihood": "blockdiffusion.evaluate.likelihood",
     "SamplingParams": "blockdiffusion.sampling",
+    "TokensRevealed": "blockdiffusion.sampling",
     "UserError": "blockdiffusion.errors",
     "generate": "blockdiffusion.sampling",
     "infill": "blockdiffusion.sampling",
@@ -45,10 +58,13 @@ _HOMES = {
 __all__ = [
     "BlockDiffusionConfig",
     "BlockDiffusionModel",
+    "BlockDone",
     "Engine",
+    "Finished",
     "Generation",
     "Likelihood",
     "SamplingParams",
+    "TokensRevealed",
     "UserError",
     "__version__",
     "generate",

@@ -7,7 +7,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import StepEvent
+from blockdiffusion.sampling import TokensRevealed
 from blockdiffusion.sampling.params import SamplingParams
 from blockdiffusion.sampling.policies import FirstHitting, RandomOrder
 from blockdiffusion.sampling.processes import MostCertain, Planned, Setting
@@ -211,7 +211,7 @@ def test_remasked_tokens_are_told(make_model):
         model, max_new_tokens=8, bos=False, sampler="remask", steps=12, generator=seeded()
     )
     for event in events:
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             for place, token in zip(event.positions.tolist(), event.ids.tolist(), strict=True):
                 masked_again += token == model.config.mask_id
                 text[place] = token

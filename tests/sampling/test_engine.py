@@ -10,7 +10,7 @@ import torch
 import blockdiffusion
 from blockdiffusion import Engine, UserError
 from blockdiffusion.models.inference import sampling_copy
-from blockdiffusion.sampling.engine import BlockDone, Finished, Revealed
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
 from tests.sampling.laws import FALSE_ALARM, law_of, p_value, seeded
 from tests.tiny import NOISES
 
@@ -80,8 +80,8 @@ def run_all(engine, wanted, arrivals=2):
         del pending[:arrivals]
         for event in engine.step():
             if isinstance(event, Finished):
-                assert event.id not in finished
-                finished[event.id] = event
+                assert event.row not in finished
+                finished[event.row] = event
     return finished
 
 
@@ -137,17 +137,19 @@ def test_events_tell_all_that_is_written(make_model):
     for prompt, options in requests(9, "masked", longest_prompt=9):
         text[engine.submit(prompt, **options)] = dict(enumerate(prompt))
     for event in engine.run():
-        if isinstance(event, Revealed):
+        if isinstance(event, TokensRevealed):
             assert all(0 < c <= 1 for c in event.confidences)
-            text[event.id].update(zip(event.positions, event.ids, strict=True))
+            (row,) = set(event.rows.tolist())
+            text[row].update(zip(event.positions.tolist(), event.ids.tolist(), strict=True))
         elif isinstance(event, BlockDone):
-            whole = [text[event.id][event.start + n] for n in range(len(event.ids))]
-            assert event.ids == whole
-            blocks.setdefault(event.id, []).extend(event.ids)
+            row, start, end = int(event.rows), int(event.starts), int(event.ends)
+            kept = event.ids[0, : end - start].tolist()
+            assert kept == [text[row][position] for position in range(start, end)]
+            blocks.setdefault(row, []).extend(kept)
         else:
-            assert [text[event.id][n] for n in range(len(event.ids))] == event.ids
+            assert [text[event.row][n] for n in range(len(event.ids))] == event.ids
             first = event.prompt_tokens // 4 * 4
-            assert blocks[event.id] == event.ids[first:]
+            assert blocks[event.row] == event.ids[first:]
             new = len(event.ids) - event.prompt_tokens
             assert event.tokens_per_forward == new / event.nfe > 0
 
@@ -162,7 +164,7 @@ def test_cancelled_requests_leave_the_others_alone(make_model):
     assert engine.cancel(0) and engine.cancel(4)  # one at work, one that waits
     assert not engine.cancel(0) and not engine.cancel(17)
     events += engine.run()
-    finished = {event.id: event for event in events if isinstance(event, Finished)}
+    finished = {event.row: event for event in events if isinstance(event, Finished)}
     assert sorted(finished) == list(range(6))
     for number, (prompt, options) in enumerate(wanted):
         expected = alone(model, prompt, options | {"max_new_tokens": 19, "eos": False})
@@ -207,7 +209,7 @@ def test_a_thousand_requests_in_flat_memory(make_stopping):
     finished = {}
     for first in range(0, 1000, 100):
         found = run_all(engine, wanted[first : first + 100], arrivals=5)
-        finished |= {event.id - 100: event.ids for event in found.values()}
+        finished |= {event.row - 100: event.ids for event in found.values()}
     assert process.memory_info().rss - before < 10_000_000
     assert sorted(finished) == list(range(1000))
     for number, (prompt, options) in enumerate(wanted):
@@ -261,8 +263,8 @@ def test_ties_are_not_broken_by_rounding(make_model):
                 engine = Engine(model, max_rows=rows)
                 for seed in range(rows):
                     engine.submit(sampler=policy, tokens_per_step=2, max_new_tokens=4, seed=seed)
-                for event in engine.step():
-                    assert not isinstance(event, Revealed) or event.positions == [0, 1]
+                told = [e for e in engine.step() if isinstance(e, TokensRevealed)]
+                assert [e.positions.tolist() for e in told] == [[0, 1]] * rows
 
 
 def test_without_a_seed_requests_differ(make_model):
@@ -356,7 +358,7 @@ def test_a_pass_that_fails_can_be_made_again(make_model, monkeypatch):
     while engine.num_active or engine.num_waiting:
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.step()
-        finished |= {event.id: event for event in engine.step() if isinstance(event, Finished)}
+        finished |= {event.row: event for event in engine.step() if isinstance(event, Finished)}
     monkeypatch.undo()
     assert finished.pop(waiting).reason == "cancelled"
     for number, (prompt, options) in enumerate(wanted):

@@ -3,7 +3,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
 from tests import noise_oracles
 from tests.models.test_cache import pattern
 from tests.oracles import network, subs_log_prob
@@ -118,7 +118,7 @@ def test_confidences_equal_the_dense_oracle(make_model, window):
     for event in blockdiffusion.stream(
         model, [[3, 1]], max_new_tokens=30, window=window, generator=seeded(2)
     ):
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             position, token = int(event.positions), int(event.ids)
             start = position // size * size
             past = [state[p] for p in range(start)] if state else []
@@ -139,21 +139,20 @@ def test_events_tell_the_whole_story(make_model):
     events = list(
         blockdiffusion.stream(model, [[1], [1, 2]], max_new_tokens=9, generator=seeded(8))
     )
-    result = events[-1]
-    assert isinstance(result, DoneEvent)
-    told = torch.full_like(result.ids, -1)
+    result = sorted((e for e in events if isinstance(e, Finished)), key=lambda e: e.row)
+    told = torch.full((2, 12), -1)
     for event in events:
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             assert (told[event.rows, event.positions] == -1).all()
             told[event.rows, event.positions] = event.ids
-        elif isinstance(event, BlockEvent):
+        elif isinstance(event, BlockDone):
             for row, start, ids in zip(event.rows, event.starts, event.ids, strict=True):
                 decided = told[row, start : start + 4]
                 assert ((decided == ids) | (decided == -1)).all()
     for row, prompt in enumerate([1, 2]):
-        kept = result.ids[row, : result.lengths[row]]
+        kept = torch.tensor(result[row].ids)
         assert torch.equal(told[row, prompt : len(kept)], kept[prompt:])
-    assert result.lengths.tolist() == [10, 11]
+    assert [len(row.ids) for row in result] == [10, 11]
 
 
 def test_nfe_counts_passes_a_row_took_part_in(make_model):

@@ -24,7 +24,7 @@ def test_an_object_and_options_by_name_are_the_same(make_model):
         engine.submit([1, 2], SamplingParams(seed=3, max_new_tokens=5)),
         engine.submit([1, 2], seed=3, max_new_tokens=5),
     ]
-    ended = {event.id: event.ids for event in engine.run() if hasattr(event, "reason")}
+    ended = {event.row: event.ids for event in engine.run() if hasattr(event, "reason")}
     assert ended[numbers[0]] == ended[numbers[1]]
 
 

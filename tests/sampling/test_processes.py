@@ -8,7 +8,7 @@ import torch
 import blockdiffusion
 from blockdiffusion.diffusion.losses import uniform_reverse
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent, processes
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed, processes
 from blockdiffusion.sampling.policies import FirstHitting
 from blockdiffusion.sampling.processes import Analytic, Planned, UniformReverse, make_process
 from tests import noise_oracles as oracles
@@ -185,22 +185,21 @@ def test_events_tell_the_last_word_on_every_token(make_model, kind):
     events = list(
         blockdiffusion.stream(model, [[1], [1, 2]], max_new_tokens=9, generator=seeded(8))
     )
-    result = events[-1]
-    assert isinstance(result, DoneEvent)
-    told = torch.full_like(result.ids, -1)
+    result = sorted((e for e in events if isinstance(e, Finished)), key=lambda e: e.row)
+    told = torch.full((2, 12), -1)
     changes = 0
     for event in events:
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             changes += int((told[event.rows, event.positions] != -1).sum())
             assert (told[event.rows, event.positions] != event.ids).all()
             assert ((event.confidences >= 0) & (event.confidences <= 1)).all()
             told[event.rows, event.positions] = event.ids
-        elif isinstance(event, BlockEvent):
+        elif isinstance(event, BlockDone):
             for row, start, ids in zip(event.rows, event.starts, event.ids, strict=True):
                 decided = told[row, start : start + 4]
                 assert ((decided == ids) | (decided == -1)).all()
     for row, prompt in enumerate([1, 2]):
-        kept = result.ids[row, : result.lengths[row]]
+        kept = torch.tensor(result[row].ids)
         assert torch.equal(told[row, prompt : len(kept)], kept[prompt:])
     assert (changes > 0) == (kind == "uniform")
 

@@ -8,7 +8,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
 from blockdiffusion.sampling.streams import row_streams
 from tests.oracles import exact_block, network, subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
@@ -207,11 +207,11 @@ def test_every_confidence_equals_the_oracle_on_the_frame(make_mdlm, stride):
     prompts = [[3, 1], [], [5] * 8, list(range(1, 12)), [7] * 6]
     texts = [dict(enumerate(prompt)) for prompt in prompts]
     starts = [0 if len(p) < length else len(p) - kept for p in prompts]
-    lengths, finished = [0] * 5, 0
+    lengths, finished, ended = [0] * 5, 0, []
     for event in blockdiffusion.stream(
         model, prompts, max_new_tokens=21, stride=stride, generator=seeded(6)
     ):
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             told = (event.rows, event.positions, event.ids, event.confidences)
             before = [dict(text) for text in texts]
             for row, position, token, confidence in zip(*(x.tolist() for x in told), strict=True):
@@ -221,20 +221,18 @@ def test_every_confidence_equals_the_oracle_on_the_frame(make_mdlm, stride):
                 expected = log_prob(model, frame)[position - start, token].exp().item()
                 assert confidence == pytest.approx(expected, abs=1e-9)
                 texts[row][position] = token
-        elif isinstance(event, BlockEvent):
+        elif isinstance(event, BlockDone):
             finished += 1
             assert event.starts.tolist() == [starts[row] for row in event.rows]
             for row, ids, end in zip(event.rows.tolist(), event.ids, event.ends, strict=True):
                 frame = [texts[row].get(p, 12) for p in range(starts[row], starts[row] + length)]
                 assert frame == ids.tolist()
                 starts[row], lengths[row] = starts[row] + length - kept, int(end)
-        elif isinstance(event, DoneEvent):
-            assert event.lengths.tolist() == lengths and event.prompt_lengths.tolist() == [
-                2, 0, 8, 11, 6
-            ]  # fmt: skip
-            for row, end in enumerate(lengths):
-                assert event.ids[row, :end].tolist() == [texts[row][p] for p in range(end)]
-    assert finished > 2
+        elif isinstance(event, Finished):
+            ended.append(event.row)
+            assert event.prompt_tokens == len(prompts[event.row])
+            assert event.ids == [texts[event.row][p] for p in range(lengths[event.row])]
+    assert finished > 2 and sorted(ended) == [0, 1, 2, 3, 4]
 
 
 def test_few_passes_with_ancestral_steps(make_mdlm):

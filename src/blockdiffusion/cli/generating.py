@@ -49,19 +49,19 @@ def sample(
         raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
     text = _text("prompt", _typed(prompt), prompt_file)
     network = load_sampler(model, device, dtype)
-    from blockdiffusion.sampling import finish, prepare_prompts
+    from blockdiffusion.sampling import collect, prepare_prompts
     from blockdiffusion.sampling import stream as events_of
 
     sampling = _seeded(sampling)
-    prompts = prepare_prompts(network, text, sampling.num_samples, sampling.bos)
     _warn_of_a_last_space(network, text)
-    events = events_of(network, prompts, sampling, num_samples=1, bos=False)  # which they have
+    events = events_of(network, text, sampling)
     if stream:
         from blockdiffusion.reports.terminal import show_stream
 
-        show_stream(events, network.tokenizer, prompts[0], text)
+        (ids,) = prepare_prompts(network, text, 1, sampling.bos)
+        show_stream(events, network.tokenizer, ids, text)
         return
-    _print_samples(finish(network, events, [text]), sampling.seed, json_lines)
+    _print_samples(collect(network, events), sampling.seed, json_lines)
 
 
 def _typed(text: str | None) -> str | None:

@@ -9,23 +9,22 @@ from blockdiffusion.lazy import attributes
 from blockdiffusion.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
-    from blockdiffusion.sampling.api import Generation, collect, finish, generate, infill, stream
+    from blockdiffusion.sampling.api import Generation, collect, generate, infill, stream
     from blockdiffusion.sampling.engine import Engine
-    from blockdiffusion.sampling.loop import BlockEvent, DoneEvent, Event, StepEvent
+    from blockdiffusion.sampling.events import BlockDone, Event, Finished, TokensRevealed
     from blockdiffusion.sampling.requests import prepare_prompts
     from blockdiffusion.text import Detokenizer
 
 __all__ = [
-    "BlockEvent",
+    "BlockDone",
     "Detokenizer",
-    "DoneEvent",
     "Engine",
     "Event",
+    "Finished",
     "Generation",
     "SamplingParams",
-    "StepEvent",
+    "TokensRevealed",
     "collect",
-    "finish",
     "generate",
     "infill",
     "prepare_prompts",
@@ -33,12 +32,14 @@ __all__ = [
 ]
 
 _MODULES = {
-    "sampling.api": ("Generation", "collect", "finish", "generate", "infill", "stream"),
+    "sampling.api": ("Generation", "collect", "generate", "infill", "stream"),
     "sampling.engine": ("Engine",),
-    "sampling.loop": ("BlockEvent", "DoneEvent", "Event", "StepEvent"),
+    "sampling.events": ("BlockDone", "Event", "Finished", "TokensRevealed"),
     "sampling.requests": ("prepare_prompts",),
     "text": ("Detokenizer",),
 }
 __getattr__ = attributes(
-    __name__, {name: f"blockdiffusion.{home}" for home, names in _MODULES.items() for name in names}
+    __name__,
+    {name: f"blockdiffusion.{home}" for home, names in _MODULES.items() for name in names},
+    {"StepEvent": "TokensRevealed", "BlockEvent": "BlockDone", "DoneEvent": "Finished"},
 )

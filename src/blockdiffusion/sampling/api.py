@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +12,12 @@ from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.runtime.seeding import fresh_seed, seeded
 from blockdiffusion.sampling.autoregressive import sample_next_tokens
+from blockdiffusion.sampling.events import Event, Finished
 from blockdiffusion.sampling.infilling import fill_events, prepare_templates
-from blockdiffusion.sampling.logits import refuse_masks_written
-from blockdiffusion.sampling.loop import DoneEvent, Event, sample_events
+from blockdiffusion.sampling.loop import sample_events
 from blockdiffusion.sampling.params import SamplingParams, as_params
-from blockdiffusion.sampling.requests import (
-    Prompt,
-    as_list,
-    given_prompt,
-    prepare_prompts,
-    resolved,
-)
+from blockdiffusion.sampling.requests import Prompt, prepare_rows, resolved
 from blockdiffusion.sampling.sliding import has_one_block, sample_sliding
-from blockdiffusion.text import Given, whole_text
 
 
 @dataclass(frozen=True)
@@ -63,15 +56,15 @@ def stream(
     Takes the arguments of `generate`.
 
     Yields:
-        `StepEvent` for each pass, `BlockEvent` for each block, then one `DoneEvent`.
+        `TokensRevealed` for each pass, `BlockDone` for each block, `Finished` for each row.
 
     Raises:
         UserError: see `generate`.
     """
     params = resolved(model, as_params(params, **options))
     generator = _source(params.seed, generator)
-    rows = prepare_prompts(model, prompts, params.num_samples, params.bos)
-    longest = max(map(len, rows), default=0) + params.max_new_tokens
+    rows = prepare_rows(model, prompts, params.num_samples, params.bos)
+    longest = max((len(row.ids) for row in rows), default=0) + params.max_new_tokens
     if is_autoregressive(model):
         yield from sample_next_tokens(model, rows, params, generator)
     elif params.stride is not None or (has_one_block(model) and longest > model.config.seq_len):
@@ -103,10 +96,7 @@ def generate(
         UserError: for options out of range or not of this kind of model, foreign ids, or a prompt
             longer than the window.
     """
-    if isinstance(prompts, Iterator):  # is read twice
-        prompts = list(prompts)
-    events = stream(model, prompts, params, generator=generator, **options)
-    return finish(model, events, as_list(prompts))
+    return collect(model, stream(model, prompts, params, generator=generator, **options))
 
 
 def infill(
@@ -139,8 +129,7 @@ def infill(
     params = as_params(params, **options)
     source = _source(params.seed, generator)
     rows = prepare_templates(model, templates, params.num_samples, params.bos)
-    events = fill_events(model, [row.ids for row in rows], resolved(model, params), source)
-    return collect(model, _last(events), [row.given for row in rows])
+    return collect(model, fill_events(model, rows, resolved(model, params), source))
 
 
 def _source(seed: int | None, generator: torch.Generator | None) -> torch.Generator:
@@ -152,46 +141,22 @@ def _source(seed: int | None, generator: torch.Generator | None) -> torch.Genera
     return generator
 
 
-def finish(model: Denoiser, events: Iterator[Event], prompts: Sequence[Any] = ()) -> Generation:
-    """Takes all events of a stream; its result. `prompts` are those whose samples it has."""
-    done = _last(events)
-    given = done.prompt_lengths.tolist()
-    samples = len(given) // max(1, len(prompts))  # of each prompt
-    return collect(
-        model,
-        done,
-        [
-            given_prompt(prompt, given[number * samples + sample])
-            for number, prompt in enumerate(prompts)
-            for sample in range(samples)
-        ],
-    )
-
-
-def _last(events: Iterator[Event]) -> DoneEvent:
-    return next(event for event in events if isinstance(event, DoneEvent))
-
-
-def collect(model: Denoiser, done: DoneEvent, given: Sequence[Sequence[Given]] = ()) -> Generation:
-    """The result of a finished stream; `given`: what of each row was given as text."""
-    longest = int(done.lengths.max())
+def collect(model: Denoiser, events: Iterable[Event]) -> Generation:
+    """The result of a stream, from all its events."""
+    rows = [event for event in events if isinstance(event, Finished)]
+    rows.sort(key=lambda event: event.row)
     pad_id = model.config.eos_id if model.config.eos_id is not None else 0
-    outside = torch.arange(longest) >= done.lengths[:, None]
-    refuse_masks_written(done.ids[:, :longest][~outside], model.config.mask_id)
-    sequences = done.ids[:, :longest].masked_fill(outside, pad_id)
-    texts = None
-    if model.tokenizer is not None:
-        texts = [
-            whole_text(model.tokenizer, row[:length].tolist(), texts_given)
-            for row, length, texts_given in zip(
-                sequences, done.lengths.tolist(), given or [()] * len(sequences), strict=True
-            )
-        ]
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    prompt_lengths = torch.tensor([row.prompt_tokens for row in rows])
+    nfe = torch.tensor([row.nfe for row in rows])
+    sequences = torch.full((len(rows), int(lengths.max())), pad_id)
+    for sequence, row in zip(sequences, rows, strict=True):
+        sequence[: len(row.ids)] = torch.tensor(row.ids)
     return Generation(
         sequences=sequences,
-        lengths=done.lengths,
-        prompt_lengths=done.prompt_lengths,
-        texts=texts,
-        nfe=done.nfe,
-        tokens_per_forward=(done.lengths - done.prompt_lengths).double() / done.nfe,
+        lengths=lengths,
+        prompt_lengths=prompt_lengths,
+        texts=None if model.tokenizer is None else [row.text or "" for row in rows],
+        nfe=nfe,
+        tokens_per_forward=(lengths - prompt_lengths).double() / nfe,
     )

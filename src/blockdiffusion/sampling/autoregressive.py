@@ -13,23 +13,21 @@ import torch
 
 from blockdiffusion.diffusion.denoiser import NextTokenModel, find_bos_id
 from blockdiffusion.sampling.context import CachedPast, RecomputedPast
+from blockdiffusion.sampling.events import BlockDone, Event, TokensRevealed, finished
 from blockdiffusion.sampling.logits import draw_tokens
 from blockdiffusion.sampling.loop import (
-    BlockEvent,
-    DoneEvent,
-    Event,
-    StepEvent,
     check_request,
     eos_of,
 )
 from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.sampling.requests import Row
 from blockdiffusion.sampling.streams import row_streams
 
 
 @torch.no_grad()
 def sample_next_tokens(
     model: NextTokenModel,
-    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Row],
     params: SamplingParams,
     generator: torch.Generator,
 ) -> Iterator[Event]:
@@ -39,25 +37,24 @@ def sample_next_tokens(
     (`bos` is false in its configuration). With a window a token sees
     the last `window` tokens, itself and the start symbol included.
     """
-    check_request(model, prompts, params)
-    state = _Rows(model, prompts, params)
-    streams = row_streams(generator, prompts, 1)
+    check_request(model, rows, params)
+    state = _Rows(model, rows, params)
+    streams = row_streams(generator, [row.ids for row in rows], 1)
     while state.active.numel():
         logits_RV = model.head(state.past.read(state.last_R))
         uniform_R = streams.of(state.active).each(1)[:, 0]
         token_R, confidence_R = draw_tokens(logits_RV, model.config.mask_id, params, uniform_R)
         positions_R = state.ends_B[state.active]
-        yield StepEvent(0, state.active, positions_R, token_R, confidence_R)
-        yield state.append(token_R, eos_of(model, params))
-    yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
+        yield TokensRevealed(0, state.active, positions_R, token_R, confidence_R)
+        yield from state.append(token_R, eos_of(model, params))
 
 
 class _Rows:
     """Where every row stands. R counts the active rows, B all of them."""
 
-    def __init__(
-        self, model: NextTokenModel, prompts: Sequence[Sequence[int]], params: SamplingParams
-    ):
+    def __init__(self, model: NextTokenModel, rows: Sequence[Row], params: SamplingParams):
+        self.model, self.rows = model, rows
+        prompts = [row.ids for row in rows]
         config, device = model.config, model.device
         bos_id = None if config.bos is False else find_bos_id(model)
         self.prompts_B = torch.tensor([len(prompt) for prompt in prompts])
@@ -80,7 +77,7 @@ class _Rows:
         self.nfe_B = self.past.read_on(inputs_BT.to(device), lengths_B - 1)
         self.last_R = inputs_BT.gather(1, lengths_B[:, None] - 1)[:, 0].to(device)
 
-    def append(self, token_R: torch.Tensor, eos_id: int | None) -> BlockEvent:
+    def append(self, token_R: torch.Tensor, eos_id: int | None) -> Iterator[Event]:
         """Stores the tokens of a pass and lets finished rows leave."""
         rows = self.active
         positions_R = self.ends_B[rows]
@@ -95,4 +92,9 @@ class _Rows:
         if len(go_on) < len(rows):
             self.past.keep(go_on)
             self.active, self.last_R = rows[go_on], token_R[go_on.to(token_R.device)]
-        return BlockEvent(rows, positions_R, token_R[:, None].cpu(), positions_R + 1)
+        yield BlockDone(rows, positions_R, token_R[:, None].cpu(), positions_R + 1)
+        for row in rows[done_R].tolist():
+            ids = self.ids_BT[row, : self.ends_B[row]].tolist()
+            reason = "eos" if ids[-1] == eos_id else "length"
+            prompt, nfe = int(self.prompts_B[row]), int(self.nfe_B[row])
+            yield finished(self.model, row, ids, prompt, self.rows[row].given, reason, nfe)

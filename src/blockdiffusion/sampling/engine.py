@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -24,68 +24,24 @@ from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limit
 from blockdiffusion.runtime.seeding import fresh_seed, seeded
+from blockdiffusion.sampling.events import (
+    BlockDone,
+    Event,
+    Finished,
+    Reason,
+    TokensRevealed,
+    finished,
+)
 from blockdiffusion.sampling.logits import NOT_FINITE
 from blockdiffusion.sampling.loop import check_request, check_room, check_window, eos_of
 from blockdiffusion.sampling.params import FIELDS, SamplingParams, as_params
 from blockdiffusion.sampling.processes import Course, Setting, as_process
-from blockdiffusion.sampling.requests import given_prompt, prepare_prompts, resolved
+from blockdiffusion.sampling.requests import Row, prepare_rows, resolved
 from blockdiffusion.sampling.sliding import has_one_block
 from blockdiffusion.sampling.streams import RowStreams, row_streams
-from blockdiffusion.text import Given, whole_text
 
 ENGINES = ("num_samples", "stride", "window", "use_cache")  # what no request chooses
 PREFILL_TOKENS = 512  # clean tokens that a request brings into one pass, at most
-
-Reason = Literal["length", "eos", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Revealed:
-    """A pass decided, or changed, tokens of a request: position -> id and the denoiser's
-    probability of it, before any filter."""
-
-    id: int
-    positions: list[int]
-    ids: list[int]
-    confidences: list[float]
-
-
-@dataclass(frozen=True)
-class BlockDone:
-    """A block of a request is finished: its first position, and the ids that are kept of it."""
-
-    id: int
-    start: int
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A request is finished.
-
-    Attributes:
-        ids: BOS and prompt, then what was written, up to and with an EOS.
-        prompt_tokens: how many of them were given.
-        text: the prompt as it was given, and what is new, without special tokens; None without a
-            tokenizer.
-        reason: "length", "eos" or "cancelled" (then only finished blocks are there).
-        nfe: passes that the request took part in.
-    """
-
-    id: int
-    ids: list[int]
-    prompt_tokens: int
-    text: str | None
-    reason: Reason
-    nfe: int
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """New tokens per pass."""
-        return (len(self.ids) - self.prompt_tokens) / max(1, self.nfe)
-
-
-EngineEvent = Revealed | BlockDone | Finished
 
 
 class _Request:
@@ -95,17 +51,16 @@ class _Request:
     def __init__(
         self,
         id: int,
-        ids: list[int],
-        prompt_text: list[Given],
+        row: Row,
         params: SamplingParams,
         eos_id: int | None,
         streams: RowStreams,
     ):
-        self.id, self.ids, self.prompt_text = id, ids, prompt_text
+        self.id, self.ids, self.prompt_text = id, list(row.ids), row.given
         self.params, self.eos_id, self.streams = params, eos_id, streams
-        self.prompt_tokens = len(ids)
-        self.limit = len(ids) + params.max_new_tokens
-        self.num_read = self.nfe = self.start = self.given = 0
+        self.prompt_tokens = len(row.ids)
+        self.limit = len(row.ids) + params.max_new_tokens
+        self.num_read = self.nfe = self.start = self.given = self.step = 0
         self.course: Course | None = None
         self.block: list[int] = []
 
@@ -125,6 +80,7 @@ class _Request:
         self.course = as_process(self.params.sampler).begin(open_1S, setting)
         filled_1S = self.course.fill(torch.tensor([block], device=setting.device))
         self.block = filled_1S[0].tolist()
+        self.step = 0
 
     def block_is_done(self) -> bool:
         """Whether all is decided that will be kept: up to the limit, or to a sampled EOS."""
@@ -148,6 +104,11 @@ class _Request:
         self.course = None
         return reason or ("length" if len(self.ids) == self.limit else None)
 
+    def block_done(self) -> BlockDone:
+        """What tells of the block that was closed."""
+        row, start, end = (torch.tensor([n]) for n in (self.id, self.start, len(self.ids)))
+        return BlockDone(row, start, torch.tensor([self.block]), end)
+
 
 class Engine:
     """Samples many requests together, each as if it were alone.
@@ -155,7 +116,7 @@ class Engine:
     >>> engine = Engine(model, max_rows=8)
     >>> first = engine.submit("Once upon a time", seed=1)
     >>> second = engine.submit("The", max_new_tokens=64, top_p=0.9, seed=2)
-    >>> texts = {event.id: event.text for event in engine.run() if isinstance(event, Finished)}
+    >>> texts = {event.row: event.text for event in engine.run() if isinstance(event, Finished)}
 
     Args:
         model: a network that denoises blocks.
@@ -230,13 +191,14 @@ class Engine:
                 raise UserError(
                     f"{name} is no option of a request; leave it out (a window is the engine's)"
                 )
-        prompts = prepare_prompts(self.model, None if prompt is None else [prompt], 1, params.bos)
+        prompt = None if prompt is None else [prompt]
+        (row,) = rows = prepare_rows(self.model, prompt, 1, params.bos)
         params = resolved(self.model, replace(params, window=self.window))
-        check_request(self.model, prompts, params)
-        total = len(prompts[0]) + params.max_new_tokens
+        check_request(self.model, rows, params)
+        total = len(row.ids) + params.max_new_tokens
         if self.window is None and total > self.max_tokens:
             raise UserError(
-                f"a request of {len(prompts[0])} given and {params.max_new_tokens} new tokens "
+                f"a request of {len(row.ids)} given and {params.max_new_tokens} new tokens "
                 f"does not fit into max_tokens = {self.max_tokens}; ask for less, or give the "
                 "engine more, or a window"
             )
@@ -246,10 +208,9 @@ class Engine:
                 f"which has {self.model.config.seq_len}; generate slides its block over such texts"
             )
         seed = fresh_seed() if params.seed is None else params.seed
-        streams = row_streams(seeded(seed), prompts, self.model.config.block_size)
-        text = given_prompt(prompt, len(prompts[0]))
+        streams = row_streams(seeded(seed), [row.ids], self.model.config.block_size)
         eos_id = eos_of(self.model, params)
-        request = _Request(self._next_id, list(prompts[0]), text, params, eos_id, streams)
+        request = _Request(self._next_id, row, params, eos_id, streams)
         self._next_id += 1
         self._waiting.append(request)
         return request.id
@@ -268,33 +229,33 @@ class Engine:
                 return True
         return False
 
-    def run(self) -> Iterator[EngineEvent]:
+    def run(self) -> Iterator[Event]:
         """Steps until nothing is left, and tells what happens; requests may be submitted and
         cancelled meanwhile."""
         while self._rows or self._waiting or self._cancelled:
             yield from self.step()
 
     @torch.no_grad()
-    def step(self) -> list[EngineEvent]:
+    def step(self) -> list[Event]:
         """One pass over all requests that have a row; what it decided."""
         while self._waiting and len(self._rows) < self.max_rows:
             self._cache.open_row()
             self._rows.append(self._waiting.popleft())
         decided = self._pass() if self._rows else []
-        events: list[EngineEvent] = [self._finished(r, "cancelled") for r in self._cancelled]
+        events: list[Event] = [self._finished(r, "cancelled") for r in self._cancelled]
         self._cancelled.clear()
         events += decided
         for number in reversed(range(len(self._rows))):
             request = self._rows[number]
             if request.course is not None and request.block_is_done():
                 reason = request.close_block()
-                events.append(BlockDone(request.id, request.start, request.ids[request.start :]))
+                events.append(request.block_done())
                 if reason is not None:
                     events.append(self._finished(request, reason))
                     self._leave(number)
         return events
 
-    def _pass(self) -> list[EngineEvent]:
+    def _pass(self) -> list[Event]:
         """Runs the network over every row's unread tokens and the block that follows them, and
         takes the decisions of those blocks."""
         size = self.model.config.block_size
@@ -342,20 +303,24 @@ class Engine:
             for (request, _, slot_M), logits_MV in zip(wanted, parts, strict=True)
         ]
 
-    def _decide(self, request: _Request, slot_M: torch.Tensor, logits_MV: torch.Tensor) -> Revealed:
+    def _decide(self, request: _Request, slot_M: torch.Tensor, logits_MV: torch.Tensor) -> Event:
         """Takes a request's decisions of this pass."""
         assert request.course is not None
         ids_M = torch.tensor([request.block[slot] for slot in slot_M.tolist()])
         place_M = (torch.zeros_like(slot_M), slot_M)
         changes = request.course.decide(place_M, ids_M.to(logits_MV.device), logits_MV)
-        slots, ids = changes.slots.tolist(), changes.ids.tolist()
-        confidences = changes.confidences.tolist()
-        if any(map(math.isnan, confidences)):
+        if any(map(math.isnan, changes.confidences.tolist())):
             raise UserError(NOT_FINITE)
-        for slot, token in zip(slots, ids, strict=True):
+        for slot, token in zip(changes.slots.tolist(), changes.ids.tolist(), strict=True):
             request.block[slot] = token
-        positions = [request.start + slot for slot in slots]
-        return Revealed(request.id, positions, ids, confidences)
+        request.step += 1
+        return TokensRevealed(
+            request.step - 1,
+            torch.full_like(changes.slots, request.id),
+            request.start + changes.slots,
+            changes.ids,
+            changes.confidences,
+        )
 
     def _setting(self, request: _Request) -> Setting:
         return Setting(self.model.config, self.model.device, request.params, request.streams)
@@ -367,16 +332,14 @@ class Engine:
         self._rows.pop()
 
     def _finished(self, request: _Request, reason: Reason) -> Finished:
-        tokenizer = self.model.tokenizer
-        return Finished(
-            id=request.id,
-            ids=request.ids,
-            prompt_tokens=request.prompt_tokens,
-            text=None
-            if tokenizer is None
-            else whole_text(tokenizer, request.ids, request.prompt_text),
-            reason=reason,
-            nfe=request.nfe,
+        return finished(
+            self.model,
+            request.id,
+            request.ids,
+            request.prompt_tokens,
+            request.prompt_text,
+            reason,
+            request.nfe,
         )
 
 

@@ -76,9 +76,9 @@ def probabilities(logits_MV: torch.Tensor) -> torch.Tensor:
     return prob_MV
 
 
-def refuse_masks_written(ids: torch.Tensor, mask_id: int) -> None:
+def refuse_masks_written(ids: list[int], mask_id: int) -> None:
     """Refuses a finished text with the mask token, which stands where logits were not finite."""
-    if bool((ids == mask_id).any()):
+    if mask_id in ids:
         raise UserError(NOT_FINITE)
 
 

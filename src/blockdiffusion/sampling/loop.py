@@ -9,7 +9,6 @@ line, `generate` and the pictures all consume the same events.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -17,82 +16,35 @@ from blockdiffusion.diffusion.denoiser import Denoiser, NextTokenModel
 from blockdiffusion.errors import UserError
 from blockdiffusion.runtime.hardware import check_memory
 from blockdiffusion.sampling.context import CachedContext, RecomputedContext
+from blockdiffusion.sampling.events import BlockDone, Event, TokensRevealed, finished
 from blockdiffusion.sampling.params import SamplingParams
 from blockdiffusion.sampling.processes import Setting, as_process
+from blockdiffusion.sampling.requests import Row
 from blockdiffusion.sampling.streams import row_streams
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """One pass: M tokens were decided, or changed. All tensors are (M,).
-
-    `ids` and `confidences` are on the network's device, where a look at them waits for the pass;
-    the others are on the CPU.
-
-    Where noise turns tokens into others (uniform D3PM), the first pass tells all tokens of the
-    block, and later ones those that change: the last word on a position counts.
-
-    Attributes:
-        step: number of the pass within its block, from 0.
-        rows, positions, ids: which row, where in it, and what.
-        confidences: the denoiser's probability of the token, before any filter.
-    """
-
-    step: int
-    rows: torch.Tensor
-    positions: torch.Tensor
-    ids: torch.Tensor
-    confidences: torch.Tensor
-
-
-@dataclass(frozen=True)
-class BlockEvent:
-    """A block of every listed row is finished. `ends` is where each row's kept text now ends."""
-
-    rows: torch.Tensor
-    starts: torch.Tensor
-    ids: torch.Tensor
-    ends: torch.Tensor
-
-
-@dataclass(frozen=True)
-class DoneEvent:
-    """All rows are finished.
-
-    Attributes:
-        ids: (B, T), valid up to `lengths` (B,), prompts included.
-        prompt_lengths: (B,) tokens that were given, BOS included.
-        nfe: (B,) network passes each row took part in, commits included, a fused pass once.
-    """
-
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    prompt_lengths: torch.Tensor
-    nfe: torch.Tensor
-
-
-Event = StepEvent | BlockEvent | DoneEvent
 
 
 @torch.no_grad()
 def sample_events(
     model: Denoiser,
-    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Row],
     params: SamplingParams,
     generator: torch.Generator,
 ) -> Iterator[Event]:
-    """Samples a continuation of every prompt (ids; may be empty or ragged)."""
-    check_request(model, prompts, params)
-    state = BlockBatch(model, prompts, params, generator)
+    """Samples a continuation of every row (which may be empty or ragged)."""
+    check_request(model, rows, params)
+    yield from run_blocks(model, BlockBatch(model, rows, params, generator), params)
+
+
+def run_blocks(model: Denoiser, state: BlockBatch, params: SamplingParams) -> Iterator[Event]:
+    """Block after block, until all rows are finished."""
     while state.active.numel():
         yield from denoise_block(model, state, params)
-        yield state.finish_block()
-    yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
+        yield from state.finish_block()
 
 
 def denoise_block(
     model: Denoiser, state: BlockBatch, params: SamplingParams
-) -> Iterator[StepEvent]:
+) -> Iterator[TokensRevealed]:
     """Takes the current block of all active rows from noise to text."""
     block_RS, open_RS, kept_RS = state.open_block()
     streams = state.streams.of(state.active)
@@ -113,7 +65,7 @@ def denoise_block(
         changes = course.decide((row_M, slot_M), block_RS[wanted], logits_MV)
         row_M, slot_M = changes.rows, changes.slots
         block_RS[row_M, slot_M] = changes.ids
-        yield StepEvent(
+        yield TokensRevealed(
             step,
             state.active[row_M],
             state.starts_R[row_M] + slot_M,
@@ -143,22 +95,24 @@ class BlockBatch:
     def __init__(
         self,
         model: Denoiser,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Row],
         params: SamplingParams,
         generator: torch.Generator,
         new_tokens: int | None = None,
     ):
         new_tokens = params.max_new_tokens if new_tokens is None else new_tokens
         self.size = model.config.block_size
-        self.streams = row_streams(generator, prompts, self.size)
+        self.model, self.rows = model, prompts
+        self.streams = row_streams(generator, [row.ids for row in prompts], self.size)
         self.mask_id = model.config.mask_id
         self.eos_id = eos_of(model, params)
-        self.prompts_B = torch.tensor([len(p) for p in prompts])
+        self.prompts_B = torch.tensor([len(row.ids) for row in prompts])
+        self.given_B = self.prompts_B
         self.limits_B = self.prompts_B + new_tokens
         shape = (len(prompts), self.columns())
         self.ids_BT = torch.full(shape, self.mask_id, device=model.device)
-        for row, prompt in enumerate(prompts):
-            self.ids_BT[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
+        for row, (ids, _) in enumerate(prompts):
+            self.ids_BT[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.long)
         self.ends_B = self.prompts_B.clone()
         self.active = torch.arange(len(prompts))
         self.starts_R = self.first_starts()
@@ -193,7 +147,7 @@ class BlockBatch:
         kept_RS = position_RS < self.limits_B[self.active, None]
         return block_RS, self.new_RS.clone(), kept_RS
 
-    def finish_block(self) -> BlockEvent:
+    def finish_block(self) -> list[Event]:
         """Stores the block, cuts at EOS or the limit, and lets finished rows leave."""
         rows, starts_R = self.active, self.starts_R
         position_RS = starts_R[:, None] + torch.arange(self.size)
@@ -203,6 +157,7 @@ class BlockBatch:
         next_R = self.next_starts()
         done_R = next_R >= self.limits_B[rows]
         ends_R = torch.where(done_R, self.limits_B[rows], starts_R + self.size)
+        has_eos_R = torch.zeros_like(done_R)
         if self.eos_id is not None:
             is_eos_RS = (block_RS == self.eos_id) & self.new_RS & (position_RS < ends_R[:, None])
             has_eos_R = is_eos_RS.any(1)
@@ -214,7 +169,23 @@ class BlockBatch:
         if len(go_on):
             self._remember(go_on, next_R)
         self.active, self.starts_R = rows[go_on], next_R[go_on]
-        return BlockEvent(rows, starts_R, block_RS, ends_R)
+        done = BlockDone(rows, starts_R, block_RS, ends_R)
+        return [done, *self._finished(rows[done_R], has_eos_R[done_R])]
+
+    def _finished(self, rows: torch.Tensor, has_eos_R: torch.Tensor) -> Iterator[Event]:
+        if not len(rows):
+            return
+        ids_RT = self.ids_BT[rows.to(self.ids_BT.device)].cpu()
+        for row, ids, has_eos in zip(rows.tolist(), ids_RT, has_eos_R.tolist(), strict=True):
+            yield finished(
+                self.model,
+                row,
+                ids[: self.ends_B[row]].tolist(),
+                int(self.given_B[row]),
+                self.rows[row].given,
+                "eos" if has_eos else "length",
+                int(self.nfe_B[row]),
+            )
 
     def _remember(self, go_on: torch.Tensor, next_R: torch.Tensor) -> None:
         """Makes the finished blocks, and what is given up to the next ones, the past of the rows
@@ -260,14 +231,14 @@ def check_room(
 
 
 def check_request(
-    model: Denoiser | NextTokenModel, prompts: Sequence[Sequence[int]], params: SamplingParams
+    model: Denoiser | NextTokenModel, rows: Sequence[Row], params: SamplingParams
 ) -> None:
-    check_given(model, prompts, params, params.max_new_tokens)
+    check_given(model, rows, params, params.max_new_tokens)
 
 
 def check_given(
     model: Denoiser | NextTokenModel,
-    rows: Sequence[Sequence[int]],
+    rows: Sequence[Row],
     params: SamplingParams,
     new_tokens: int,
     masks: bool = False,
@@ -278,16 +249,16 @@ def check_given(
     if not len(rows):
         raise UserError("there is no prompt; give at least one, which may be empty")
     window = params.window
-    longest = max(map(len, rows)) + new_tokens
+    longest = max(len(row.ids) for row in rows) + new_tokens
     check_room(model, len(rows), longest, window, "lower num_samples or max_new_tokens")
     check_window(window, config.block_size)
-    for row in rows:
-        if window is not None and len(row) > window:
+    for ids, _ in rows:
+        if window is not None and len(ids) > window:
             raise UserError(
-                f"a prompt has {len(row)} tokens, more than the window of {window}; "
+                f"a prompt has {len(ids)} tokens, more than the window of {window}; "
                 "shorten it or widen the window"
             )
-        for token in row:
+        for token in ids:
             if not 0 <= token < config.vocab_size or (token == config.mask_id and not masks):
                 no_mask = f" without the mask token {config.mask_id} (infill fills masks)"
                 raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,22 +19,45 @@ from blockdiffusion.text import Given, encode_text
 Prompt = str | Sequence[int] | torch.Tensor
 
 
+class Row(NamedTuple):
+    """Ids, and the texts of what was given as text."""
+
+    ids: list[int]
+    given: list[Given]
+
+
 def prepare_prompts(
     model: Denoiser, prompts: Any, num_samples: int, bos: bool | None
 ) -> list[list[int]]:
     """Prompts as id lists with BOS, each repeated `num_samples` times; see `stream`."""
-    return with_bos(model, [_to_ids(model, p) for p in as_list(prompts)], num_samples, bos)
+    return [row.ids for row in prepare_rows(model, prompts, num_samples, bos)]
 
 
-def with_bos(
-    model: Denoiser, rows: list[list[int]], num_samples: int, bos: bool | None
-) -> list[list[int]]:
+def prepare_rows(model: Denoiser, prompts: Any, num_samples: int, bos: bool | None) -> list[Row]:
+    """The same with the texts of the prompts."""
+    rows = []
+    for prompt in as_list(prompts):
+        if isinstance(prompt, str):
+            ids = encode_text(model.tokenizer, prompt)
+            rows.append(Row(ids, [(0, len(ids), prompt)]))
+        else:
+            rows.append(Row(as_ids(prompt), []))
+    return with_bos(model, rows, num_samples, bos)
+
+
+def with_bos(model: Denoiser, rows: list[Row], num_samples: int, bos: bool | None) -> list[Row]:
     """Rows with BOS where there shall be one, each repeated `num_samples` times."""
     check_limit("num_samples", num_samples)
     if model.config.bos if bos is None else bos:
         first = bos_id(model)
-        rows = [row if row[:1] == [first] else [first, *row] for row in rows]
+        rows = [row if row.ids[:1] == [first] else _behind(first, row) for row in rows]
     return [row for row in rows for _ in range(num_samples)]
+
+
+def _behind(token: int, row: Row) -> Row:
+    """With a token before it, which counts as given with the text that begins it."""
+    given = [(start + 1 if start else 0, stop + 1, text) for start, stop, text in row.given]
+    return Row([token, *row.ids], given)
 
 
 def resolved(model: Denoiser, params: SamplingParams) -> SamplingParams:
@@ -84,17 +107,6 @@ def as_list(prompts: Any) -> list[Any]:
     if prompts and isinstance(prompts[0], Real):
         return [prompts]
     return prompts
-
-
-def _to_ids(model: Denoiser, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return encode_text(model.tokenizer, prompt)
-    return as_ids(prompt)
-
-
-def given_prompt(prompt: Prompt, length: int) -> list[Given]:
-    """The text of a row's first `length` tokens, where its prompt was a text."""
-    return [(0, length, prompt)] if isinstance(prompt, str) else []
 
 
 def as_ids(given: Any, what: str = "a prompt") -> list[int]:

@@ -18,15 +18,14 @@ import torch
 from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.context import CachedContext
+from blockdiffusion.sampling.events import Event
 from blockdiffusion.sampling.loop import (
     BlockBatch,
-    BlockEvent,
-    DoneEvent,
-    Event,
     check_request,
-    denoise_block,
+    run_blocks,
 )
 from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.sampling.requests import Row
 
 
 def has_one_block(model: Denoiser) -> bool:
@@ -37,14 +36,14 @@ def has_one_block(model: Denoiser) -> bool:
 @torch.no_grad()
 def sample_sliding(
     model: Denoiser,
-    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Row],
     params: SamplingParams,
     generator: torch.Generator,
 ) -> Iterator[Event]:
-    """Samples a continuation of every prompt (ids; may be empty, ragged, or longer than L).
+    """Samples a continuation of every row (which may be empty, ragged, or longer than L).
 
     Args:
-        params: `window` must be None or L, which is what a frame is; a block of a `BlockEvent` is
+        params: `window` must be None or L, which is what a frame is; a block of a `BlockDone` is
             a frame, with the tokens it began with. `stride` masked tokens are added by a slide,
             1..L; None = half of L. With a stride of L nothing is kept, and the text is made of
             independent rows.
@@ -66,12 +65,8 @@ def sample_sliding(
             f"the window is {params.window}, but a model of one block writes longer texts by "
             f"sliding that block, so that a token sees at most its {size} tokens; leave window out"
         )
-    check_request(model, prompts, replace(params, window=None))
-    state = _SlidingBatch(model, prompts, params, generator, stride)
-    while state.active.numel():
-        yield from denoise_block(model, state, params)
-        yield state.finish_block()
-    yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
+    check_request(model, rows, replace(params, window=None))
+    yield from run_blocks(model, _SlidingBatch(model, rows, params, generator, stride), params)
 
 
 class _Frame(CachedContext):
@@ -90,13 +85,13 @@ class _SlidingBatch(BlockBatch):
     def __init__(
         self,
         model: Denoiser,
-        prompts: Sequence[Sequence[int]],
+        rows: Sequence[Row],
         params: SamplingParams,
         generator: torch.Generator,
         stride: int,
     ):
         self.stride = stride
-        super().__init__(model, prompts, params, generator)
+        super().__init__(model, rows, params, generator)
 
     def columns(self) -> int:
         """See `BlockBatch`; the last frame may stick out."""
@@ -119,8 +114,8 @@ class _SlidingBatch(BlockBatch):
         self.new_RS = position_RS >= self.ends_B[self.active, None]
         return block_RS, self.new_RS.clone(), kept_RS
 
-    def finish_block(self) -> BlockEvent:
+    def finish_block(self) -> list[Event]:
         """Stores the frame, cuts at EOS or the limit, and slides the rows that go on."""
-        event = super().finish_block()
+        events = super().finish_block()
         self.starts_R = self.starts_R - self.size + self.stride
-        return event
+        return events

@@ -33,8 +33,8 @@ from blockdiffusion.limits import MOST_COUNT, check_limits
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.runtime.distributed import ALONE, Team
 from blockdiffusion.runtime.seeding import derive_seed
-from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
-from blockdiffusion.sampling.params import FIELDS, SETTINGS, SamplingParams
+from blockdiffusion.sampling import BlockDone, Finished, stream
+from blockdiffusion.sampling.params import SETTINGS, SamplingParams
 from blockdiffusion.text import whole_text
 
 STREAM = "generate-eval"
@@ -239,48 +239,33 @@ def _draw_batch(
 ) -> list[Sample]:
     begin, tokens = time.perf_counter(), 0
     advance(0)
-    prompts = prepare_prompts(model, None, rows, options.bos)
-    events = stream(
-        model,
-        prompts,
-        SamplingParams(**{name: getattr(options, name) for name in FIELDS}),
-        num_samples=1,
-        bos=False,  # already in the prompts
-        seed=derive_seed(options.seed, STREAM, first),
-    )
-    for event in events:
-        if isinstance(event, BlockEvent):
+    seed = derive_seed(options.seed, STREAM, first)
+    finished = []
+    for event in stream(model, None, options, num_samples=rows, seed=seed):
+        if isinstance(event, BlockDone):
             tokens += int((event.ends - event.starts).sum())
             advance(min(tokens, rows * options.max_new_tokens))
-        elif isinstance(event, DoneEvent):
-            return _samples(model, options, event, first, time.perf_counter() - begin)
-    raise AssertionError("the block loop always ends with a DoneEvent")
+        elif isinstance(event, Finished):
+            finished.append(event)
+    share = (time.perf_counter() - begin) / rows
+    finished.sort(key=lambda event: event.row)
+    return [_sample(model, options, event, share, seed) for event in finished]
 
 
-def _samples(
-    model: Any, options: DrawOptions, done: DoneEvent, first: int, seconds: float
-) -> list[Sample]:
-    result = collect(model, done)
-    assert result.texts is not None
-    eos_id = model.config.eos_id if options.eos else None
-    samples = []
-    for row, text in enumerate(result.texts):
-        ids = result.sequences[row, : int(result.lengths[row])].tolist()
-        given = int(result.prompt_lengths[row])
-        ended = len(ids) > given and ids[-1] == eos_id
-        samples.append(
-            Sample(
-                text=text,
-                documents=documents_of(ids[given:], model.config.eos_id, model.tokenizer),
-                ids=tuple(ids),
-                length=len(ids) - given - ended,
-                ended=ended,
-                nfe=int(result.nfe[row]),
-                seconds=seconds / len(result.texts),
-                seed=derive_seed(options.seed, STREAM, first),
-            )
-        )
-    return samples
+def _sample(model: Any, options: DrawOptions, event: Finished, seconds: float, seed: int) -> Sample:
+    assert event.text is not None
+    ids, given = event.ids, event.prompt_tokens
+    ended = event.reason == "eos"
+    return Sample(
+        text=event.text,
+        documents=documents_of(ids[given:], model.config.eos_id, model.tokenizer),
+        ids=tuple(ids),
+        length=len(ids) - given - ended,
+        ended=ended,
+        nfe=event.nfe,
+        seconds=seconds,
+        seed=seed,
+    )
 
 
 def documents_of(ids: Sequence[int], eos_id: int | None, tokenizer: Any) -> tuple[str, ...]:
