@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from blockdiffusion.checkpoints.formats import load
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
+    from blockdiffusion.models.inference import optimize_for_inference
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
     from blockdiffusion.sampling import (
         BlockDone,
@@ -52,6 +53,7 @@ _HOMES = {
     "infill": "blockdiffusion.sampling",
     "likelihood": "blockdiffusion.evaluate.likelihood",
     "load": "blockdiffusion.checkpoints.formats",
+    "optimize_for_inference": "blockdiffusion.models.inference",
     "stream": "blockdiffusion.sampling",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "infill",
     "likelihood",
     "load",
+    "optimize_for_inference",
     "stream",
 ]
 

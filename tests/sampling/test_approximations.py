@@ -150,7 +150,7 @@ def test_confidence_has_the_law_of_its_order(small, past):
     law = certain_first_law(small, past)
     assert abs(sum(law.values()) - 1) < 1e-9
     result = blockdiffusion.generate(
-        small, [list(past)], DRAWS, 2, bos=False, generator=seeded(),
+        small, [list(past)], num_samples=DRAWS, max_new_tokens=2, bos=False, generator=seeded(),
         sampler="confidence", tokens_per_step=1,
     )  # fmt: skip
     assert p_value(result, law) > FALSE_ALARM

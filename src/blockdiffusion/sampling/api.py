@@ -10,6 +10,7 @@ import torch
 
 from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
+from blockdiffusion.models.inference import inference_form
 from blockdiffusion.runtime.seeding import fresh_seed, seeded
 from blockdiffusion.sampling.autoregressive import sample_next_tokens
 from blockdiffusion.sampling.events import Event, Finished
@@ -49,6 +50,7 @@ def stream(
     params: SamplingParams | None = None,
     *,
     generator: torch.Generator | None = None,
+    optimize: bool = True,
     **options: Any,
 ) -> Iterator[Event]:
     """Events of sampling: tokens as they are decided, blocks as they are finished.
@@ -62,6 +64,7 @@ def stream(
         UserError: see `generate`.
     """
     params = resolved(model, as_params(params, **options))
+    model = inference_form(model) if optimize else model
     generator = _source(params.seed, generator)
     rows = prepare_rows(model, prompts, params.num_samples, params.bos)
     longest = max((len(row.ids) for row in rows), default=0) + params.max_new_tokens
@@ -79,6 +82,7 @@ def generate(
     params: SamplingParams | None = None,
     *,
     generator: torch.Generator | None = None,
+    optimize: bool = True,
     **options: Any,
 ) -> Generation:
     """Samples continuations of prompts, or texts from nothing.
@@ -91,12 +95,15 @@ def generate(
         prompts: a text or ids, or a list of them, of any lengths; None = from nothing.
         params: how to sample; `options`, fields of `SamplingParams` by name, go before it.
         generator: instead of a seed, the source of randomness itself (CPU).
+        optimize: sample with a copy that is made for it, once (`models.inference`); the same up to
+            rounding. False: with the network as it is.
 
     Raises:
         UserError: for options out of range or not of this kind of model, foreign ids, or a prompt
             longer than the window.
     """
-    return collect(model, stream(model, prompts, params, generator=generator, **options))
+    events = stream(model, prompts, params, generator=generator, optimize=optimize, **options)
+    return collect(model, events)
 
 
 def infill(
@@ -105,6 +112,7 @@ def infill(
     params: SamplingParams | None = None,
     *,
     generator: torch.Generator | None = None,
+    optimize: bool = True,
     **options: Any,
 ) -> Generation:
     """Fills what is missing in texts, given tokens anywhere; see `sampling.infilling`.
@@ -115,8 +123,8 @@ def infill(
         model: from `blockdiffusion.load`, or any `Denoiser`.
         templates: texts in which `[MASK]` stands for one missing token and `[MASK:5]` for five, or
             ids with the mask token in their place; one or a list.
-        params, generator, options: as for `generate`. A template has its length, and no EOS ends
-            it: `max_new_tokens`, `eos` and `stride` are not read.
+        params, generator, optimize, options: as for `generate`. A template has its length, and no
+            EOS ends it: `max_new_tokens`, `eos` and `stride` are not read.
 
     Returns:
         Whole texts, in which the pieces of a text are as they were given; `prompt_lengths` counts
@@ -129,7 +137,8 @@ def infill(
     params = as_params(params, **options)
     source = _source(params.seed, generator)
     rows = prepare_templates(model, templates, params.num_samples, params.bos)
-    return collect(model, fill_events(model, rows, resolved(model, params), source))
+    network = inference_form(model) if optimize else model
+    return collect(model, fill_events(network, rows, resolved(model, params), source))
 
 
 def _source(seed: int | None, generator: torch.Generator | None) -> torch.Generator:

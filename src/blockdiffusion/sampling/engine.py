@@ -23,6 +23,7 @@ import torch
 from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limit
+from blockdiffusion.models.inference import inference_form
 from blockdiffusion.runtime.seeding import fresh_seed, seeded
 from blockdiffusion.sampling.events import (
     BlockDone,
@@ -125,6 +126,8 @@ class Engine:
             cache for `max_rows` times as many (with a window, for the window) is allocated now.
         window: a token sees the last `window` tokens, its own block included; None = all. Then
             requests may be of any length, in constant memory.
+        optimize: sample with a copy of the model as it is now, which is made for it; the same up to
+            rounding.
 
     Raises:
         UserError: an autoregressive network, or a number out of range.
@@ -137,6 +140,7 @@ class Engine:
         max_rows: int = 8,
         max_tokens: int = 1024,
         window: int | None = None,
+        optimize: bool = True,
     ):
         if is_autoregressive(model):
             raise UserError(
@@ -148,7 +152,8 @@ class Engine:
         size = model.config.block_size
         check_limit("window", window)
         check_window(window, size)
-        self.model, self.max_rows, self.window = model, max_rows, window
+        self.model = model = inference_form(model) if optimize else model
+        self.max_rows, self.window = max_rows, window
         self.max_tokens = max_tokens
         check_room(model, max_rows, max_tokens, window, "lower max_rows or max_tokens")
         held = -(-max_tokens // size) * size if window is None else window + size

@@ -30,7 +30,7 @@ from blockdiffusion.files.records import (
     parse_json,
 )
 from blockdiffusion.limits import MOST_COUNT, check_limits
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.runtime.distributed import ALONE, Team
 from blockdiffusion.runtime.seeding import derive_seed
 from blockdiffusion.sampling import BlockDone, Finished, stream
@@ -173,7 +173,7 @@ def draw_samples(
             "this model's directory has no tokenizer, so its samples cannot be given to a judge; "
             "put its tokenizer.json there"
         )
-    sampler = sampling_copy(model, int8=options.int8)
+    sampler = optimize_for_inference(model, int8=True) if options.int8 else model
     # What is kept, one process knows: others might read the file while it is written.
     kept = None
     if file is not None and team.is_first:
