@@ -26,8 +26,8 @@ from blockdiffusion.diffusion.schedules import SCHEDULES
 from blockdiffusion.estimate.flops import SampleDtype
 from blockdiffusion.evaluate.zero_shot import suite
 from blockdiffusion.runtime.hardware import NAMES
+from blockdiffusion.sampling.choosing import _MASKED
 from blockdiffusion.sampling.params import TopPRule
-from blockdiffusion.sampling.processes import _MASKED
 from blockdiffusion.studies.reproduce.scales import SCALES
 from tests.command import blockdiff
 from tests.conftest import GOLDEN

@@ -8,9 +8,9 @@ import torch
 import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling import TokensRevealed
+from blockdiffusion.sampling.adaptive import MostCertain
 from blockdiffusion.sampling.params import SamplingParams
-from blockdiffusion.sampling.policies import FirstHitting, RandomOrder
-from blockdiffusion.sampling.processes import MostCertain, Planned, Setting
+from blockdiffusion.sampling.samplers import FirstHitting, Planned, RandomOrder, SamplingContext
 from tests import noise_oracles as oracles
 from tests.sampling.laws import FALSE_ALARM, p_value, seeded, streams
 
@@ -67,7 +67,7 @@ def test_so_many_tokens_in_a_pass(name, per_step, passes):
     assert passes_of(MostCertain(name, tokens_per_step=per_step)) == passes
 
 
-def passes_of(process):
+def passes_of(sampler):
     """The pass that reveals each of four slots, two rows in step, with the same predictions in
     every pass; the second row has two given tokens."""
 
@@ -75,19 +75,20 @@ def passes_of(process):
         mask_id, time_conditioning = 3, False
 
     open_RS = torch.tensor([[True] * 4, [False, True, True, False]])
-    course = process.begin(
-        open_RS, Setting(Config, torch.device("cpu"), SamplingParams(top_p=0.01), streams(2))
+    state = sampler.start(
+        open_RS,
+        SamplingContext(Config, torch.device("cpu"), SamplingParams(top_p=0.01), streams(2)),
     )
     passes = torch.full((2, 4), -1)
     for step in itertools.count():
-        if not course.undecided_RS.any():
+        if not state.undecided_RS.any():
             break
-        place = course.wanted_RS().nonzero(as_tuple=True)
-        changes = course.decide(place, torch.full_like(place[0], 3), LOGITS[place[1]].clone())
-        assert (changes.ids == 0).all()  # the filter keeps the most likely
-        assert torch.allclose(changes.confidences, PROBS[changes.slots, 0])
-        assert (passes[changes.rows, changes.slots] == -1).all()
-        passes[changes.rows, changes.slots] = step
+        place = state.wanted_RS().nonzero(as_tuple=True)
+        update = state.step(place, torch.full_like(place[0], 3), LOGITS[place[1]].clone())
+        assert (update.ids == 0).all()  # the filter keeps the most likely
+        assert torch.allclose(update.confidences, PROBS[update.slots, 0])
+        assert (passes[update.rows, update.slots] == -1).all()
+        passes[update.rows, update.slots] = step
     assert (passes[1] == -1).tolist() == [True, False, False, True]
     return passes[0].tolist()
 
@@ -194,12 +195,12 @@ def test_remasking_has_the_law_of_its_chain(make_model, share, kind):
 def test_a_time_reading_network_reads_the_share_of_masks(make_model):
     model = make_model(vocab_size=4, mask_id=3, seq_len=4, block_size=2, time_conditioning=True)
     assert draw(model, sampler="confidence", tokens_per_step=1).nfe.max() == 4
-    process = MostCertain("confidence", tokens_per_step=1)
+    sampler = MostCertain("confidence", tokens_per_step=1)
     open_RS = torch.tensor([[True, True], [False, True]])
-    setting = Setting(model.config, model.device, SamplingParams(), streams(2))
-    course = process.begin(open_RS, setting)
-    course.undecided_RS[0, 0] = False
-    found = course.sigma_R()
+    context = SamplingContext(model.config, model.device, SamplingParams(), streams(2))
+    state = sampler.start(open_RS, context)
+    state.undecided_RS[0, 0] = False
+    found = state.sigma_R()
     assert torch.allclose(found, oracles.sigma_of(torch.tensor([0.5, 1.0])).float())
 
 

@@ -6,7 +6,7 @@ import torch
 import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
-from blockdiffusion.sampling.policies import FirstHitting
+from blockdiffusion.sampling.samplers import FirstHitting
 from tests.oracles import network, subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
 

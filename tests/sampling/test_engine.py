@@ -300,7 +300,7 @@ def test_an_engine_that_cannot_be(make_model, options, message):
         (dict(prompt=[12]), "a prompt holds the id 12"),
         (dict(prompt="text"), "no tokenizer"),
         (dict(sampler="analytic"), "analytic"),
-        (dict(sampler=3), "sampler is 3; it must be a name, a Policy or a Process"),
+        (dict(sampler=3), "sampler is 3; it must be a name or a Sampler"),
         (dict(temperature=math.inf), r"temperature is inf; it must lie in \[0\.001, 1000\]"),
         (dict(temperature=math.nan), "temperature is nan"),
         (dict(temperature=1e-45), "temperature is 1e-45; .*top_k=1 is greedy"),

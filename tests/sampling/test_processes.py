@@ -8,9 +8,10 @@ import torch
 import blockdiffusion
 from blockdiffusion.diffusion.losses import uniform_reverse
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed, processes
-from blockdiffusion.sampling.policies import FirstHitting
-from blockdiffusion.sampling.processes import Analytic, Planned, UniformReverse, make_process
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed, reverse
+from blockdiffusion.sampling.choosing import make_sampler
+from blockdiffusion.sampling.reverse import Analytic, UniformReverse
+from blockdiffusion.sampling.samplers import FirstHitting, Planned
 from tests import noise_oracles as oracles
 from tests.sampling.laws import FALSE_ALARM, SHAPES, of_shape, p_value, seeded
 
@@ -99,7 +100,7 @@ def test_every_step_of_uniform_noise_draws_from_equation_4(make, monkeypatch):
         taken.append((clean, noisy, drawn_from / drawn_from.sum(-1, keepdim=True)))
         return drawn_from
 
-    monkeypatch.setattr(processes, "uniform_reverse", remember)
+    monkeypatch.setattr(reverse, "uniform_reverse", remember)
     draw(model, draws=5, new=2, steps=steps)
     matrices = oracles.step_matrices(model, "uniform", probs)
     assert len(taken) == steps
@@ -229,11 +230,11 @@ def test_filters_act_on_the_denoiser(make, kind):
 
 
 def test_which_process_a_network_has(make):
-    usual = make_process(make("sedd").config)
+    usual = make_sampler(make("sedd").config)
     assert isinstance(usual, Analytic) and usual.steps == 2
-    assert isinstance(make_process(make("uniform").config), UniformReverse)
-    assert make_process(make("absorbing").config).name == "ancestral"
-    assert make_process(make().config) == FirstHitting()
+    assert isinstance(make_sampler(make("uniform").config), UniformReverse)
+    assert make_sampler(make("absorbing").config).name == "ancestral"
+    assert make_sampler(make().config) == FirstHitting()
     assert Planned(FirstHitting()).name == "first-hitting"
     model = make("sedd")
     own = draw(model, draws=20, sampler=Analytic(2))
@@ -252,7 +253,7 @@ class Untimed:
     ("uniform", dict(sampler="analytic"), "by its own steps; use ancestral"),
     ("uniform", dict(steps=0), "steps is 0; it must be at least 1"),
     ("absorbing", dict(schedule="cosine"), r"has its own \(linear\); leave it out"),
-    ("masked", dict(sampler=Untimed()), "which the policy untimed does not tell"),
+    ("masked", dict(sampler=Untimed()), "which the sampler untimed does not tell"),
     ("masked", dict(sampler="analytic"), "unknown sampler 'analytic'"),
     ("sedd", dict(sampler=Analytic(2), steps=3), "this object has its own"),
 ])  # fmt: skip

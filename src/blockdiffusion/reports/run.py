@@ -29,7 +29,7 @@ from blockdiffusion.reports.page import (
 from blockdiffusion.reports.trace import Trace, trace_of_events
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.sampling import Finished, stream
-from blockdiffusion.sampling.processes import as_process, make_process
+from blockdiffusion.sampling.choosing import make_sampler
 from blockdiffusion.train.checkpoint import latest, read_state, versions
 
 EVALUATION = "eval.json"
@@ -162,19 +162,13 @@ def _draw(
             Sample(
                 text=" ".join(map(str, done.ids)) if done.text is None else done.text,
                 seed=seed,
-                policy=_way(model),
+                policy=make_sampler(model.config).name,
                 nfe=done.nfe,
                 tokens_per_forward=done.tokens_per_forward,
                 num_tokens=len(done.ids) - done.prompt_tokens,
             )
         )
     return trace, samples
-
-
-def _way(model: BlockDiffusionModel) -> str:
-    if is_autoregressive(model):
-        return "left to right"
-    return as_process(make_process(model.config)).name
 
 
 def _commands(run: Path, config: Mapping[str, Any]) -> list[Command]:

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
+from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.inference import inference_form
 from blockdiffusion.runtime.seeding import fresh_seed, seeded
-from blockdiffusion.sampling.autoregressive import sample_next_tokens
 from blockdiffusion.sampling.events import Event, Finished
 from blockdiffusion.sampling.infilling import fill_events, prepare_templates
 from blockdiffusion.sampling.loop import sample_events
@@ -68,9 +67,7 @@ def stream(
     generator = _source(params.seed, generator)
     rows = prepare_rows(model, prompts, params.num_samples, params.bos)
     longest = max((len(row.ids) for row in rows), default=0) + params.max_new_tokens
-    if is_autoregressive(model):
-        yield from sample_next_tokens(model, rows, params, generator)
-    elif params.stride is not None or (has_one_block(model) and longest > model.config.seq_len):
+    if params.stride is not None or (has_one_block(model) and longest > model.config.seq_len):
         yield from sample_sliding(model, rows, params, generator)
     else:
         yield from sample_events(model, rows, params, generator)

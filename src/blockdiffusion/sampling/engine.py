@@ -36,8 +36,8 @@ from blockdiffusion.sampling.events import (
 from blockdiffusion.sampling.logits import NOT_FINITE
 from blockdiffusion.sampling.loop import check_request, check_room, check_window, eos_of
 from blockdiffusion.sampling.params import FIELDS, SamplingParams, as_params
-from blockdiffusion.sampling.processes import Course, Setting, as_process
 from blockdiffusion.sampling.requests import Row, prepare_rows, resolved
+from blockdiffusion.sampling.samplers import BlockState, SamplingContext
 from blockdiffusion.sampling.sliding import has_one_block
 from blockdiffusion.sampling.streams import RowStreams, row_streams
 
@@ -62,7 +62,7 @@ class _Request:
         self.prompt_tokens = len(row.ids)
         self.limit = len(row.ids) + params.max_new_tokens
         self.num_read = self.nfe = self.start = self.given = self.step = 0
-        self.course: Course | None = None
+        self.state: BlockState | None = None
         self.block: list[int] = []
 
     def unread(self, size: int) -> list[int]:
@@ -71,22 +71,22 @@ class _Request:
         stop = min(len(self.ids) // size * size, self.num_read + most)
         return self.ids[self.num_read : stop]
 
-    def open_block(self, setting: Setting) -> None:
+    def open_block(self, context: SamplingContext) -> None:
         """Begins the block that follows the whole blocks of `ids`, which are read or being read."""
-        size = setting.config.block_size
+        size = context.config.block_size
         self.start = len(self.ids) // size * size
         self.given = len(self.ids) - self.start
-        block = self.ids[self.start :] + [setting.config.mask_id] * (size - self.given)
+        block = self.ids[self.start :] + [context.config.mask_id] * (size - self.given)
         open_1S = torch.arange(size)[None] >= self.given
-        self.course = as_process(self.params.sampler).begin(open_1S, setting)
-        filled_1S = self.course.fill(torch.tensor([block], device=setting.device))
+        self.state = self.params.sampler.start(open_1S, context)
+        filled_1S = self.state.initial_block(torch.tensor([block], device=context.device))
         self.block = filled_1S[0].tolist()
         self.step = 0
 
     def block_is_done(self) -> bool:
         """Whether all is decided that will be kept: up to the limit, or to a sampled EOS."""
-        assert self.course is not None
-        undecided = self.course.undecided_RS[0].tolist()
+        assert self.state is not None
+        undecided = self.state.undecided_RS[0].tolist()
         for slot in range(min(len(self.block), self.limit - self.start)):
             if undecided[slot]:
                 return False
@@ -102,7 +102,7 @@ class _Request:
             new = new[: new.index(self.eos_id) + 1]
             reason = "eos"
         self.ids += new
-        self.course = None
+        self.state = None
         return reason or ("length" if len(self.ids) == self.limit else None)
 
     def block_done(self) -> BlockDone:
@@ -252,7 +252,7 @@ class Engine:
         events += decided
         for number in reversed(range(len(self._rows))):
             request = self._rows[number]
-            if request.course is not None and request.block_is_done():
+            if request.state is not None and request.block_is_done():
                 reason = request.close_block()
                 events.append(request.block_done())
                 if reason is not None:
@@ -272,16 +272,16 @@ class Engine:
             firsts.append(len(flat))
             all_read = request.num_read + len(unread) == len(request.ids) // size * size
             if all_read:
-                if request.course is None:
-                    request.open_block(self._setting(request))
+                if request.state is None:
+                    request.open_block(self._context(request))
                 flat += request.block
             tokens.append(len(unread) + size * all_read)
             clean.append(len(unread))
-            sigmas.append(None if request.course is None else request.course.sigma_R())
+            sigmas.append(None if request.state is None else request.state.sigma_R())
         wanted = [
-            (request, first, request.course.wanted_RS()[0].nonzero().flatten())
+            (request, first, request.state.wanted_RS()[0].nonzero().flatten())
             for request, first in zip(self._rows, firsts, strict=True)
-            if request.course is not None
+            if request.state is not None
         ]
         wanted_M = torch.cat([
             torch.zeros(0, dtype=torch.long), *(first + slot_M for _, first, slot_M in wanted)
@@ -297,7 +297,7 @@ class Engine:
             wanted_M.to(device),
         )
         logits_MV = self.model.head(hidden_MD)
-        # From here on the pass has happened; what fails before changes nothing.
+        # From here on the pass has happened; what fails before update nothing.
         self._cache.commit(torch.tensor(clean))
         for request, count in zip(self._rows, clean, strict=True):
             request.num_read += count
@@ -310,25 +310,27 @@ class Engine:
 
     def _decide(self, request: _Request, slot_M: torch.Tensor, logits_MV: torch.Tensor) -> Event:
         """Takes a request's decisions of this pass."""
-        assert request.course is not None
+        assert request.state is not None
         ids_M = torch.tensor([request.block[slot] for slot in slot_M.tolist()])
         place_M = (torch.zeros_like(slot_M), slot_M)
-        changes = request.course.decide(place_M, ids_M.to(logits_MV.device), logits_MV)
-        if any(map(math.isnan, changes.confidences.tolist())):
+        update = request.state.step(place_M, ids_M.to(logits_MV.device), logits_MV)
+        if any(map(math.isnan, update.confidences.tolist())):
             raise UserError(NOT_FINITE)
-        for slot, token in zip(changes.slots.tolist(), changes.ids.tolist(), strict=True):
+        for slot, token in zip(update.slots.tolist(), update.ids.tolist(), strict=True):
             request.block[slot] = token
         request.step += 1
         return TokensRevealed(
             request.step - 1,
-            torch.full_like(changes.slots, request.id),
-            request.start + changes.slots,
-            changes.ids,
-            changes.confidences,
+            torch.full_like(update.slots, request.id),
+            request.start + update.slots,
+            update.ids,
+            update.confidences,
         )
 
-    def _setting(self, request: _Request) -> Setting:
-        return Setting(self.model.config, self.model.device, request.params, request.streams)
+    def _context(self, request: _Request) -> SamplingContext:
+        return SamplingContext(
+            self.model.config, self.model.device, request.params, request.streams
+        )
 
     def _leave(self, number: int) -> None:
         """Gives a row back; as in the cache, the last one takes its place."""

@@ -1,7 +1,7 @@
 """The block loop: a generator of events.
 
-Rows of a batch go block by block, in step. How a block comes to be is a `Process` (see
-`sampling.processes`): it says what each pass reads and where it needs logits, and then which tokens
+Rows of a batch go block by block, in step. How a block comes to be is a `Sampler` (see
+`sampling.samplers`): it says what each pass reads and where it needs logits, and then which tokens
 change. A finished block is committed to the past with the first pass of the next one. The command
 line, `generate` and the pictures all consume the same events.
 """
@@ -15,11 +15,11 @@ import torch
 from blockdiffusion.diffusion.denoiser import Denoiser, NextTokenModel
 from blockdiffusion.errors import UserError
 from blockdiffusion.runtime.hardware import check_memory
-from blockdiffusion.sampling.context import CachedContext, RecomputedContext
+from blockdiffusion.sampling.context import Context, make_context
 from blockdiffusion.sampling.events import BlockDone, Event, TokensRevealed, finished
 from blockdiffusion.sampling.params import SamplingParams
-from blockdiffusion.sampling.processes import Setting, as_process
 from blockdiffusion.sampling.requests import Row
+from blockdiffusion.sampling.samplers import SamplingContext
 from blockdiffusion.sampling.streams import row_streams
 
 
@@ -35,49 +35,49 @@ def sample_events(
     yield from run_blocks(model, BlockBatch(model, rows, params, generator), params)
 
 
-def run_blocks(model: Denoiser, state: BlockBatch, params: SamplingParams) -> Iterator[Event]:
+def run_blocks(model: Denoiser, batch: BlockBatch, params: SamplingParams) -> Iterator[Event]:
     """Block after block, until all rows are finished."""
-    while state.active.numel():
-        yield from denoise_block(model, state, params)
-        yield from state.finish_block()
+    while batch.active.numel():
+        yield from denoise_block(model, batch, params)
+        yield from batch.finish_block()
 
 
 def denoise_block(
-    model: Denoiser, state: BlockBatch, params: SamplingParams
+    model: Denoiser, batch: BlockBatch, params: SamplingParams
 ) -> Iterator[TokensRevealed]:
     """Takes the current block of all active rows from noise to text."""
-    block_RS, open_RS, kept_RS = state.open_block()
-    streams = state.streams.of(state.active)
-    setting = Setting(model.config, model.device, params, streams)
-    course = as_process(params.sampler).begin(open_RS, setting)
-    block_RS = course.fill(block_RS)
+    block_RS, open_RS, kept_RS = batch.open_block()
+    streams = batch.streams.of(batch.active)
+    context = SamplingContext(model.config, model.device, params, streams)
+    state = params.sampler.start(open_RS, context)
+    block_RS = state.initial_block(block_RS)
     ended_R = torch.zeros(len(block_RS), dtype=torch.bool)
     step = 0
     while True:
         # A row can leave once every kept position is decided.
-        takes_part_R = (course.undecided_RS & kept_RS).any(1) & ~ended_R
+        takes_part_R = (state.undecided_RS & kept_RS).any(1) & ~ended_R
         if not bool(takes_part_R.any()):
             break
-        row_M, slot_M = (course.wanted_RS() & takes_part_R[:, None]).nonzero(as_tuple=True)
+        row_M, slot_M = (state.wanted_RS() & takes_part_R[:, None]).nonzero(as_tuple=True)
         wanted = (row_M.to(block_RS.device), slot_M.to(block_RS.device))
-        logits_MV = model.head(state.context.denoise(block_RS, wanted, course.sigma_R()))
-        state.nfe_B[state.active[takes_part_R]] += 1
-        changes = course.decide((row_M, slot_M), block_RS[wanted], logits_MV)
-        row_M, slot_M = changes.rows, changes.slots
-        block_RS[row_M, slot_M] = changes.ids
+        logits_MV = model.head(batch.context.denoise(block_RS, wanted, state.sigma_R()))
+        batch.nfe_B[batch.active[takes_part_R]] += 1
+        update = state.step((row_M, slot_M), block_RS[wanted], logits_MV)
+        row_M, slot_M = update.rows, update.slots
+        block_RS[row_M, slot_M] = update.ids
         yield TokensRevealed(
             step,
-            state.active[row_M],
-            state.starts_R[row_M] + slot_M,
-            changes.ids,
-            changes.confidences,
+            batch.active[row_M],
+            batch.starts_R[row_M] + slot_M,
+            update.ids,
+            update.confidences,
         )
-        if state.eos_id is not None:
+        if batch.eos_id is not None:
             ended_R |= _decided_up_to_eos(
-                block_RS.cpu(), course.undecided_RS, state.new_RS, state.eos_id
+                block_RS.cpu(), state.undecided_RS, batch.new_RS, batch.eos_id
             )
         step += 1
-    state.block_RS = block_RS
+    batch.block_RS = block_RS
 
 
 def _decided_up_to_eos(
@@ -124,11 +124,10 @@ class BlockBatch:
         """Tokens of the longest row, whole blocks."""
         return -(-int(self.limits_B.max()) // self.size) * self.size
 
-    def past(self, model: Denoiser, params: SamplingParams) -> CachedContext | RecomputedContext:
+    def past(self, model: Denoiser, params: SamplingParams) -> Context:
         """The clean past of all rows, empty."""
-        kind = CachedContext if params.use_cache else RecomputedContext
         rows, longest = self.ids_BT.shape
-        return kind(model, rows, longest, params.window)
+        return make_context(model, rows, longest, params.window, params.use_cache)
 
     def first_starts(self) -> torch.Tensor:
         """Where every row's first block with something to sample begins."""

@@ -105,10 +105,13 @@ class SamplingParams:
                 f"{', '.join(get_args(TopPRule))}"
             )
 
+    def settings(self) -> dict[str, Any]:
+        """Those that belong to a sampler's name."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
     def check_read(self, name: str, reads: Mapping[str, Sequence[str]]) -> None:
         """Refuses settings that the sampler `name` has no use for; `reads`: what each one reads."""
-        for setting in SETTINGS:
-            value = getattr(self, setting)
+        for setting, value in self.settings().items():
             if value is not None and setting not in reads[name]:
                 readers = [other for other, read in reads.items() if setting in read]
                 advice = f", or take {_either(readers)}" if readers else ""

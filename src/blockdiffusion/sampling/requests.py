@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from blockdiffusion.diffusion.denoiser import Denoiser, bos_id, is_autoregressive
+from blockdiffusion.diffusion.denoiser import Denoiser, bos_id
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import check_limit
-from blockdiffusion.sampling.params import SETTINGS, SamplingParams
-from blockdiffusion.sampling.processes import Process, check_fits, make_process
+from blockdiffusion.sampling.choosing import make_sampler
+from blockdiffusion.sampling.params import SamplingParams
 from blockdiffusion.text import Given, encode_text
 
 Prompt = str | Sequence[int] | torch.Tensor
@@ -66,31 +66,7 @@ def resolved(model: Denoiser, params: SamplingParams) -> SamplingParams:
     Raises:
         UserError: they do not fit this kind of model.
     """
-    sampler = params.sampler
-    settings = {name: getattr(params, name) for name in SETTINGS}
-    if is_autoregressive(model):
-        refuse_masks(sampler=sampler, **settings, stride=params.stride)
-        return params
-    if isinstance(sampler, str | None):
-        return replace(params, sampler=make_process(model.config, params))
-    if not isinstance(sampler, Process) and not hasattr(sampler, "plan"):
-        raise UserError(f"sampler is {shown(sampler)}; it must be a name, a Policy or a Process")
-    if any(value is not None for value in settings.values()):
-        raise UserError(
-            "steps, schedule and the like go with a sampler's name; this object has its own"
-        )
-    check_fits(sampler, model.config)
-    return params
-
-
-def refuse_masks(**options: object) -> None:
-    """What says how masks are revealed means nothing where there are none."""
-    for name, value in options.items():
-        if value is not None:
-            raise UserError(
-                f"{name} is given, but this model is autoregressive: it writes one token after the "
-                "other and has no masks to reveal; leave it out"
-            )
+    return replace(params, sampler=make_sampler(model.config, params))
 
 
 def as_list(prompts: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from blockdiffusion.diffusion.denoiser import Denoiser
+from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.context import CachedContext
 from blockdiffusion.sampling.events import Event
@@ -30,7 +30,7 @@ from blockdiffusion.sampling.requests import Row
 
 def has_one_block(model: Denoiser) -> bool:
     """Whether the model was trained on rows of a single block (S = L)."""
-    return model.config.block_size == model.config.seq_len
+    return model.config.block_size == model.config.seq_len and not is_autoregressive(model)
 
 
 @torch.no_grad()

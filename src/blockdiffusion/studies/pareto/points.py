@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from blockdiffusion.errors import UserError, shown
+from blockdiffusion.sampling.choosing import make_sampler
 from blockdiffusion.sampling.params import SETTINGS, SamplingParams
-from blockdiffusion.sampling.processes import make_process
 
 TOKENS = (1, 2, 4, 8, 16)  # of a pass, in the usual points
 THRESHOLDS = {"confidence": (0.9, 0.7), "entropy": (0.1, 0.5, 2.0)}
@@ -40,7 +40,7 @@ class Point:
                 read or that do not fit.
         """
         _refuse_autoregressive(config)
-        make_process(config, SamplingParams(sampler=self.policy, **dict(self.settings)))
+        make_sampler(config, SamplingParams(sampler=self.policy, **dict(self.settings)))
 
 
 # The published samples are drawn so: one token a pass, nucleus 0.9 by the authors' rule.
