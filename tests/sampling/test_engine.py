@@ -346,7 +346,7 @@ def test_a_pass_that_fails_can_be_made_again(make_model, monkeypatch):
         engine.submit(prompt, **options)
     waiting = engine.submit([1], max_new_tokens=4)
     assert engine.cancel(waiting)
-    head, calls, finished = model.head, [], {}
+    head, calls, finished = engine.model.head, [], {}
 
     def failing(hidden):
         calls.append(len(hidden))
@@ -354,7 +354,7 @@ def test_a_pass_that_fails_can_be_made_again(make_model, monkeypatch):
             raise RuntimeError("out of memory")
         return head(hidden)
 
-    monkeypatch.setattr(model, "head", failing)
+    monkeypatch.setattr(engine.model, "head", failing)
     while engine.num_active or engine.num_waiting:
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.step()
@@ -376,6 +376,19 @@ def test_a_model_of_one_block_writes_one_block(make_model):
         engine.submit([1, 2, 3], max_new_tokens=14)
 
 
-def test_a_network_without_blocks_is_refused(make_ar):
-    with pytest.raises(UserError, match="predicts the next token; use generate"):
-        Engine(make_ar())
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("bos", [True, False])
+def test_autoregressive_requests_are_those_of_one_alone(make_ar, monkeypatch, bos, window):
+    """With the start symbol, and with a BOS in its place; long prompts are read in parts."""
+    model = make_ar(eos_id=5, bos_id=3, bos=bos)
+    monkeypatch.setattr(type(model), "_require", lambda self, **kind: None)
+    monkeypatch.setattr("blockdiffusion.sampling.engine.PREFILL_TOKENS", 8)
+    wanted = [
+        (prompt, options | {"bos": options["seed"] % 2 == 0})
+        for prompt, options in requests(20, "autoregressive")
+    ]
+    finished = run_all(Engine(model, max_rows=5, max_tokens=41, window=window), wanted)
+    assert sorted(finished) == list(range(20))
+    for number, (prompt, options) in enumerate(wanted):
+        assert finished[number].ids == alone(model, prompt, options, window)
+    assert {event.reason for event in finished.values()} == {"eos", "length"}

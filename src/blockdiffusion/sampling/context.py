@@ -194,12 +194,17 @@ class RecomputedCausalContext(_Reread):
         super().read_on(clean_R1, torch.ones_like(self.lengths_R))
 
 
+def given_bos(model: Any) -> int | None:
+    """The BOS that takes the place of the start symbol, if a row begins with it."""
+    return None if model.config.bos is False else find_bos_id(model)
+
+
 def _after_start(
     model: Any, ids_RT: torch.Tensor, counts_R: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `counts_R` ids of every row after the start symbol, or as they are, where the row
     begins with a BOS that was given in training; and how many these are."""
-    bos_id = None if model.config.bos is False else find_bos_id(model)
+    bos_id = given_bos(model)
     ids_RT = ids_RT[:, : int(counts_R.max())]
     started_RT = F.pad(ids_RT, (1, 0), value=model.config.mask_id)
     if bos_id is None or not ids_RT.shape[1]:

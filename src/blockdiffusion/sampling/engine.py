@@ -25,6 +25,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limit
 from blockdiffusion.models.inference import inference_form
 from blockdiffusion.runtime.seeding import fresh_seed, seeded
+from blockdiffusion.sampling.context import given_bos
 from blockdiffusion.sampling.events import (
     BlockDone,
     Event,
@@ -46,8 +47,9 @@ PREFILL_TOKENS = 512  # clean tokens that a request brings into one pass, at mos
 
 
 class _Request:
-    """Where a request stands. `ids` are the prompt and the finished blocks; `num_read` of them are
-    in the cache. The block in work begins at `start`, and its first `given` tokens are in `ids`."""
+    """Where a request stands. `ids` are the prompt and the finished blocks; `num_read` of them,
+    after the start symbol of an autoregressive network (`before`), are in the cache. The block in
+    work begins at `start`, and its first `given` tokens are in `ids`."""
 
     def __init__(
         self,
@@ -56,10 +58,11 @@ class _Request:
         params: SamplingParams,
         eos_id: int | None,
         streams: RowStreams,
+        before: list[int],
     ):
         self.id, self.ids, self.prompt_text = id, list(row.ids), row.given
         self.params, self.eos_id, self.streams = params, eos_id, streams
-        self.prompt_tokens = len(row.ids)
+        self.before, self.prompt_tokens = before, len(row.ids)
         self.limit = len(row.ids) + params.max_new_tokens
         self.num_read = self.nfe = self.start = self.given = self.step = 0
         self.state: BlockState | None = None
@@ -68,8 +71,13 @@ class _Request:
     def unread(self, size: int) -> list[int]:
         """Clean tokens for the next pass: whole blocks, as many as one pass takes."""
         most = max(size, PREFILL_TOKENS // size * size)
-        stop = min(len(self.ids) // size * size, self.num_read + most)
-        return self.ids[self.num_read : stop]
+        stop = min(self.whole_blocks(size), self.num_read + most)
+        skip = self.num_read - len(self.before)
+        return self.before[self.num_read :] + self.ids[max(0, skip) : stop - len(self.before)]
+
+    def whole_blocks(self, size: int) -> int:
+        """Clean tokens in whole blocks, read or not."""
+        return (len(self.before) + len(self.ids)) // size * size
 
     def open_block(self, context: SamplingContext) -> None:
         """Begins the block that follows the whole blocks of `ids`, which are read or being read."""
@@ -120,7 +128,7 @@ class Engine:
     >>> texts = {event.row: event.text for event in engine.run() if isinstance(event, Finished)}
 
     Args:
-        model: a network that denoises blocks.
+        model: a network that denoises blocks, or predicts the next token.
         max_rows: requests in a pass; more wait.
         max_tokens: prompt and new tokens of a request, at most, where there is no window. The
             cache for `max_rows` times as many (with a window, for the window) is allocated now.
@@ -130,7 +138,7 @@ class Engine:
             rounding.
 
     Raises:
-        UserError: an autoregressive network, or a number out of range.
+        UserError: a number is out of range.
     """
 
     def __init__(
@@ -142,11 +150,6 @@ class Engine:
         window: int | None = None,
         optimize: bool = True,
     ):
-        if is_autoregressive(model):
-            raise UserError(
-                "the engine serves networks that denoise blocks, and this one predicts the next "
-                "token; use generate"
-            )
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
             check_limit(name, value)
         size = model.config.block_size
@@ -156,7 +159,9 @@ class Engine:
         self.max_rows, self.window = max_rows, window
         self.max_tokens = max_tokens
         check_room(model, max_rows, max_tokens, window, "lower max_rows or max_tokens")
-        held = -(-max_tokens // size) * size if window is None else window + size
+        self._causal = is_autoregressive(model)
+        most = max_tokens + self._causal  # the start symbol
+        held = -(-most // size) * size if window is None else window + size
         self._cache = model.make_cache(max_rows, held)
         self._cache.clear()
         self._waiting: deque[_Request] = deque()
@@ -215,7 +220,9 @@ class Engine:
         seed = fresh_seed() if params.seed is None else params.seed
         streams = row_streams(seeded(seed), [row.ids], self.model.config.block_size)
         eos_id = eos_of(self.model, params)
-        request = _Request(self._next_id, row, params, eos_id, streams)
+        begins = row.ids[:1] == [given_bos(self.model)]
+        before = [self.model.config.mask_id] if self._causal and not begins else []
+        request = _Request(self._next_id, row, params, eos_id, streams, before)
         self._next_id += 1
         self._waiting.append(request)
         return request.id
@@ -267,16 +274,16 @@ class Engine:
         flat: list[int] = []
         tokens, clean, sigmas, firsts = [], [], [], []
         for request in self._rows:
-            unread = request.unread(size)
+            begin, unread = len(flat), request.unread(size)
             flat += unread
-            firsts.append(len(flat))
-            all_read = request.num_read + len(unread) == len(request.ids) // size * size
-            if all_read:
+            clean.append(len(unread))
+            # The token before the next one gives it; a block that is denoised is read itself.
+            firsts.append(len(flat) - self._causal)
+            if request.num_read + len(unread) == request.whole_blocks(size):
                 if request.state is None:
                     request.open_block(self._context(request))
-                flat += request.block
-            tokens.append(len(unread) + size * all_read)
-            clean.append(len(unread))
+                flat += [] if self._causal else request.block
+            tokens.append(len(flat) - begin)
             sigmas.append(None if request.state is None else request.state.sigma_R())
         wanted = [
             (request, first, request.state.wanted_RS()[0].nonzero().flatten())
