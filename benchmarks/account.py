@@ -101,10 +101,13 @@ def measured_training(recipe: Any, manifest: Any, updates: int) -> dict[str, flo
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident set so far
     before = resident("VmRSS")
     model = build_model(recipe, manifest).train()
-    model.activation_checkpointing = recipe.train.activation_checkpointing
+    model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     for parameter in model.parameters():  # zeros would let kernels cheat
         torch.nn.init.normal_(parameter, std=0.02, generator=draw)
-    optimizer, average = make_optimizer(model, recipe.optim), MovingAverage(model, 0.9999)
+    optimizer, average = (
+        make_optimizer(model.backbone, recipe.optim),
+        MovingAverage(model.backbone, 0.9999),
+    )
     if recipe.objective.name == "ar":
         loss: Any = NextTokenLoss(Batch(ids_BL, None), free_BL)
     else:

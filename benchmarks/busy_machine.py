@@ -48,7 +48,7 @@ def training(large: bool) -> tuple[Callable[[], object], int]:
     keep_freed_memory()
     config = paper_config(16) if large else demo_config()
     model = generic_model(config).train()
-    optimizer = make_optimizer(model, OptimOptions(lr=1e-6))
+    optimizer = make_optimizer(model.backbone, OptimOptions(lr=1e-6))
     draw = torch.Generator().manual_seed(1)
     rows = 1 if large else 4
     clean = torch.randint(0, config.vocab_size - 1, (rows, config.seq_len), generator=draw)

@@ -96,7 +96,7 @@ class Table:
 
     def floor(self, model: Any, batch: int, tokens_per_step: int) -> float:
         """Seconds of a call at least."""
-        config, number = model.config, matrix_weights(model)
+        config, number = model.full_config(), matrix_weights(model)
         head = model.output.weight.numel()
         cached = 2 * config.num_layers * config.width * batch * self.tokens / 2
         reading = BYTES * (number + cached) / self.bandwidth

@@ -109,7 +109,7 @@ def matrix_weights(model: Any) -> int:
     takes a few rows, and the modulation."""
     return sum(
         p.numel()
-        for name, p in model.named_parameters()
+        for name, p in model.backbone.named_parameters()
         if not any(part in name for part in ("embedding", "modulation", "time."))
     )
 

@@ -39,11 +39,11 @@ from blockdiffusion.diffusion.denoiser import masked_loss
 from blockdiffusion.diffusion.estimators import Corrupted, Count
 from blockdiffusion.models import transformer
 from blockdiffusion.models.attention import attend, resolve_backend
+from blockdiffusion.models.backbone import Outputs
 from blockdiffusion.models.masks import Streams, dense_mask
 from blockdiffusion.models.transformer import (
     BlockDiffusionConfig,
     BlockDiffusionModel,
-    Kept,
     Rotary,
     rotary_tables,
     split_heads,
@@ -209,7 +209,7 @@ def one_pass_sdpa(model: Any, batch: Corrupted, clean_BL: torch.Tensor) -> torch
 def compiled_model(config: BlockDiffusionConfig) -> BlockDiffusionModel:
     """Ours with compiled layers."""
     model = generic_model(config)
-    model.compile_layers()
+    model.backbone.compile_layers()
     return model
 
 
@@ -229,7 +229,7 @@ class TwoPasses:
     and then one noisy stream, which reads them. It computes what the single pass does."""
 
     def __init__(self, model: BlockDiffusionModel) -> None:
-        self.model, self.config, self.output = model, model.config, model.output
+        self.model, self.config, self.output = model, model.full_config(), model.output
 
     def encode(
         self,
@@ -243,9 +243,8 @@ class TwoPasses:
         model, device, length = self.model, noisy_BNL.device, clean_BL.shape[1]
         head_width = self.config.width // self.config.num_heads
         positions = torch.arange(length, device=device)
-        x_BLD = model.embedding(noisy_BNL[:, 0])
-        rotary = rotary_tables(positions, head_width, x_BLD.dtype)
-        cond = model.time(torch.zeros(1, 1, device=device))
+        rotary = rotary_tables(positions, head_width, model.dtype)
+        cond = model.backbone.time(torch.zeros(1, 1, device=device))
         clean = self._clean_pass(clean_BL, cond, rotary)
         streams = Streams(length, self.config.block_size)
         backend = resolve_backend(None, device)
@@ -254,14 +253,14 @@ class TwoPasses:
             k, v = (torch.cat(pair, dim=2) for pair in zip((k, v), clean[index], strict=True))
             return attend(q, k, v, streams, backend)
 
-        kept = Kept(place=scored_BNL[:, 0].nonzero(as_tuple=True))
-        return model._run_layers(x_BLD, cond, rotary, read, kept)[0]
+        outputs = Outputs(places=scored_BNL[:, 0].nonzero(as_tuple=True))
+        return model.backbone(noisy_BNL[:, 0], positions, read, outputs)[0]
 
     def _clean_pass(
         self, clean_BL: torch.Tensor, cond: torch.Tensor, rotary: Rotary
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of every layer; the last one computes nothing else."""
-        *layers, last = self.model.layers
+        *layers, last = self.model.backbone.layers
         streams = Streams(clean_BL.shape[1], self.config.block_size, num_noisy=0)
         backend = resolve_backend(None, clean_BL.device)
         found = []
@@ -270,7 +269,7 @@ class TwoPasses:
             found.append((k, v))
             return attend(q, k, v, streams, backend)
 
-        x_BLD = self.model.embedding(clean_BL)
+        x_BLD = self.model.backbone.embedding(clean_BL)
         for layer in layers:
             x_BLD = layer(x_BLD, cond, rotary, read)
         shift, scale = last.modulate(cond)[:2]

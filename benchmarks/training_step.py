@@ -115,7 +115,7 @@ def steps(task: Task, pipe: Connection) -> None:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     else:
         model = paper_model(task.block_size).train()
-        optimizer = make_optimizer(model, OptimOptions(lr=1e-6))
+        optimizer = make_optimizer(model.backbone, OptimOptions(lr=1e-6))
     dtype = getattr(torch, task.dtype)
 
     def loss() -> torch.Tensor:

@@ -93,7 +93,7 @@ def gpt2(config: Any) -> Any:
     class GPT2(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.config, self.tokenizer = config, None
+            self.config, self.tokenizer = config.diffusion(), None
             self.network = GPT2LMHeadModel(
                 GPT2Config(
                     vocab_size=config.vocab_size,
@@ -124,6 +124,13 @@ def gpt2(config: Any) -> Any:
         ) -> torch.Tensor:
             return self.network.transformer(ids_BT, attention_mask=valid_BT).last_hidden_state
 
+        @property
+        def backbone(self) -> GPT2:
+            return self
+
+        def full_config(self) -> Any:
+            return config
+
         def head(self, hidden: torch.Tensor) -> torch.Tensor:
             return self.network.lm_head(hidden)
 
@@ -146,7 +153,7 @@ def make_network(name: str, recipe: Any, manifest: Any) -> Any:
         return ours
     with torch.random.fork_rng(devices=[]):
         seed_global(recipe.train.seed, "weights")
-        return gpt2(ours.config)
+        return gpt2(ours.full_config())
 
 
 def train_one(job: Job) -> None:

@@ -157,7 +157,7 @@ PARTS = (
                     "model.block_size=16",
                     "eval.estimator=orders",
                     "eval.orders=8",
-                    "eval.samples=2",
+                    "eval.mc_samples=2",
                 ),
                 1.5,
             ),

@@ -76,9 +76,12 @@ class FaultyDisk:
         def counted(name: str) -> Any:
             real = getattr(os, name)
 
-            def operation(path: Any, *more: Any, **named: Any) -> Any:
-                self.operation(name, path)
-                return real(path, *more, **named)
+            def operation(path: Any, *more: Any, dir_fd: int | None = None, **named: Any) -> Any:
+                if dir_fd is None:
+                    self.operation(name, path)
+                    return real(path, *more, **named)
+                self.operation(name, os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), path))
+                return real(path, *more, dir_fd=dir_fd, **named)
 
             return operation
 

@@ -35,8 +35,9 @@ def network(model, ids, positions, mask, cond=None, remember=None, past=None):
     `remember` (a list) receives every layer's keys and values; `past` (such a list) puts earlier
     keys and values before this sequence's own, with `mask` (T, past + T).
     """
-    heads = model.config.num_heads
-    half = model.config.width // heads // 2
+    net, config = model.backbone, model.backbone.config
+    heads = config.num_heads
+    half = config.width // heads // 2
     angle = positions.double()[:, None] * 10_000.0 ** (-torch.arange(half).double() / half)
     cos, sin = angle.cos(), angle.sin()
 
@@ -51,14 +52,17 @@ def network(model, ids, positions, mask, cond=None, remember=None, past=None):
     def modulated(module, count):
         """Shifts, scales and gates; without adaLN they change nothing."""
         if module is None:
-            zero, one = torch.zeros(model.config.width), torch.ones(model.config.width)
+            zero, one = (
+                torch.zeros(config.width),
+                torch.ones(config.width),
+            )
             return [zero, zero, one, zero, zero, one][:count]
         return (cond @ module.weight.T + module.bias).chunk(count, dim=-1)
 
-    if cond is None and model.config.adaln:
+    if cond is None and config.adaln:
         cond = condition(model, torch.zeros(len(ids), dtype=torch.float64))
-    x = model.embedding.weight[ids]
-    for index, layer in enumerate(model.layers):
+    x = net.embedding.weight[ids]
+    for index, layer in enumerate(net.layers):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulated(layer.modulation, 6)
         h = norm(x, layer.attn_norm.weight) * (1 + scale) + shift
         q, k, v = (h @ layer.attn_qkv.weight.T).view(len(ids), 3, heads, -1).permute(1, 2, 0, 3)
@@ -73,16 +77,16 @@ def network(model, ids, positions, mask, cond=None, remember=None, past=None):
         h = norm(x, layer.mlp_norm.weight) * (1 + mlp_scale) + mlp_shift
         h = F.gelu(h @ layer.mlp_in.weight.T + layer.mlp_in.bias, approximate="tanh")
         x = x + mlp_gate * (h @ layer.mlp_out.weight.T + layer.mlp_out.bias)
-    shift, scale = modulated(model.final_modulation, 2)
-    h = norm(x, model.final_norm.weight) * (1 + scale) + shift
-    return h @ model.output.weight.T + model.output.bias
+    shift, scale = modulated(net.final_modulation, 2)
+    h = norm(x, net.final_norm.weight) * (1 + scale) + shift
+    return h @ net.output.weight.T + net.output.bias
 
 
 def condition(model, sigma):
     """Time embedding (T, C) of sigma (T,)."""
     frequency = 10_000.0 ** (-torch.arange(128).double() / 128)
     e = torch.cat([(sigma[:, None] * frequency).cos(), (sigma[:, None] * frequency).sin()], -1)
-    time = model.time
+    time = model.backbone.time
     h = F.silu(e @ time.linear_in.weight.T + time.linear_in.bias)
     return F.silu(h @ time.linear_out.weight.T + time.linear_out.bias)
 

@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 import yaml
 
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 from blockdiffusion.checkpoints.lightning import Weights
 from blockdiffusion.checkpoints.release import Target
 from blockdiffusion.data.detokenizers import DETOKENIZERS
@@ -31,7 +31,7 @@ from blockdiffusion.sampling.params import TopPRule
 from blockdiffusion.studies.reproduce.scales import SCALES
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
-from tests.evaluate.judges import save_gpt2
+from tests.evaluate.scorers import save_gpt2
 from tests.tiny import stop_at_third_group
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not the first time.\n\n" * 300
@@ -39,7 +39,7 @@ RECIPE = {
     "model": {"num_layers": 1, "width": 16, "num_heads": 2, "cond_dim": 8, "dropout": 0.0},
     "train": {"steps": 6, "batch_size": 4, "threads": 1},
     "optim": {"warmup_steps": 2},
-    "eval": {"every": 3, "rows": 4, "samples": 2},
+    "eval": {"every": 3, "rows": 4, "mc_samples": 2},
     "sample": {"every": 6, "max_new_tokens": 8},
 }
 
@@ -84,7 +84,7 @@ def test_help_answers_within_a_second_and_names_every_command():
 
 def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
     run = blockdiff(
-        "eval", place / "run", "--data", place / "data", "--estimator", "exact", "--rows", 4,
+        "eval", place / "run", "--data", place / "data", "--estimator", "exact", "--limit", 4,
         "--json", tmp_path / "eval.json",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -97,9 +97,9 @@ def test_eval_prints_the_bound_with_its_sign_and_writes_json(place, tmp_path):
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 64)
+    monkeypatch.setattr(replicates, "PASS_TOKENS", 64)
     files = [tmp_path / "whole.json", tmp_path / "killed.json"]
-    options = ("eval", place / "run", "--data", place / "data", "--samples", 2, "--per-row")
+    options = ("eval", place / "run", "--data", place / "data", "--mc-samples", 2, "--per-row")
     assert blockdiff(*options, "--json", files[0]).returncode == 0
     stop_at_third_group(monkeypatch)
     assert blockdiff(*options, "--json", files[1]).returncode == 130
@@ -116,7 +116,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same(place, tmp_path, monkeyp
 
 def test_eval_keeps_the_rows_where_it_is_asked_to(place, tmp_path):
     file = tmp_path / "eval.json"
-    options = ("eval", place / "run", "--data", place / "data", "--rows", 4, "--bos")
+    options = ("eval", place / "run", "--data", place / "data", "--limit", 4, "--bos")
     options += ("--json", file)
     assert blockdiff(*options).returncode == 0
     assert "nats_per_row" not in json.loads(file.read_text())
@@ -144,7 +144,7 @@ def test_zero_shot_prints_the_table_and_writes_three_files(place, tmp_path, monk
     (tmp_path / "ptb.valid.txt").write_text(" the <unk> 's N shares rose \n" * 30)
     files = [tmp_path / "new" / f"z.{end}" for end in ("json", "csv", "md")]
     run = blockdiff(
-        "zero-shot", place / "run", "--local", f"ptb={tmp_path}", "--only", "ptb", "--only", "lm1b",
+        "zero-shot", place / "run", "--local", f"ptb={tmp_path}", "--tasks", "ptb,lm1b",
         "--estimator", "exact", "--json", files[0], "--csv", files[1], "--markdown", files[2],
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -164,7 +164,7 @@ def test_zero_shot_prints_the_table_and_writes_three_files(place, tmp_path, monk
 def test_references_prints_the_table_and_writes_two_files(place, tmp_path):
     files = [tmp_path / "new" / f"r.{end}" for end in ("json", "md")]
     run = blockdiff(
-        "references", place / "data", "--model", place / "run", "--rows", 4, "--order", 3,
+        "references", place / "data", "--model", place / "run", "--limit", 4, "--order", 3,
         "--estimator", "exact", "--json", files[0], "--markdown", files[1],
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -215,7 +215,7 @@ def test_variance_prints_the_table_and_writes_json_and_plot(place, tmp_path):
 def test_generated_text_is_judged_and_compared(place, tmp_path):
     judge = save_gpt2(tmp_path / "judge")
     options = (
-        "generate-eval", place / "run", "--judge", judge, "--num-samples", 3,
+        "generate-eval", place / "run", "--scorer", judge, "--num-samples", 3,
         "--max-new-tokens", 16, "--batch-size", 2, "--reference", place / "data",
     )  # fmt: skip
     files = [tmp_path / f"a.{kind}" for kind in ("json", "csv", "md", "svg")]
@@ -230,7 +230,7 @@ def test_generated_text_is_judged_and_compared(place, tmp_path):
     assert (tmp_path / "a.samples.jsonl").read_text().count("\n") == 3
     assert files[1].read_text().count("\n") == 3 and files[3].read_text().startswith("<svg")
     given = blockdiff(
-        "generate-eval", "--judge", judge, "--samples-from", tmp_path / "a.samples.jsonl",
+        "generate-eval", "--scorer", judge, "--samples-from", tmp_path / "a.samples.jsonl",
         "--json", tmp_path / "b.json",
     )  # fmt: skip
     assert given.returncode == 0 and "warning: which model" in given.stdout
@@ -245,9 +245,9 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
     judge = save_gpt2(tmp_path / "judge")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text('{"text": ""}\n')
-    run = ["generate-eval", place / "run", "--judge"]
+    run = ["generate-eval", place / "run", "--scorer"]
     mistakes = [
-        ([*run, place / "run"], "both the model under test and its judge"),
+        ([*run, place / "run"], "both the model under test and its scorer"),
         ([*run, GOLDEN / "bd3lm-hf"], "has no tokenizer"),
         ([*run, tmp_path / "none/at/all"], "none/at/all does not exist; give"),
         ([*run, tmp_path / "jugde"], "jugde does not exist; give a model directory"),
@@ -260,9 +260,9 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
           "--num-samples", 1], "there is no file"),
         ([*run, judge, "--min-entropy", 0], "above 0"),
         ([*run, judge, "--samples-from", tmp_path / "empty.jsonl"], "no sample in"),
-        ([*run, judge, "--samples-from", tmp_path / "blank.jsonl"], "nothing to judge"),
+        ([*run, judge, "--samples-from", tmp_path / "blank.jsonl"], "nothing to score"),
         ([*run, judge, "--plot", tmp_path], "is a directory"),
-        (["generate-eval", "--judge", judge], "nothing to judge"),
+        (["generate-eval", "--scorer", judge], "nothing to score"),
         (["generate-compare", place / "recipe.yaml"], "not valid JSON"),
     ]  # fmt: skip
     for arguments, expected in mistakes:
@@ -274,7 +274,7 @@ def test_a_judge_and_its_samples_are_checked(place, tmp_path):
 def test_a_judge_of_other_ids_is_refused_before_samples_are_drawn(place, tmp_path):
     judge = save_gpt2(tmp_path / "judge", vocab_size=100, bos_token_id=1, eos_token_id=1)
     failed = blockdiff(
-        "generate-eval", place / "run", "--judge", judge, "--json", tmp_path / "a.json"
+        "generate-eval", place / "run", "--scorer", judge, "--json", tmp_path / "a.json"
     )
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1, failed.stderr
     assert "gives ids up to 256, but its network has 100 ids; the two do not" in failed.stderr
@@ -321,7 +321,7 @@ def test_an_interrupted_download_is_told(interrupted_download, place, tmp_path, 
         assert failed.returncode == 2, (command, failed.stdout, failed.stderr)
         assert "a/b is incomplete in the cache: " in failed.stderr and lacking in failed.stderr
         assert failed.stderr.count("\n") == 1 and not (new / "model").exists()
-    judged = blockdiff("generate-eval", place / "run", "--judge", "a/b", "--num-samples", 1)
+    judged = blockdiff("generate-eval", place / "run", "--scorer", "a/b", "--num-samples", 1)
     assert judged.returncode == 2 and "a/b" in judged.stderr and judged.stderr.count("\n") == 1
 
 
@@ -333,6 +333,20 @@ def test_sample_repeats_with_a_seed_and_gives_json(place):
     rows = [json.loads(line) for line in lines]
     assert len(rows) == 2 and all(row["text"].startswith("fox") for row in rows)
     assert rows[0]["prompt_tokens"] == 3 and rows[0]["seed"] == 3 and rows[0]["nfe"] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [('{"prompt": "a"}\n{"prompt": "b"}\n', True), ('\ufeff[\r\n"a"]', True), ("{\n}", True),
+     ("{a}", False), ("[1] is a note", False), ("A 5", False)],
+)  # fmt: skip
+def test_a_prompt_file_that_holds_json_is_told(place, tmp_path, text, told):
+    """Its name is that of a text, so it is read as one, as it stands."""
+    (tmp_path / "prompt.txt").write_text(text)
+    run = blockdiff("sample", place / "run", "--prompt-file", tmp_path / "prompt.txt",
+                    "--max-new-tokens", 1, "--seed", 1)  # fmt: skip
+    assert run.returncode == 0 and ("warning: the prompt file" in run.stderr) == told
+    assert run.stderr.count("\n") == told and run.stdout.startswith(text.lstrip("\ufeff"))
 
 
 def test_infill_keeps_what_is_given(place, tmp_path):
@@ -448,7 +462,7 @@ MISTAKES = {
     "other symbols": (["references", "{data}", "--model", "{golden}"], "V = 258"),
     "no set": (["prepare", "lambada", "--out", "{new}"], "no split 'train'"),
     "no suite": (["zero-shot", "{run}", "--suite", "all"], "must be one of paper"),
-    "no task": (["zero-shot", "{run}", "--only", "wiki"], "ptb, wikitext, lm1b"),
+    "no task": (["zero-shot", "{run}", "--tasks", "wiki"], "ptb, wikitext, lm1b"),
     "no local": (["zero-shot", "{run}", "--local", "ptb={new}"], "no file or folder"),
     "no tokenizer": (["zero-shot", "{golden}"], "--tokenizer gpt2"),
     "other tokenizer": (["zero-shot", "{golden}", "--tokenizer", "byte"], "V = 258 and mask 257"),
@@ -469,10 +483,10 @@ MISTAKES = {
     "no template": (["infill", "{run}"], "--template-file"),
     "two templates": (["infill", "{run}", "[MASK]", "--template-file", "b"], "--template-file"),
     "policy of infill": (["infill", "{run}", "[MASK]", "--tokens-per-step", "2"], "random"),
-    "no point": (["pareto", "{run}", "--judge", "{golden}", "--out", "{new}", "--point", "a:k=2"],
+    "no point": (["pareto", "{run}", "--scorer", "{golden}", "--out", "{new}", "--point", "a:k=2"],
                  "there are steps, schedule"),
     "JSON prompt": (["sample", "{run}", "--prompt-file", "a.jsonl"], "is read as one plain text"),
-    "packed prompt": (["sample", "{run}", "--prompt-file", "a.json.gz"], "JSON by its name"),
+    "packed prompt": (["sample", "{run}", "--prompt-file", "a.json.gz"], "named as JSON"),
     "prompt folder": (["sample", "{run}", "--prompt-file", "{folder}"], "is a folder: name a file"),
     "prompt device": (["sample", "{run}", "--prompt-file", "/dev/zero"], "is a device"),
     "template gone": (["infill", "{run}", "--template-file", "{new}"], "does not exist"),
@@ -592,7 +606,7 @@ def test_the_shell_completes_values_to_those_that_there_are(monkeypatch):
         "zero-shot x --packing": suite.PACKINGS,
         "zero-shot x --frame": suite.FRAMES,
         "zero-shot x --suite": suite.SUITES,
-        "zero-shot x --only": [task.name for task in suite.SUITES["paper"]],
+        "zero-shot x --tasks": [task.name for task in suite.SUITES["paper"]],
         "reproduce T1 --scale": SCALES,
         "convert x --to": get_args(Target),
         "convert x --weights": get_args(Weights),

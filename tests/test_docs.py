@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 import blockdiffusion
 from blockdiffusion.checkpoints.bd3lm import BD3LM_NAMES
 from blockdiffusion.cli import app
+from blockdiffusion.cli.options import OLD_NAMES
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS
 from blockdiffusion.data.tokenizers import byte_tokenizer
-from blockdiffusion.evaluate.generation.judge import JudgeFacts
+from blockdiffusion.diffusion.schedules import SCHEDULES
 from blockdiffusion.evaluate.generation.result import (
     Cost,
     GenerationResult,
@@ -33,6 +34,8 @@ from blockdiffusion.evaluate.generation.result import (
 )
 from blockdiffusion.evaluate.generation.samples import Sample
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
+from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.evaluate.scorer import ScorerFacts
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
 from blockdiffusion.files.records import convert, describe
 from blockdiffusion.models.transformer import BlockDiffusionConfig
@@ -46,7 +49,7 @@ from blockdiffusion.studies.variance.table import VarianceOptions
 from blockdiffusion.train.recipe import Recipe, load_recipe
 from blockdiffusion.train.run import run_training
 from tests.checkpoints.lightning_files import lightning, save_with_settings, settings
-from tests.evaluate.judges import save_gpt2
+from tests.evaluate.scorers import save_gpt2
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -127,7 +130,7 @@ def published_model(folder):
         vocab_size=50258, seq_len=1024, width=16, num_layers=1, num_heads=2, cond_dim=8
     )
     state = {}
-    for name, tensor in blockdiffusion.BlockDiffusionModel(config).state_dict().items():
+    for name, tensor in blockdiffusion.BlockDiffusionModel(config).backbone.state_dict().items():
         theirs, ours = next(
             (theirs.replace(".N.", ".0."), ours.replace(".N.", ".0."))
             for theirs, ours in BD3LM_NAMES.items()
@@ -146,6 +149,8 @@ def published_model(folder):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_the_python_runs(page, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
+    # The page on extensions adds a schedule by its name.
+    monkeypatch.setattr("blockdiffusion.diffusion.schedules.SCHEDULES", dict(SCHEDULES))
     namespace = {}
     for block in blocks(page, "python"):
         exec(compile(block, name_of(page), "exec"), namespace)
@@ -199,18 +204,20 @@ def test_a_command_line_is_understood(page, words):
         if values["device"] != "cpu":  # which would be measured
             choose_hardware(values["device"], **numbers)
     elif name == "eval":
-        choose_estimator(values["estimator"], BlockDiffusionConfig())  # refuses an unknown one
+        choose_estimator(
+            LikelihoodOptions(estimator=values["estimator"]), BlockDiffusionConfig()
+        )  # refuses an unknown one
     elif name == "references":
         known = {field.name for field in dataclasses.fields(CoderOptions)}
         CoderOptions(**{key: value for key, value in values.items() if key in known})
-        choose_estimator(values["estimator"], BlockDiffusionConfig())
+        choose_estimator(LikelihoodOptions(estimator=values["estimator"]), BlockDiffusionConfig())
     elif name == "variance":
         VarianceOptions(estimators=tuple(values["estimators"] or ("count",)))
     elif name == "zero-shot":
         known = {field.name for field in dataclasses.fields(ZeroShotOptions)} - {"local"}
         ZeroShotOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
                            if k in known and v is not None})  # fmt: skip
-        choose_estimator(values["estimator"], BlockDiffusionConfig())
+        choose_estimator(LikelihoodOptions(estimator=values["estimator"]), BlockDiffusionConfig())
     elif name == "reproduce":
         find_scale(values["scale"])
         for table in values["tables"]:
@@ -230,6 +237,7 @@ def options_of(command):
 def test_options_in_the_prose_exist(page):
     """`--option` alone belongs to some command, behind a command's name to that one."""
     everywhere = {"--help", "--version"}.union(*map(options_of, COMMANDS))
+    everywhere |= OLD_NAMES.keys() if page.name == "CHANGELOG.md" else set()
     for code in re.findall(r"`([^`]+)`", prose(page)):
         words = code.removeprefix("blockdiff ").split()
         known = everywhere
@@ -334,7 +342,7 @@ def test_everything_that_is_written_is_explained(place):
     for kind in (CoderRow, CoderTable, CoderOptions):
         assert {field.name for field in dataclasses.fields(kind)} - {"options"} <= explained
     explained = set(re.findall(r"`(\w+)`", (HOW_TO / "generate-eval.md").read_text()))
-    for kind in (GenerationResult, TextNumbers, Lengths, Cost, JudgeFacts, Sample):
+    for kind in (GenerationResult, TextNumbers, Lengths, Cost, ScorerFacts, Sample):
         assert {field.name for field in dataclasses.fields(kind)} <= explained
     names = set(re.findall(r"`(\w+)`", (HOW_TO / "python.md").read_text()))
     assert set(blockdiffusion.__all__) - {"__version__"} <= names

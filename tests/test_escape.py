@@ -3,6 +3,9 @@
 import ast
 import csv
 import io
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,18 @@ import pytest
 
 import blockdiffusion
 from blockdiffusion.cli import main
-from blockdiffusion.escape import csv_table, html, markdown, markdown_table, say, terminal
+from blockdiffusion.cli.shared import load_model
+from blockdiffusion.errors import UserError
+from blockdiffusion.escape import (
+    Forgiving,
+    csv_table,
+    html,
+    markdown,
+    markdown_prose,
+    markdown_table,
+    say,
+    terminal,
+)
 from tests.command import blockdiff
 from tests.hostile import HOSTILE, STEERING, check_csv, check_markdown
 
@@ -34,7 +48,7 @@ def test_a_terminal_gets_signs_for_what_would_steer_it(monkeypatch):
     assert not STEERING.search(terminal(HOSTILE)) and STEERING.search(HOSTILE)
 
 
-@pytest.mark.parametrize("first", "=+-@\t\r\n＝＠")
+@pytest.mark.parametrize("first", [*"=+-@\t\r\n＝＠", " =", "\u00a0-", "\ufeff+", "\u200b@"])
 def test_no_cell_of_a_csv_file_is_a_formula(first):
     text = csv_table([{"a": f"{first}1+1\r=2", "b": -1.5, "c": None}, {"d": True}])
     (row, other) = csv.DictReader(io.StringIO(text, newline=""))
@@ -51,7 +65,30 @@ def test_markdown_has_no_tag_no_link_and_no_line_more():
     assert row == r"| a\|b\\\|\`c\` | 5 |"
     check_markdown("\n".join(markdown_table([["x"], ["---"], [HOSTILE]])))
     check_csv(csv_table([{"x": HOSTILE}]))
+    check_csv(csv_table([{HOSTILE: 1}]))
     assert html("<a b='c'>\x1b&\ud800") == "&lt;a b=&#x27;c&#x27;&gt;\ufffd&amp;\ufffd"
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["[a](javascript:x)", "[a](\nJavaScript:x)", "![a]( data:text/html,x)",
+     "[a](&#106;avascript:x)", "[a](java&Tab;script:x)", "[a]: javascript:x",
+     "[a](<javascript:x>)"],
+)  # fmt: skip
+def test_no_link_of_a_note_runs_code(link):
+    harmless = "[a](https://x.y/z:1) [b](../x.md#y) [c](mailto:x@y.z)\n\n[d]: http://x"
+    shown = markdown_prose(f"{harmless} {link}")
+    assert shown.startswith(harmless) and re.search(r"\]\\[(:]", shown)
+    assert not re.search(r"\](?=[(:])", markdown(f"{harmless} {link}"))
+
+
+def test_the_line_while_a_model_loads_cannot_steer_a_terminal(monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    with pytest.raises(UserError):
+        load_model("there is none \x1b[5m", "cpu", "auto")
+    assert "loading there is none" in stream.getvalue() and "\x1b[5m" not in stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -103,3 +140,30 @@ def test_nothing_else_writes_to_a_stream_or_builds_cells():
         }, path  # fmt: skip
         assert "from html import" not in text and "import html\n" not in text, path
         assert '" | ".join' not in text and "' | '.join" not in text, path
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("datasets >&-", 0), ("datasets <&- >&- 2>&-", 0), ("datasets >/dev/full", 2),
+     ("sample nothing 2>&-", 2), ("sample nothing 2>/dev/full", 2)],
+)  # fmt: skip
+def test_standard_streams_may_be_closed_or_full(command, code):
+    """Also a file that is opened later must not get the number of a stream that is closed."""
+    line = f"{sys.executable} -m blockdiffusion {command}"
+    ended = subprocess.run(line, shell=True, capture_output=True, text=True, env=os.environ)
+    assert ended.returncode == code and "Traceback" not in ended.stderr, ended.stderr
+    assert ("no room left to write standard output" in ended.stderr) == (
+        ">/dev/full" in command[:20]
+    )
+
+
+def test_what_cannot_be_told_on_standard_error_ends_nothing():
+    class Full(io.StringIO):
+        def write(self, text: str = "") -> int:
+            raise OSError(28, "No space left on device")
+
+        flush = write  # type: ignore[assignment]
+
+    stream = Forgiving(Full())
+    assert stream.write("text") == 4 and not stream.isatty()
+    stream.flush()

@@ -11,9 +11,9 @@ import transformers
 import blockdiffusion
 from blockdiffusion.data.tokenizers import byte_tokenizer, load_tokenizer
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation.judge import load_judge
+from blockdiffusion.evaluate.scorer import load_scorer
 from tests.command import blockdiff
-from tests.evaluate.judges import save_gpt2
+from tests.evaluate.scorers import save_gpt2
 
 ROOT = Path(__file__).parents[1]
 EVIL = """open({marker!r}, "w")
@@ -63,12 +63,12 @@ def test_a_tokenizer(evil, tmp_path):
 def test_a_judge(evil, tmp_path, tokenizer):
     save_gpt2(tmp_path)
     with pytest.raises(UserError, match="never run"):
-        load_judge(evil(tmp_path, tokenizer))
+        load_scorer(evil(tmp_path, tokenizer))
 
 
 def test_a_judge_whose_kind_is_known_is_read_without_its_code(evil, tmp_path):
     save_gpt2(tmp_path)
-    assert load_judge(evil(tmp_path, tokenizer=False, model_type="gpt2")).context == 24
+    assert load_scorer(evil(tmp_path, tokenizer=False, model_type="gpt2")).context == 24
 
 
 def test_the_tokenizer_of_a_model(evil, tmp_path, make_model):

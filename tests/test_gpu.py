@@ -167,7 +167,7 @@ def test_compiled_layers_have_the_same_gradients(make_model, random_ids):
     weight = torch.rand(2, 1, 128, generator=seeded()).cuda()
     results = []
     for compiled in (False, True):
-        for layer in model.layers:
+        for layer in model.backbone.layers:
             layer.compiled = compiled
         loss = masked_loss(model, noisy, clean, noisy == model.config.mask_id, weight)
         results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])

@@ -30,16 +30,16 @@ report RUN --evaluation {}
 report RUN --num-samples 1 --max-new-tokens 4 --out {}
 eval {} --data DATA
 eval RUN --data {}
-eval RUN --data DATA --rows 2 --json {}
+eval RUN --data DATA --limit 2 --json {}
 zero-shot {} --only ptb --local ptb=TEXT
-zero-shot RUN --only ptb --local ptb=TEXT --rows 2 --tokenizer {}
-zero-shot RUN --only ptb --local ptb=TEXT --rows 2 --json {}
-zero-shot RUN --only ptb --local ptb=TEXT --rows 2 --csv {}
-zero-shot RUN --only ptb --local ptb=TEXT --rows 2 --markdown {}
+zero-shot RUN --only ptb --local ptb=TEXT --limit 2 --tokenizer {}
+zero-shot RUN --only ptb --local ptb=TEXT --limit 2 --json {}
+zero-shot RUN --only ptb --local ptb=TEXT --limit 2 --csv {}
+zero-shot RUN --only ptb --local ptb=TEXT --limit 2 --markdown {}
 references {}
 references DATA --model {}
-references DATA --rows 2 --json {}
-references DATA --rows 2 --markdown {}
+references DATA --limit 2 --json {}
+references DATA --limit 2 --markdown {}
 variance {} --data DATA
 variance RUN --data {}
 variance RUN --data DATA --json {}
@@ -50,21 +50,21 @@ infill {} a[MASK:2]b
 infill RUN --template-file {}
 lengths {}
 lengths RUN --num-samples 1 --json {}
-generate-eval {} --judge JUDGE --num-samples 2
-generate-eval RUN --judge {} --num-samples 2
-generate-eval RUN --judge JUDGE --num-samples 2 --reference {}
-generate-eval --judge JUDGE --samples-from {}
-generate-eval RUN --judge JUDGE --num-samples 2 --json {}
-generate-eval RUN --judge JUDGE --num-samples 2 --csv {}
-generate-eval RUN --judge JUDGE --num-samples 2 --markdown {}
-generate-eval RUN --judge JUDGE --num-samples 2 --plot {}
+generate-eval {} --scorer JUDGE --num-samples 2
+generate-eval RUN --scorer {} --num-samples 2
+generate-eval RUN --scorer JUDGE --num-samples 2 --reference {}
+generate-eval --scorer JUDGE --samples-from {}
+generate-eval RUN --scorer JUDGE --num-samples 2 --json {}
+generate-eval RUN --scorer JUDGE --num-samples 2 --csv {}
+generate-eval RUN --scorer JUDGE --num-samples 2 --markdown {}
+generate-eval RUN --scorer JUDGE --num-samples 2 --plot {}
 generate-compare {}
 generate-compare RESULT --csv {}
 generate-compare RESULT --markdown {}
 generate-compare RESULT --plot {}
-pareto {} --judge JUDGE --out NEW
-pareto RUN --judge {} --out NEW
-pareto RUN --judge JUDGE --out {}
+pareto {} --scorer JUDGE --out NEW
+pareto RUN --scorer {} --out NEW
+pareto RUN --scorer JUDGE --out {}
 reproduce T1 --scale tiny --data wikitext2={}
 reproduce T1 --scale tiny --data wikitext2=TEXT --out {}
 verify {}
@@ -78,8 +78,8 @@ MAY_BE_A_FOLDER = {  # of any content
     "prepare TEXT --out NEW --tokenizer byte --valid {}",
     "train RECIPE out={}",
     "plan RECIPE data.path={}",
-    "generate-eval RUN --judge JUDGE --num-samples 2 --reference {}",
-    "pareto RUN --judge JUDGE --out {}",
+    "generate-eval RUN --scorer JUDGE --num-samples 2 --reference {}",
+    "pareto RUN --scorer JUDGE --out {}",
     "reproduce T1 --scale tiny --data wikitext2={}",
     "reproduce T1 --scale tiny --data wikitext2=TEXT --out {}",
 }
@@ -97,7 +97,7 @@ def place(tmp_path_factory):
     for name, seed in (("RUN", 0), ("JUDGE", 1)):
         made = blockdiff("train", folder / "RECIPE", f"out={folder / name}", f"train.seed={seed}")
         assert made.returncode == 0, made.stderr
-    judged = blockdiff("generate-eval", folder / "RUN", "--judge", folder / "JUDGE",
+    judged = blockdiff("generate-eval", folder / "RUN", "--scorer", folder / "JUDGE",
                        "--num-samples", 2, "--max-new-tokens", 4,
                        "--json", folder / "RESULT")  # fmt: skip
     assert judged.returncode == 0, judged.stderr

@@ -14,9 +14,12 @@ import blockdiffusion
 ROOT = Path(blockdiffusion.__file__).parent
 ROWS = [
     ["errors", "escape", "lazy", "renamed"],
-    ["limits", "text", "from_pretrained", "runtime"],
+    ["limits", "options", "text", "from_pretrained", "runtime", "evaluate.options"],
+    ["reports.numbers"],
+    ["reports.tables"],
     ["files"],
-    ["diffusion.schedules", "diffusion.losses", "diffusion.estimators"],
+    ["diffusion.schedules", "diffusion.losses", "diffusion.estimators", "diffusion.config"],
+    ["models.backbone"],
     ["models.masks", "models.cuda_graphs", "models.cache", "models.attention"],
     ["diffusion"],
     ["models", "estimate.flops"],

@@ -19,14 +19,18 @@ def numeric(hint):
     return {int, float} & {hint, *get_args(hint)}
 
 
+def options_of(command):
+    """The numeric options of a command."""
+    hints = get_type_hints(command)
+    for name, parameter in inspect.signature(command).parameters.items():
+        hint = hints.get(name, parameter.annotation)
+        hint = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
+        if numeric(hint):
+            yield name
+
+
 def options_of_commands():
-    for command in COMMANDS.values():
-        hints = get_type_hints(command)
-        for name, parameter in inspect.signature(command).parameters.items():
-            hint = hints.get(name, parameter.annotation)
-            hint = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
-            if numeric(hint):
-                yield name
+    return (name for command in COMMANDS.values() for name in options_of(command))
 
 
 def options_of_recipes(kind, prefix=""):
@@ -73,7 +77,7 @@ def test_what_lies_beyond_a_limit_is_refused(name):
         lambda model: blockdiffusion.generate(model, temperature=float("nan")),
         lambda model: blockdiffusion.generate(model, top_k=10**5000),
         lambda model: blockdiffusion.Engine(model, max_rows=2**40),
-        lambda model: blockdiffusion.likelihood(model, [[1, 2, 3, 4]], samples=2**40),
+        lambda model: blockdiffusion.likelihood(model, [[1, 2, 3, 4]], mc_samples=2**40),
         lambda model: blockdiffusion.likelihood(model, [[1, 2, 3, 4]], target_stderr=float("nan")),
         # Each of these alone is allowed, and all of them together are more than a machine holds.
         lambda model: blockdiffusion.generate(model, num_samples=2**20, max_new_tokens=2**24),

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
 from tests.tiny import TEXT, stop_at_third_group, write_recipe
@@ -48,11 +48,11 @@ class Target:
 
 
 SAMPLE = ("sample", "{p}/run", "--max-new-tokens", "4", "--seed", "1")
-EVAL = ("eval", "{p}/run", "--data", "{p}/data", "--rows", "4", "--samples", "2")
+EVAL = ("eval", "{p}/run", "--data", "{p}/data", "--limit", "4", "--mc-samples", "2")
 REPORT = ("report", "{p}/run", "--num-samples", "1", "--max-new-tokens", "4")
 RESUME = ("train", "{p}/run/config.yaml", "--resume", "out={p}/run")
 PLAN = ("plan", "{p}/recipe.yaml", "--device", "h100")
-JUDGE = ("generate-eval", "{p}/run", "--judge", "{p}/judge", "--num-samples", "2", "--batch-size",
+JUDGE = ("generate-eval", "{p}/run", "--scorer", "{p}/judge", "--num-samples", "2", "--batch-size",
          "2", "--max-new-tokens", "4", "--json", "{p}/judged.json")  # fmt: skip
 TARGETS = {
     "config.json": Target("run/model/config.json", SAMPLE),
@@ -78,7 +78,7 @@ TARGETS = {
     "samples": Target("judged.samples.jsonl", JUDGE, kind="lines"),
     "samples from a file": Target(
         "judged.samples.jsonl",
-        ("generate-eval", "--judge", "{p}/judge", "--samples-from", "{p}/judged.samples.jsonl"),
+        ("generate-eval", "--scorer", "{p}/judge", "--samples-from", "{p}/judged.samples.jsonl"),
         kind="lines",
     ),
     "result": Target(
@@ -88,7 +88,7 @@ TARGETS = {
     ),
     "point": Target(
         "pareto/points/first-hitting.json",
-        ("pareto", "{p}/run", "--judge", "{p}/judge", "--out", "{p}/pareto", "--point",
+        ("pareto", "{p}/run", "--scorer", "{p}/judge", "--out", "{p}/pareto", "--point",
          "first-hitting", "--num-samples", "2", "--batch-size", "2", "--max-new-tokens", "4"),
     ),
 }  # fmt: skip
@@ -103,7 +103,7 @@ def place(tmp_path_factory):
     """All of these files, made by the commands themselves."""
     folder = tmp_path_factory.mktemp("mutations")
     small_passes = pytest.MonkeyPatch()
-    small_passes.setattr(likelihood_module, "PASS_TOKENS", 32)  # several groups of rows
+    small_passes.setattr(replicates, "PASS_TOKENS", 32)  # several groups of rows
     (folder / "text.txt").write_text(TEXT)
     prepare = ("prepare", "{p}/text.txt", "--out", "{p}/data", "--tokenizer", "byte", "--seq-len",
                "16", "--documents", "blank-line", "--workers", "1")  # fmt: skip
@@ -112,7 +112,7 @@ def place(tmp_path_factory):
         folder / "data",
         folder / "run",
         search={"every": 1, "widths": [0.5], "rows": 2, "batch_size": 1, "replicates": 2},
-        eval={"every": 2, "rows": 2, "samples": 2},
+        eval={"every": 2, "rows": 2, "mc_samples": 2},
         sample={"every": 2, "max_new_tokens": 4},
         checkpoint={"every": 1},
     )

@@ -17,7 +17,7 @@ SMALLER = {
         "train.steps=4", "train.batch_size=4", "model.num_layers=1", "model.width=32",
         "eval.rows=2", "sample.max_new_tokens=8",
     ],
-    "eval": ["--rows", "2"],
+    "eval": ["--limit", "2"],
     "sample": ["--max-new-tokens", "8"],
     "report": ["--max-new-tokens", "8", "--num-samples", "1"],
 }  # fmt: skip

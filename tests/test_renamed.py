@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from blockdiffusion.renamed import MOVED, new_name
+from blockdiffusion.renamed import MOVED, MOVED_NAMES, new_name
 
 
 @pytest.mark.parametrize("old", MOVED)
@@ -15,6 +15,16 @@ def test_an_old_name_is_the_module_itself(old):
         sys.modules.pop(f"blockdiffusion.{old}", None)
         module = importlib.import_module(f"blockdiffusion.{old}")
     assert module is importlib.import_module(f"blockdiffusion.{MOVED[old]}")
+
+
+@pytest.mark.parametrize("old", MOVED_NAMES)
+def test_an_old_name_in_a_module_is_the_object_itself(old):
+    home, _, name = f"blockdiffusion.{old}".rpartition(".")
+    new_home, _, new = f"blockdiffusion.{MOVED_NAMES[old]}".rpartition(".")
+    with pytest.warns(DeprecationWarning, match=MOVED_NAMES[old]):
+        found = getattr(importlib.import_module(home), name)
+    assert found is getattr(importlib.import_module(new_home), new)
+    assert not hasattr(importlib.import_module(home), "nothing")
 
 
 def test_a_module_below_one_that_moved_is_loaded_once():

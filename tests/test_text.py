@@ -1,6 +1,7 @@
 """Ids as text, piece by piece, for every kind of tokenizer; and text as ids in its place."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -220,7 +221,7 @@ def test_infilling_keeps_the_pieces(kind, make_model):
     pieces = ["Return", ". The end", "ing  of\n", "[x]"]
     template = f"{pieces[0]}[MASK:3]{pieces[1]}[MASK]{pieces[2]}[MASK:2]{pieces[3]}"
     for bos in (False, True):
-        model.config.bos_id = 1
+        model.config = replace(model.config, bos_id=1)
         filled = blockdiffusion.infill(
             model, [template, "[MASK]it"], num_samples=3, bos=bos, seed=1
         )

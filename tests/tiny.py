@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 
 TEXT = "".join(f"The cat {i} sat on the mat, as {i % 7} of them do.\n\n" for i in range(99))
 TIMED = dict(time_conditioning=True)
@@ -40,7 +40,7 @@ def write_recipe(
 
 def stop_at_third_group(patch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a likelihood draws the masks of its third group of rows."""
-    real, groups = likelihood_module._Replicates._masked, []
+    real, groups = replicates.Replicates._masked, []
 
     def stopped(*arguments: Any) -> Any:
         groups.append(1)
@@ -48,4 +48,4 @@ def stop_at_third_group(patch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    patch.setattr(likelihood_module._Replicates, "_masked", stopped)
+    patch.setattr(replicates.Replicates, "_masked", stopped)

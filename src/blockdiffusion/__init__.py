@@ -22,8 +22,10 @@ sys.meta_path.insert(0, MovedModules())
 
 if TYPE_CHECKING:
     from blockdiffusion.checkpoints.formats import load
+    from blockdiffusion.diffusion.config import DiffusionConfig
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
+    from blockdiffusion.models.block_diffusion import BlockDiffusion
     from blockdiffusion.models.inference import optimize_for_inference
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
     from blockdiffusion.sampling import (
@@ -39,9 +41,11 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "BlockDiffusion": "blockdiffusion.models.block_diffusion",
     "BlockDone": "blockdiffusion.sampling",
     "BlockDiffusionConfig": "blockdiffusion.models.transformer",
     "BlockDiffusionModel": "blockdiffusion.models.transformer",
+    "DiffusionConfig": "blockdiffusion.diffusion.config",
     "Engine": "blockdiffusion.sampling",
     "Finished": "blockdiffusion.sampling",
     "Generation": "blockdiffusion.sampling",
@@ -58,9 +62,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "BlockDiffusion",
     "BlockDiffusionConfig",
     "BlockDiffusionModel",
     "BlockDone",
+    "DiffusionConfig",
     "Engine",
     "Finished",
     "Generation",

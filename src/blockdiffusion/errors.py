@@ -42,6 +42,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def few(items: Sequence[str]) -> str:
     """Names the first three items and counts the rest."""
     more = f" and {len(items) - 3:,} more" if len(items) > 3 else ""

@@ -10,18 +10,24 @@ from __future__ import annotations
 import csv
 import html as library
 import io
+import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import IO, Any
 
 # Control characters, those that turn the direction of writing, and halves of surrogate pairs.
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff"
 _FOR_TERMINAL = re.compile(f"[{UNSEEN}]|\r(?!\n)")
 _FOR_FILES = re.compile(f"[{UNSEEN}]")
-_FORMULA = tuple("=+-@\t\n\uff1d\uff0b\uff0d\uff20")  # the last four are wide
+# What a spreadsheet may drop at the start of a cell, and the signs, also wide, of a formula.
+_FORMULA = re.compile("[\\s\u200b-\u200f\u2060\ufeff]*[=+@\uff1d\uff0b\uff0d\uff20-]|[\t\n]")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
+_LINK = re.compile(r"\](?=[(:])")  # `[text](address)`, `[name]: address`
+# A link to anything but a page, such as javascript:; spaces may stand before the address.
+_HARMFUL_LINK = re.compile(r"\](?=[(:]\s*<?(?!(?i:https?|mailto):)[^\s/?#)]*(?::|&))")
 
 
 def terminal(text: str) -> str:
@@ -34,11 +40,50 @@ def for_stream(text: str, stream: IO[str]) -> str:
     return terminal(text) if stream.isatty() else text
 
 
+class Forgiving:
+    """A stream whose failures end nothing: its disk is full, its terminal or its reader is gone."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+def mend_standard_streams() -> None:
+    """Readies the standard streams for a command, however they were handed over.
+
+    One that is closed leads nowhere, and no other file can get its number. Letters that an encoding
+    lacks are written as `\\xe9`. What cannot be told on standard error ends nothing.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # stays open
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stderr, Forgiving):
+        sys.stderr = Forgiving(sys.stderr)  # type: ignore[assignment]  # as far as it is used
+
+
 def say(text: str, *, err: bool = False, end: str = "\n") -> None:
     """Writes to standard output or error."""
     stream = sys.stderr if err else sys.stdout
-    stream.write(for_stream(text, stream) + end)
-    stream.flush()
+    try:
+        stream.write(for_stream(text, stream) + end)
+        stream.flush()
+    except OSError as error:
+        error.filename = "standard output"  # so that the sentence has a name for it
+        raise
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -49,8 +94,9 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     out = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
     writer = csv.DictWriter(out, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _csv_cell(value) for name, value in row.items()} for row in rows)
+    named: Mapping[str, Any] = {name: name for name in names}
+    for row in (named, *rows):
+        writer.writerow({name: _csv_cell(value) for name, value in row.items()})
     return out.getvalue()
 
 
@@ -59,18 +105,18 @@ def _csv_cell(value: Any) -> Any:
         return value
     # A bare \r ends a row for some readers, and Python's writer does not quote it.
     text = re.sub("\r\n?", "\n", _FOR_FILES.sub("\ufffd", str(value)))
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def markdown(text: object) -> str:
     """Returns one line of text without tags and links; other markup stays."""
     line = " ".join(markdown_prose(_ENTITY.sub("&amp;", str(text))).split())
-    return line.replace("](", "]\\(")
+    return _LINK.sub(r"]\\", line)
 
 
 def markdown_prose(text: str) -> str:
-    """Returns handwritten Markdown without its tags."""
-    return _TAG.sub("&lt;", _FOR_FILES.sub("\ufffd", text))
+    """Returns handwritten Markdown without its tags, and without links that are not to a page."""
+    return _HARMFUL_LINK.sub(r"]\\", _TAG.sub("&lt;", _FOR_FILES.sub("\ufffd", text)))
 
 
 def markdown_table(rows: Iterable[Iterable[object]]) -> list[str]:

@@ -20,7 +20,7 @@ def from_pretrained(
 
     Args:
         loader: a class of transformers.
-        problem: the sentence up to the reason, "the judge x cannot be read".
+        problem: the sentence up to the reason, "the scorer x cannot be read".
         advice: the rest of it, behind the reason.
         options: of the loader.
 

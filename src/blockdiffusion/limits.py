@@ -15,6 +15,7 @@ from blockdiffusion.errors import UserError, check_number, check_whole, shown
 
 MOST_IDS = 2**24
 MOST_TOKENS = 2**24  # of one text
+SMALLEST, LARGEST = 1e-30, 1e30  # of what is no count: squares and inverses stay numbers
 MOST_COUNT = 10**12  # of what is taken one after the other: steps, rows of a corpus
 
 
@@ -29,7 +30,7 @@ class Limit(NamedTuple):
 LIMITS: dict[str, Limit] = {
     # networks
     **dict.fromkeys(("vocab_size", "top_k"), Limit(1, MOST_IDS)),
-    **dict.fromkeys(("mask_id", "bos_id", "eos_id", "pad_id"), Limit(0, MOST_IDS)),
+    **dict.fromkeys(("mask_id", "bos_id", "eos_id", "pad_id", "start_id"), Limit(0, MOST_IDS)),
     **dict.fromkeys(("seq_len", "block_size", "tokens_per_step"), Limit(1, 2**20)),
     **dict.fromkeys(("width", "cond_dim"), Limit(1, 2**17)),
     "num_layers": Limit(1, 10_000),
@@ -44,8 +45,8 @@ LIMITS: dict[str, Limit] = {
     "num_noisy": Limit(1, 1024),
     "offset_step": Limit(0.001, 1, whole=False),  # its inverse is a number of clips
     # measuring
-    **dict.fromkeys(("rows", "train_rows", "max_documents"), Limit(1, MOST_COUNT)),
-    **dict.fromkeys(("samples", "batches"), Limit(1, 10**6)),
+    **dict.fromkeys(("rows", "limit", "train_rows", "max_documents"), Limit(1, MOST_COUNT)),
+    **dict.fromkeys(("mc_samples", "batches"), Limit(1, 10**6)),
     "replicates": Limit(2, 10**6),
     "orders": Limit(1, 10**5),
     "order": Limit(1, 64),
@@ -87,6 +88,11 @@ def check_limit(name: str, value: Any, label: str | None = None) -> None:
     (check_whole if limit.whole else check_number)(label, value)
     if value != value:
         raise UserError(f"{label} is nan; it must be a number")
+    measured = not limit.whole and value and math.isfinite(value)
+    if measured and not SMALLEST <= abs(value) <= LARGEST:
+        raise UserError(
+            f"{label} is {shown(value)}; it must be 0, or between {SMALLEST} and {LARGEST} in size"
+        )
     if value < limit.least:
         raise UserError(f"{label} is {shown(value)}; it must be at least {shown(limit.least)}")
     if value > limit.most:

@@ -1,4 +1,4 @@
-"""Modules that moved: their old names are still imported, with a warning, for one version."""
+"""What moved: old names are still imported, with a warning, for one version."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "account": "estimate",
@@ -21,6 +22,7 @@ MOVED = {
     "denoiser": "diffusion.denoiser",
     "devices": "runtime.devices",
     "diffusions": "diffusion.objectives",
+    "evaluate.generation.judge": "evaluate.scorer",
     "evaluate.pareto": "studies.pareto",
     "evaluate.references": "studies.references",
     "evaluate.report": "reports",
@@ -50,6 +52,14 @@ MOVED = {
     "variance": "diffusion.variance",
     "verify": "checkpoints.verify",
 }
+MOVED_NAMES = {
+    "reports.terminal.amount": "reports.numbers.count",
+    "reports.terminal.generation_lines": "evaluate.generation.table.generation_lines",
+    "reports.terminal.length_lines": "evaluate.listing.length_lines",
+    "reports.terminal.likelihood_lines": "evaluate.listing.likelihood_lines",
+    "reports.terminal.short_exponent": "reports.numbers.scientific",
+    "reports.terminal.variance_lines": "studies.variance.listing.variance_lines",
+}
 PACKAGE = "blockdiffusion."
 
 
@@ -65,9 +75,22 @@ class MovedModules(MetaPathFinder, Loader):
         old = module.__name__
         new = new_name(old)
         assert new is not None
-        message = f"{old} is now {new}; the old name will not be read by the next version"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        _warn(old, new)
         sys.modules[old] = importlib.import_module(new)
+
+
+def moved_name(module: str, name: str) -> Any:
+    """What was called `name` in a module, for that module's `__getattr__`.
+
+    Raises:
+        AttributeError: no such name has moved.
+    """
+    new = MOVED_NAMES.get(f"{module.removeprefix(PACKAGE)}.{name}")
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _warn(f"{module}.{name}", PACKAGE + new)
+    home, _, own = new.rpartition(".")
+    return getattr(importlib.import_module(PACKAGE + home), own)
 
 
 def new_name(old: str) -> str | None:
@@ -79,3 +102,8 @@ def new_name(old: str) -> str | None:
         moved, dot, last = moved.rpartition(".")
         below = dot + last + below
     return None
+
+
+def _warn(old: str, new: str) -> None:
+    message = f"{old} is now {new}; the old name will not be read by the next version"
+    warnings.warn(message, DeprecationWarning, stacklevel=3)

@@ -18,9 +18,9 @@ from blockdiffusion.models.transformer import BlockDiffusionModel
 
 def authors_tensors(model: BlockDiffusionModel) -> OrderedDict[str, torch.Tensor]:
     """The model's tensors under the authors' names and in their order, with their buffer."""
-    width = model.config.width // model.config.num_heads
+    width = model.backbone.config.width // model.backbone.config.num_heads
     tensors = OrderedDict(
-        (their_name(n), t.detach().float()) for n, t in model.state_dict().items()
+        (their_name(n), t.detach().float()) for n, t in model.backbone.state_dict().items()
     )
     tensors["backbone.rotary_emb.inv_freq"] = 10_000.0 ** (-torch.arange(0, width, 2) / width)
     return tensors
@@ -79,7 +79,7 @@ def save_with_settings(path: Path, content: dict[str, Any], settings: Any, token
 
 def settings(kind: str, model: BlockDiffusionModel) -> dict[str, Any]:
     """The authors' configuration of a run that made `model`."""
-    config = model.config
+    config = model.full_config()
     return {
         "algo": {
             "name": kind,

@@ -159,7 +159,7 @@ def test_an_autoregressive_model_round_trips(make_ar, random_ids, tmp_path):
     model, ids = make_ar(), random_ids(2, 16)
     model.save_pretrained(tmp_path)
     again = blockdiffusion.load(tmp_path)
-    assert (again.config.objective, again.config.adaln, again.config.block_size) == (
+    assert (again.config.objective, again.backbone.config.adaln, again.config.block_size) == (
         "autoregressive",
         False,
         1,
@@ -179,13 +179,19 @@ def test_weights_go_to_another_block_size_length_and_dropout(make_model, tmp_pat
     )
     model = BlockDiffusionModel(config)
     copy_weights(tmp_path, model)
-    for name, parameter in source.named_parameters():
-        assert torch.equal(model.get_parameter(name), parameter.float())
-    assert (model.config.block_size, model.config.dropout, model.dtype) == (16, 0.1, torch.float32)
+    for name, parameter in source.backbone.named_parameters():
+        assert torch.equal(model.backbone.get_parameter(name), parameter.float())
+    assert (model.config.block_size, model.backbone.config.dropout, model.dtype) == (
+        16,
+        0.1,
+        torch.float32,
+    )
 
 
 def test_weights_come_from_the_published_format_too(bd3lm):
-    model = BlockDiffusionModel(BlockDiffusionConfig(**bd3lm.config.to_dict() | {"block_size": 8}))
+    model = BlockDiffusionModel(
+        BlockDiffusionConfig(**bd3lm.full_config().to_dict() | {"block_size": 8})
+    )
     copy_weights(GOLDEN / "bd3lm-hf", model)
     assert torch.equal(model.output.weight, bd3lm.output.weight)
 

@@ -166,9 +166,9 @@ def test_a_whole_file_needs_no_options(make_model, tmp_path, kind):
     save_with_settings(path, lightning(model), settings(kind, model), byte_tokenizer())
     again = blockdiffusion.load(path)
     assert equal_weights(model, again) and not again.training
-    config = again.config
+    config, expected = again.full_config(), model.full_config()
     for name in ("seq_len", "block_size", "num_heads", "cond_dim", "adaln", "time_conditioning"):
-        assert getattr(config, name) == getattr(model.config, name), name
+        assert getattr(config, name) == getattr(expected, name), name
     assert config.bos is True and config.dropout == 0.25
     read = read_lightning(path)
     assert (read.kind, read.steps, read.weights) == (kind, 77, "ema")
@@ -179,8 +179,8 @@ def test_raw_weights_are_the_state_dict(model, tmp_path):
     path = tmp_path / "last.ckpt"
     save_with_settings(path, lightning(model), settings("bd3lm", model), None)
     raw = find_model(path, LightningOptions(weights="raw")).model
-    for name, parameter in model.named_parameters():
-        assert torch.equal(raw.get_parameter(name), parameter + 1)
+    for name, parameter in model.backbone.named_parameters():
+        assert torch.equal(raw.backbone.get_parameter(name), parameter + 1)
 
 
 def test_names_of_a_compiled_network_are_understood(model, tmp_path):

@@ -19,7 +19,7 @@ def books():
 def test_its_card_is_written_from_its_facts(books):
     card = read_card(FOLDER)
     assert card is not None and card.notes is not None
-    assert (FOLDER / "README.md").read_text(encoding="utf-8") == render(books.config, card)
+    assert (FOLDER / "README.md").read_text(encoding="utf-8") == render(books.full_config(), card)
     assert (FOLDER / "model.safetensors").stat().st_size < 40e6
 
 

@@ -46,7 +46,8 @@ def test_a_golden_lightning_file_becomes_a_directory(kind, tmp_path):
     options = LightningOptions(kind=kind, seq_len=32)
     made = convert(source, tmp_path / "made", lightning=options)
     again = blockdiffusion.load(tmp_path / "made")
-    assert equal_models(made.model, again) and made.model.config.to_dict() == again.config.to_dict()
+    assert equal_models(made.model, again)
+    assert made.model.full_config().to_dict() == again.full_config().to_dict()
     assert made.notes == (
         "no tokenizer: this model works with ids; convert with --tokenizer for text",
     )
@@ -71,7 +72,8 @@ def test_the_published_format_round_trips_bit_for_bit(bd3lm, tmp_path):
     for key in raw.keys() - {"transformers_version", "auto_map"}:
         assert ours[key] == raw[key], key
     again = blockdiffusion.load(tmp_path / "theirs")
-    assert equal_models(bd3lm, again) and again.config.to_dict() == bd3lm.config.to_dict()
+    assert equal_models(bd3lm, again)
+    assert again.full_config().to_dict() == bd3lm.full_config().to_dict()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -91,7 +93,7 @@ def test_our_own_format_round_trips_with_its_card(make_model, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "ours")
     notes = ["It knows *little*.", "It was trained for a test."]
     card = Card(name="ours", training={"steps": 5}, datasets=["owner/text"], notes=notes)
-    write_card(tmp_path / "ours", model.config, card)
+    write_card(tmp_path / "ours", model.full_config(), card)
     made = convert(tmp_path / "ours", tmp_path / "copy")
     assert equal_models(model, blockdiffusion.load(tmp_path / "copy")) and made.notes == ()
     assert read_card(tmp_path / "copy") == replace(card, name="copy")
@@ -103,7 +105,7 @@ def test_our_own_format_round_trips_with_its_card(make_model, tmp_path):
 
 
 def test_a_card_from_before_there_were_notes_is_read(make_model, tmp_path):
-    write_card(tmp_path, make_model().config, Card(name="old"))
+    write_card(tmp_path, make_model().full_config(), Card(name="old"))
     facts = json.loads((tmp_path / "card.json").read_text())
     del facts["notes"]
     (tmp_path / "card.json").write_text(json.dumps(facts))
@@ -248,7 +250,8 @@ def run(tmp_path_factory, prepared_bytes):
     overrides = [
         f"out={out}", f"data.path={prepared_bytes}", "model.num_layers=1", "model.width=16",
         "model.num_heads=2", "model.cond_dim=8", "train.steps=4", "train.batch_size=2",
-        "eval.every=2", "eval.rows=3", "eval.samples=2", "sample.every=null", "checkpoint.every=2",
+        "eval.every=2", "eval.rows=3", "eval.mc_samples=2", "sample.every=null",
+        "checkpoint.every=2",
     ]  # fmt: skip
     run_training(load_recipe(DEMO, overrides))
     return out
@@ -256,7 +259,7 @@ def run(tmp_path_factory, prepared_bytes):
 
 def test_a_run_describes_its_model(run, prepared_bytes):
     folder = run / "model"
-    card, config = read_card(folder), blockdiffusion.load(run).config
+    card, config = read_card(folder), blockdiffusion.load(run).full_config()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines if "valid_bound" in line]
     assert all("evaluation" not in line for line in logged)
@@ -299,7 +302,7 @@ def test_the_measured_step_is_told_where_it_is_not_the_last(make_model):
     found = {
         "data": "d", "split": "valid", "is_bound": False, "perplexity": 8.0, "step": 2,
     }  # fmt: skip
-    config = make_model().config
+    config = make_model().full_config()
     for steps, told in ((2, False), (5, True)):
         text = render(config, Card(name="m", training={"steps": steps}, evaluation=found))
         assert ("after step 2; these are those after step 5" in text) == told
@@ -319,7 +322,7 @@ def test_a_resumed_run_keeps_what_was_measured(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "small")
     before = read_card(copy / "model")
     shutil.rmtree(copy / "model")
-    overrides = [f"out={copy}", "eval.samples=7"]  # what is measured from now on
+    overrides = [f"out={copy}", "eval.mc_samples=7"]  # what is measured from now on
     run_training(load_recipe(copy / "config.yaml", overrides), resume=True)
     assert read_card(copy / "model") == before
 

@@ -127,7 +127,7 @@ def test_standard_input_is_read_once_or_not_at_all(tmp_path, packing):
         input=b"A text from a pipe.\n" * 8, cwd=tmp_path, capture_output=True,
     )  # fmt: skip
     if "fraction" in packing:
-        assert b"1 documents            160 tokens" in ended.stdout, ended
+        assert b"1 document            160 tokens" in ended.stdout, ended
     else:
         assert ended.returncode == 2 and b"/dev/stdin is a pipe" in ended.stderr
 
@@ -276,6 +276,8 @@ def test_a_small_file_is_the_text_that_prepare_reads(tmp_path):
         ("text".encode("utf-16"), "it is UTF-16 text"),
         ("text".encode("utf-16-be"), "it is not a text file"),
         (b"\xfe\xff\0t", "it is UTF-16 text"),
+        ("text".encode("utf-32"), "it is UTF-32 text"),
+        (b"\0\0\xfe\xff\0\0\0t", "it is UTF-32 text"),
         (b"\xef\xbb\xbf", "it is empty"),
         (b"\xed\xa0\x80", "it is not UTF-8"),
     ],

@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import types
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -185,8 +186,11 @@ def test_a_field_may_lie_in_another_and_its_literal_name_comes_first(tmp_path):
     rows = [{"a": {"b": {"c": "deep"}}}, {"a.b.c": "literal", "a": {"b": {"c": "deep"}}}]
     file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
     assert read(file, field="a.b.c") == ["deep", "literal"]
-    for field in ("a.b.x", "a.x.c", "a.b.c.d", "."):
-        with pytest.raises(UserError, match=r"line 1 of .* has no string '.*'a'"):
+    for field, there in (
+        ("a.b.x", r" \(its fields: 'a\.b\.c'\)"), ("a.x.c", r" \(its fields: 'a\.b'\)"),
+        ("a.b.c.d", r": a string stands at 'a\.b\.c'"), (".", r" \(its fields: 'a'\)"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=rf"line 1 of .* has no string '{field}'{there}"):
             read(file, field=field)
     with pytest.raises(UserError, match=r"has no string 'a\.b': an object stands there"):
         read(file, field="a.b")
@@ -249,6 +253,7 @@ def test_parquet_values_that_are_no_text(tmp_path):
         arrow.string(), 3, [None, offsets, arrow.py_buffer(b"ok\xff!ok")]
     )
     columns = {"text": bad, "n": ["a", None, "c"], "list": [["a"], [], []], "bytes": [b"a"] * 3}
+    columns["date"] = arrow.array([1, 2, 3], arrow.timestamp("ns"))  # finer than Python's
     file = tmp_path / "a.parquet"
     parquet.write_table(arrow.table(columns), file)
     for field, sentence in (
@@ -256,6 +261,7 @@ def test_parquet_values_that_are_no_text(tmp_path):
         ("n", "row 2 of .* has no string 'n': null stands there"),
         ("list", "row 1 of .*: a list stands there"),
         ("bytes", "row 1 of .*: a string of bytes stands there"),
+        ("date", "row 1 of .*: a value of type .* stands there"),
     ):
         with pytest.raises(UserError, match=sentence):
             read(file, field=field)
@@ -278,6 +284,20 @@ def test_parquet(tmp_path):
     file = write(tmp_path / "cut.parquet", whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot be read as parquet"):
         read(file)
+
+
+def test_parquet_rows_are_read_a_few_at_a_time(tmp_path):
+    """A file of some 5 kB: 1,000 rows of one text of 4 MiB, which all rows share."""
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    shared = arrow.DictionaryArray.from_arrays([0] * 1000, ["a" * 2**22])
+    parquet.write_table(arrow.table({"text": shared}), tmp_path / "a.parquet", compression="gzip")
+    before = arrow.default_memory_pool().max_memory()
+    [source] = open_sources(
+        [str(tmp_path / "a.parquet")], field="text", documents="auto", document_bytes=64
+    )
+    assert sum(len(text) for text in islice(source.documents(), 20)) == 20 * 2**22
+    assert arrow.default_memory_pool().max_memory() < max(before, 2**28)
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):

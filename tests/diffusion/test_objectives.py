@@ -257,13 +257,13 @@ def test_padding_and_given_tokens_are_not_counted(make_tiny):
     rows = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 0]])
     valid = torch.tensor([[True] * 4, [True, True, False, False]])
     result = blockdiffusion.likelihood(
-        model, rows, samples=30, bos=True, valid=valid, generator=seeded()
+        model, rows, mc_samples=30, bos=True, valid=valid, generator=seeded()
     )
     assert result.num_tokens == 4
     other = rows.clone()
     other[1, 2:] = 1
     again = blockdiffusion.likelihood(
-        model, other, samples=30, bos=True, valid=valid, generator=seeded()
+        model, other, mc_samples=30, bos=True, valid=valid, generator=seeded()
     )
     assert torch.equal(result.nats_per_row, again.nats_per_row)
 

@@ -129,7 +129,7 @@ def test_moments_are_those_of_a_list_of_gradients(make_model, random_ids, spec, 
         assert sum(moments.gradient_variance.values()) == pytest.approx(float(trace), rel=1e-9)
         assert sum(moments.gradient_square.values()) == pytest.approx(float(square), rel=1e-9)
         assert moments.signal_to_noise == pytest.approx(float(square / trace), rel=1e-9)
-        assert moments.gradient_variance.keys() == dict(model.named_parameters()).keys()
+        assert moments.gradient_variance.keys() == dict(model.backbone.named_parameters()).keys()
 
 
 def test_what_has_no_noise_has_no_variance(make_model, random_ids):
@@ -190,8 +190,8 @@ def test_equal_seeds_are_common_random_numbers(make_model, random_ids):
 
 def test_the_model_is_left_as_it_was(make_model, random_ids):
     model, clean = make_model(dropout=0.5).train(), random_ids(2, 16)
-    marks = {name: torch.full_like(p, 7.0) for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
+    marks = {name: torch.full_like(p, 7.0) for name, p in model.backbone.named_parameters()}
+    for name, parameter in model.backbone.named_parameters():
         parameter.grad = marks[name].clone()
     first = moments_of(model, clean, Count(), 3, gradients=True)
     assert model.training

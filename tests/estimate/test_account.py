@@ -60,10 +60,10 @@ def test_memory_of_what_stands_is_that_of_the_tensors(recipe_of, name):
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
-    optimizer = make_optimizer(model, OptimOptions(name=name))
+    optimizer = make_optimizer(model.backbone, OptimOptions(name=name))
     optimizer.step()
     held = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
-    assert memory.optimizer == optimizer_bytes(Network.of(model.config), name) == held
+    assert memory.optimizer == optimizer_bytes(Network.of(model.full_config()), name) == held
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_bf16_text_reads_half_of_the_bytes(recipe_of):
 
 def test_the_usual_evaluation_enumerates_or_draws_whichever_is_less(recipe_of):
     def flops(estimator, samples):
-        options = {"every": 5, "rows": 4, "estimator": estimator, "samples": samples}
+        options = {"every": 5, "rows": 4, "estimator": estimator, "mc_samples": samples}
         return account_of(recipe_of(eval=options)).training.flops_evaluation
 
     assert flops("auto", 4) == flops("complement", 4) < flops("exact", 4)

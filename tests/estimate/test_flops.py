@@ -54,7 +54,7 @@ IDS = ["S=4", "S=16 N=2", "S=5 N=3", "S=L", "S=1", "time", "causal", "causal ada
 def network(sizes) -> tuple[BlockDiffusionModel, Network]:
     torch.manual_seed(0)
     model = BlockDiffusionModel(BlockDiffusionConfig(**{**SIZES, **sizes})).train()
-    return model, Network.of(model.config)
+    return model, Network.of(model.full_config())
 
 
 def update(model, estimator, rows=2) -> tuple[BatchLoss, Pass]:
@@ -100,10 +100,10 @@ def counted(function: Callable[[], object]) -> int:
 @pytest.mark.parametrize(("sizes", "estimator"), CASES, ids=IDS)
 def test_parameters_are_those_of_the_network(sizes, estimator):
     model, sizes_ = network(sizes)
-    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    shapes = [(name, tuple(p.shape)) for name, p in model.backbone.named_parameters()]
     assert list(sizes_.shapes()) == shapes
     assert sizes_.parameters == sum(p.numel() for p in model.parameters())
-    rest = sum(p.numel() for name, p in model.named_parameters()
+    rest = sum(p.numel() for name, p in model.backbone.named_parameters()
                if not name.startswith(("embedding.", "output.")))  # fmt: skip
     assert sizes_.parameters - sizes_.embedding_parameters == rest
 
@@ -112,7 +112,7 @@ def test_parameters_are_those_of_the_network(sizes, estimator):
 @pytest.mark.parametrize(("sizes", "estimator"), CASES, ids=IDS)
 def test_operations_of_training_are_those_that_are_counted(sizes, estimator, checkpointing):
     model, sizes_ = network(sizes)
-    model.activation_checkpointing = checkpointing
+    model.backbone.activation_checkpointing = checkpointing
     loss, p = update(model, estimator)
     again = 0.0
     if sizes_.autoregressive:  # plain products compute all pairs of a row, and make no score twice
@@ -210,7 +210,7 @@ def test_bytes_of_weights_and_cache(sizes):
         held = sum(p.numel() * kind.itemsize for p in copied.parameters())
         # The last norm of a folded copy is the identity, and is read all the same.
         assert weight_bytes(sizes_, dtype) == held
-        embedding = model.embedding.weight.nbytes
+        embedding = model.backbone.embedding.weight.nbytes
         assert read_bytes(sizes_, dtype) == weight_bytes(sizes_, dtype) - embedding
         cache = model.make_cache(5, 20)
         held = sum(x.nbytes for x in (*cache.keys, *cache.values))
@@ -229,7 +229,7 @@ def test_bytes_of_weights_and_cache(sizes):
 def test_activations_are_those_that_autograd_keeps(sizes, estimator, how, dtype, monkeypatch):
     """(Of compiled layers those of the same layers before they are.)"""
     model, sizes_ = network({**sizes, "width": 64})
-    checkpointing = model.activation_checkpointing = how == "checkpointing"
+    checkpointing = model.backbone.activation_checkpointing = how == "checkpointing"
     if how == "compiled":
         monkeypatch.setattr(Layer, "_is_plain", lambda self: False)
     loss, p = update(model, estimator)
@@ -251,7 +251,7 @@ def test_activations_are_those_that_autograd_keeps(sizes, estimator, how, dtype,
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"),
     ):
         # What enters a checkpointed layer is no saved tensor of autograd's.
-        hooks = [layer.attn_norm.register_forward_pre_hook(seen) for layer in model.layers]
+        hooks = [layer.attn_norm.register_forward_pre_hook(seen) for layer in model.backbone.layers]
         loss.nats(model, slice(0, 2))
     for hook in hooks:
         hook.remove()

@@ -23,8 +23,6 @@ def test_results_survive_and_a_line_cut_short_does_not(tmp_path):
     again.put("three", 3)  # after the broken line
     assert Journal(path, "a").get("three") == 3
     assert len(Journal(path, "b")) == 0
-    again.remove()
-    assert not path.exists()
 
 
 def test_the_fingerprint_sees_weights_sizes_and_values(make_model, random_ids):
@@ -56,4 +54,4 @@ def test_an_interrupted_measurement_goes_on(make_model, random_ids, tmp_path, mo
     assert path.exists() and len(calls) == 4
     resumed = measure_variance(model, text, options, journal=path)
     assert len(calls) == 4 + 6 - 3  # three estimators on two batches, three were finished
-    assert resumed.rows == whole.rows and not path.exists()
+    assert resumed.rows == whole.rows

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import blockdiffusion
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
 from blockdiffusion.diffusion.denoiser import causal_nll
 from blockdiffusion.diffusion.exact import exact_blocks
 from blockdiffusion.errors import UserError
-from blockdiffusion.reports.terminal import likelihood_lines
+from blockdiffusion.evaluate.listing import likelihood_lines
 
 T_MIN = 1e-3
 
@@ -56,7 +56,7 @@ def test_bernoulli_agrees_with_the_exact_value(tiny_law, tiny_law_expected):
         model,
         clean,
         "bernoulli",
-        samples=600,
+        mc_samples=600,
         bos=False,
         generator=torch.Generator().manual_seed(0),
     )
@@ -78,7 +78,12 @@ def test_every_unbiased_estimator_agrees_with_the_exact_value(
     """Within 4 standard errors of its noise (false alarm 6e-5), which is small."""
     model, clean = tiny_law.double(), tiny_law_expected["sequences"]
     result = blockdiffusion.likelihood(
-        model, clean, estimator, samples=40, bos=False, generator=torch.Generator().manual_seed(0)
+        model,
+        clean,
+        estimator,
+        mc_samples=40,
+        bos=False,
+        generator=torch.Generator().manual_seed(0),
     )
     exact = float(tiny_law_expected["exact_nelbo"].sum()) / clean.numel()
     assert result.stderr_noise / result.nats_per_token < noise
@@ -97,7 +102,7 @@ def test_the_order_bound_lies_where_enumeration_puts_it(
         model,
         clean,
         "orders",
-        samples=samples,
+        mc_samples=samples,
         orders=orders,
         bos=False,
         generator=torch.Generator().manual_seed(0),
@@ -138,7 +143,7 @@ def order_probs(model, clean, order):
 def test_more_orders_tighten_the_bound_towards_the_exact_value(make_model, random_ids):
     model, clean = make_model().double(), random_ids(4, 16)
     exact = blockdiffusion.likelihood(model, clean, "exact")
-    result = blockdiffusion.likelihood(model, clean, "orders", samples=12, orders=32)
+    result = blockdiffusion.likelihood(model, clean, "orders", mc_samples=12, orders=32)
     bounds = list(result.order_bounds.values())
     assert list(result.order_bounds) == [1, 2, 4, 8, 16, 32]
     assert bounds == sorted(bounds, reverse=True)
@@ -152,7 +157,7 @@ def test_given_tokens_and_padding_are_left_out_of_the_orders(make_model, random_
     model = make_model().double()
     rows = [random_ids(1, n)[0].tolist() for n in (5, 16, 11)]
     exact = blockdiffusion.likelihood(model, rows, "exact", bos=True)
-    result = blockdiffusion.likelihood(model, rows, "orders", samples=300, orders=1, bos=True)
+    result = blockdiffusion.likelihood(model, rows, "orders", mc_samples=300, orders=1, bos=True)
     assert result.num_tokens == exact.num_tokens == 29
     assert abs(result.nats_per_token - exact.nats_per_token) < 4 * result.stderr_noise
 
@@ -166,7 +171,7 @@ def test_auto_enumerates_where_that_costs_no_more_than_drawing(
 ):
     """Never more noisy copies of a row than so many pairs have, which is what `samples` allows."""
     model, clean = make_model(block_size=block_size), random_ids(1, 16)
-    result = blockdiffusion.likelihood(model, clean, samples=samples)
+    result = blockdiffusion.likelihood(model, clean, mc_samples=samples)
     exact = copies == 2**block_size - 1
     assert result.estimator == ("exact" if exact else "complement")
     assert result.copies == copies <= 2 * samples
@@ -183,7 +188,7 @@ def test_auto_is_the_estimator_of_least_noise(make_model, random_ids):
     model, source = make_model(block_size=8), torch.Generator().manual_seed(0)
     errors = {
         name: blockdiffusion.likelihood(
-            model, random_ids(32, 16), name, samples, generator=source
+            model, random_ids(32, 16), name, mc_samples=samples, generator=source
         ).stderr_noise
         for name, samples in (("auto", 8), ("bernoulli", 16))
     }
@@ -192,19 +197,19 @@ def test_auto_is_the_estimator_of_least_noise(make_model, random_ids):
 
 def test_a_target_of_the_noise_error_is_reached_and_stops(make_model, random_ids):
     model, clean = make_model(), random_ids(8, 16)
-    loose = blockdiffusion.likelihood(model, clean, "count", samples=64)
+    loose = blockdiffusion.likelihood(model, clean, "count", mc_samples=64)
     target = loose.stderr_noise
-    result = blockdiffusion.likelihood(model, clean, "count", samples=4, target_stderr=target)
+    result = blockdiffusion.likelihood(model, clean, "count", mc_samples=4, target_stderr=target)
     assert result.stderr_noise <= target
     assert 32 <= result.samples <= 128 and result.samples % 4 == 0
     assert result.copies == result.samples
 
 
 def test_a_target_out_of_reach_is_given_up(make_model, random_ids, monkeypatch):
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 8)
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.MAX_SAMPLES", 8)
     calls = []
     result = blockdiffusion.likelihood(
-        make_model(), random_ids(2, 16), "count", samples=3, target_stderr=1e-9,
+        make_model(), random_ids(2, 16), "count", mc_samples=3, target_stderr=1e-9,
         progress=lambda *units: calls.append(units),
     )  # fmt: skip
     assert result.samples == 9 and result.stderr_noise > 1e-9
@@ -227,7 +232,9 @@ def test_the_noise_error_is_that_of_repeated_evaluations(make_model, random_ids)
     model, clean = make_model(), random_ids(8, 16)
     source = torch.Generator().manual_seed(0)
     results = [
-        blockdiffusion.likelihood(model, clean, "bernoulli", samples=8, generator=source, t_min=0.1)
+        blockdiffusion.likelihood(
+            model, clean, "bernoulli", mc_samples=8, generator=source, t_min=0.1
+        )
         for _ in range(40)
     ]
     spread = torch.tensor([r.nats_per_token for r in results]).std()
@@ -306,7 +313,7 @@ def test_single_token_blocks_give_an_exact_value_without_bound_sign(make_model, 
 def test_a_block_of_one_token_has_one_mask_set_whoever_draws_it(make_model, random_ids, estimator):
     model, clean = make_model(block_size=1), random_ids(2, 8)
     exact = blockdiffusion.likelihood(model, clean, "exact")
-    result = blockdiffusion.likelihood(model, clean, estimator, samples=3, orders=2)
+    result = blockdiffusion.likelihood(model, clean, estimator, mc_samples=3, orders=2)
     assert not result.is_bound and result.exact_nats_per_token == result.nats_per_token
     assert result.nats_per_token == pytest.approx(exact.nats_per_token, abs=1e-6)
     assert result.stderr_noise < 1e-6
@@ -359,19 +366,21 @@ def test_texts_need_a_tokenizer_and_know_their_bytes(make_model):
 
 def test_the_same_seed_gives_the_same_estimate(make_model, random_ids):
     model, clean = make_model(), random_ids(4, 16)
-    values = [blockdiffusion.likelihood(model, clean, samples=3).nats_per_token for _ in range(2)]
+    values = [
+        blockdiffusion.likelihood(model, clean, mc_samples=3).nats_per_token for _ in range(2)
+    ]
     assert values[0] == values[1]
 
 
 def test_progress_reaches_the_total(make_model, random_ids, monkeypatch):
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.PASS_TOKENS", 64)
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.PASS_TOKENS", 64)
     for estimator in ("exact", "bernoulli", "complement", "orders"):
         calls = []
         blockdiffusion.likelihood(
             make_model(),
             random_ids(5, 16),
             estimator,
-            3,
+            mc_samples=3,
             progress=lambda *a, calls=calls: calls.append(a),
         )
         assert calls[-1][0] == calls[-1][1] and len(calls) > 2
@@ -387,7 +396,7 @@ def test_the_result_is_plain_json(make_model, random_ids):
 @pytest.mark.parametrize(("ids", "options", "message"), [
     ([[1, 2]], dict(estimator="count[0.3,0.8]"), "gives no perplexity"),
     ([[1, 2]], dict(estimator="elbo"), "no estimator.*exact or orders"),
-    ([[1, 2]], dict(samples=0), "samples"),
+    ([[1, 2]], dict(mc_samples=0), "mc_samples"),
     ([[1, 2]], dict(orders=0), "orders"),
     ([[1, 2]], dict(target_stderr=0), "target_stderr"),
     ([[1, 12]], {}, "mask token"),
@@ -437,7 +446,7 @@ def test_rows_of_an_autoregressive_model_do_not_see_each_other(make_ar, random_i
     whole = blockdiffusion.likelihood(model, ids)
     alone = [blockdiffusion.likelihood(model, [row]).nats_per_token * len(row) for row in ids]
     assert torch.allclose(whole.nats_per_row, torch.tensor(alone, dtype=torch.float64))
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.PASS_TOKENS", 14)  # two rows a pass
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.PASS_TOKENS", 14)  # two rows a pass
     again = blockdiffusion.likelihood(model, ids)
     assert torch.allclose(whole.nats_per_row, again.nats_per_row) and whole.num_tokens == 28
 
@@ -452,16 +461,16 @@ def test_masks_are_refused_for_an_autoregressive_model(make_ar, random_ids, esti
     ("estimator", "options"),
     [
         ("exact", {}),
-        ("complement", {"samples": 3}),
-        ("orders", {"samples": 2, "orders": 3}),
-        ("count", {"samples": 2, "target_stderr": 0.3}),
+        ("complement", {"mc_samples": 3}),
+        ("orders", {"mc_samples": 2, "orders": 3}),
+        ("count", {"mc_samples": 2, "target_stderr": 0.3}),
         ("ar", {}),
     ],
 )
 def test_a_killed_evaluation_goes_on_bit_for_bit(
     make_model, make_ar, random_ids, tmp_path, monkeypatch, estimator, options
 ):
-    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 96)  # a row or two at a time
+    monkeypatch.setattr(replicates, "PASS_TOKENS", 96)  # a row or two at a time
     model, name = (make_ar(), "auto") if estimator == "ar" else (make_model(), estimator)
     ids, passes, stop = random_ids(7, 16), [], None
     encode = "encode_causal" if estimator == "ar" else "encode"

@@ -7,7 +7,8 @@ import torch
 from blockdiffusion.evaluate import scoring
 from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import data_error, likelihood
-from blockdiffusion.evaluate.scoring import ScoreOptions, score
+from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.evaluate.scoring import score
 from blockdiffusion.evaluate.windows import Window
 
 
@@ -20,7 +21,7 @@ def test_chunks_together_are_the_likelihood_of_all_rows(
     make_model, random_ids, monkeypatch, estimator
 ):
     model, ids = make_model(), random_ids(10, 16)
-    options = ScoreOptions(estimator=estimator, samples=4, orders=2)
+    options = LikelihoodOptions(estimator=estimator, mc_samples=4, orders=2)
     monkeypatch.setattr(scoring, "CHUNK_TOKENS", 48)  # three rows
     found = score(model, windows_of(ids), options, bos=False, num_bytes=400)
     whole = likelihood(model, ids, "exact", num_bytes=400)
@@ -54,7 +55,7 @@ def test_noise_of_chunks_adds_in_squares(make_model, random_ids, monkeypatch):
         return parts[-1]
 
     monkeypatch.setattr(scoring, "likelihood", spy)
-    found = score(model, windows_of(ids), ScoreOptions(estimator="count"), bos=False)
+    found = score(model, windows_of(ids), LikelihoodOptions(estimator="count"), bos=False)
     assert [part.num_tokens for part in parts] == [64, 32]
     expected = np.hypot(64 * parts[0].stderr_noise, 32 * parts[1].stderr_noise) / 96
     assert found.stderr_noise == pytest.approx(expected)
@@ -64,9 +65,9 @@ def test_noise_of_chunks_adds_in_squares(make_model, random_ids, monkeypatch):
 def test_a_target_of_the_noise_is_that_of_all_chunks(make_model, random_ids, monkeypatch):
     monkeypatch.setattr(scoring, "CHUNK_TOKENS", 64)
     model, windows = make_model(), windows_of(random_ids(16, 16))
-    loose = score(model, windows, ScoreOptions(estimator="count", samples=4), bos=False)
+    loose = score(model, windows, LikelihoodOptions(estimator="count", mc_samples=4), bos=False)
     target = loose.stderr_noise / 2
-    options = ScoreOptions(estimator="count", samples=4, target_stderr=target)
+    options = LikelihoodOptions(estimator="count", mc_samples=4, target_stderr=target)
     found = score(model, windows, options, bos=False)
     assert found.stderr_noise <= target and found.samples < 4 * 40
     assert found.target_stderr == target and not found.remarks
@@ -74,8 +75,8 @@ def test_a_target_of_the_noise_is_that_of_all_chunks(make_model, random_ids, mon
 
 def test_a_target_out_of_reach_is_that_of_all_chunks(make_model, random_ids, monkeypatch):
     monkeypatch.setattr(scoring, "CHUNK_TOKENS", 64)
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 8)
-    options = ScoreOptions(estimator="count", samples=4, target_stderr=1e-9)
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.MAX_SAMPLES", 8)
+    options = LikelihoodOptions(estimator="count", mc_samples=4, target_stderr=1e-9)
     found = score(make_model(), windows_of(random_ids(8, 16)), options, bos=False)
     (remark,) = found.remarks
     assert f"error is {found.stderr_noise:.2g} after 8" in remark and "target of 1e-09" in remark
@@ -86,7 +87,7 @@ def test_units_are_what_the_data_error_counts(make_model, random_ids):
     windows = [
         Window(ids=row, given=4 * (n % 3 > 0), unit=n // 3) for n, row in enumerate(ids.numpy())
     ]
-    found = score(model, windows, ScoreOptions(estimator="exact"), bos=False)
+    found = score(model, windows, LikelihoodOptions(estimator="exact"), bos=False)
     assert found.num_rows == 2 and found.num_tokens == 2 * (16 + 12 + 12)
     assert found.stderr_data == data_error(found.nats_per_row, torch.tensor([40, 40]))
 
@@ -96,7 +97,7 @@ def test_a_killed_measurement_goes_on_bit_for_bit(
     make_model, random_ids, tmp_path, monkeypatch, estimator
 ):
     model, windows = make_model(), windows_of(random_ids(9, 16))
-    options = ScoreOptions(estimator=estimator, samples=3, orders=2)
+    options = LikelihoodOptions(estimator=estimator, mc_samples=3, orders=2)
     monkeypatch.setattr(scoring, "CHUNK_TOKENS", 48)
     whole = score(model, windows, options, bos=False, name="a")
     calls, real = [], likelihood

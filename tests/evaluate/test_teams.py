@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import blockdiffusion.evaluate.likelihood as likelihood_module
+import blockdiffusion.evaluate.replicates as replicates
+from blockdiffusion.checkpoints.formats import load
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
@@ -14,7 +15,7 @@ from blockdiffusion.evaluate.generation.samples import DrawOptions, EntropyGuard
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.runtime.distributed import joined
-from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
+from tests.evaluate.scorers import BYTES, save_gpt2, with_bytes
 from tests.teams import assert_ended_well, command, team
 
 KINDS = [
@@ -37,18 +38,18 @@ def models(make_model, make_ar, tmp_path) -> Path:
 
 def measure(folder: Path) -> None:
     """Likelihoods and samples, into a file of the number of processes."""
-    likelihood_module.PASS_TOKENS = 96  # a row or two at a time
+    replicates.PASS_TOKENS = 96  # a row or two at a time
     ids = torch.randint(256, (7, 16), generator=torch.Generator().manual_seed(1))
     found = []
     with joined() as processes:
         for name, estimator, options in KINDS:
-            model = BlockDiffusionModel.from_pretrained(folder / name).double().eval()
+            model = load(folder / name).double().eval()
             journal = folder / f"journal{processes.size}"
             result = likelihood(
-                model, ids, estimator, 3, team=processes, journal=journal, **options
+                model, ids, estimator, mc_samples=3, team=processes, journal=journal, **options
             )
             found.append(result.to_dict(rows=True) | {"seconds": None})
-        model = with_bytes(BlockDiffusionModel.from_pretrained(folder / "plain").double().eval())
+        model = with_bytes(load(folder / "plain").double().eval())
         file = folder / f"samples{processes.size}.jsonl"
         for guard in (None, GUARD):
             drawn = draw_samples(model, DRAW, file=file, guard=guard, team=processes)
@@ -82,11 +83,13 @@ def test_any_number_of_processes_goes_on_from_the_journal_of_any_other(models, m
 
     monkeypatch.setattr(BlockDiffusionModel, "encode", asked)
     monkeypatch.setattr(BlockDiffusionModel, "encode_causal", asked)
-    monkeypatch.setattr(likelihood_module, "PASS_TOKENS", 96)
+    monkeypatch.setattr(replicates, "PASS_TOKENS", 96)
     ids = torch.randint(256, (7, 16), generator=torch.Generator().manual_seed(1))
     for (name, estimator, options), expected in zip(KINDS, one, strict=False):
-        model = BlockDiffusionModel.from_pretrained(models / name).double().eval()
-        found = likelihood(model, ids, estimator, 3, journal=models / "journal2", **options)
+        model = load(models / name).double().eval()
+        found = likelihood(
+            model, ids, estimator, mc_samples=3, journal=models / "journal2", **options
+        )
         values = found.to_dict(rows=True) | {"seconds": None}
         assert json.loads(json.dumps(values)) == expected
 
@@ -101,7 +104,7 @@ def test_the_commands_say_and_write_what_one_process_does(models, tmp_path):
     commands = {
         "eval": ["eval", models / "plain", "--data", tmp_path / "data", "--no-bos"],
         "generate-eval": [
-            "generate-eval", models / "plain", "--judge", judge, "--num-samples", 5,
+            "generate-eval", models / "plain", "--scorer", judge, "--num-samples", 5,
             "--batch-size", 2, "--max-new-tokens", 8, "--no-bos",
         ],
     }  # fmt: skip

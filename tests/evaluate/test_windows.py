@@ -8,7 +8,8 @@ import torch
 
 from blockdiffusion.diffusion.exact import exact_blocks
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.scoring import ScoreOptions, score
+from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.evaluate.scoring import score
 from blockdiffusion.evaluate.windows import check_stride, default_stride, document_windows
 
 BOS = 11
@@ -75,7 +76,7 @@ def test_windows_give_the_value_computed_directly(
         for window in document_windows(document, unit, context, stride, bos_id)
     ]
     found = score(
-        model, windows, ScoreOptions(estimator="exact"), bos=bos_id is not None, num_bytes=100
+        model, windows, LikelihoodOptions(estimator="exact"), bos=bos_id is not None, num_bytes=100
     )
     expected = [directly(model, document, context, stride, bos_id) for document in documents]
     assert found.nats_per_row.tolist() == pytest.approx(expected, rel=1e-9)
@@ -101,7 +102,7 @@ def test_windows_of_an_autoregressive_model_token_by_token(make_ar, random_ids, 
         logits[model.config.mask_id] = -math.inf
         total -= float(logits.log_softmax(-1)[token])
     windows = list(document_windows(document, 0, context, stride, BOS if bos else None))
-    found = score(model, windows, ScoreOptions(), bos=bos)
+    found = score(model, windows, LikelihoodOptions(), bos=bos)
     assert float(found.nats_per_row[0]) == pytest.approx(total, rel=1e-9)
     assert found.num_tokens == 21 and found.is_bound is False
 
@@ -112,7 +113,7 @@ def test_more_context_never_changes_what_is_scored(make_model, random_ids):
         score(
             model,
             list(document_windows(np.array(document), 0, context, 4)),
-            ScoreOptions(estimator="exact"),
+            LikelihoodOptions(estimator="exact"),
             bos=False,
         ).num_tokens
         for context in (4, 8, 16)

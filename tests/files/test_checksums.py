@@ -76,7 +76,7 @@ def test_changed_data_are_not_trained_on(place, name, used):
     flip(path, path.read_bytes().index(b"e") if path.suffix == ".json" else None)
     for command in (
         ("train", place / "recipe.yaml", f"out={place / 'new'}", f"data.path={place / 'data'}"),
-        ("references", place / "data", "--rows", 2),
+        ("references", place / "data", "--limit", 2),
     ):
         ended = blockdiff(*command)
         assert ended.returncode == 2 and "Traceback" not in ended.stderr
@@ -300,7 +300,7 @@ def test_links_among_what_is_written_aside_and_added_to_are_not_followed(place):
     (place / "data" / NOTES).unlink(missing_ok=True)
     for path in places:
         path.symlink_to(victim)
-    run = ("eval", place / "run", "--data", place / "data", "--rows", 2, "--json")
+    run = ("eval", place / "run", "--data", place / "data", "--limit", 2, "--json")
     for command in (
         (*run, place / "e.json"), ("convert", place / "run", "--out", place / "made"),
     ):  # fmt: skip
@@ -318,7 +318,7 @@ def test_a_device_is_not_replaced_by_a_file(place, monkeypatch):
     device = place / "device"
     os.mkfifo(device)
     ended = blockdiff(
-        "eval", place / "run", "--data", place / "data", "--rows", 2, "--json", device
+        "eval", place / "run", "--data", place / "data", "--limit", 2, "--json", device
     )
     assert ended.returncode == 2 and "no regular file" in ended.stderr
     assert device.is_fifo()

@@ -17,9 +17,9 @@ KINDS = {
 
 def test_layers_are_not_compiled_unless_asked(make_model):
     model = make_model()
-    assert not any(layer.compiled for layer in model.layers)
-    model.compile_layers()
-    assert all(layer.compiled for layer in model.layers)
+    assert not any(layer.compiled for layer in model.backbone.layers)
+    model.backbone.compile_layers()
+    assert all(layer.compiled for layer in model.backbone.layers)
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_losses_and_gradients_are_the_same(make_model, random_ids, kind):
 
         results = []
         for compiled in (False, True):
-            for layer in model.layers:
+            for layer in model.backbone.layers:
                 layer.compiled = compiled
             value = loss()
             parameters = [p for p in model.parameters() if p.requires_grad]

@@ -32,7 +32,7 @@ def recorded(monkeypatch):
     """Makes a model record its passes, by `Rerun`."""
     monkeypatch.setattr(Rerun, "made", 0)
     monkeypatch.setattr(
-        "blockdiffusion.models.transformer.Recorder", lambda: Recorder(record=Rerun)
+        "blockdiffusion.models.block_diffusion.Recorder", lambda: Recorder(record=Rerun)
     )
 
     def make(model):

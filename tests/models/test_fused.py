@@ -23,7 +23,7 @@ def loss_and_gradients(model, noisy, clean, *, plain, monkeypatch, autocast=Fals
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         model.zero_grad()
         (out * weight).sum().backward()
-    return [out.detach(), *(p.grad for p in model.layers.parameters())]
+    return [out.detach(), *(p.grad for p in model.backbone.layers.parameters())]
 
 
 @pytest.mark.parametrize("sizes", [{}, {"adaln": False}, {"dropout": 0.3}], ids=str)
@@ -32,7 +32,7 @@ def test_gradients_are_those_of_the_plain_layer(
     sizes, checkpointing, make_model, random_ids, monkeypatch
 ):
     model = make_model(num_layers=2, **sizes).train()
-    model.activation_checkpointing = checkpointing
+    model.backbone.activation_checkpointing = checkpointing
     clean = random_ids(2, 16)
     noisy = torch.stack([clean, clean], 1)
     noisy[:, 0, ::3] = noisy[:, 1, 1::2] = model.config.mask_id

@@ -44,16 +44,18 @@ def outputs(model, ids):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_copy_has_the_same_logits(make_model, random_ids, kind):
     model, ids = make_model(**KINDS[kind]), random_ids(2, 16)
-    before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model.backbone.state_dict())
     folded = sampling_copy(model)
     assert torch.allclose(outputs(folded, ids), outputs(model, ids), atol=1e-10)
     single = sampling_copy(copy.deepcopy(model).float())
     assert (outputs(single, ids) - outputs(model, ids)).abs().max() < 1e-4
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(p.requires_grad for layer in folded.layers for p in layer.parameters()) or (
-        kind == "timed"
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items()
     )
-    folds = [isinstance(layer, FoldedLayer) for layer in folded.layers]
+    assert not any(
+        p.requires_grad for layer in folded.backbone.layers for p in layer.parameters()
+    ) or (kind == "timed")
+    folds = [isinstance(layer, FoldedLayer) for layer in folded.backbone.layers]
     assert all(folds) if kind != "timed" else not any(folds)
 
 
@@ -81,8 +83,8 @@ def test_the_copy_is_made_for_the_same_use(make_model):
     model = make_model(eos_id=5)
     model.tokenizer = object()
     folded = sampling_copy(model)
-    assert folded.tokenizer is model.tokenizer and model.config.adaln
-    assert folded.embedding.weight is model.embedding.weight
+    assert folded.tokenizer is model.tokenizer and model.backbone.config.adaln
+    assert folded.backbone.embedding.weight is model.backbone.embedding.weight
     assert folded.config.eos_id == 5 and not folded.training
     seeds = (torch.Generator().manual_seed(3) for _ in range(2))
     model.tokenizer = folded.tokenizer = None
@@ -146,7 +148,7 @@ def test_int8_is_near(make_model, random_ids, kind):
             parameter.mul_(0.5)
     ids = random_ids(2, 16)
     rounded = sampling_copy(model, int8=True)
-    rest = [name for name, part in rounded.named_modules() if isinstance(part, nn.Linear)]
+    rest = [name for name, part in rounded.backbone.named_modules() if isinstance(part, nn.Linear)]
     assert all(name.startswith("time.") or name.endswith("modulation") for name in rest)
     assert sum(isinstance(part, Int8Linear) for part in rounded.modules()) >= 4 * 3 + 1
     expected, found = outputs(model, ids), outputs(rounded, ids)
@@ -202,6 +204,6 @@ def test_only_what_is_wanted_is_finished(make_model, random_ids, kind, folded):
         )  # fmt: skip
     assert torch.allclose(some, whole[rows, columns], atol=1e-12)
     assert torch.allclose(flat, whole[rows, columns], atol=1e-12)
-    assert nothing.shape == (0, model.config.width)
+    assert nothing.shape == (0, model.backbone.config.width)
     stored = [torch.stack([*cache.keys, *cache.values]) for cache in caches]
     assert all(torch.allclose(stored[0], found, atol=1e-12) for found in stored[1:])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from blockdiffusion.checkpoints.formats import load
 from blockdiffusion.diffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.inference import sampling_copy
@@ -125,7 +126,9 @@ def test_one_pass_equals_two_passes_in_loss_and_gradient(make_model, random_ids)
     model, clean = make_model(), random_ids(1, 16)
     noisy = half_masked(clean, 12)
     masked_nll(model, noisy[:, None], clean, (noisy == 12)[:, None]).sum().backward()
-    one_pass = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    one_pass = {
+        n: p.grad.clone() for n, p in model.backbone.named_parameters() if p.grad is not None
+    }
     loss = masked_nll(model, noisy[:, None], clean, (noisy == 12)[:, None]).sum()
 
     model.zero_grad()
@@ -137,7 +140,7 @@ def test_one_pass_equals_two_passes_in_loss_and_gradient(make_model, random_ids)
     two_pass_loss = -log_prob[noisy[0] == 12].sum()
     two_pass_loss.backward()
     assert torch.allclose(loss, two_pass_loss, atol=1e-10)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.backbone.named_parameters():
         assert torch.allclose(one_pass[name], parameter.grad, atol=1e-9), name
 
 
@@ -165,7 +168,7 @@ def test_a_token_changes_exactly_what_the_mask_allows(
     model.attention_backend = backend
     noisy = torch.stack([half_masked(clean, 12, s) for s in range(copies)], dim=1)
     mask = mask_by_loops(length, size, copies).double()
-    reach = torch.linalg.matrix_power(mask, model.config.num_layers) > 0
+    reach = torch.linalg.matrix_power(mask, model.backbone.config.num_layers) > 0
     before = model.encode(noisy, clean).flatten(1, 2)[0]
     for token in range((copies + 1) * length):
         ids = torch.cat([noisy.flatten(), clean.flatten()])
@@ -261,7 +264,7 @@ def test_save_and_load_give_identical_logits(make_model, random_ids, tmp_path):
     noisy = half_masked(clean, 12)
     expected = model.denoise_logits(noisy, clean)
     model.save_pretrained(tmp_path)
-    again = BlockDiffusionModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    again = load(tmp_path, dtype=torch.float64).eval()
     assert torch.equal(again.denoise_logits(noisy, clean), expected)
 
 

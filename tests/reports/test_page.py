@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.masks import Streams, dense_mask
-from blockdiffusion.reports.markup import count, duration, script_json, two_digits
+from blockdiffusion.reports.markup import script_json
 from blockdiffusion.reports.page import (
     ClipSearch,
     Command,
@@ -409,14 +409,6 @@ def test_ticks_are_round_and_inside() -> None:
     assert [tick_label(v) for v in (0, 2e-4, 0.5, 1500, 25_000, 5e7)] == [
         "0", "2e-4", "0.5", "1,500", "25k", "50M",
     ]  # fmt: skip
-
-
-def test_numbers_in_words() -> None:
-    assert [duration(s) for s in (0.5, 61, 3 * 3600 + 125)] == ["0.5 s", "1 min 1 s", "3 h 2 min"]
-    assert [count(n) for n in (999, 25_300, 999_999, 169_000_000)] == [
-        "999", "25.3 K", "1 M", "169 M",
-    ]  # fmt: skip
-    assert [two_digits(error) for error in (0.00312, 2.34, 123.4)] == ["0.0031", "2.3", "123"]
 
 
 def test_running_mean_keeps_a_line_straight() -> None:

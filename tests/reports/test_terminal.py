@@ -53,6 +53,15 @@ def test_a_bar_keeps_its_digits_at_every_width(width, monkeypatch):
     assert ("\\x1b" in line) == (width >= 60)
 
 
+def test_a_title_cannot_steer_the_terminal(monkeypatch):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    monkeypatch.setattr(terminal, "error_console", lambda: console)
+    with terminal.progress_bar("of \x1b[5m[red]x[/]"):
+        pass
+    assert "\x1b[5m" not in out.getvalue() and "\\x1b[5m[red]x[/]" in out.getvalue()
+
+
 # --- a sample while it is made --------------------------------------------------------------------
 
 
@@ -122,6 +131,22 @@ def test_a_terminal_keeps_the_lines_of_a_long_text(monkeypatch):
     places = [shown.rindex(line) for line in lines]
     assert places == sorted(places)
     assert shown.count(lines[10]) < 40  # drawn anew only until it was settled
+
+
+@pytest.mark.parametrize(("encoding", "hidden"), [("ascii", b"."), ("utf-8", "░".encode())])
+def test_what_is_hidden_has_a_sign_of_one_column(encoding, hidden, monkeypatch):
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
+    console = Console(file=file, force_terminal=True, width=60)
+    monkeypatch.setattr(terminal, "Console", lambda: console)
+    real = terminal.Live.update
+    monkeypatch.setattr(
+        terminal.Live, "update", lambda live, text, refresh: real(live, text, refresh=True)
+    )
+    ids = list("abc é defgh".encode())
+    terminal.show_stream(told(ids), byte_tokenizer(), [])
+    file.flush()
+    assert b"2591" not in raw.getvalue() and hidden in raw.getvalue()
 
 
 def test_sampled_text_cannot_steer_the_terminal(monkeypatch, capsys):

@@ -115,8 +115,7 @@ def test_a_template_ends_inside_a_block(make_model):
 
 
 def test_an_eos_ends_nothing(make_model):
-    model = make_model()
-    model.config.eos_id = 1
+    model = make_model(eos_id=1)
     mask = model.config.mask_id
     result = infill(model, [mask] * 40, num_samples=8, bos=False, generator=seeded())
     assert result.lengths.tolist() == [40] * 8

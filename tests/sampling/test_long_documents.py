@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import blockdiffusion
-from blockdiffusion.models import transformer
+from blockdiffusion.models import block_diffusion
 from blockdiffusion.models.attention import attend_cached
 from blockdiffusion.sampling import Finished, TokensRevealed
 from tests.models.test_cache import pattern
@@ -27,11 +27,11 @@ def test_what_a_pass_reads_and_what_an_event_holds_stays_the_same(
     model = make_model(num_layers=1, bos=False, **sizes)
     passes, told = [], []
 
-    def remember(q, k, v, mask):
+    def remember(q, k, v, mask, sizes):
         passes.append((k.shape[2], 0 if mask is None else mask.numel()))
-        return attend_cached(q, k, v, mask)
+        return attend_cached(q, k, v, mask, sizes)
 
-    monkeypatch.setattr(transformer, "attend_cached", remember)
+    monkeypatch.setattr(block_diffusion, "attend_cached", remember)
     events = blockdiffusion.stream(
         model, prompts, max_new_tokens=160, window=16, eos=False, generator=seeded()
     )

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -185,7 +187,7 @@ def test_rows_end_at_a_sampled_eos_and_not_at_the_given_bos(make_model):
 
 def test_leaving_a_block_early_keeps_the_law(tiny_law, tiny_law_expected):
     """EOS and a limit inside a block: the kept part follows the marginal of the exact law."""
-    tiny_law.config.eos_id = 1
+    tiny_law.config = replace(tiny_law.config, eos_id=1)
     result = blockdiffusion.generate(
         tiny_law, num_samples=DRAWS, max_new_tokens=3, bos=False, generator=seeded(11)
     )

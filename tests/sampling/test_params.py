@@ -30,7 +30,7 @@ def test_an_object_and_options_by_name_are_the_same(make_model):
 
 def test_the_old_name_is_read_with_a_note(make_model, tmp_path):
     model = make_model()
-    with pytest.warns(DeprecationWarning, match="policy is now sampler"):
+    with pytest.warns(FutureWarning, match="policy is now sampler"):
         old = blockdiffusion.generate(model, policy="random", tokens_per_step=2, seed=1)
     new = blockdiffusion.generate(model, sampler="random", tokens_per_step=2, seed=1)
     assert old.sequences.equal(new.sequences)

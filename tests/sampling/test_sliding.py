@@ -23,7 +23,7 @@ def make_mdlm(make_model):
             seq_len=length, block_size=length, vocab_size=vocab_size, num_layers=1, **overrides
         )
         with torch.no_grad():  # what is added to every prediction alike
-            for constant in (model.output.bias, *model.final_modulation.parameters()):
+            for constant in (model.output.bias, *model.backbone.final_modulation.parameters()):
                 constant.zero_()
             model.output.weight.mul_(2)
         return model

@@ -20,7 +20,7 @@ def model(make_model):
     """Two tokens and a mask, blocks of 2, predictions that hang on what is read."""
     model = make_model(vocab_size=3, mask_id=2, seq_len=LENGTH, block_size=SIZE)
     with torch.no_grad():  # what is added to every prediction alike
-        for constant in (model.output.bias, *model.final_modulation.parameters()):
+        for constant in (model.output.bias, *model.backbone.final_modulation.parameters()):
             constant.zero_()
         model.output.weight.mul_(4)
     return model

@@ -103,6 +103,20 @@ def test_terminals_get_a_live_line():
     assert "bound 4.250 clip 0.45-0.95 0:00:00 left 1,234 tok/s 45.6 GFLOP/s (38%) lr" in shown
 
 
+@pytest.mark.parametrize(("encoding", "drawn"), [("ascii", False), ("utf-8", True)])
+def test_the_live_line_draws_no_curve_that_an_encoding_lacks(encoding, drawn):
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
+    display = make_display(5, Console(file=file, width=140, force_terminal=True))
+    display.start({}, 1)
+    for step, loss in ((1, 5.0), (5, 4.0)):
+        display.log(step, {"loss": loss, "lr": 1e-3, "tokens_per_second": 9.0})
+    display.finish()
+    file.flush()
+    line = raw.getvalue().decode(encoding)
+    assert "loss" in line and "\\u" not in line and ("▁" in line) == drawn
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_the_live_line_keeps_what_must_be_told_at_every_width(width):
     console = Console(file=io.StringIO(), width=width, force_terminal=True)
@@ -142,7 +156,7 @@ def test_the_live_display_shows_what_would_steer_a_terminal():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"tflops_per_second": 0.0005}, ["0.5 GFLOP/s"]),
+        ({"tflops_per_second": 0.0005}, ["500 MFLOP/s"]),
         ({"tflops_per_second": 312.4, "peak_share": 0.316}, ["312 TFLOP/s (32%)"]),
         ({}, []),
     ],

@@ -15,7 +15,7 @@ def kill_and_resume(recipe_file: Path, num_kills: int, steps: int) -> str:
     tree = yaml.safe_load(recipe_file.read_text())
     tree["train"] |= {"steps": steps, "micro_batch_size": 4}
     tree["checkpoint"] = {"every": 3}
-    tree["eval"] = {"every": 10, "rows": 4, "samples": 2}
+    tree["eval"] = {"every": 10, "rows": 4, "mc_samples": 2}
     tree["search"] = {"every": 4, "rows": 2, "widths": [0.5], "offset_step": 0.5, "replicates": 2}
     recipe_file.write_text(yaml.safe_dump(tree))
     folder = recipe_file.parent

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from blockdiffusion.checkpoints.formats import load
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows, free_tokens
 from blockdiffusion.diffusion import objectives as diffusions
 from blockdiffusion.diffusion.denoiser import masked_loss, masked_nll
@@ -80,7 +81,7 @@ def rows(prepared):
 
 
 def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: p.detach().clone() for name, p in model.backbone.named_parameters()}
 
 
 def assert_equal(one, two):
@@ -112,11 +113,11 @@ def test_the_first_step_is_adamw_on_the_papers_loss(run, recipe_file, prepared):
     assert line["lr"] == 1e-2 / 4
     update = Pass(rows=6, scored=int((drawn.weight_BNL > 0).sum()))
     seconds = batch.ids_BL.numel() / line["tokens_per_second"]
-    rate = training_flops(Network.of(model.config), update).total / seconds / 1e12
+    rate = training_flops(Network.of(model.full_config()), update).total / seconds / 1e12
     assert line["tflops_per_second"] == pytest.approx(rate, rel=2e-3)
     assert 0 < line.get("peak_share", 0.5) < 1  # none where the machine was busy before
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
+    for name, parameter in model.backbone.named_parameters():
+        torch.testing.assert_close(parameter, dict(expected.backbone.named_parameters())[name])
 
 
 @pytest.mark.parametrize("name", ["sedd", "uniform"])
@@ -173,8 +174,8 @@ def test_the_first_step_of_ar_is_adamw_on_the_plain_cross_entropy(run, recipe_fi
     line = read_metrics(out / "metrics.jsonl")[0]
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert line["lr"] == 1e-2 / 4
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, dict(expected.named_parameters())[name])
+    for name, parameter in model.backbone.named_parameters():
+        torch.testing.assert_close(parameter, dict(expected.backbone.named_parameters())[name])
 
 
 @pytest.mark.parametrize("name", ["bd3lm", "sedd", "uniform", "ar"])
@@ -209,7 +210,7 @@ def accumulated(request, recipe_file, prepared):
         losses = accumulate_gradients(
             Spread(model, ALONE), batch_loss, int(free.sum()), 1, options, nullcontext()
         )
-        return losses, {n: p.grad.clone() for n, p in model.named_parameters()}
+        return losses, {n: p.grad.clone() for n, p in model.backbone.named_parameters()}
 
     return accumulate
 
@@ -268,12 +269,12 @@ def test_activation_checkpointing_changes_no_number(run, name):
     again, other = run(
         "train.steps=3", "train.activation_checkpointing=true", "out=other", *NAMES[name]
     )
-    assert again.activation_checkpointing and not plain.activation_checkpointing
+    assert again.backbone.activation_checkpointing and not plain.backbone.activation_checkpointing
     for key, rel in (("loss", 1e-6), ("grad_norm", 1e-6)):
         lines = [read_metrics(path / "metrics.jsonl") for path in (out, other)]
         one, two = ([line[key] for line in found] for found in lines)
         assert one == pytest.approx(two, rel=rel)
-    for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+    for (name, a), b in zip(plain.backbone.named_parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
 
 
@@ -505,9 +506,8 @@ def test_resuming_a_complete_run_changes_nothing(run):
 
 def test_the_released_model_is_the_average_with_its_tokenizer(run, prepared):
     _, out = run()
-    from blockdiffusion.models.transformer import BlockDiffusionModel
 
-    released = BlockDiffusionModel.from_pretrained(out / "model")
+    released = load(out / "model")
     average = load_file(checkpoint.latest(out) / checkpoint.AVERAGE)
     assert_equal(weights(released), average)
     tokenizer = (prepared / "tokenizer" / "tokenizer.json").read_bytes()

@@ -84,6 +84,11 @@ class Hidden(nn.Module):
         layer.modulation = nn.Linear(2, 4)
         self.layers, self.output = nn.ModuleList([layer]), nn.Linear(6, 5)
 
+    def hidden_matrices(self):
+        (layer,) = self.layers
+        mlp = [layer.mlp_in, *([layer.mlp_out] if hasattr(layer, "mlp_out") else [])]
+        return [part.weight for part in mlp]
+
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest_by_hand():
     """One update of each: Muon's is orthogonal, and scaled to the size of AdamW's, 0.2 a number."""

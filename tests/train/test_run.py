@@ -22,7 +22,7 @@ AR = ["objective.name=ar", "model.cond_dim=128"]  # the recipe's cond_dim is ano
 
 
 def test_a_run_from_recipe_to_a_model_that_loads(recipe_file, prepared, tmp_path):
-    overrides = ["eval.every=8", "eval.rows=4", "eval.samples=2", "sample.every=12"]
+    overrides = ["eval.every=8", "eval.rows=4", "eval.mc_samples=2", "sample.every=12"]
     recipe = load_recipe(recipe_file, [*overrides, "sample.num=2", "sample.max_new_tokens=10"])
     state = run_training(recipe)
     out = tmp_path / "run"
@@ -38,7 +38,7 @@ def test_a_run_from_recipe_to_a_model_that_loads(recipe_file, prepared, tmp_path
     model = blockdiffusion.load(out)
     assert model.tokenizer is not None and model.config.block_size == 4
     batch = TokenRows(prepared, "valid").rows(range(4))
-    again = likelihood(model, batch.ids_BL, samples=2, generator=generator(0, "evaluate"))
+    again = likelihood(model, batch.ids_BL, mc_samples=2, generator=generator(0, "evaluate"))
     bounds = [n["valid_bound"] for n in lines if "valid_bound" in n]
     assert again.nats_per_token == pytest.approx(bounds[-1], abs=1e-6)
     assert state.best_bound == min(bounds)
@@ -49,12 +49,12 @@ def test_initial_weights_are_a_function_of_the_seed(recipe_file, prepared):
     recipe = load_recipe(recipe_file)
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one = build_model(recipe, manifest).embedding.weight
+    one = build_model(recipe, manifest).backbone.embedding.weight
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    assert torch.equal(one, build_model(recipe, manifest).embedding.weight)
+    assert torch.equal(one, build_model(recipe, manifest).backbone.embedding.weight)
     other = build_model(load_recipe(recipe_file, ["train.seed=1"]), manifest)
-    assert not torch.equal(one, other.embedding.weight)
+    assert not torch.equal(one, other.backbone.embedding.weight)
 
 
 def test_the_block_size_must_divide_the_rows(recipe_file, prepared):
@@ -154,7 +154,7 @@ D3PM = ["objective.name=d3pm", "objective.timesteps=6", "objective.schedule=squa
 def test_a_run_of_another_diffusion(recipe_file, prepared, tmp_path, overrides, estimator):
     """Trained, measured, sampled and reported; stopped and resumed bit for bit."""
     out = tmp_path / "run"
-    more = ["eval.every=8", "eval.rows=4", "eval.samples=2", f"eval.estimator={estimator}"]
+    more = ["eval.every=8", "eval.rows=4", "eval.mc_samples=2", f"eval.estimator={estimator}"]
     recipe = load_recipe(
         recipe_file, [*overrides, *more, "sample.every=12", "sample.max_new_tokens=10"]
     )
@@ -164,7 +164,7 @@ def test_a_run_of_another_diffusion(recipe_file, prepared, tmp_path, overrides, 
     model = blockdiffusion.load(out)
     assert load_recipe(out / "config.yaml") == recipe
     batch = TokenRows(prepared, "valid").rows(range(4))
-    again = likelihood(model, batch.ids_BL, samples=2, generator=generator(0, "evaluate"))
+    again = likelihood(model, batch.ids_BL, mc_samples=2, generator=generator(0, "evaluate"))
     bounds = [n["valid_bound"] for n in lines if "valid_perplexity_bound" in n]
     assert again.nats_per_token == pytest.approx(bounds[-1], abs=1e-5)
     page = report_run(out, num_samples=1, max_new_tokens=8).read_text()

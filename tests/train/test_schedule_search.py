@@ -344,7 +344,7 @@ def test_a_search_measures_the_averaged_weights(recipe_file, tmp_path, valid):
     model = build_model(recipe, valid.manifest)
     before = tmp_path / "run" / "checkpoints" / "step-00000007"
     average = load_file(before / checkpoint.AVERAGE)
-    model.load_state_dict(average, strict=False)
+    model.backbone.load_state_dict(average, strict=False)
     again = ScheduleSearch(recipe.search, recipe.objective, valid, 4, recipe.train.seed)
     logged = searches(tmp_path / "run")[-1]
     assert again.run(model, 8).to_log()["clip_grid"] == logged["clip_grid"]

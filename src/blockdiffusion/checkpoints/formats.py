@@ -66,8 +66,8 @@ class Found:
 
     @property
     def config(self) -> BlockDiffusionConfig:
-        """The model's."""
-        return self.model.config  # type: ignore  # transformers types it by its base class
+        """The model's, sizes and conventions."""
+        return self.model.full_config()
 
 
 def load(
@@ -128,10 +128,10 @@ def find_model(
     check_tensors(config, state, file, CONFIG if read is None else "its own sizes")
     with no_init_weights():  # all of them are in the file
         model = BlockDiffusionModel(config)
-    model.load_state_dict(state)
+    model.backbone.load_state_dict(state)
     if dtype is None and state:
         dtype = next(iter(state.values())).dtype
-    model.to(device=device, dtype=dtype)  # type: ignore
+    model.to(device=device, dtype=dtype)
     if read is None:
         model.tokenizer = _read_tokenizer(path)
         warn_of_changes(path)  # last: what cannot be read at all is told in one sentence
@@ -150,14 +150,15 @@ def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None
         UserError: see `load`; or the two differ in what the weights depend on, or in their tokens.
     """
     source = load(path_or_hub_id, dtype=model.dtype)
+    source_config, config = source.full_config(), model.full_config()
     for name in SAME:
-        theirs, ours = getattr(source.config, name), getattr(model.config, name)
+        theirs, ours = getattr(source_config, name), getattr(config, name)
         if theirs != ours:
             raise UserError(
                 f"the weights in {path_or_hub_id} cannot be taken over: {name} is {theirs} there "
                 f"and {ours} here; make both equal, or start from another model"
             )
-    given, wanted = source.config.bos, model.config.bos
+    given, wanted = source_config.bos, config.bos
     if None not in (given, wanted) and given != wanted:
         with_bos = "with a given BOS at position 0 of every row" if given else "without one"
         raise UserError(
@@ -171,7 +172,7 @@ def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None
             f"the weights in {path_or_hub_id} cannot be taken over: they were trained with another "
             "tokenizer; prepare the data with that model's, or start from another model"
         )
-    model.load_state_dict(source.state_dict())
+    model.backbone.load_state_dict(source.backbone.state_dict())
 
 
 def write_model(model: BlockDiffusionModel, folder: Path) -> dict[str, str]:
@@ -183,10 +184,8 @@ def write_model(model: BlockDiffusionModel, folder: Path) -> dict[str, str]:
     Raises:
         OSError: they cannot be written.
     """
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    return {WEIGHTS: write_safetensors(model.state_dict(), folder / WEIGHTS)}
+    model.full_config().save_pretrained(folder)
+    return {WEIGHTS: write_safetensors(model.backbone.state_dict(), folder / WEIGHTS)}
 
 
 # --- Finding --------------------------------------------------------------------------------------

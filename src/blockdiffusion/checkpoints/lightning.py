@@ -19,9 +19,10 @@ import torch
 from blockdiffusion.checkpoints.bd3lm import BD3LM_IGNORED, ROTARY, our_name
 from blockdiffusion.checkpoints.settings import Settings
 from blockdiffusion.checkpoints.unpickling import Archive, StoredTensor
+from blockdiffusion.diffusion.config import Objective
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import check_limit
-from blockdiffusion.models.transformer import BlockDiffusionConfig, Objective
+from blockdiffusion.models.transformer import BlockDiffusionConfig
 
 COMPILED = "_orig_mod."  # in the names of a network that torch.compile wrapped
 Weights = Literal["ema", "raw"]

@@ -92,14 +92,14 @@ def convert(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} already exists; choose another --out, or remove it")
     found = find_model(source, lightning)
-    model, config = found.model, found.config
+    model = found.model
     notes: list[str] = []
     model.tokenizer = _tokenizer(found, tokenizer, notes)
     if model.tokenizer is not None:
-        _name_tokens(config, model.tokenizer)
+        _name_tokens(model, model.tokenizer)
     if bos is not None:
-        config.bos = bos
-    if bos and config.bos_id is None:
+        model.config = replace(model.config, bos=bos)
+    if bos and model.config.bos_id is None:
         raise UserError(
             "--bos needs a BOS token, and neither the source nor a tokenizer names one; "
             "give --tokenizer, or leave --bos out"
@@ -113,7 +113,7 @@ def convert(
                 sums = _write_bd3lm(found, partial)
             else:
                 sums = write_model(model, partial)
-                write_card(partial, config, _card(found, source, out))
+                write_card(partial, found.config, _card(found, source, out))
             if model.tokenizer is not None:
                 save_tokenizer(model.tokenizer, partial)
             write_sums(partial, sums_of(partial, sums))
@@ -161,17 +161,17 @@ def _misfit(tokenizer: PreTrainedTokenizerFast, config: BlockDiffusionConfig) ->
     )
 
 
-def _name_tokens(config: BlockDiffusionConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def _name_tokens(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Where the source does not say which ids BOS and EOS are, the tokenizer does."""
-    if config.bos_id is None:
-        config.bos_id = tokenizer.bos_token_id
-    if config.eos_id is None:
-        config.eos_id = tokenizer.eos_token_id
+    for name in ("bos_id", "eos_id"):
+        if getattr(model.config, name) is None:
+            found = getattr(tokenizer, f"{name.removesuffix('_id')}_token_id")
+            model.config = replace(model.config, **{name: found})
 
 
 def _write_bd3lm(found: Found, folder: Path) -> dict[str, str]:
     """Returns the sha256 of the weights, by the name of their file."""
-    raw, tensors = to_bd3lm(found.config, found.model.state_dict())
+    raw, tensors = to_bd3lm(found.config, found.model.backbone.state_dict())
     raw["dtype"] = str(found.model.dtype).removeprefix("torch.")
     (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     return {WEIGHTS: write_safetensors(tensors, folder / WEIGHTS)}

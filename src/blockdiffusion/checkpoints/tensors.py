@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from blockdiffusion.errors import SHOWN, UserError, few
 from blockdiffusion.estimate.flops import Network
-from blockdiffusion.files.disk import check_regular, create
+from blockdiffusion.files.disk import create, open_regular
+from blockdiffusion.files.records import Damaged, as_object, parse_json
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {
@@ -23,6 +24,25 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+FLOAT_KINDS = {DTYPES[dtype] for dtype in FLOATS}
+MOST_HEADER = 2**25  # bytes: 300,000 tensors
+
+
+def check_header(path: Path) -> dict[str, Any]:
+    """The header of a file, which is not too long and has each name once.
+
+    safetensors reads it anew with every tensor, and keeps the last of two that have one name.
+
+    Raises:
+        Damaged: the header is longer than any in use, no JSON object, or names a tensor twice.
+        UserError: the path is no regular file.
+        OSError: it cannot be read.
+    """
+    with open_regular(path, may_be_empty=True) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MOST_HEADER:
+            raise Damaged(f"its header has {length:,} bytes; at most {MOST_HEADER:,} are read")
+        return as_object(parse_json(file.read(length)))
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -32,7 +52,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         UserError: it is missing, truncated or no safetensors file.
     """
     try:
-        check_regular(path, may_be_empty=True)
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:

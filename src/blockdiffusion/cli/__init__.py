@@ -6,7 +6,6 @@ answers at once.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
@@ -19,15 +18,16 @@ from blockdiffusion.cli.data import datasets, prepare
 from blockdiffusion.cli.generating import infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
-from blockdiffusion.cli.options import within_limits
+from blockdiffusion.cli.options import new_names, within_limits
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.shared import warn
 from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
 from blockdiffusion.errors import Elsewhere, UserError, reason
-from blockdiffusion.escape import say
+from blockdiffusion.escape import mend_standard_streams, say
 from blockdiffusion.files.checksums import Changed
 from blockdiffusion.files.disk import storage_error
+from blockdiffusion.options import Renamed
 from blockdiffusion.runtime.devices import spin_briefly_if_busy
 from blockdiffusion.runtime.distributed import SHARED, end_with_input, joined, several_processes
 
@@ -101,15 +101,13 @@ def main() -> None:
     So is an error of the system. Library code explains the errors that it expects; this function
     reports all others.
     """
+    mend_standard_streams()
     spin_briefly_if_busy()
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):  # what its encoding lacks is written as \xe9
-            output.reconfigure(errors="backslashreplace")
     warnings.simplefilter("always", Changed)
     warnings.showwarning = _show_warning  # type: ignore[assignment]  # it takes more
     end_with_input()
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        sys.exit(app(new_names(sys.argv[1:], COMMANDS) or ["--help"], standalone_mode=False))
     except UserError as error:
         _fail(str(error))
     except USAGE_ERROR as error:
@@ -162,7 +160,7 @@ def _show_warning(
     message: Any, category: type[Warning], filename: str, lineno: int, *more: Any
 ) -> None:
     """Prints a warning for the user as one sentence, and any other in Python's usual form."""
-    if issubclass(category, Changed):
+    if issubclass(category, Changed | Renamed):
         warn(str(message))
     else:
         _show_usual_warning(message, category, filename, lineno, *more)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from blockdiffusion.cli.options import choice, one_of
+from blockdiffusion.errors import counted
 from blockdiffusion.escape import say
 
 
@@ -107,11 +108,14 @@ def prepare(
     say(f"{out}: V = {manifest.vocab_size}, L = {manifest.seq_len}")
     for name, split in manifest.splits.items():
         say(
-            f"  {name:<6}{split.documents:>10,} documents  {split.tokens:>13,} tokens  "
-            f"{split.bytes:>14,} bytes  {split.rows:>9,} rows"
+            f"  {name:<6}{counted(split.documents, 'document'):>20}  "
+            f"{counted(split.tokens, 'token'):>20}  {counted(split.bytes, 'byte'):>20}  "
+            f"{counted(split.rows, 'row'):>14}"
         )
     if skipped := sum(source.get("skipped", 0) for source in manifest.sources):
-        account.append(f"left out {skipped:,} documents that cannot be read (--skip-invalid)")
+        account.append(
+            f"left out {counted(skipped, 'document')} that cannot be read (--skip-invalid)"
+        )
     for line in account:
         say(f"  {line}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,22 @@ def _text(name: str, given: str | None, file: Path | None) -> str | None:
             f"the {name} file {file} is named as JSON, but a {name} file is read as one plain "
             "text: put the text alone into a .txt file"
         )
-    return read_text(file, f"the {name} file {file}")
+    text = read_text(file, f"the {name} file {file}")
+    if _is_json(text):
+        warn(
+            f"the {name} file {file} holds JSON, which is read as it stands, as one plain text; if "
+            "that is not meant, put the text alone into the file"
+        )
+    return text
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text, or its first line, is an object or an array of JSON."""
+    text = text.strip()
+    for part in (text, text.partition("\n")[0]) if text[:1] in ("{", "[") else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            return isinstance(json.loads(part), dict | list)
+    return False
 
 
 @grouped
@@ -141,8 +157,6 @@ def _warn_of_a_last_space(network: Any, prompt: str | None) -> None:
 
 
 def _print_samples(result: Any, seed: int | None, json_lines: bool) -> None:
-    import json
-
     for row in range(len(result.sequences)):
         length = int(result.lengths[row])
         ids = result.sequences[row, :length].tolist()
@@ -178,8 +192,9 @@ def lengths(
 ) -> None:
     """How long documents become: tokens until a sampled EOS."""
     from blockdiffusion.evaluate.generation.lengths import document_lengths
-    from blockdiffusion.evaluate.journal import journal_beside
-    from blockdiffusion.reports.terminal import length_lines, progress_bar
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
+    from blockdiffusion.evaluate.listing import length_lines
+    from blockdiffusion.reports.terminal import progress_bar
 
     check_places(json_file)
     network = load_sampler(model, device, dtype)
@@ -194,6 +209,6 @@ def lengths(
             progress=report,
             **{name: getattr(sampling, name) for name in ("bos", *FILTERS, "window")},
         )
-    if json_file is not None:
-        write_json(json_file, found.to_dict() | {"model": model})
+    write_json(json_file, found.to_dict() | {"model": model})
+    remove_journal(json_file)
     say("\n".join(length_lines(found, model)))

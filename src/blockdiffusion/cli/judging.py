@@ -1,4 +1,4 @@
-"""Commands that judge samples."""
+"""Commands that score samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blockdiffusion.cli.options import (
     MODEL,
     READING,
     SAMPLING_DTYPE,
-    JudgeOptions,
+    ScorerOptions,
     all_but,
     grouped,
 )
@@ -22,9 +22,9 @@ from blockdiffusion.cli.shared import (
     device_of,
     load_unquantised,
     write_json,
+    write_text,
 )
 from blockdiffusion.escape import say
-from blockdiffusion.files.disk import write_whole
 from blockdiffusion.sampling.params import SETTINGS, SamplingParams
 
 GENERATE_EVAL = SamplingParams(num_samples=64, max_new_tokens=256, seed=0)
@@ -33,8 +33,11 @@ PARETO = SamplingParams(num_samples=64, seed=0)
 
 @grouped
 def generate_eval(
-    judge: Annotated[
-        str, typer.Option(help="Hugging Face causal language model, or one of ours; not MODEL.")
+    scorer: Annotated[
+        str,
+        typer.Option(
+            help="Evaluator: a Hugging Face causal language model, or one of ours; not MODEL."
+        ),
     ],
     model: Annotated[
         str | None, typer.Argument(help="Model under test; may be left out with --samples-from.")
@@ -51,12 +54,12 @@ def generate_eval(
         int, typer.Option(help="Last tokens that --min-entropy looks at, after every block.")
     ] = 256,
     samples_from: Annotated[
-        Path | None, typer.Option(help="Judge the samples of this JSON lines file; draw none.")
+        Path | None, typer.Option(help="Score the samples of this JSON lines file; draw none.")
     ] = None,
     mauve: Annotated[
         bool, typer.Option("--mauve", help="MAUVE against --reference; needs mauve-text.")
     ] = False,
-    reading: JudgeOptions = READING,
+    reading: ScorerOptions = READING,
     label: Annotated[str | None, typer.Option(help="Name in tables and pictures.")] = None,
     json_file: Annotated[
         Path | None,
@@ -71,16 +74,18 @@ def generate_eval(
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
-    """Generated text under a judge: perplexity, entropy, diversity, repetition, length, cost."""
-    from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
+    """Generated text under a scorer: perplexity, entropy, diversity, repetition, length, cost."""
+    from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_score
     from blockdiffusion.evaluate.generation.samples import DrawOptions
-    from blockdiffusion.reports.terminal import generation_lines, progress_bar
+    from blockdiffusion.evaluate.generation.table import generation_lines
+    from blockdiffusion.evaluate.journal import remove_journal
+    from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.runtime.distributed import joined
 
     check_places(json_file, csv_file, markdown, plot)
     options = GenerateEval(
         model=model,
-        judge=judge,
+        scorer=scorer,
         draw=DrawOptions(**vars(sampling), batch_size=batch_size, int8=dtype == INT8),
         min_entropy=min_entropy,
         entropy_window=entropy_window,
@@ -90,7 +95,7 @@ def generate_eval(
         label=label,
     )
     with joined() as team, progress_bar("generate-eval", quiet=not team.is_first) as report:
-        result = generate_and_judge(
+        result = generate_and_score(
             options,
             load_model=lambda name: load_unquantised(name, device, dtype),
             device=device_of(device),
@@ -101,9 +106,9 @@ def generate_eval(
     if result is None:
         return
     values = result.to_dict()
-    if json_file is not None:
-        write_json(json_file, values)
+    write_json(json_file, values)
     _write_generation_tables([values], [], csv_file, markdown, plot)
+    remove_journal(json_file)
     say("\n".join(generation_lines(values)))
 
 
@@ -117,7 +122,7 @@ def generate_compare(
         Path | None, typer.Option(help="Perplexity against entropy, and lengths, as SVG.")
     ] = None,
 ) -> None:
-    """Results of generate-eval side by side; all under the same judge."""
+    """Results of generate-eval side by side; all under the same scorer."""
     from blockdiffusion.evaluate.generation.table import (
         check_comparable,
         markdown_text,
@@ -133,8 +138,11 @@ def generate_compare(
 @grouped
 def pareto(
     model: MODEL,
-    judge: Annotated[
-        str, typer.Option(help="Hugging Face causal language model, or one of ours; not MODEL.")
+    scorer: Annotated[
+        str,
+        typer.Option(
+            help="Evaluator: a Hugging Face causal language model, or one of ours; not MODEL."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for all results; once stopped, goes on there.")],
     point: Annotated[
@@ -145,7 +153,7 @@ def pareto(
         SamplingParams, all_but("sampler", *SETTINGS, "stride", "use_cache")
     ] = PARETO,
     batch_size: Annotated[int, typer.Option(help="Samples drawn together.")] = 16,
-    reading: JudgeOptions = READING,
+    reading: ScorerOptions = READING,
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
@@ -160,7 +168,7 @@ def pareto(
     check_places(out / "pareto.json")
     options = Pareto(
         model=model,
-        judge=judge,
+        scorer=scorer,
         out=out,
         points=tuple(parse_point(text) for text in point or ()),
         draw=DrawOptions(**vars(sampling), batch_size=batch_size, int8=dtype == INT8),
@@ -175,9 +183,9 @@ def pareto(
         )
     write_json(out / "pareto.json", result)
     table = markdown_text(result)
-    write_whole(out / "pareto.md", table.encode())
-    write_whole(out / "pareto.csv", csv_text(result).encode())
-    write_whole(out / "pareto.svg", pareto_picture(result).encode())
+    write_text(out / "pareto.md", table)
+    write_text(out / "pareto.csv", csv_text(result))
+    write_text(out / "pareto.svg", pareto_picture(result))
     say(table, end="")
 
 
@@ -191,9 +199,7 @@ def _write_generation_tables(
     from blockdiffusion.evaluate.generation.picture import generation_picture
     from blockdiffusion.evaluate.generation.table import csv_text, markdown_text
 
-    if csv_file is not None:
-        write_whole(csv_file, csv_text(results).encode())
-    if markdown is not None:
-        write_whole(markdown, markdown_text(results, notes).encode())
+    write_text(csv_file, csv_text(results))
+    write_text(markdown, markdown_text(results, notes))
     if plot is not None:
-        write_whole(plot, generation_picture(results).encode())
+        write_text(plot, generation_picture(results))

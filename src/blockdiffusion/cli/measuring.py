@@ -11,41 +11,27 @@ from blockdiffusion.cli.options import (
     BOS,
     DEVICE,
     DTYPE,
-    ESTIMATORS,
     JSON_FILE,
     LAWS,
+    LIKELIHOOD,
     MASK_SEED,
     MODEL,
-    ORDERS,
-    SAMPLES,
     choice,
+    grouped,
 )
-from blockdiffusion.cli.shared import check_places, load_model, write_json
+from blockdiffusion.cli.shared import check_places, load_model, write_json, write_text
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
-from blockdiffusion.files.disk import write_whole
+from blockdiffusion.evaluate.options import LikelihoodOptions
 
 
+@grouped
 def evaluate(
     model: MODEL,
     data: Annotated[Path, typer.Option(help="Directory that `blockdiff prepare` made.")],
     split: Annotated[str, typer.Option(help="Split of the data.")] = "valid",
-    estimator: Annotated[
-        str,
-        choice(
-            "auto (exact where that costs no more than --samples complement pairs, else "
-            "these), exact (enumerates; S <= 8), orders (a tighter bound), or a law of masks: "
-            "complement, count, bernoulli, bernoulli:cosine, ...",
-            ESTIMATORS,
-        ),
-    ] = "auto",
-    samples: SAMPLES = 8,
-    orders: ORDERS = 8,
-    target_stderr: Annotated[
-        float | None,
-        typer.Option(help="Draw on until the noise error is at most this, at most 4,096 times."),
-    ] = None,
-    rows: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
+    how: LikelihoodOptions = LIKELIHOOD,
+    limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     bos: BOS = None,
     seed: MASK_SEED = 0,
     json_file: JSON_FILE = None,
@@ -59,10 +45,11 @@ def evaluate(
     """Likelihood of held-out text: nats per token, perplexity, bits per byte, with error bars."""
     from blockdiffusion.checkpoints.release import check_card, record_evaluation
     from blockdiffusion.data.manifest import Manifest
-    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.likelihood import likelihood
+    from blockdiffusion.evaluate.listing import likelihood_lines
     from blockdiffusion.evaluate.prepared import evaluation_facts, read_rows
-    from blockdiffusion.reports.terminal import likelihood_lines, progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.runtime.distributed import joined
     from blockdiffusion.runtime.seeding import generator
 
@@ -74,19 +61,16 @@ def evaluate(
     journal = journal_beside(json_file)
     with joined() as team, progress_bar("eval", quiet=not team.is_first) as report:
         network = load_model(model, device, dtype)
-        text = read_rows(data, split, network, rows, bos, report)
+        text = read_rows(data, split, network, limit, bos, report)
         result = likelihood(
             network,
             text.batch.ids_BL,
-            estimator=estimator,
-            samples=samples,
-            orders=orders,
-            target_stderr=target_stderr,
+            how,
             bos=text.bos,
             valid=text.batch.valid_BL,
             num_bytes=text.num_bytes,
             generator=generator(seed, "likelihood"),
-            progress=lambda done, total: report(estimator, done, total),
+            progress=lambda done, total: report(how.estimator, done, total),
             team=team,
             journal=journal,
         )
@@ -97,22 +81,22 @@ def evaluate(
         if per_row:
             values["tokens_per_row"] = text.free_tokens().tolist()
         write_json(json_file, values | {"model": model, "data": str(data), "split": split})
-    if journal is not None:
-        journal.unlink(missing_ok=True)
     if card:
         facts = evaluation_facts(result, Manifest.load(data), data, split, seed=seed)
         record_evaluation(model, facts)
+    remove_journal(json_file)
     say("\n".join(likelihood_lines(result, f"{model} on {data} ({split})")))
 
 
+@grouped
 def zero_shot(
     model: MODEL,
     suite: Annotated[str, choice("Which sets: paper (its table 5).", "paper")] = "paper",
-    only: Annotated[
+    tasks: Annotated[
         list[str] | None,
         choice(
-            "A set of the suite (ptb, wikitext, lm1b, lambada, ag_news, pubmed or arxiv); may "
-            "be repeated.",
+            "Sets of the suite (ptb, wikitext, lm1b, lambada, ag_news, pubmed or arxiv), with "
+            "commas between; may be repeated.",
             "ptb wikitext lm1b lambada ag_news pubmed arxiv",
         ),
     ] = None,
@@ -140,19 +124,10 @@ def zero_shot(
     max_documents: Annotated[
         int | None, typer.Option(help="Read only the first documents of each set.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="Score only the first rows of each set.")] = None,
-    estimator: Annotated[
-        str,
-        choice("auto, exact, orders or a law of masks, as for eval.", ESTIMATORS),
-    ] = "auto",
-    samples: SAMPLES = 8,
-    orders: ORDERS = 8,
-    target_stderr: Annotated[
-        float | None,
-        typer.Option(
-            help="Draw on until a set's noise error is at most this, at most 4,096 times."
-        ),
+    limit: Annotated[
+        int | None, typer.Option(help="Score only the first rows of each set.")
     ] = None,
+    how: LikelihoodOptions = LIKELIHOOD,
     seed: MASK_SEED = 0,
     tokenizer: Annotated[
         str | None, typer.Option(help="For a model without one: a Hugging Face name or path.")
@@ -164,8 +139,7 @@ def zero_shot(
     dtype: DTYPE = "auto",
 ) -> None:
     """Zero-shot perplexity on the paper's sets, with error bars and conventions."""
-    from blockdiffusion.evaluate.journal import journal_beside
-    from blockdiffusion.evaluate.scoring import ScoreOptions
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions, measure_zero_shot
     from blockdiffusion.evaluate.zero_shot.table import (
         zero_shot_csv,
@@ -176,7 +150,7 @@ def zero_shot(
 
     options = ZeroShotOptions(
         suite=suite,
-        only=tuple(only or ()),
+        tasks=tuple(tasks or ()),
         local=tuple(local or ()),
         packing=packing,
         context=context,
@@ -184,14 +158,9 @@ def zero_shot(
         frame=frame,
         document_eos=document_eos,
         max_documents=max_documents,
-        rows=rows,
-        score=ScoreOptions(
-            estimator=estimator,
-            samples=samples,
-            orders=orders,
-            target_stderr=target_stderr,
-            seed=seed,
-        ),
+        limit=limit,
+        score=how,
+        seed=seed,
     )
     check_places(json_file, csv_file, markdown)
     journal = journal_beside(json_file)
@@ -202,15 +171,15 @@ def zero_shot(
         network.tokenizer = load_tokenizer(tokenizer)
     with progress_bar("zero-shot") as report:
         table = measure_zero_shot(network, options, report, journal)
-    if json_file is not None:
-        write_json(json_file, table.to_dict() | {"model": model})
-    if csv_file is not None:
-        write_whole(csv_file, zero_shot_csv(table).encode())
-    if markdown is not None:
-        write_whole(markdown, zero_shot_markdown(table, model).encode())
+    write_json(json_file, table.to_dict() | {"model": model})
+    write_text(csv_file, zero_shot_csv(table))
+    write_text(markdown, zero_shot_markdown(table, model))
+    if all(row.result is not None for row in table.rows):  # else others may be measured later
+        remove_journal(json_file)
     say("\n".join(zero_shot_lines(table, model)))
 
 
+@grouped
 def references(
     data: Annotated[Path, typer.Argument(help="Directory that `blockdiff prepare` made.")],
     models: Annotated[
@@ -218,18 +187,13 @@ def references(
         typer.Option("--model", help="Model or run to put beside them; may be repeated."),
     ] = None,
     split: Annotated[str, typer.Option(help="Split whose rows are coded.")] = "valid",
-    rows: Annotated[int | None, typer.Option(help="Code only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Code only the first rows.")] = None,
     order: Annotated[int, typer.Option(help="Longest n-gram; shorter ones are listed too.")] = 6,
     train_rows: Annotated[
         int | None, typer.Option(help="Learn from the first training rows only.")
     ] = None,
     bos: BOS = None,
-    estimator: Annotated[
-        str,
-        choice("Of models: auto, exact, orders or a law of masks, as for eval.", ESTIMATORS),
-    ] = "auto",
-    samples: SAMPLES = 8,
-    orders: ORDERS = 8,
+    how: LikelihoodOptions = LIKELIHOOD,
     seed: MASK_SEED = 0,
     json_file: JSON_FILE = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table here, too.")] = None,
@@ -237,19 +201,19 @@ def references(
     dtype: DTYPE = "auto",
 ) -> None:
     """Bits per byte of n-gram models and compressors on held-out rows, beside a model's."""
-    from blockdiffusion.evaluate.journal import journal_beside
-    from blockdiffusion.evaluate.scoring import ScoreOptions
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.studies.references.coders import CoderOptions, compare_coders
     from blockdiffusion.studies.references.table import coders_markdown
 
     options = CoderOptions(
         split=split,
-        rows=rows,
+        limit=limit,
         order=order,
         train_rows=train_rows,
         bos=bos,
-        score=ScoreOptions(estimator=estimator, samples=samples, orders=orders, seed=seed),
+        score=how,
+        seed=seed,
     )
     check_places(json_file, markdown)
     journal = journal_beside(json_file)
@@ -257,10 +221,9 @@ def references(
     with progress_bar("references") as report:
         table = compare_coders(data, options, networks, report, journal)
     page = coders_markdown(table, f"{data} ({split})")
-    if json_file is not None:
-        write_json(json_file, table.to_dict() | {"data": str(data)})
-    if markdown is not None:
-        write_whole(markdown, page.encode())
+    write_json(json_file, table.to_dict() | {"data": str(data)})
+    write_text(markdown, page)
+    remove_journal(json_file)
     say(page, end="")
 
 
@@ -289,9 +252,10 @@ def variance(
     dtype: DTYPE = "auto",
 ) -> None:
     """Variance of the bound and of its gradient, for many estimators and block sizes."""
-    from blockdiffusion.evaluate.journal import journal_beside
+    from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.prepared import read_rows
-    from blockdiffusion.reports.terminal import progress_bar, variance_lines
+    from blockdiffusion.reports.terminal import progress_bar
+    from blockdiffusion.studies.variance.listing import variance_lines
     from blockdiffusion.studies.variance.picture import variance_picture
     from blockdiffusion.studies.variance.table import (
         DEFAULT_ESTIMATORS,
@@ -315,10 +279,10 @@ def variance(
         text = read_rows(data, split, network, options.rows, bos, report)
         table = measure_variance(network, text, options, report, journal)
     what = f"{model} on {data} ({split})"
-    if json_file is not None:
-        write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
+    write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
     if plot is not None:
-        write_whole(plot, variance_picture(table, what).encode())
+        write_text(plot, variance_picture(table, what))
+    remove_journal(json_file)
     say("\n".join(variance_lines(table, what)))
 
 

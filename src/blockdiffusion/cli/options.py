@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from blockdiffusion.cli.shared import warn
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.limits import check_limit
 from blockdiffusion.sampling.params import FIELDS
 
@@ -42,7 +43,6 @@ SAMPLING_DTYPE = Annotated[
     ),
 ]
 LAWS = "complement count bernoulli resampled"
-ESTIMATORS = "auto exact orders complement count bernoulli"  # what a likelihood may be estimated by
 BOS = Annotated[
     bool | None,
     typer.Option("--bos/--no-bos", help="Position 0 is a given BOS; by default as in training."),
@@ -52,8 +52,6 @@ JSON_FILE = Annotated[
     Path | None,
     typer.Option("--json", help="Write the result here; once stopped, it goes on from there."),
 ]
-SAMPLES = Annotated[int, typer.Option(help="Independent draws of the masks.")]
-ORDERS = Annotated[int, typer.Option(help="K of the K-order bound, for orders.")]
 MASK_SEED = Annotated[int, typer.Option(help="Of the masks.")]
 
 JSON_LINES = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
@@ -62,8 +60,8 @@ JSON_LINES = Annotated[bool, typer.Option("--json", help="One JSON object a samp
 
 
 @dataclass(frozen=True)
-class JudgeOptions:
-    """What samples are compared with, and how the judge reads them."""
+class ScorerOptions:
+    """What samples are compared with, and how the scorer reads them."""
 
     reference: Annotated[
         list[str] | None,
@@ -71,7 +69,7 @@ class JudgeOptions:
     ] = None
     split: Annotated[str, typer.Option(help="Split of a prepared --reference.")] = "valid"
     context: Annotated[
-        int | None, typer.Option(help="Tokens of the judge's windows; all it can read by default.")
+        int | None, typer.Option(help="Tokens of the scorer's windows; all it can read by default.")
     ] = None
     stride: Annotated[
         int | None, typer.Option(help="Tokens between two windows; half the context by default.")
@@ -82,7 +80,7 @@ class JudgeOptions:
         return vars(self) | {"reference": tuple(self.reference or ())}
 
 
-READING = JudgeOptions()
+READING, LIKELIHOOD = ScorerOptions(), LikelihoodOptions()
 FILTERS = ("top_p", "top_p_rule", "top_k", "temperature")
 
 
@@ -102,7 +100,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose parameters of a dataclass are its fields, each an option; the parameter's
     default has the defaults of them all."""
     hints = get_type_hints(command, include_extras=True)
-    parameters, groups, renamed = [], {}, {}
+    parameters, groups = [], {}
     for name, parameter in inspect.signature(command).parameters.items():
         kind, *notes = get_args(hints[name]) or (hints[name],)
         if not is_dataclass(kind):
@@ -114,21 +112,16 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         types = get_type_hints(kind, include_extras=True)
         chosen = [field for field in fields(kind) if only is None or field.name in only]
         groups[name] = parameter.default, [field.name for field in chosen]
-        for field in chosen:
-            default = getattr(parameter.default, field.name)
-            annotation = _declared(types[field.name], field.metadata)
-            parameters.append(_keyword(field.name, default, annotation))
-            if was := field.metadata.get("was"):
-                renamed[was] = field.name
-                hidden = Annotated[str | None, typer.Option(hidden=True)]
-                parameters.append(_keyword(was, None, hidden))
+        parameters += [
+            inspect.Parameter(
+                field.name, parameter.KEYWORD_ONLY, default=getattr(parameter.default, field.name),
+                annotation=_annotated(types[field.name], field.metadata),
+            )
+            for field in chosen
+        ]  # fmt: skip
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
-        for was, name in renamed.items():
-            if (value := values.pop(was)) is not None:
-                warn(f"--{was} is now --{name}; the next version does not read the old name")
-                values[name] = value
         for name, (defaults, chosen) in groups.items():
             values[name] = replace(defaults, **{field: values.pop(field) for field in chosen})
         command(**values)
@@ -138,14 +131,8 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
-    )
-
-
-def _declared(hint: Any, about: Mapping[str, str]) -> Any:
-    """The type of an option, with what `params.option` tells about it."""
+def _annotated(hint: Any, about: Mapping[str, str]) -> Any:
+    """The type of an option that `options.option` describes; of others, which say it themselves."""
     if not about:
         return hint
     words = about["choices"].split()
@@ -153,6 +140,33 @@ def _declared(hint: Any, about: Mapping[str, str]) -> Any:
     flags = (about["flags"],) if about["flags"] else ()
     completion = one_of(*words) if words else None
     return Annotated[hint, typer.Option(*flags, help=about["help"], autocompletion=completion)]
+
+
+# What options were called in the version before.
+OLD_NAMES = {
+    "--samples": "--mc-samples",
+    "--rows": "--limit",
+    "--only": "--tasks",
+    "--judge": "--scorer",
+    "--policy": "--sampler",
+}
+
+
+def new_names(arguments: list[str], commands: Mapping[str, Callable[..., None]]) -> list[str]:
+    """`arguments` with the names that the options of their command have now, and a warning."""
+    command = commands.get(arguments[0]) if arguments else None
+    known = () if command is None else inspect.signature(command).parameters
+    found, warned = [], set()
+    for argument in arguments:
+        old, equals, value = argument.partition("=")
+        new = OLD_NAMES.get(old, "")
+        if new.strip("-").replace("-", "_") in known:
+            argument = f"{new}{equals}{value}"
+            if old not in warned:
+                warn(f"{old} is now {new}; the next version will not read it")
+            warned.add(old)
+        found.append(argument)
+    return found
 
 
 def within_limits(command: Callable[..., None]) -> Callable[..., None]:

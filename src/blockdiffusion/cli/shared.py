@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.escape import say
+from blockdiffusion.escape import say, terminal
 from blockdiffusion.files.disk import refuse_no_file, storage_error, write_whole
 
 INT8 = "int8"  # besides the types of tensors
@@ -42,7 +42,7 @@ def _told_to_wait(line: str) -> Iterator[None]:
 
     from blockdiffusion.reports.terminal import error_console
 
-    with error_console().status(Text(line), spinner="line"):
+    with error_console().status(Text(terminal(line)), spinner="line"):
         yield
 
 
@@ -89,7 +89,13 @@ def check_places(*paths: Path | None) -> None:
             raise storage_error(error, path) from error
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
     import json
 
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path | None, text: str) -> None:
+    """Writes a file where one was asked for."""
+    if path is not None:
+        write_whole(path, text.encode())

@@ -82,8 +82,7 @@ def plan(
         ),
     )
     say("\n".join(account_lines(account)))
-    if json is not None:
-        write_json(json, account.to_dict())
+    write_json(json, account.to_dict())
 
 
 def train(
@@ -166,7 +165,7 @@ def reproduce(
     data: Annotated[
         list[str] | None, typer.Option(help="NAME=PATH, a set's local files; may be repeated.")
     ] = None,
-    judge: Annotated[
+    scorer: Annotated[
         str | None, typer.Option(help="For T7: a causal language model instead of the scale's.")
     ] = None,
     out: Annotated[
@@ -182,9 +181,9 @@ def reproduce(
     from blockdiffusion.studies.reproduce.listing import plan_lines
 
     place = Path("runs") / f"reproduce-{scale}" if out is None else out
-    plan = plan_tables(tables, scale, place, data or (), judge)
+    plan = plan_tables(tables, scale, place, data or (), scorer)
     if dry_run:
         say("\n".join(plan_lines(plan)))
         return
     for made in run(plan, lambda line: say(line, err=True)):
-        say(made.markdown.read_text())
+        say(made.markdown.read_text(encoding="utf-8"))

@@ -13,8 +13,9 @@ from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.named import NamedSplit, parse_named
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.sources import Source, open_sources
-from blockdiffusion.errors import UserError, few
+from blockdiffusion.errors import UserError, counted, few
 from blockdiffusion.files.disk import GIVEN
+from blockdiffusion.limits import MOST_COUNT
 from blockdiffusion.runtime.seeding import derive_seed
 
 
@@ -63,7 +64,7 @@ class Corpus:
             for source in sources
             for file in (isinstance(source, NamedSplit) and source.files) or [source.name]
         ]
-        yield f"read {len(names):,} source{'s' * (len(names) > 1)}: {few(names)}"
+        yield f"read {counted(len(names), 'source')}: {few(names)}"
         if self.left_out:
             yield f"left out {len(self.left_out):,}: {few(self.left_out)}"
 
@@ -118,7 +119,7 @@ class Corpus:
 
     @property
     def _draw_size(self) -> int:
-        return round(1 / self.options.valid_fraction)
+        return min(round(1 / self.options.valid_fraction), MOST_COUNT)
 
     def check_split(self) -> None:
         """Look before any work is done whether validation documents can be drawn.

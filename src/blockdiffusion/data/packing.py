@@ -32,7 +32,7 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.parts import UNIT_BYTES, Job, PartRules, id_dtype, read_part, run_jobs
 from blockdiffusion.data.shards import PACKERS, Packer, RowRules, ShardWriter
 from blockdiffusion.data.sources import Source
-from blockdiffusion.errors import UserError, shown
+from blockdiffusion.errors import UserError, counted, shown
 from blockdiffusion.files.checksums import SUMS
 from blockdiffusion.files.disk import locked, storage_error, written_aside
 from blockdiffusion.files.records import read_json
@@ -377,8 +377,8 @@ def _finish_split(name: str, state: _SplitState, rules: RowRules) -> Split:
         what = {"train": "training", "valid": "validation"}[name]
         more = {"train": "more text", "valid": "more validation text (valid, valid_fraction)"}[name]
         raise UserError(
-            f"the {what} text has {state.tokens:,} tokens, fewer than the {rules.payload:,} of one "
-            f"row: give {more} or a smaller seq_len"
+            f"the {what} text has {counted(state.tokens, 'token')}, fewer than the "
+            f"{rules.payload:,} of one row: give {more} or a smaller seq_len"
         )
     state.writer.finish()
     dropped = state.packer.left_over

@@ -25,7 +25,10 @@ MAX_TEXT_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**20
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
+WIDE_MARKS = {  # the longer ones first
+    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
 TWICE = "read under another name"
 
 
@@ -187,11 +190,12 @@ def decode(raw: bytes, name: str, offset: int) -> str:
     """
     if offset == 0:
         raw = raw.removeprefix(BYTE_ORDER_MARK)
-        if raw.startswith(WIDE_MARKS):
-            raise UserError(
-                f"{name} is UTF-16 text, by its byte order mark: convert it, as iconv -f UTF-16 "
-                "-t UTF-8 does, or leave it out"
-            )
+        for mark, wide in WIDE_MARKS.items():
+            if raw.startswith(mark):
+                raise UserError(
+                    f"{name} is {wide} text, by its byte order mark: convert it, as iconv -f "
+                    f"{wide} -t UTF-8 does, or leave it out"
+                )
     if (zero := raw.find(b"\0")) >= 0:
         raise UserError(
             f"{name} is not a text file (a NUL byte at byte offset {offset + zero}): leave it "

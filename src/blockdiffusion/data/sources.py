@@ -258,16 +258,15 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
     Raises:
         UserError: there is none, or it is no string that can be a document.
     """
-    value: Any = record
+    value, place = record, ""
     for key in [field] if field in record else field.split("."):
-        if not isinstance(value, Mapping) or key not in value:
-            raise _no_field(where, field, list(record))
-        value = value[key]
+        if not isinstance(value, Mapping):
+            raise _no_string(where, field, value, f"at {place[:-1]!r}")
+        if key not in value:
+            raise _no_field(where, field, [f"{place}{name}" for name in value])
+        value, place = value[key], f"{place}{key}."
     if not isinstance(value, str):
-        raise UserError(
-            f"{where} has no string {field!r}: {_kind(value)} stands there; mend it, or name the "
-            "text's (--field NAME)"
-        )
+        raise _no_string(where, field, value, "there")
     if len(value) > MAX_DOCUMENT_BYTES:
         raise too_long(where, "shorter documents")
     try:
@@ -277,6 +276,13 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
             f"{where} holds half a surrogate pair, which is no character: mend it"
         ) from None
     return value
+
+
+def _no_string(where: str, field: str, value: object, place: str) -> UserError:
+    return UserError(
+        f"{where} has no string {field!r}: {_kind(value)} stands {place}; mend it, or name the "
+        "text's (--field NAME)"
+    )
 
 
 def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
@@ -289,8 +295,9 @@ def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
 def _kind(value: object) -> str:
     if value is None:
         return "null"
-    for kind, words in ((bool, "a truth value"), (int | float, "a number"), (list, "a list"),
-                        (Mapping, "an object"), (bytes, "a string of bytes")):  # fmt: skip
+    for kind, words in ((bool, "a truth value"), (int | float, "a number"), (str, "a string"),
+                        (list, "a list"), (Mapping, "an object"),
+                        (bytes, "a string of bytes")):  # fmt: skip
         if isinstance(value, kind):
             return words
     return f"a value of type {type(value).__name__}"
@@ -386,7 +393,8 @@ class Parquet(_File):
             names = table.schema_arrow.names
             top = self.field if self.field in names else self.field.partition(".")[0]
             number = 0
-            for batch in table.iter_batches(batch_size=256, columns=[self.field]):
+            # Few rows: a dictionary, or packed bytes, may stand for far more than the file has.
+            for batch in table.iter_batches(batch_size=8, columns=[self.field]):
                 if top not in batch.schema.names:
                     raise _no_field(self.name, self.field, names)
                 for value in batch.column(batch.schema.names.index(top)):
@@ -400,11 +408,14 @@ class Parquet(_File):
 
     def _text(self, top: str, value: Any, where: str) -> str:
         try:
-            return field_text({top: value.as_py()}, self.field, where)
+            found = value.as_py()
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{where} is not UTF-8 text (at byte {error.start} of {self.field!r}): mend it"
             ) from None
+        except (ValueError, OverflowError):  # a date that Python has none for
+            found = value
+        return field_text({top: found}, self.field, where)
 
     def num_rows(self) -> int:
         """The rows of the file, from what stands at its end.

@@ -17,11 +17,12 @@ from blockdiffusion.models.cache import BlockCache
 class Denoiser(Protocol):
     """A network that predicts the tokens behind the masks of a block, given the clean past.
 
-    `config` has `block_size`, `seq_len`, `mask_id`, `vocab_size` and `objective`. `tokenizer` is a
-    Hugging Face tokenizer or None.
+    `config` is a `DiffusionConfig`, `backbone` the network inside (`models.backbone`), and
+    `tokenizer` a Hugging Face tokenizer or None.
     """
 
     config: Any
+    backbone: Any
     tokenizer: Any
 
     @property
@@ -91,6 +92,7 @@ class NextTokenModel(Protocol):
     """
 
     config: Any
+    backbone: Any
     tokenizer: Any
 
     @property

@@ -90,7 +90,9 @@ def batch_moments(
     size = model.config.block_size
     diffusion = diffusion_of(model.config)
     law = diffusion.fitted(estimator)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad} if gradients else {}
+    parameters = (
+        {n: p for n, p in model.backbone.named_parameters() if p.requires_grad} if gradients else {}
+    )
     spread = _GradientSpread()
     losses, block_variances = [], []
     training = model.training

@@ -5,7 +5,7 @@ from __future__ import annotations
 from blockdiffusion.estimate.run import Account
 from blockdiffusion.estimate.sampling import SamplingAccount
 from blockdiffusion.estimate.training import TrainingAccount
-from blockdiffusion.reports.terminal import amount
+from blockdiffusion.reports.numbers import count as amount
 from blockdiffusion.runtime.hardware import Hardware, Shares
 
 

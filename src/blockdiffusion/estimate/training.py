@@ -28,12 +28,12 @@ from blockdiffusion.estimate.flops import (
 )
 from blockdiffusion.limits import check_limit
 from blockdiffusion.models.attention import resolve_backend
+from blockdiffusion.models.transformer import is_hidden_matrix
 from blockdiffusion.runtime.hardware import Hardware
-from blockdiffusion.train.optim import is_hidden_matrix
 from blockdiffusion.train.recipe import Recipe
 
 DRAWN_TOKENS = 2**16  # of rows that are masked to see how many positions are scored
-EVALUATED_COPIES = 8  # that share one clean stream (`evaluate.likelihood.COPIES`)
+EVALUATED_COPIES = 8  # that share one clean stream (`evaluate.replicates.COPIES`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,13 +416,13 @@ def _evaluated_copies(recipe: Recipe, network: Network) -> int:
     if network.autoregressive or size == 1:
         return 1
     if options.estimator == "auto" and not network.time_conditioning:
-        return min(2**size - 1, 2 * options.samples)  # what is cheaper
+        return min(2**size - 1, 2 * options.mc_samples)  # what is cheaper
     if options.estimator == "exact":
         return 2**size - 1
     if options.estimator == "orders":
-        return options.samples * options.orders * size
+        return options.mc_samples * options.orders * size
     paired = options.estimator in ("auto", "complement")
-    return options.samples * (2 if paired else 1)
+    return options.mc_samples * (2 if paired else 1)
 
 
 def _search(recipe: Recipe, network: Network, passes: Callable[[int], Pass]) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from blockdiffusion.files.disk import append, storage_error
 from blockdiffusion.files.records import Damaged, json_lines, sealed, unsealed
+from blockdiffusion.models.block_diffusion import BlockDiffusion
 
 
 class Journal:
@@ -18,19 +21,25 @@ class Journal:
 
     Args:
         path: of the file; results in it that were found under another `identity` do not count.
-        identity: everything that the results depend on, as text; see `fingerprint`.
+            None: nothing is kept.
+        identity: everything that the results depend on, as text.
     """
 
-    def __init__(self, path: Path, identity: str):
+    def __init__(self, path: Path | None, identity: str):
         self.path, self.identity = path, identity
         self._found: dict[str, Any] = {}
-        for line in json_lines(path, finite=False) if path.exists() else ():
+        for line in json_lines(path, finite=False) if path and path.exists() else ():
             try:
                 entry = unsealed(line)
             except Damaged:  # of something else, or changed
                 continue
             if entry.get("identity") == identity and isinstance(entry.get("name"), str):
                 self._found[entry["name"]] = entry.get("result")
+
+    @classmethod
+    def of(cls, path: Path | None, model: Any, *others: Any) -> Journal:
+        """A journal of results that depend on a model and on `others`; see `fingerprint`."""
+        return cls(path, fingerprint(model, *others) if path else "")
 
     def __len__(self) -> int:
         return len(self._found)
@@ -40,11 +49,13 @@ class Journal:
         return self._found.get(name)
 
     def put(self, name: str, result: Any) -> None:
-        """Adds a result; it survives a kill from here on.
+        """Adds a result, of plain values; it survives a kill from here on.
 
         Raises:
             UserError: the disk is full.
         """
+        if self.path is None:
+            return
         self._found[name] = result
         entry = sealed({"identity": self.identity, "name": name, "result": result})
         try:
@@ -53,9 +64,16 @@ class Journal:
         except OSError as error:
             raise storage_error(error, self.path) from error
 
-    def remove(self) -> None:
-        """Removes the file, once the whole result is written elsewhere."""
-        self.path.unlink(missing_ok=True)
+    def result(self, name: str, measure: Callable[[], Any]) -> Any:
+        """The result called `name`: found here, or else measured now and added."""
+        found = self.get(name)
+        if found is None:
+            found = measure()
+            self.put(name, found)
+        return found
+
+
+NO_JOURNAL = Journal(None, "")
 
 
 def journal_beside(result: Path | None) -> Path | None:
@@ -63,9 +81,22 @@ def journal_beside(result: Path | None) -> Path | None:
     return None if result is None else result.with_name(f"{result.name}.journal")
 
 
+def remove_journal(result: Path | None) -> None:
+    """Removes the journal beside `result`; only when all files of the result are written.
+
+    Otherwise a full disk at the end would cost the measurement.
+    """
+    if (journal := journal_beside(result)) is not None:
+        journal.unlink(missing_ok=True)
+
+
 def fingerprint(model: Any, *others: Any) -> str:
     """A hash of a model's configuration and weights, and of tensors and plain values."""
-    digest = hashlib.sha256(repr(sorted(model.config.to_dict().items(), key=str)).encode())
+    if isinstance(model, BlockDiffusion):
+        facts = {**model.backbone.config.to_dict(), **asdict(model.config)}
+    else:
+        facts = model.config.to_dict()
+    digest = hashlib.sha256(repr(sorted(facts.items(), key=str)).encode())
     for value in (*model.state_dict().values(), *others):
         if isinstance(value, torch.Tensor):
             plain = value.detach().cpu().contiguous()

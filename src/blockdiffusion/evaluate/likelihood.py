@@ -9,45 +9,42 @@ data, the *data* error how far that may lie from the value on all text of the ki
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
 
-from blockdiffusion.diffusion.denoiser import (
-    Denoiser,
-    NextTokenModel,
-    bos_id,
-    causal_nll,
-    is_autoregressive,
-    row_groups,
-)
-from blockdiffusion.diffusion.estimators import T_MIN, Bernoulli, Estimator, all_copies
-from blockdiffusion.diffusion.exact import enumeration_is_cheap, exact_blocks, num_subsets
+from blockdiffusion.diffusion.denoiser import Denoiser, bos_id
+from blockdiffusion.diffusion.estimators import T_MIN, Bernoulli, Estimator
+from blockdiffusion.diffusion.exact import enumeration_is_cheap, num_subsets
 from blockdiffusion.diffusion.objectives import diffusion_of
-from blockdiffusion.diffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.journal import Journal, fingerprint
-from blockdiffusion.limits import check_limit
+from blockdiffusion.evaluate.journal import Journal
+from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.evaluate.replicates import (
+    Found,
+    Progress,
+    Replicates,
+    Rows,
+    drawn,
+    enumerated,
+    next_token_nll,
+)
+from blockdiffusion.evaluate.windows import rectangle
+from blockdiffusion.options import changed
 from blockdiffusion.runtime.distributed import ALONE, Team
 from blockdiffusion.runtime.seeding import generator as seeded_generator
 from blockdiffusion.sampling.requests import as_ids
 from blockdiffusion.text import encode_text
 
-MOST_NATS = 700.0  # a token; exp of more is no number
-PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
-COPIES = 8  # noisy copies that share one clean stream
-MAX_SAMPLES = 4096  # replicates after which a target of the noise error is given up
-USUAL_SAMPLES = 8
+# A token; with it the ends of all intervals, and squares of perplexities, are numbers.
+MOST_NATS = 200.0
 CUT = "mask probabilities below {:g} left out"  # by `t_min`
-TRUSTED = 30  # degrees of freedom from which a noise error may end the drawing
 Z95 = 1.959963984540054
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +159,9 @@ class Likelihood:
 def likelihood(
     model: Denoiser,
     ids: torch.Tensor | Sequence[str] | Sequence[Sequence[int]],
-    estimator: str = "auto",
-    samples: int = USUAL_SAMPLES,
+    options: LikelihoodOptions | str | None = None,
+    samples: int | None = None,
     *,
-    orders: int = 8,
-    target_stderr: float | None = None,
     bos: bool | None = None,
     valid: torch.Tensor | None = None,
     given: torch.Tensor | None = None,
@@ -176,6 +171,7 @@ def likelihood(
     progress: Progress | None = None,
     team: Team = ALONE,
     journal: Path | None = None,
+    **changes: Any,
 ) -> Likelihood:
     """Nats per token, perplexity and bits per byte of `ids`, with error bars.
 
@@ -183,18 +179,8 @@ def likelihood(
         model: from `blockdiffusion.load`, or any `Denoiser`; evaluated in its own precision.
         ids: token ids (B, L), or a list of id lists, or a list of texts (needs a tokenizer). Rows
             that do not fill their last block are padded; padding is not seen and not counted.
-        estimator: "exact" (enumerates; S <= 8), "orders" (the K-order bound), or a law of masks as
-            `estimators.make_estimator` reads it, not clipped: "count", "complement", "bernoulli",
-            "bernoulli:cosine", ... "auto" is "exact" where that takes no more noisy copies than
-            `samples` complement pairs (with the usual 8 up to S = 4), and else the unbiased one
-            with the least noise: complement pairs; "timesteps" for D3PM, which has no other.
-            "exact" and "orders" need masks and a network without time input. The likelihood of an
-            autoregressive model is exact, in one pass; it allows "exact" and "auto" only.
-        samples: independent replicates of the masks; the noise error needs two.
-        orders: K of the bound of "orders"; every replicate draws so many orders of each block.
-        target_stderr: go on until the noise error (of the tighter bound, for "orders") is at most
-            this and well known, `samples` replicates at a time, or 4,096 replicates are made; the
-            result's `remarks` say so. "exact" has no noise and draws nothing.
+        options: how to estimate, or the name of an estimator; `changes` are fields of it by name.
+        samples: the older name of `mc_samples`.
         bos: whether position 0 of each row is given and not counted; None = what the model's
             configuration says, and no BOS where it says nothing. Texts get the BOS put before them.
         valid: bool (B, L), False at padding; None = all valid.
@@ -206,7 +192,7 @@ def likelihood(
         progress: called with (done, total) units of work.
         team: processes that call this alike and share the rows, group by group. All of them draw
             all masks, and return what one process would.
-        journal: file that keeps finished groups of rows, so that the same call goes on after a
+        journal: file that keeps finished groups of rows, so that the same call resumes after a
             kill, in a team of any size, to the same result but for `seconds`. The caller removes
             it.
 
@@ -215,59 +201,116 @@ def likelihood(
             enumerate, an estimator that the network does not allow, or nothing to score.
     """
     start = time.perf_counter()
-    config = model.config
-    for name, value in (
-        ("samples", samples), ("orders", orders), ("target_stderr", target_stderr),
-    ):  # fmt: skip
-        check_limit(name, value)
-    estimator, law, note = choose_estimator(estimator, config, samples, t_min)
-    if target_stderr is not None and not target_stderr > 0:
-        raise UserError(f"target_stderr is {target_stderr}; it must be above 0")
-    given_bos = bool(config.bos) if bos is None else bos
-    if _are_texts(ids):
-        rows = _tokenize(model, ids, given_bos)
-        if num_bytes is None:
-            num_bytes = sum(len(text.encode()) for text in ids)
-    else:
-        rows = cast("torch.Tensor | Sequence[Sequence[int]]", ids)
-    clean_BL, valid_BL = _rectangle(rows, valid, config.block_size)
-    _check_ids(clean_BL, valid_BL, config)
-    free_BL = valid_BL.clone()
-    if given_bos:
-        free_BL[:, 0] = False
-    if given is not None:
-        free_BL &= ~_like(given, ids, free_BL)
-    num_tokens = int(free_BL.sum())
-    if num_tokens == 0:
-        raise UserError("there is nothing to score: every token is given or padding")
+    options = _options(options, samples, changes)
+    method = choose_estimator(options, model.config, t_min)
+    text = _Text.of(model, ids, bos, valid, given, num_bytes)
+    tensors = (text.clean_BL, text.free_BL, text.valid_BL)
+    kept = Journal.of(journal, model, *tensors, method[0], options.orders, t_min)
+    rows = Rows(model, *tensors, team, kept)
+    generator = seeded_generator(0, "likelihood") if generator is None else generator
+    found = _estimate(rows, method, options, generator, text.num_tokens, progress)
+    return _result(found, method, options, text, t_min, model.config, start)
 
-    kept = _Kept(None)
-    if journal is not None:
-        tensors = (clean_BL, free_BL, valid_BL)
-        kept = _Kept(Journal(journal, fingerprint(model, *tensors, estimator, orders, t_min)))
-    if is_autoregressive(model):
-        found = _next_token(model, clean_BL, free_BL, valid_BL, progress, team, kept)
-    elif estimator == "exact":
-        found = _enumerate(model, clean_BL, free_BL, valid_BL, progress, team, kept)
-    else:
-        draw = _Replicates(
-            model=model,
-            law=law,
-            orders=orders,
-            clean_BL=clean_BL,
-            free_BL=free_BL,
-            valid_BL=valid_BL,
-            generator=generator if generator is not None else seeded_generator(0, "likelihood"),
-            team=team,
-            kept=kept,
+
+def _options(
+    options: LikelihoodOptions | str | None, samples: int | None, changes: dict[str, Any]
+) -> LikelihoodOptions:
+    if isinstance(options, str):
+        options, changes = None, {"estimator": options} | changes
+    if samples is not None:
+        changes = changes | {"samples": samples}
+    return changed(options or LikelihoodOptions(), changes)
+
+
+Method = tuple[str, Estimator | None, str | None]
+
+
+def choose_estimator(options: LikelihoodOptions, config: Any, t_min: float = T_MIN) -> Method:
+    """The estimator's name ("auto" resolved), its distribution of masks (None: nothing is drawn
+    from one), and a note where it is another one than was asked for.
+
+    Raises:
+        UserError: the estimator is unknown, clipped, or not one that the network allows.
+    """
+    name = options.estimator
+    if config.objective == "autoregressive":
+        if name not in ("auto", "exact"):
+            raise UserError(
+                f"estimator is {name}, but the likelihood of an autoregressive model is exact in "
+                "one pass; use exact or auto"
+            )
+        return "exact", None, None
+    diffusion = diffusion_of(config)
+    if name == "auto":
+        exact = diffusion.enumerable and enumeration_is_cheap(config.block_size, options.mc_samples)
+        name = "exact" if exact else diffusion.usual_estimator
+    if name in ("exact", "orders"):
+        if not diffusion.enumerable:
+            raise UserError(
+                f"estimator {name} needs a masked diffusion network that reads no time; use auto"
+            )
+        if name == "exact":
+            num_subsets(config.block_size)  # refuses long blocks
+        return name, None, None
+    try:
+        masks, note = diffusion.estimator(name, t_min)
+    except UserError as error:
+        also = "auto, exact or orders" if diffusion.enumerable else "auto"
+        raise UserError(f"{error}; a likelihood can also be {also}") from None
+    if not masks.is_bound:
+        raise UserError(
+            f"{masks.name} is clipped: it does not bound the likelihood and gives no "
+            "perplexity; evaluate with an unclipped estimator"
         )
-        found = _draw_until(draw, samples, num_tokens, target_stderr, progress)
+    return name, masks, note
+
+
+def _estimate(
+    rows: Rows,
+    method: Method,
+    options: LikelihoodOptions,
+    generator: torch.Generator,
+    num_tokens: int,
+    progress: Progress | None,
+) -> Found:
+    name, masks, _ = method
+    if rows.model.config.objective == "autoregressive":
+        return next_token_nll(rows, progress)
+    if name == "exact":
+        return enumerated(rows, progress)
+    replicates = Replicates(rows=rows, estimator=masks, orders=options.orders, generator=generator)
+    return drawn(replicates, options, num_tokens, progress)
+
+
+def _is_exact(config: Any, masks: Estimator | None) -> bool:
+    """Whether what bounds longer blocks is the likelihood itself: a block has one mask set only,
+    which is always drawn."""
+    if config.block_size > 1 or isinstance(masks, Bernoulli):
+        return False
+    return config.objective == "autoregressive" or diffusion_of(config).enumerable
+
+
+def _result(
+    found: Found,
+    method: Method,
+    options: LikelihoodOptions,
+    text: _Text,
+    t_min: float,
+    config: Any,
+    start: float,
+) -> Likelihood:
+    """Per token what was found per row; `start`: when the measurement began.
+
+    Raises:
+        UserError: it is no number.
+    """
+    name, masks, note = method
+    num_tokens, tokens_B = text.num_tokens, text.free_BL.sum(1)
     row_B = found.nelbo_BR.mean(1)
-    is_exact = _is_exact(config, law)
-    if is_exact:  # what is no bound
-        found.exact_B = row_B
+    is_exact = _is_exact(config, masks)
+    exact_B = row_B if is_exact else found.exact_B
     nats = float(row_B.sum()) / num_tokens
-    exact = None if found.exact_B is None else float(found.exact_B.sum()) / num_tokens
+    exact = None if exact_B is None else float(exact_B.sum()) / num_tokens
     if not all(value is None or value < MOST_NATS for value in (nats, exact)):  # nan is not
         raise UserError(
             f"the likelihood is {nats:.4g} nats a token: the network's logits are not finite or "
@@ -279,372 +322,30 @@ def likelihood(
     return Likelihood(
         nats_per_token=nats,
         exact_nats_per_token=exact,
-        bits_per_byte=_bits_per_byte(nats, num_tokens, num_bytes),
-        exact_bits_per_byte=None if exact is None else _bits_per_byte(exact, num_tokens, num_bytes),
+        bits_per_byte=text.bits_per_byte(nats),
+        exact_bits_per_byte=text.bits_per_byte(exact),
         nats_per_row=row_B,
-        exact_nats_per_row=found.exact_B,
-        orders_nats_per_token=bounds.get(orders),
+        exact_nats_per_row=exact_B,
+        orders_nats_per_token=bounds.get(options.orders),
         order_bounds=bounds or None,
         num_tokens=num_tokens,
         num_rows=len(row_B),
-        stderr_noise=0.0 if estimator == "exact" else found.noise_error(num_tokens),
-        stderr_data=data_error(row_B, free_BL.sum(1)),
-        exact_stderr_data=(
-            None if found.exact_B is None else data_error(found.exact_B, free_BL.sum(1))
-        ),
-        orders_stderr_noise=noises.get(orders),
+        stderr_noise=0.0 if name == "exact" else found.noise_error(num_tokens),
+        stderr_data=data_error(row_B, tokens_B),
+        exact_stderr_data=None if exact_B is None else data_error(exact_B, tokens_B),
+        orders_stderr_noise=noises.get(options.orders),
         order_bounds_stderr_noise={k: e for k, e in noises.items() if e is not None} or None,
-        target_stderr=target_stderr,
-        estimator=estimator,
+        target_stderr=options.target_stderr,
+        estimator=name,
         samples=found.nelbo_BR.shape[1],
         copies=found.copies,
-        bos=given_bos,
+        bos=text.bos,
         is_bound=not is_exact,
         block_size=config.block_size,
-        t_min=t_min if isinstance(law, Bernoulli) else None,
+        t_min=t_min if isinstance(masks, Bernoulli) else None,
         note=note,
         seconds=time.perf_counter() - start,
     )
-
-
-def choose_estimator(
-    name: str, config: Any, samples: int = USUAL_SAMPLES, t_min: float = T_MIN
-) -> tuple[str, Estimator | None, str | None]:
-    """What "auto" stands for, the law of masks (None where there is none to draw from), and a note
-    where it is another one than was asked for.
-
-    Args:
-        config: of the network.
-        samples: what "auto" may cost, in complement pairs.
-
-    Raises:
-        UserError: the estimator is unknown, clipped, or not one that the network allows.
-    """
-    if config.objective == "autoregressive":
-        if name not in ("auto", "exact"):
-            raise UserError(
-                f"estimator is {name}, but the likelihood of an autoregressive model is exact in "
-                "one pass; use exact or auto"
-            )
-        return "exact", None, None
-    diffusion = diffusion_of(config)
-    if name == "auto":
-        exact = diffusion.enumerable and enumeration_is_cheap(config.block_size, samples)
-        name = "exact" if exact else diffusion.usual_estimator
-    if name in ("exact", "orders"):
-        if not diffusion.enumerable:
-            raise UserError(
-                f"estimator {name} needs a masked diffusion network that reads no time; use auto"
-            )
-        if name == "exact":
-            num_subsets(config.block_size)  # refuses long blocks
-        return name, None, None
-    try:
-        law, note = diffusion.estimator(name, t_min)
-    except UserError as error:
-        also = "auto, exact or orders" if diffusion.enumerable else "auto"
-        raise UserError(f"{error}; a likelihood can also be {also}") from None
-    if not law.is_bound:
-        raise UserError(
-            f"{law.name} is clipped: it does not bound the likelihood and gives no "
-            "perplexity; evaluate with an unclipped estimator"
-        )
-    return name, law, note
-
-
-def _is_exact(config: Any, law: Estimator | None) -> bool:
-    """Whether what bounds longer blocks is the likelihood itself: a block has one mask set only,
-    which is always drawn."""
-    if config.block_size > 1 or isinstance(law, Bernoulli):
-        return False
-    return config.objective == "autoregressive" or diffusion_of(config).enumerable
-
-
-# --- enumeration and replicates --------------------------------------------------------------
-
-
-@dataclass
-class _Found:
-    """Estimates per row and replicate (B, R), in nats; `orders` has one such for every K.
-
-    Rows of one group share their draws, groups are independent: the noise of the whole is the sum
-    of the groups'.
-    """
-
-    nelbo_BR: torch.Tensor
-    groups: list[slice]
-    copies: int
-    exact_B: torch.Tensor | None = None
-    orders: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def noise_error(self, num_tokens: int, orders: int | None = None) -> float | None:
-        """Standard error per token of the mean over replicates; None from a single one."""
-        value_BR = self.nelbo_BR if orders is None else self.orders[orders]
-        replicates = value_BR.shape[1]
-        if replicates < 2:
-            return None
-        variance = sum(float(value_BR[rows].sum(0).var()) for rows in self.groups)
-        return math.sqrt(variance / replicates) / num_tokens
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """Of the noise error: how far it can be trusted."""
-        return len(self.groups) * (self.nelbo_BR.shape[1] - 1)
-
-    def extended(self, more: _Found) -> _Found:
-        """With further replicates of the same rows."""
-        orders = {k: torch.cat([v, more.orders[k]], dim=1) for k, v in self.orders.items()}
-        return _Found(
-            torch.cat([self.nelbo_BR, more.nelbo_BR], dim=1),
-            self.groups,
-            self.copies + more.copies,
-            orders=orders,
-        )
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Finished groups of rows, in a journal where one is asked for: float64 tensors by name."""
-
-    journal: Journal | None
-
-    def get(self, name: str) -> list[torch.Tensor] | None:
-        found = None if self.journal is None else self.journal.get(name)
-        if found is None:
-            return None
-        return [torch.tensor(values, dtype=torch.float64) for values in found]
-
-    def put(self, name: str, *tensors: torch.Tensor) -> None:
-        if self.journal is not None:
-            self.journal.put(name, [tensor.tolist() for tensor in tensors])
-
-
-@torch.no_grad()
-def _next_token(
-    model: NextTokenModel,
-    clean_BL,
-    free_BL,
-    valid_BL,
-    progress: Progress | None,
-    team: Team,
-    kept: _Kept,
-) -> _Found:
-    """The exact negative log-likelihood of an autoregressive model."""
-    groups = row_groups(len(clean_BL), clean_BL.shape[1], PASS_TOKENS)
-    nll = {}
-    for index, rows in enumerate(groups):
-        if not team.has(index):
-            pass
-        elif (before := kept.get(str(rows))) is not None:
-            (nll[index],) = before
-        else:
-            clean, free, valid = (x[rows].to(model.device) for x in (clean_BL, free_BL, valid_BL))
-            nll[index] = causal_nll(model, clean, free, _maybe(valid)).double().sum(1).cpu()
-            kept.put(str(rows), nll[index])
-        if progress is not None:
-            progress(index + 1, len(groups))
-    nll_B = torch.cat(team.collect(nll))
-    return _Found(nll_B[:, None], groups, copies=1, exact_B=nll_B)
-
-
-def _enumerate(
-    model, clean_BL, free_BL, valid_BL, progress: Progress | None, team: Team, kept: _Kept
-) -> _Found:
-    """The bound (one replicate without noise) and the exact negative log-likelihood."""
-    sets = num_subsets(model.config.block_size)
-    copies = min(sets, COPIES)
-    groups = row_groups(len(clean_BL), clean_BL.shape[1] * (copies + 1), PASS_TOKENS)
-    done, nelbo, nll = 0, {}, {}
-
-    def advance(finished: int) -> None:
-        nonlocal done
-        done += finished
-        if progress is not None:
-            progress(done, sets * len(groups))
-
-    for index, rows in enumerate(groups):
-        before = kept.get(str(rows)) if team.has(index) else None
-        if before is not None:
-            nelbo[index], nll[index] = before
-        if before is not None or not team.has(index):
-            advance(sets)
-            continue
-        blocks = exact_blocks(
-            model,
-            clean_BL[rows].to(model.device),
-            free_BL[rows].to(model.device),
-            _maybe(valid_BL[rows].to(model.device)),
-            advance,
-        )
-        nelbo[index] = blocks.nelbo_BK.sum(1).cpu()
-        nll[index] = blocks.nll_BK.sum(1).cpu()
-        kept.put(str(rows), nelbo[index], nll[index])
-    nelbo_B, nll_B = torch.cat(team.collect(nelbo)), torch.cat(team.collect(nll))
-    return _Found(nelbo_B[:, None], groups, sets, exact_B=nll_B)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Replicates:
-    """What `_draw` needs to draw any number of independent replicates."""
-
-    model: Denoiser
-    law: Estimator | None
-    """None: the K-order bound."""
-    orders: int
-    clean_BL: torch.Tensor
-    free_BL: torch.Tensor
-    valid_BL: torch.Tensor
-    generator: torch.Generator
-    team: Team
-    kept: _Kept
-
-    @property
-    def copies(self) -> int:
-        """Noisy copies of a row that one replicate evaluates."""
-        per_order = self.model.config.block_size
-        return self.orders * per_order if self.law is None else self.law.num_noisy
-
-    def draw(self, samples: int, advance: Callable[[int], None]) -> _Found:
-        """`samples` replicates; `advance` is told how many noisy copies of rows are done."""
-        num_rows, length = self.clean_BL.shape
-        shared = min(samples * self.copies, COPIES)
-        groups = row_groups(num_rows, length * (shared + 1), PASS_TOKENS)
-        own = {}
-        for index, rows in enumerate(groups):
-            device = self.model.device
-            clean = self.clean_BL[rows].to(device)
-            free, valid = self.free_BL[rows].to(device), self.valid_BL[rows].to(device)
-            done_rows = len(clean)
-
-            def passed(copies: int, done_rows: int = done_rows) -> None:
-                advance(copies * done_rows)
-
-            name = f"{rows} {samples} {_digest(self.generator)}"
-            before = self.kept.get(name) if self.team.has(index) else None
-            if before is not None:
-                powers = [] if self.law is not None else _powers(self.orders)
-                own[index] = before[0], dict(zip(powers, before[1:], strict=True))
-            if before is not None or not self.team.has(index):
-                self._pass_over(clean, free, samples)
-                passed(samples * self.copies)
-                continue
-            if self.law is None:
-                own[index] = self._ordered(clean, free, valid, samples, passed)
-            else:
-                own[index] = self._masked(clean, free, valid, samples, passed), {}
-            self.kept.put(name, own[index][0], *own[index][1].values())
-        nelbo, tighter = zip(*self.team.collect(own), strict=True)
-        return _Found(
-            torch.cat(nelbo),
-            groups,
-            samples * self.copies,
-            orders={k: torch.cat([values[k] for values in tighter]) for k in tighter[0]},
-        )
-
-    def _pass_over(self, clean_BL, free_BL, samples: int) -> None:
-        """Draws what is not used: the noise of a group of rows that another process evaluates, or
-        that was evaluated before."""
-        config = self.model.config
-        if self.law is None:
-            draw_orders(free_BL, config.block_size, samples * self.orders, self.generator)
-            return
-        for _ in range(samples):
-            self.law(clean_BL, free_BL, config.block_size, config.mask_id, self.generator)
-
-    def _ordered(
-        self, clean_BL, free_BL, valid_BL, samples: int, passed
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """The NELBO (B, samples) of a group of rows, and the bounds of k = 1, 2, 4, ... orders."""
-        nll_BRK = order_nll(
-            self.model,
-            clean_BL,
-            free_BL,
-            samples * self.orders,
-            self.generator,
-            _maybe(valid_BL),
-            copies=COPIES,
-            progress=passed,
-        ).cpu()
-        bounds = {k: self._tighter(nll_BRK, k) for k in _powers(self.orders)}
-        return bounds[1], bounds
-
-    def _tighter(self, nll_BRK: torch.Tensor, k: int) -> torch.Tensor:
-        """The k-order bound (B, samples): the mean over the whole groups of k of a replicate."""
-        usable = self.orders // k * k
-        nll_BXK = nll_BRK.unflatten(1, (-1, self.orders))[:, :, :usable].flatten(1, 2)
-        return order_bound(nll_BXK, k).unflatten(1, (-1, usable // k)).mean(-1)
-
-    def _masked(self, clean_BL, free_BL, valid_BL, samples: int, passed) -> torch.Tensor:
-        """NELBO estimates (B, samples) of a group of rows."""
-        assert self.law is not None
-        config, diffusion = self.model.config, diffusion_of(self.model.config)
-        prior_B1 = diffusion.prior_nats * free_BL.sum(1, keepdim=True).double().cpu()
-        together = max(1, COPIES // self.law.num_noisy)
-        estimates = []
-        for first in range(0, samples, together):
-            drawn = [
-                self.law(clean_BL, free_BL, config.block_size, config.mask_id, self.generator)
-                for _ in range(first, min(first + together, samples))
-            ]
-            every = all_copies(drawn)
-            term_BNL = diffusion.terms(self.model, every, clean_BL, _maybe(valid_BL))
-            total_BN = (term_BNL.double() * every.weight_BNL.double()).sum(-1).cpu()
-            estimates.append(total_BN.unflatten(1, (len(drawn), -1)).mean(-1) + prior_B1)
-            passed(every.noisy_BNL.shape[1])
-        return torch.cat(estimates, dim=1)
-
-
-@torch.no_grad()
-def _draw_until(
-    replicates: _Replicates,
-    samples: int,
-    num_tokens: int,
-    target_stderr: float | None,
-    progress: Progress | None,
-) -> _Found:
-    """`samples` replicates, or as many times that as the target of the noise error asks for."""
-    samples = max(samples, 2) if target_stderr is not None else samples
-    total = done = samples * replicates.copies * len(replicates.clean_BL)
-    done = 0
-
-    def advance(finished: int) -> None:
-        nonlocal done
-        done += finished
-        if progress is not None:
-            progress(done, max(done, total))
-
-    orders = replicates.orders if replicates.law is None else None
-    found = replicates.draw(samples, advance)
-    while target_stderr is not None:
-        error = found.noise_error(num_tokens, orders)
-        assert error is not None  # two replicates at least
-        if error <= target_stderr and found.degrees_of_freedom >= TRUSTED:
-            break
-        made = found.nelbo_BR.shape[1]
-        if made >= MAX_SAMPLES:
-            break
-        still = samples * -(-(MAX_SAMPLES - made) // samples)  # whole rounds, at most
-        total = int(done * min(max(2, (error / target_stderr) ** 2), 1 + still / made))
-        found = found.extended(replicates.draw(samples, advance))
-    return found
-
-
-def _digest(generator: torch.Generator) -> str:
-    """Of what will be drawn next."""
-    return hashlib.sha256(generator.get_state().numpy().tobytes()).hexdigest()[:16]
-
-
-def _powers(orders: int) -> list[int]:
-    """1, 2, 4, ... and `orders` itself."""
-    powers = [2**i for i in range(orders.bit_length()) if 2**i <= orders]
-    return sorted({*powers, orders} - {0})
-
-
-def _maybe(valid_BL: torch.Tensor) -> torch.Tensor | None:
-    return None if bool(valid_BL.all()) else valid_BL
-
-
-# --- errors and units ------------------------------------------------------------------------
 
 
 def data_error(row_B: torch.Tensor, tokens_B: torch.Tensor) -> float | None:
@@ -658,11 +359,52 @@ def data_error(row_B: torch.Tensor, tokens_B: torch.Tensor) -> float | None:
     return float((residual_B.square().sum() * count / (count - 1)).sqrt() / tokens_B.sum())
 
 
-def _bits_per_byte(nats: float, num_tokens: int, num_bytes: float | None) -> float | None:
-    return None if not num_bytes else nats * num_tokens / num_bytes / math.log(2)
-
-
 # --- input -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is scored, as (B, L) with L a multiple of the block size; `free_BL` is what counts."""
+
+    clean_BL: torch.Tensor
+    free_BL: torch.Tensor
+    valid_BL: torch.Tensor
+    bos: bool
+    num_bytes: float | None
+
+    @classmethod
+    def of(cls, model: Denoiser, ids: Any, bos: bool | None, valid, given, num_bytes) -> _Text:
+        """Reads the arguments of `likelihood`."""
+        config = model.config
+        bos = bool(config.bos) if bos is None else bos
+        rows = ids
+        if _are_texts(ids):
+            first = [bos_id(model)] if bos else []
+            rows = [first + encode_text(model.tokenizer, text) for text in ids]
+            if num_bytes is None:
+                num_bytes = sum(len(text.encode()) for text in ids)
+        clean_BL, valid_BL = _tensors(rows, valid, config.block_size)
+        _check_ids(clean_BL, valid_BL, config)
+        free_BL = valid_BL.clone()
+        if bos:
+            free_BL[:, 0] = False
+        if given is not None:
+            if not isinstance(ids, torch.Tensor) or given.shape != ids.shape:
+                raise UserError("given goes with a tensor of ids and has its shape")
+            free_BL[:, : given.shape[1]] &= ~given.bool().cpu()
+        if not free_BL.any():
+            raise UserError("there is nothing to score: every token is given or padding")
+        return cls(clean_BL, free_BL, valid_BL, bos, num_bytes)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.free_BL.sum())
+
+    def bits_per_byte(self, nats: float | None) -> float | None:
+        """Of so many nats per token; None where one of the two is not known."""
+        if nats is None or not self.num_bytes:
+            return None
+        return nats * self.num_tokens / self.num_bytes / math.log(2)
 
 
 def _are_texts(ids: Any) -> TypeGuard[Sequence[str]]:
@@ -675,50 +417,28 @@ def _are_texts(ids: Any) -> TypeGuard[Sequence[str]]:
     return True
 
 
-def _tokenize(model: Denoiser, texts: Sequence[str], bos: bool) -> list[list[int]]:
-    rows = [encode_text(model.tokenizer, text) for text in texts]
-    if not bos:
-        return rows
-    first = bos_id(model)
-    return [[first, *row] for row in rows]
-
-
-def _rectangle(
+def _tensors(
     ids: torch.Tensor | Sequence[Sequence[int]], valid: torch.Tensor | None, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """ids and validity as (B, L) with L a multiple of the block size."""
-    if isinstance(ids, torch.Tensor):
-        if ids.ndim != 2 or ids.numel() == 0:
-            raise UserError(f"ids have shape {tuple(ids.shape)}; (rows, tokens) is needed")
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise UserError(f"ids are of the type {ids.dtype}; token ids are whole numbers")
-        clean = ids.long().cpu()
-        valid = torch.ones_like(clean, dtype=torch.bool) if valid is None else valid.bool().cpu()
-        if valid.shape != clean.shape:
-            raise UserError(f"valid has shape {tuple(valid.shape)}, ids {tuple(clean.shape)}")
-    else:
+    if not isinstance(ids, torch.Tensor):
         if valid is not None:
             raise UserError("valid goes with a tensor of ids; lists are padded by themselves")
-        rows = [torch.tensor(as_ids(row, "a row")) for row in ids]
+        rows = [as_ids(row, "a row") for row in ids]
         if not rows or not all(map(len, rows)):
             raise UserError("there is an empty row or no row at all; every row needs a token")
-        longest = max(len(row) for row in rows)
-        clean = torch.zeros(len(rows), longest, dtype=torch.long)
-        valid = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for index, row in enumerate(rows):
-            clean[index, : len(row)] = row
-            valid[index, : len(row)] = True
+        return rectangle(rows, block_size)
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise UserError(f"ids have shape {tuple(ids.shape)}; (rows, tokens) is needed")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise UserError(f"ids are of the type {ids.dtype}; token ids are whole numbers")
+    clean = ids.long().cpu()
+    valid = torch.ones_like(clean, dtype=torch.bool) if valid is None else valid.bool().cpu()
+    if valid.shape != clean.shape:
+        raise UserError(f"valid has shape {tuple(valid.shape)}, ids {tuple(clean.shape)}")
     clean = clean.masked_fill(~valid, 0)  # the network must not read what padding holds
-    missing = -clean.shape[1] % block_size
-    pad = (0, missing)
+    pad = (0, -clean.shape[1] % block_size)
     return torch.nn.functional.pad(clean, pad), torch.nn.functional.pad(valid, pad)
-
-
-def _like(given: torch.Tensor, ids: Any, free_BL: torch.Tensor) -> torch.Tensor:
-    """`given`, padded as the ids were."""
-    if not isinstance(ids, torch.Tensor) or given.shape != ids.shape:
-        raise UserError("given goes with a tensor of ids and has its shape")
-    return torch.nn.functional.pad(given.bool().cpu(), (0, free_BL.shape[1] - given.shape[1]))
 
 
 def _check_ids(clean_BL: torch.Tensor, valid_BL: torch.Tensor, config: Any) -> None:

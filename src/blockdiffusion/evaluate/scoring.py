@@ -5,42 +5,35 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from blockdiffusion.diffusion.denoiser import Denoiser
-from blockdiffusion.evaluate.journal import Journal
+from blockdiffusion.evaluate.journal import NO_JOURNAL, Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, data_error, likelihood
-from blockdiffusion.evaluate.windows import Window
+from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.evaluate.windows import Window, rectangle
 from blockdiffusion.runtime.seeding import generator
 
+ScoreOptions = LikelihoodOptions  # its name in the version before
 CHUNK_TOKENS = 2**14  # what a kill loses at most: some passes of `likelihood`
 TENSORS = ("nats_per_row", "exact_nats_per_row")
 Progress = Callable[[float, float], None]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreOptions:
-    """How likelihoods are estimated: the arguments of `likelihood` of the same names."""
-
-    estimator: str = "auto"
-    samples: int = 8
-    orders: int = 8
-    target_stderr: float | None = None
-    seed: int = 0
-
-
 def score(
     model: Denoiser,
     windows: Sequence[Window],
-    options: ScoreOptions,
+    options: LikelihoodOptions,
     *,
     bos: bool,
+    seed: int = 0,
     num_bytes: float | None = None,
-    journal: Journal | None = None,
+    journal: Journal = NO_JOURNAL,
     name: str = "",
     progress: Progress | None = None,
 ) -> Likelihood:
@@ -48,6 +41,7 @@ def score(
 
     Args:
         windows: in the order of their units, which are numbered from 0.
+        seed: of the masks.
         bos: whether position 0 of every window is a BOS; it is among the given ones.
         num_bytes: UTF-8 bytes that the scored tokens cover.
         journal: keeps finished chunks.
@@ -63,51 +57,48 @@ def score(
     target = options.target_stderr
     if target is not None:
         target *= math.sqrt(len(chunks))  # independent chunks of one size
+    of_chunk = replace(options, target_stderr=target)
     done, parts = 0, []
     for number, chunk in enumerate(chunks):
+
+        def report(part: float, total: float, done: int = done, rows: int = len(chunk)) -> None:
+            if progress is not None:
+                progress(done + rows * part / total, len(windows))
+
+        source = generator(seed, "score", name, number)
         key = f"{name} {number} {_digest(chunk)}"
-        kept = None if journal is None else journal.get(key)
-        if kept is None:
-
-            def report(part: int, total: int, done: int = done, rows: int = len(chunk)) -> None:
-                if progress is not None:
-                    progress(done + rows * part / total, len(windows))
-
-            ids_BL, valid_BL, given_BL = _rectangle(chunk)
-            part = likelihood(
-                model,
-                ids_BL,
-                options.estimator,
-                options.samples,
-                orders=options.orders,
-                target_stderr=target,
-                bos=bos,
-                valid=valid_BL,
-                given=given_BL,
-                generator=generator(options.seed, "score", name, number),
-                progress=report,
-            )
-            if journal is not None:
-                journal.put(key, _to_json(part))
-        else:
-            part = _from_json(kept)
-        parts.append(part)
+        found = journal.result(key, partial(_measured, model, chunk, of_chunk, bos, source, report))
+        parts.append(_from_json(found))
+        report(1, 1)
         done += len(chunk)
-        if progress is not None:
-            progress(done, len(windows))
     return replace(_merged(parts, windows, num_bytes), target_stderr=options.target_stderr)
 
 
-def _rectangle(chunk: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, valid, given), each (B, L)."""
-    length = max(len(window.ids) for window in chunk)
-    ids_BL = np.zeros((len(chunk), length), dtype=np.int64)
-    valid_BL, given_BL = np.zeros((2, len(chunk), length), dtype=bool)
-    for row, window in enumerate(chunk):
-        ids_BL[row, : len(window.ids)] = window.ids
-        valid_BL[row, : len(window.ids)] = True
-        given_BL[row, : window.given] = True
-    return torch.from_numpy(ids_BL), torch.from_numpy(valid_BL), torch.from_numpy(given_BL)
+def _measured(
+    model: Denoiser,
+    chunk: Sequence[Window],
+    options: LikelihoodOptions,
+    bos: bool,
+    source: torch.Generator,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The likelihood of a chunk, as a journal keeps it."""
+    ids_BL, valid_BL = rectangle([window.ids for window in chunk])
+    given_B = torch.tensor([window.given for window in chunk])
+    part = likelihood(
+        model,
+        ids_BL,
+        options,
+        bos=bos,
+        valid=valid_BL,
+        given=torch.arange(ids_BL.shape[1]) < given_B[:, None],
+        generator=source,
+        progress=progress,
+    )
+    values = asdict(part)
+    return values | {
+        name: None if values[name] is None else values[name].tolist() for name in TENSORS
+    }
 
 
 def _digest(chunk: Sequence[Window]) -> str:
@@ -116,13 +107,6 @@ def _digest(chunk: Sequence[Window]) -> str:
         digest.update(f"{len(window.ids)} {window.given} {window.unit} ".encode())
         digest.update(window.ids.astype(np.int64).tobytes())
     return digest.hexdigest()
-
-
-def _to_json(part: Likelihood) -> dict[str, Any]:
-    values = asdict(part)
-    return values | {
-        name: None if values[name] is None else values[name].tolist() for name in TENSORS
-    }
 
 
 def _from_json(values: dict[str, Any]) -> Likelihood:
@@ -151,11 +135,30 @@ def _merged(
     def per_unit(values_W: torch.Tensor) -> torch.Tensor:
         return torch.zeros(num_units, dtype=values_W.dtype).index_add(0, unit_W, values_W)
 
-    nats_U = per_unit(torch.cat([part.nats_per_row for part in parts]))
+    def together(name: str, add: Callable[[Sequence[float]], float]) -> Any:
+        """Of means over the tokens of each part, or dicts of them; None if one is not known."""
+        values = [getattr(part, name) for part in parts]
+        if None in values:
+            return None
+
+        def total(means: Sequence[float]) -> float:
+            counts = [part.num_tokens for part in parts]
+            return add([mean * n for mean, n in zip(means, counts, strict=True)]) / num_tokens
+
+        if isinstance(values[0], dict):
+            return {k: total([value[k] for value in values]) for k in values[0]}
+        return total(values)
+
+    def noise(name: str) -> Any:
+        return together(name, lambda errors: math.hypot(*errors))  # of independent parts
+
+    nats_U, tokens_U = (
+        per_unit(torch.cat([part.nats_per_row for part in parts])),
+        per_unit(tokens_W),
+    )
+    nats = float(nats_U.sum()) / num_tokens
     exact_parts = [p.exact_nats_per_row for p in parts if p.exact_nats_per_row is not None]
     exact_U = per_unit(torch.cat(exact_parts)) if exact_parts else None
-    tokens_U = per_unit(tokens_W)
-    nats = float(nats_U.sum()) / num_tokens
     exact = None if exact_U is None else float(exact_U.sum()) / num_tokens
     bits = None if not num_bytes else num_tokens / num_bytes / math.log(2)
     return replace(
@@ -166,50 +169,16 @@ def _merged(
         exact_bits_per_byte=None if exact is None or bits is None else exact * bits,
         nats_per_row=nats_U,
         exact_nats_per_row=exact_U,
-        orders_nats_per_token=_mean(parts, [part.orders_nats_per_token for part in parts]),
-        order_bounds=_by_order(parts, [part.order_bounds for part in parts], _mean),
+        orders_nats_per_token=together("orders_nats_per_token", sum),
+        order_bounds=together("order_bounds", sum),
         num_tokens=num_tokens,
         num_rows=num_units,
-        stderr_noise=_noise(parts, [part.stderr_noise for part in parts]),
+        stderr_noise=noise("stderr_noise"),
         stderr_data=data_error(nats_U, tokens_U),
         exact_stderr_data=None if exact_U is None else data_error(exact_U, tokens_U),
-        orders_stderr_noise=_noise(parts, [part.orders_stderr_noise for part in parts]),
-        order_bounds_stderr_noise=_by_order(
-            parts, [part.order_bounds_stderr_noise for part in parts], _noise
-        ),
+        orders_stderr_noise=noise("orders_stderr_noise"),
+        order_bounds_stderr_noise=noise("order_bounds_stderr_noise"),
         samples=max(part.samples for part in parts),
         copies=max(part.copies for part in parts),
         seconds=sum(part.seconds for part in parts),
     )
-
-
-def _totals(parts: Sequence[Likelihood], means: Sequence[float | None]) -> list[float] | None:
-    """What are means over the tokens of each part, as sums; None if one is not known."""
-    totals = [
-        mean * part.num_tokens for part, mean in zip(parts, means, strict=True) if mean is not None
-    ]
-    return totals if len(totals) == len(parts) else None
-
-
-def _mean(parts: Sequence[Likelihood], means: Sequence[float | None]) -> float | None:
-    totals = _totals(parts, means)
-    return None if totals is None else sum(totals) / sum(part.num_tokens for part in parts)
-
-
-def _noise(parts: Sequence[Likelihood], errors: Sequence[float | None]) -> float | None:
-    """Errors of independent parts: their squares add."""
-    totals = _totals(parts, errors)
-    return None if totals is None else math.hypot(*totals) / sum(p.num_tokens for p in parts)
-
-
-def _by_order(
-    parts: Sequence[Likelihood],
-    values: Sequence[dict[int, float] | None],
-    together: Callable[[Sequence[Likelihood], Sequence[float | None]], float | None],
-) -> dict[int, float] | None:
-    """`together` for every number of orders; None if one part has no values."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(parts):
-        return None
-    found = {k: together(parts, [value[k] for value in known]) for k in known[0]}
-    return {k: value for k, value in found.items() if value is not None}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from blockdiffusion.errors import UserError
 
@@ -47,12 +48,23 @@ def document_windows(
         context, stride: see `check_stride`.
     """
     document = np.asarray(ids)
-    first = np.array([] if bos_id is None else [bos_id], dtype=document.dtype)
-    payload = context - len(first)
-    for start in range(0, max(len(document) - payload, 0) + stride, stride):
-        scored_from = start - stride + payload if start else 0
-        row = np.concatenate([first, document[start : start + payload]])
-        yield Window(ids=row, given=len(first) + scored_from - start, unit=unit)
+    lead = np.array([] if bos_id is None else [bos_id], dtype=document.dtype)
+    for start, end, first in spans(len(document), context - len(lead), stride):
+        row = np.concatenate([lead, document[start:end]])
+        yield Window(ids=row, given=len(lead) + first - start, unit=unit)
+
+
+def spans(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first scored) of the windows over `length` tokens.
+
+    The scored parts follow each other without gap or overlap. The rule is the authors'
+    (`record_generative_perplexity`): window i starts at i * stride.
+    """
+    first = 0
+    for start in range(0, max(length - context, 0) + stride, stride):
+        end = min(start + context, length)
+        yield start, end, first
+        first = end
 
 
 def default_stride(context: int, block_size: int) -> int:
@@ -84,3 +96,16 @@ def check_stride(context: int, stride: int, block_size: int, bos: bool) -> None:
         if block_size == context:
             allowed = f"from 1 to {context - bos}"
         raise UserError(f"context {context} with stride {stride} cannot be scored: give {allowed}")
+
+
+def rectangle(
+    rows: Sequence[Sequence[int] | np.ndarray], multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of any length as int64 (B, L), padded with 0 to whole multiples, and which is valid."""
+    longest = max(len(row) for row in rows)
+    found = np.zeros((len(rows), longest + -longest % multiple), dtype=np.int64)
+    valid = np.zeros(found.shape, dtype=bool)
+    for index, row in enumerate(rows):
+        found[index, : len(row)] = row
+        valid[index, : len(row)] = True
+    return torch.from_numpy(found), torch.from_numpy(valid)

@@ -26,6 +26,7 @@ import yaml
 
 from blockdiffusion.errors import SHOWN, WIDEST, UserError, reason, shown
 from blockdiffusion.files.disk import open_regular
+from blockdiffusion.options import with_new_names
 
 T = TypeVar("T")
 MOST_JSON = 2**28  # bytes of a file, or of a line of one
@@ -210,15 +211,6 @@ def json_lines(path: Path, *, finite: bool = True) -> Iterator[dict[str, Any]]:
             continue
 
 
-def ends_cut_short(path: Path) -> bool:
-    """Whether a file of lines ends in the middle of one."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
-
-
 def as_object(value: Any) -> dict[str, Any]:
     """`value`, which is a mapping.
 
@@ -334,6 +326,7 @@ class _UnknownKey(Exception):
 
 def _build(kind: Any, tree: Mapping[str, Any], prefix: str, strict: bool) -> Any:
     known = {item.name: item for item in fields(kind)}
+    tree = with_new_names(kind, tree, prefix)
     for key in tree if strict else ():
         if key not in known:
             raise _UnknownKey(prefix, str(key), list(known))

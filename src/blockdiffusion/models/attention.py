@@ -9,13 +9,18 @@ Three backends compute the same function:
 * `flex`: FlexAttention with a block mask built once per layout. Default on CUDA; it has no
   backward on CPU.
 
-Shape suffixes: B batch, H heads, E head width, T tokens of all streams, Q queries, C a chunk.
+Keys and values may have fewer heads than queries (GQA): each is shared by equally many. Networks
+with soft-capped scores take `dense`, and their own product over the cache.
+
+Shape suffixes: B batch, H heads, J heads of keys and values, E head width, T tokens of all streams,
+Q queries, C a chunk.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,12 +29,14 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from blockdiffusion.errors import UserError, shown
+from blockdiffusion.models.backbone import AttentionSizes
 from blockdiffusion.models.cache import RaggedPlacement
 from blockdiffusion.models.masks import Streams, dense_mask, stream_predicate
 from blockdiffusion.runtime.devices import allow_compilations
 
 Backend = Literal["dense", "chunked", "flex"]
-Built = dict[int, Any]  # what a backend makes of a pass's mask, by the number of queries
+# What a backend makes of a pass's masks, by the number of queries and the layer's window.
+Built = dict[tuple[int, int | None], Any]
 CHUNK = 128  # tokens of a query chunk; measured best between 64 and 256 at L = 1024 on CPU
 
 
@@ -50,32 +57,52 @@ def resolve_backend(name: str | None, device: torch.device) -> Backend:
 
 def attend(
     q_BHQE: torch.Tensor,
-    k_BHTE: torch.Tensor,
-    v_BHTE: torch.Tensor,
+    k_BJTE: torch.Tensor,
+    v_BJTE: torch.Tensor,
     streams: Streams,
     backend: Backend,
     valid_BL: torch.Tensor | None = None,
     built: Built | None = None,
+    sizes: AttentionSizes | None = None,
 ) -> torch.Tensor:
-    """Attention of a training pass (B, H, Q, E), softmax scale 1/sqrt(E).
+    """Attention of a training pass (B, H, Q, E).
 
     The queries are those of all streams, or of the noisy streams only (Q = num_noisy * seq_len).
     `valid_BL` (bool) marks the keys of each stream that exist; padding still sees itself, so that
     no row of the softmax is empty. `built` keeps what a backend makes of the mask: give all layers
-    of a pass the same one, empty at first.
+    of a pass the same one, empty at first. `sizes` gives the scale and the soft cap of the scores;
+    None = 1/sqrt(E), and none.
     """
-    assert k_BHTE.shape[2] == streams.num_tokens
+    assert k_BJTE.shape[2] == streams.num_tokens
     built = {} if built is None else built
+    softcap = None if sizes is None else sizes.softcap
     functions = {
-        "dense": _dense,
+        "dense": partial(_dense, softcap=softcap),
         "chunked": partial(_chunked, built=built),
         "flex": partial(_flex, built=built),
     }
+    backend = backend if softcap is None else "dense"
     with torch.autocast(q_BHQE.device.type, enabled=False):
-        q, k, v = q_BHQE, k_BHTE, v_BHTE
+        q, k, v = scaled(q_BHQE, sizes), k_BJTE, v_BJTE
+        if backend != "flex":
+            k, v = (for_every_head(x, q.shape[1]) for x in (k, v))
         if backend != "chunked":  # which does it itself, and keeps the shorter numbers
             q, k, v = map(lifted, (q, k, v))
         return functions[backend](q, k, v, streams, valid_BL).to(q_BHQE.dtype)
+
+
+def scaled(q: torch.Tensor, sizes: AttentionSizes | None) -> torch.Tensor:
+    """Queries (..., E) whose scores have the network's scale once they are divided by sqrt(E)."""
+    if sizes is None or sizes.scale is None:
+        return q
+    factor = sizes.scale * math.sqrt(q.shape[-1])
+    return q if math.isclose(factor, 1, rel_tol=1e-12) else q * factor
+
+
+def for_every_head(x_BJTE: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Keys or values (B, H, T, E), repeated for the query heads that share them."""
+    shared = num_heads // x_BJTE.shape[1]
+    return x_BJTE if shared == 1 else x_BJTE.repeat_interleave(shared, dim=1)
 
 
 def lifted(x: torch.Tensor) -> torch.Tensor:
@@ -86,16 +113,21 @@ def lifted(x: torch.Tensor) -> torch.Tensor:
 
 def attend_cached(
     q_BHTE: torch.Tensor,
-    k_BHKE: torch.Tensor,
-    v_BHKE: torch.Tensor,
+    k_BJKE: torch.Tensor,
+    v_BJKE: torch.Tensor,
     mask_BTK: torch.Tensor | None,
+    sizes: AttentionSizes | None = None,
 ) -> torch.Tensor:
     """Attention of new tokens over the keys of a cache.
 
     `mask_BTK` is True where a key is visible, or what is added to its score; None = all are.
     """
     mask = None if mask_BTK is None else mask_BTK[:, None]
-    return F.scaled_dot_product_attention(q_BHTE, k_BHKE, v_BHKE, attn_mask=mask)
+    q, shared = scaled(q_BHTE, sizes), q_BHTE.shape[1] != k_BJKE.shape[1]
+    if sizes is not None and sizes.softcap is not None:
+        k, v = (for_every_head(x, q.shape[1]) for x in (k_BJKE, v_BJKE))
+        return _written_softmax(q, k, mask, sizes.softcap) @ v
+    return F.scaled_dot_product_attention(q, k_BJKE, v_BJKE, attn_mask=mask, enable_gqa=shared)
 
 
 class RaggedGroup(NamedTuple):
@@ -145,9 +177,10 @@ def ragged_groups(
 
 def attend_ragged(
     q_1HPE: torch.Tensor,
-    k_BHKE: torch.Tensor,
-    v_BHKE: torch.Tensor,
+    k_BJKE: torch.Tensor,
+    v_BJKE: torch.Tensor,
     groups: Sequence[RaggedGroup],
+    sizes: AttentionSizes | None = None,
 ) -> torch.Tensor:
     """`attend_cached` for rows of different numbers of tokens, one after another; (1, H, P, E)."""
     q_PHE = q_1HPE[0].transpose(0, 1)
@@ -155,45 +188,66 @@ def attend_ragged(
     for group in groups:
         queries_RTHE = q_PHE.new_zeros(*group.mask_RTK.shape[:2], *q_PHE.shape[1:])
         queries_RTHE[group.place_M] = q_PHE[group.index_M]
-        found_RHTE = F.scaled_dot_product_attention(
-            queries_RTHE.transpose(1, 2),
-            k_BHKE[group.rows],
-            v_BHKE[group.rows],
-            attn_mask=group.mask_RTK[:, None],
-        )
+        queries_RHTE = queries_RTHE.transpose(1, 2)
+        keys, values = k_BJKE[group.rows], v_BJKE[group.rows]
+        found_RHTE = attend_cached(queries_RHTE, keys, values, group.mask_RTK, sizes)
         out_PHE[group.index_M] = found_RHTE.transpose(1, 2)[group.place_M]
     return out_PHE.transpose(0, 1)[None]
 
 
+def causal_mask(valid_BT: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """bool (B, T, T): which keys a token of one autoregressive stream sees.
+
+    `valid_BT` (bool) marks the keys that exist. Padding still sees itself, so that no row of the
+    softmax is empty.
+    """
+    index = torch.arange(valid_BT.shape[1], device=valid_BT.device)
+    away_TT = index[:, None] - index
+    near_TT = away_TT >= 0 if window is None else (away_TT >= 0) & (away_TT < window)
+    return (valid_BT[:, None] | (away_TT == 0)) & near_TT
+
+
 def attend_causal(
     q_BHTE: torch.Tensor,
-    k_BHTE: torch.Tensor,
-    v_BHTE: torch.Tensor,
-    valid_BT: torch.Tensor | None = None,
+    k_BJTE: torch.Tensor,
+    v_BJTE: torch.Tensor,
+    mask_BTT: torch.Tensor | None,
+    sizes: AttentionSizes | None = None,
 ) -> torch.Tensor:
-    """Attention of one autoregressive stream; `valid_BT` (bool) marks the keys that exist.
-
-    Padding still sees itself, so that no row of the softmax is empty.
-    """
-    if valid_BT is None:
-        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, is_causal=True)
-    tokens = valid_BT.shape[1]
-    itself_TT = torch.eye(tokens, dtype=torch.bool, device=valid_BT.device)
-    mask_BTT = (valid_BT[:, None] | itself_TT).tril()
-    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=mask_BTT[:, None])
+    """Attention of one autoregressive stream; `mask_BTT` None = each token sees those up to it."""
+    if mask_BTT is None:
+        shared = q_BHTE.shape[1] != k_BJTE.shape[1]
+        q = scaled(q_BHTE, sizes)
+        return F.scaled_dot_product_attention(q, k_BJTE, v_BJTE, is_causal=True, enable_gqa=shared)
+    return attend_cached(q_BHTE, k_BJTE, v_BJTE, mask_BTT, sizes)
 
 
 # --- dense: the oracle -----------------------------------------------------------------------
 
 
-def _dense(q, k, v, streams: Streams, valid_BL: torch.Tensor | None) -> torch.Tensor:
+def _dense(
+    q, k, v, streams: Streams, valid_BL: torch.Tensor | None, softcap: float | None = None
+) -> torch.Tensor:
     visible = dense_mask(streams, q.device)[: q.shape[2]]
     if valid_BL is not None:
         copies = streams.num_noisy + streams.has_clean
         itself = torch.eye(streams.num_tokens, dtype=torch.bool, device=q.device)[: q.shape[2]]
         visible = visible & (valid_BL.repeat(1, copies)[:, None, None] | itself)
+    return _written_softmax(q, k, visible, softcap) @ v
+
+
+def _written_softmax(
+    q, k, visible: torch.Tensor | None, softcap: float | None = None
+) -> torch.Tensor:
+    """Attention's weights; `visible` is True where a key is seen, or what is added to its score."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if visible is None:
+        return scores.softmax(-1)
+    if visible.dtype == torch.bool:
+        return scores.masked_fill(~visible, -math.inf).softmax(-1)
+    return (scores + visible).softmax(-1)
 
 
 # --- chunked: exact, without most of the scores that the mask would throw away -----------------
@@ -242,15 +296,15 @@ class Part(NamedTuple):
 def _chunked(
     q, k, v, streams: Streams, valid_BL: torch.Tensor | None, built: Built
 ) -> torch.Tensor:
-    queries = q.shape[2]
-    if queries not in built:
+    kind = (q.shape[2], streams.window)
+    if kind not in built:
         parts = [_own_blocks(streams, valid_BL)]
         if streams.has_clean:
             parts += _chunks(streams, valid_BL, q.device, is_noisy=True)
-        if queries > streams.num_noisy * streams.seq_len:
+        if q.shape[2] > streams.num_noisy * streams.seq_len:
             parts += _chunks(streams, valid_BL, q.device, is_noisy=False)
-        built[queries] = parts
-    out = _InParts.apply(q, k, v, built[queries])
+        built[kind] = parts
+    out = _InParts.apply(q, k, v, built[kind])
     assert isinstance(out, torch.Tensor)
     return out
 
@@ -262,11 +316,14 @@ def _own_blocks(streams: Streams, valid_BL: torch.Tensor | None) -> Part:
     def blocks(x_BHT: torch.Tensor) -> torch.Tensor:
         return x_BHT[:, :, :noisy].unflatten(2, (-1, size)).transpose(1, 2)
 
-    if valid_BL is None:
-        return Part(blocks, blocks, merged=0)
-    valid = valid_BL.repeat(1, streams.num_noisy).view(-1, 1, 1, size)
-    itself = torch.eye(size, dtype=torch.bool, device=valid.device)
-    return Part(blocks, blocks, merged=0, mask=valid | itself)
+    mask = None
+    if streams.window is not None and streams.window < size:
+        mask = stream_predicate(streams, *_grid(0, size, 0, size))
+    if valid_BL is not None:
+        valid = valid_BL.repeat(1, streams.num_noisy).view(-1, 1, 1, size)
+        valid = valid | torch.eye(size, dtype=torch.bool, device=valid.device)
+        mask = valid if mask is None else valid & mask.to(valid.device)
+    return Part(blocks, blocks, merged=0, mask=mask)
 
 
 def _chunks(
@@ -289,12 +346,13 @@ def _chunks(
         number = stop - size * is_noisy  # nothing noisy sees the chunk's last clean block
         if not number:
             continue
-        free, mask = start, _chunk_mask(streams, start, stop, number, is_noisy, device)
+        free = start if streams.window is None else 0
+        mask = _chunk_mask(streams, start, stop, free, number, is_noisy, device)
         if valid_BL is not None:  # and no query sees padding, except clean padding itself
             valid = valid_BL[:, None, :number].expand(-1, stop - start, -1)
             index = torch.arange(number, device=device)
             valid = valid if is_noisy else valid | (index[start:stop, None] == index)
-            free, mask = 0, (valid & F.pad(mask, (start, 0), value=True))[:, None]
+            free, mask = 0, (valid & F.pad(mask, (free, 0), value=True))[:, None]
         mask = torch.cat([mask] * copies, dim=-2)
         parts.append(Part(partial(queries, start, stop), partial(keys, number), 2, free, mask))
     return parts
@@ -302,15 +360,30 @@ def _chunks(
 
 @lru_cache(maxsize=1024)
 def _chunk_mask(
-    streams: Streams, start: int, stop: int, number: int, is_noisy: bool, device: torch.device
+    streams: Streams,
+    start: int,
+    stop: int,
+    first: int,
+    number: int,
+    is_noisy: bool,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Which clean keys in [start, number) the queries at [start, stop) see; earlier ones they do,
+    """Which clean keys in [first, number) the queries at [start, stop) see; earlier ones they do,
     and later ones not."""
-    length, size = streams.seq_len, streams.block_size
-    one = Streams(length, size, 1, True, streams.clean_attention)
-    query = torch.arange(start, stop, device=device) + (0 if is_noisy else length)
-    key = torch.arange(start, number, device=device) + length
-    return stream_predicate(one, query[:, None], key)
+    one = replace(streams, num_noisy=1, has_clean=True)
+    shift = 0 if is_noisy else streams.seq_len
+    query, key = _grid(start + shift, stop + shift, first, number, device)
+    return stream_predicate(one, query, key + streams.seq_len)
+
+
+def _grid(
+    start: int, stop: int, first: int, end: int, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [start, stop) as a column and keys [first, end) as a row."""
+    return (
+        torch.arange(start, stop, device=device)[:, None],
+        torch.arange(first, end, device=device),
+    )
 
 
 class _InParts(torch.autograd.Function):
@@ -433,10 +506,10 @@ def _flex(q, k, v, streams: Streams, valid_BL: torch.Tensor | None, built: Built
     queries = q.shape[2]
     if valid_BL is None:
         block_mask = _flex_block_mask(streams, queries, q.device)
-    elif queries in built:
-        block_mask = built[queries]
+    elif (queries, streams.window) in built:
+        block_mask = built[queries, streams.window]
     else:
-        block_mask = built[queries] = create_block_mask(
+        block_mask = built[queries, streams.window] = create_block_mask(
             partial(_padded_mask_mod, streams, valid_BL),
             q.shape[0],
             None,
@@ -445,4 +518,4 @@ def _flex(q, k, v, streams: Streams, valid_BL: torch.Tensor | None, built: Built
             device=q.device,
         )
     function = _compiled_flex() if q.device.type == "cuda" else flex_attention
-    return function(q, k, v, block_mask=block_mask)
+    return function(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])

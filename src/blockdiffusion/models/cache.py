@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from blockdiffusion.models.cuda_graphs import Recorder
 
@@ -44,7 +45,7 @@ class RaggedPlacement(NamedTuple):
 
 
 class BlockCache:
-    """Keys and values (batch, heads, capacity, head width) of every layer.
+    """Keys and values (batch, heads of them, capacity, head width) of every layer.
 
     All rows are in use, unless the cache is emptied with `clear`: then rows come and go with
     `open_row` and `close_row`, and B below is how many there are at the moment.
@@ -53,26 +54,35 @@ class BlockCache:
         lengths_B: committed tokens of every row, int64 on the CPU.
         capacity: tokens a row can hold at a time.
         recorder: of passes over this storage; None = each pass starts its own kernels.
+        start_id: for networks that read each token one position later: what stands before the
+            first token. None = they do not.
     """
 
     def __init__(
         self,
         num_layers: int,
         batch: int,
-        num_heads: int,
+        num_kv_heads: int,
         head_width: int,
         capacity: int,
         *,
         dtype: torch.dtype,
         device: torch.device,
         recorder: Recorder | None = None,
+        start_id: int | None = None,
     ):
-        shape = (batch, num_heads, capacity, head_width)
+        shape = (batch, num_kv_heads, capacity, head_width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.lengths_B = torch.zeros(batch, dtype=torch.long)
         self.capacity = capacity
         self.recorder = recorder
+        self.start_id = start_id
+        self._last_B: torch.Tensor | None = None  # the last committed token of every row
+        if start_id is not None:
+            self._last_B = torch.full((batch,), start_id, device=device)
+        self._passed = torch.zeros(0, device=device)  # the tokens of the last pass, rows in turn
+        self._firsts_B = torch.zeros(0)  # where a row's begin
 
     @property
     def uniform(self) -> bool:
@@ -135,6 +145,27 @@ class BlockCache:
         values[place.rows_P, :, place.slots_P] = v_PHE
         return keys[:, :, : place.used], values[:, :, : place.used]
 
+    def delayed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """What the network reads in a pass over the next tokens of every row: those tokens, or
+        with `start_id` the ones before them."""
+        if self._last_B is None:
+            return ids_BT
+        tokens_B = torch.full((len(ids_BT),), ids_BT.shape[1])
+        return self.delayed_ragged(ids_BT.flatten(), tokens_B).view_as(ids_BT)
+
+    def delayed_ragged(self, ids_P: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
+        """`delayed` for rows of different numbers of tokens, one after another."""
+        if self._last_B is None:
+            return ids_P
+        rows = len(self.lengths_B)
+        self._passed, self._firsts_B = ids_P, tokens_B.cumsum(0) - tokens_B
+        has_some_B = tokens_B > 0
+        before_P = F.pad(ids_P[:-1], (1, 0))
+        before_P[self._firsts_B[has_some_B].to(ids_P.device)] = self._last_B[:rows][
+            has_some_B.to(ids_P.device)
+        ]
+        return before_P
+
     def positions(self, num_tokens_B: int | torch.Tensor) -> torch.Tensor:
         """Position held by every used slot, (B, used); -1 where a row's slot is empty.
 
@@ -146,6 +177,11 @@ class BlockCache:
 
     def commit(self, num_tokens_B: torch.Tensor | int) -> None:
         """Makes the first `num_tokens_B` of the tokens just written part of the cache."""
+        if self._last_B is not None:
+            end_B = self._firsts_B + num_tokens_B
+            some_B = (end_B > self._firsts_B).nonzero().flatten()
+            last_M = self._passed[(end_B[some_B] - 1).to(self._passed.device)]
+            self._last_B[some_B.to(last_M.device)] = last_M
         self.lengths_B = self.lengths_B + num_tokens_B
 
     def clear(self) -> None:
@@ -156,6 +192,8 @@ class BlockCache:
         """Takes an empty row, the last, into use; returns its index."""
         rows = len(self.lengths_B)
         assert rows < len(self.keys[0]), "the cache has no row left"
+        if self._last_B is not None and self.start_id is not None:
+            self._last_B[rows] = self.start_id
         self.lengths_B = torch.cat([self.lengths_B, torch.zeros(1, dtype=torch.long)])
         return rows
 
@@ -167,6 +205,8 @@ class BlockCache:
             for stored in (*self.keys, *self.values):
                 stored[row, :, :held] = stored[last, :, :held]
             self.lengths_B[row] = self.lengths_B[last]
+            if self._last_B is not None:
+                self._last_B[row] = self._last_B[last]
         self.lengths_B = self.lengths_B[:last]
 
     def keep(self, rows: torch.Tensor) -> None:
@@ -174,6 +214,8 @@ class BlockCache:
         self.keys = [x[rows.to(x.device)] for x in self.keys]
         self.values = [x[rows.to(x.device)] for x in self.values]
         self.lengths_B = self.lengths_B[rows]
+        if self._last_B is not None:
+            self._last_B = self._last_B[rows.to(self._last_B.device)]
         if self.recorder is not None:
             self.recorder.forget()
 

@@ -18,7 +18,7 @@ import copy
 import platform
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.models.backbone import ALL, Outputs
+from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.models.fused import gelu
 from blockdiffusion.models.transformer import (
-    ALL,
     NORM_EPS,
-    BlockDiffusionModel,
-    Kept,
+    DiT,
     Layer,
     Linear,
     LinearGelu,
@@ -40,12 +40,13 @@ from blockdiffusion.models.transformer import (
     TimeEmbedding,
     attended,
     split_heads,
-    take,
 )
+
+AnyModel = TypeVar("AnyModel", bound=BlockDiffusion)
 
 
 @torch.no_grad()
-def sampling_copy(model: BlockDiffusionModel, *, int8: bool = False) -> BlockDiffusionModel:
+def sampling_copy(model: AnyModel, *, int8: bool = False) -> AnyModel:
     """The copy; the embedding is shared with `model`.
 
     Args:
@@ -57,13 +58,16 @@ def sampling_copy(model: BlockDiffusionModel, *, int8: bool = False) -> BlockDif
     """
     if int8:
         _check_int8(model)
-    made = _folded(model) if not model.config.time_conditioning else _deep_copy(model)
+    backbone = model.backbone
+    folds = isinstance(backbone, DiT) and not model.config.time_conditioning
+    made = _folded(backbone) if folds else copy.deepcopy(backbone)
     if int8:
         _replace(made, Int8Linear)
     elif _packs(model):
         _replace(made, PackedLinear)
-    made.records_passes = model.device.type == "cuda"
-    return made.eval()
+    sampling = model.with_backbone(made.eval())
+    sampling.records_passes = model.device.type == "cuda"
+    return sampling.eval()
 
 
 class FoldedLayer(nn.Module):
@@ -87,11 +91,11 @@ class FoldedLayer(nn.Module):
         cond: torch.Tensor | None,
         rotary: Rotary,
         read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-        kept: Kept = ALL,
+        outputs: Outputs = ALL,
     ) -> torch.Tensor:
         """See `Layer`; `cond` is in the weights."""
         qkv = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)
-        x_BTD = _plus(take(x_BTD, kept), self.attn_out, attended(qkv, read, kept))
+        x_BTD = _plus(outputs.take(x_BTD), self.attn_out, attended(qkv, read, outputs))
         return _plus(x_BTD, self.mlp_out, self.mlp_in(_normed(x_BTD)))
 
 
@@ -136,7 +140,15 @@ class Int8Linear(nn.Module):
         self.has_gelu = isinstance(linear, LinearGelu)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        out = torch.ops.quantized.linear_dynamic(input, self.packed, True)
+        try:
+            out = torch.ops.quantized.linear_dynamic(input, self.packed, True)
+        except RuntimeError:
+            if bool(input.isfinite().all()):
+                raise
+            raise UserError(
+                "the network's numbers are not finite (nan or infinity), so they cannot be "
+                "rounded to 8 bits: its weights have diverged; take an earlier checkpoint"
+            ) from None
         return gelu(out) if self.has_gelu else out
 
 
@@ -149,31 +161,24 @@ def _normed(x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
-def _folded(model: BlockDiffusionModel) -> BlockDiffusionModel:
-    made = copy.copy(model)  # shares what is not replaced
-    made._modules = dict(model._modules)
-    made.config = copy.deepcopy(model.config)
+def _folded(network: DiT) -> DiT:
+    made = copy.copy(network)  # shares what is not replaced
+    made._modules = dict(network._modules)
+    made.config = copy.deepcopy(network.config)
     made.config.adaln = False
-    cond = None if model.time is None else model.time(torch.zeros(1, 1, device=model.device))
-    made.layers = nn.ModuleList(FoldedLayer(layer, cond) for layer in model.layers)  # type: ignore
+    cond = None if network.time is None else network.time(torch.zeros(1, 1, device=network.device))
+    made.layers = nn.ModuleList(FoldedLayer(layer, cond) for layer in network.layers)  # type: ignore
     shift, scale = (
-        (torch.zeros((), device=model.device),) * 2
-        if model.final_modulation is None
-        else (m.flatten() for m in model.final_modulation(cond))
+        (torch.zeros((), device=network.device),) * 2
+        if network.final_modulation is None
+        else (m.flatten() for m in network.final_modulation(cond))
     )
     made.output = _behind_norm(
-        model.output, model.final_norm.weight * (1 + scale.double()), shift.double()
+        network.output, network.final_norm.weight * (1 + scale.double()), shift.double()
     )
-    made.final_norm = copy.deepcopy(model.final_norm)
+    made.final_norm = copy.deepcopy(network.final_norm)
     nn.init.ones_(made.final_norm.weight)
     made.time = made.final_modulation = None
-    return made
-
-
-def _deep_copy(model: BlockDiffusionModel) -> BlockDiffusionModel:
-    tokenizer, model.tokenizer = model.tokenizer, None
-    made = copy.deepcopy(model)
-    made.tokenizer = model.tokenizer = tokenizer
     return made
 
 
@@ -214,7 +219,7 @@ def _replace(module: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
             _replace(child, kind)
 
 
-def _packs(model: BlockDiffusionModel) -> bool:
+def _packs(model: BlockDiffusion) -> bool:
     """Whether oneDNN multiplies what this network holds, where it is."""
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
@@ -223,7 +228,7 @@ def _packs(model: BlockDiffusionModel) -> bool:
     return model.dtype == torch.float32
 
 
-def _check_int8(model: BlockDiffusionModel) -> None:
+def _check_int8(model: BlockDiffusion) -> None:
     if model.device.type != "cpu":
         raise UserError(
             f"int8 is for CPUs, and this network is on {model.device.type}; leave the type as it is"

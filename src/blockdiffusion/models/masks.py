@@ -14,11 +14,10 @@ picture in the documentation) is derived from these predicates.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-CleanAttention = Literal["block", "causal"]
+from blockdiffusion.diffusion.config import CleanAttention
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Streams:
 
     `clean_attention="causal"` makes the clean stream token-causal instead of block-causal.
     `has_clean=False` leaves the clean stream out, which is enough when one block is the whole
-    sequence (nothing could see it).
+    sequence (nothing could see it). With `window` = W a query sees keys less than W positions away.
     """
 
     seq_len: int
@@ -35,6 +34,7 @@ class Streams:
     num_noisy: int = 1
     has_clean: bool = True
     clean_attention: CleanAttention = "block"
+    window: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -56,7 +56,10 @@ def stream_predicate(streams: Streams, q: torch.Tensor, kv: torch.Tensor) -> tor
         clean_causal = q_clean & kv_clean & (kv_position <= q_position)
     else:
         clean_causal = q_clean & kv_clean & (kv_block <= q_block)
-    return block_diagonal | offset_block_causal | clean_causal
+    seen = block_diagonal | offset_block_causal | clean_causal
+    if streams.window is not None:
+        seen = seen & (q_position - kv_position < streams.window)
+    return seen
 
 
 def dense_mask(streams: Streams, device: torch.device | str | None = None) -> torch.Tensor:
@@ -73,11 +76,13 @@ def decode_predicate(
     block_size: int,
     window: int | None = None,
     clean_attention: CleanAttention = "block",
+    layer_window: int | None = None,
 ) -> torch.Tensor:
     """The same rule while sampling, where a position exists once (broadcast over all arguments).
 
     The keys are clean blocks and, last, the block being denoised; a key of position -1 is an empty
-    slot. With `window` = W a query sees the last W tokens, its own block included.
+    slot. With `window` = W a query sees the last W tokens, its own block included; with
+    `layer_window` = W keys less than W positions away, as in `Streams`.
     """
     q_block, kv_block = q_position // block_size, kv_position // block_size
     seen = kv_block <= q_block
@@ -85,4 +90,6 @@ def decode_predicate(
         seen = torch.where(q_clean, kv_position <= q_position, seen)
     if window is not None:
         seen = seen & (kv_position >= (q_block + 1) * block_size - window)
+    if layer_window is not None:
+        seen = seen & (q_position - kv_position < layer_window)
     return seen & (kv_position >= 0)

@@ -13,7 +13,8 @@ from typing import Any
 
 from blockdiffusion.files.records import Damaged, build
 from blockdiffusion.reports import pictures
-from blockdiffusion.reports.markup import duration, missing, perplexity_of, script_json
+from blockdiffusion.reports.markup import missing, perplexity_of, script_json
+from blockdiffusion.reports.numbers import duration
 from blockdiffusion.train.loggers import read_metrics as read_lines
 
 MOST_POINTS = 900  # of a curve in the page: more would only make the file larger

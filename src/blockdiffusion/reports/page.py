@@ -27,13 +27,8 @@ from blockdiffusion.reports.curves import (
     read_metrics,
     search_section,
 )
-from blockdiffusion.reports.markup import (
-    count,
-    duration,
-    missing,
-    perplexity_of,
-    two_digits,
-)
+from blockdiffusion.reports.markup import missing, perplexity_of
+from blockdiffusion.reports.numbers import count, duration, two_digits
 from blockdiffusion.reports.trace import Trace, TraceStep, trace_section
 
 if TYPE_CHECKING:

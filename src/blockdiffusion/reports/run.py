@@ -28,9 +28,10 @@ from blockdiffusion.reports.page import (
 )
 from blockdiffusion.reports.trace import Trace, trace_of_events
 from blockdiffusion.runtime.seeding import generator
+from blockdiffusion.runtime.versions import versions
 from blockdiffusion.sampling import Finished, stream
 from blockdiffusion.sampling.choosing import make_sampler
-from blockdiffusion.train.checkpoint import latest, read_state, versions
+from blockdiffusion.train.checkpoint import latest, read_state
 
 EVALUATION = "eval.json"
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from blockdiffusion.diffusion.denoiser import Denoiser, NextTokenModel
-from blockdiffusion.errors import UserError
+from blockdiffusion.errors import UserError, counted
 from blockdiffusion.runtime.hardware import check_memory
 from blockdiffusion.sampling.context import Context, make_context
 from blockdiffusion.sampling.events import BlockDone, Event, TokensRevealed, finished
@@ -222,11 +222,12 @@ def check_room(
 ) -> None:
     """Refuses rows that do not fit into memory together: their ids, their keys and values (at two
     bytes a number) and the logits of a block."""
-    config = model.config
+    config, sizes = model.config, model.backbone.attention
     held = tokens if window is None else min(tokens, window + config.block_size)
-    cached = 4 * getattr(config, "num_layers", 0) * getattr(config, "width", 0)
+    cached = 4 * sizes.num_layers * sizes.num_kv_heads * sizes.head_width
     needed = rows * (8.0 * tokens + cached * held + 4.0 * config.block_size * config.vocab_size)
-    check_memory(needed, f"sampling {rows:,} rows of {tokens:,} tokens", lower, model.device)
+    what = f"sampling {counted(rows, 'row')} of {counted(tokens, 'token')}"
+    check_memory(needed, what, lower, model.device)
 
 
 def check_request(

@@ -8,29 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import check_limits
+from blockdiffusion.options import Renamed, changed, option
 
 TopPRule = Literal["transformers", "authors"]
 TEMPERATURES = (1e-3, 1e3)  # beyond them quotients of logits overflow, or nothing is left of them
 SETTINGS = ("steps", "schedule", "tokens_per_step", "threshold", "remask")  # of named samplers
 SAMPLERS = "first-hitting ancestral random confidence margin entropy remask analytic"
 SCHEDULES = "linear cosine square sqrt log"
-
-
-def option(default: Any, help: str, choices: str = "", flags: str = "", was: str = "") -> Any:
-    """A field that is an option.
-
-    Args:
-        choices: the values it may have, where these are words.
-        flags: its name on the command line, where that is not the field's.
-        was: its name in the version before, which is still read.
-    """
-    about = dict(help=help, choices=choices, flags=flags, was=was)
-    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,19 +123,11 @@ def as_params(params: SamplingParams | None = None, **options: Any) -> SamplingP
         UserError: an option that there is not, or a value out of range.
     """
     if isinstance(params, int):
-        warnings.warn("give num_samples by name", DeprecationWarning, stacklevel=3)
+        warnings.warn("give num_samples by name", Renamed, stacklevel=3)
         params, options = None, {"num_samples": params} | options
     if not isinstance(params, SamplingParams | None):
         raise UserError(f"params is {shown(params)}; give SamplingParams, or options by name")
-    for name, item in FIELDS.items():
-        if item.metadata["was"] in options:
-            message = f"{item.metadata['was']} is now {name}"
-            warnings.warn(message, DeprecationWarning, stacklevel=3)
-            options[name] = options.pop(item.metadata["was"])
-    for name in options:
-        if name not in FIELDS:
-            raise UserError(f"{shown(name)} is no option; there are {', '.join(FIELDS)}")
-    return replace(params or SamplingParams(), **options)
+    return changed(params or SamplingParams(), options)
 
 
 def _either(names: Sequence[str]) -> str:

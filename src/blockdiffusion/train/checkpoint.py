@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -29,7 +28,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import blockdiffusion
 from blockdiffusion.checkpoints.card import Card, check_evaluation, write_card
 from blockdiffusion.checkpoints.formats import write_model
 from blockdiffusion.errors import UserError, shown
@@ -52,6 +50,7 @@ from blockdiffusion.files.records import (
     read_bytes,
 )
 from blockdiffusion.limits import check_limits
+from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.runtime.distributed import ALONE, Team, is_sharded
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
@@ -97,17 +96,6 @@ class TrainState:
     """The last evaluation: its step, what it measured and how; None: there was none yet."""
     processes: int = 1
     """How many trained together; with another number sums round differently."""
-
-
-def versions() -> dict[str, str]:
-    """The versions that a checkpoint records."""
-    from importlib.metadata import version
-
-    found = {"blockdiffusion": blockdiffusion.__version__, "python": platform.python_version()}
-    found["torch"] = str(torch.__version__)
-    for package in ("transformers", "safetensors", "numpy"):
-        found[package] = version(package)
-    return found
 
 
 # --- The run directory ----------------------------------------------------------------------------
@@ -211,7 +199,7 @@ def remove_old(out: Path, keep: int) -> None:
 
 
 def export_model(
-    out: Path, model: nn.Module, tokenizer: Path | None, card: Card | None = None
+    out: Path, model: BlockDiffusionModel, tokenizer: Path | None, card: Card | None = None
 ) -> None:
     """Writes the weights of `model`, the tokenizer's files and the model card to `out`/model/.
 
@@ -226,9 +214,9 @@ def export_model(
         partial.mkdir()
         for path in [] if tokenizer is None else tokenizer.iterdir():
             shutil.copyfile(path, partial / path.name)  # without its permissions
-        sums = write_model(model, partial)  # type: ignore[arg-type]
+        sums = write_model(model, partial)
         if card is not None:
-            write_card(partial, model.config, card)  # type: ignore
+            write_card(partial, model.full_config(), card)
         write_sums(partial, sums_of(partial, sums))
         publish_directory(partial, final)
 
@@ -298,11 +286,15 @@ def load(
         for name, parameter in parameters.items():
             weights.read_into(parameter, name)
             averages.read_into(average.average[name], name)
+            given = [key for key in kept[name] if f"{name}.{key}" in moments]
+            if given and len(given) < len(kept[name]):
+                raise damaged(checkpoint / OPTIMIZER, f"it has only a part of {name}'s moments")
             optimizer.state[parameter] = {
                 key: moments.read_into(_like_moment(parameter, key), f"{name}.{key}")
-                for key in kept[name]
-                if f"{name}.{key}" in moments
+                for key in given
             }
+    if state.step and not any(optimizer.state[p] for p in parameters.values()):
+        raise damaged(checkpoint / OPTIMIZER, f"it has no moments, after {state.step} steps")
     return state
 
 

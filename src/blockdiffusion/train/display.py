@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from blockdiffusion.escape import for_stream, terminal
+from blockdiffusion.reports.numbers import clock, scaled
 from blockdiffusion.train.loggers import Logger
 
 SMOOTHING = 0.95  # of the loss that is shown; the true one is in metrics.jsonl
@@ -140,15 +141,15 @@ class LiveDisplay:
 
     def _parts(self, task: Task) -> tuple[str, list[_Part]]:
         """The step, and what stands behind the bar, in its order."""
-        left = task.time_remaining
+        left, plain = task.time_remaining, self._console.options.ascii_only
         loss = f"{self._curve.value:.3f}" if self._curve.seen else "-"
         parts = [
             _Part(Text(f"loss {loss}", style="cyan")),
-            _Part(Text(self._curve.spark(), style="dim"), rank=6),
+            _Part(Text("" if plain else self._curve.spark(), style="dim"), rank=6),
             _Part(Text(self._bound, style="green")),
             _Part(Text(self._exact, style="green"), rank=1),
             _Part(Text(self._clip, style="magenta"), rank=2),
-            _Part(Text(f"{'-:--:--' if left is None else _clock(left)} left", style="blue")),
+            _Part(Text(f"{'-:--:--' if left is None else clock(left)} left", style="blue")),
             _Part(Text(self._speed)),
             *(_Part(Text(text), rank) for rank, text in enumerate(self._rest, 3)),
         ]  # fmt: skip
@@ -202,7 +203,7 @@ class PlainDisplay:
                     f"step {step}/{self._steps}  loss {self._curve.value:.4f}",
                     f"lr {values['lr']:.2e}  {values['tokens_per_second']:,.0f} tokens/s",
                     *_rate(values),
-                    f"{_clock(left)} left",
+                    f"{clock(left)} left",
                 ]
                 self._line("  ".join(parts))
         for line in _sentences(step, values):
@@ -250,16 +251,9 @@ def _rate(values: Mapping[str, Any]) -> list[str]:
     """FLOP/s, and the share of the device's peak where that is known."""
     if "tflops_per_second" not in values:
         return []
-    tflops, share = values["tflops_per_second"], values.get("peak_share")
-    rate = f"{tflops:.3g} TFLOP/s" if tflops >= 1 else f"{1e3 * tflops:.3g} GFLOP/s"
+    rate, share = scaled(1e12 * values["tflops_per_second"], "FLOP/s"), values.get("peak_share")
     return [rate if share is None else f"{rate} ({share:.0%})"]
 
 
 def _clip(ends: Sequence[float]) -> str:
     return f"{ends[0]:g}-{ends[1]:g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

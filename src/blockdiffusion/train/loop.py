@@ -37,6 +37,7 @@ from blockdiffusion.files.disk import written_aside
 from blockdiffusion.runtime.devices import keep_freed_memory, select_device
 from blockdiffusion.runtime.distributed import ALONE, Team, current, local
 from blockdiffusion.runtime.seeding import generator, seed_global
+from blockdiffusion.runtime.versions import versions
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
 from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
@@ -150,13 +151,14 @@ def train(
         torch.set_num_threads(options.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    model.to(device)  # type: ignore  # transformers wraps it without types
+    model.to(device)
+    network = model.backbone
     spread = spread_over(model, team, options.parallel)
-    model.activation_checkpointing = options.activation_checkpointing
+    network.activation_checkpointing = options.activation_checkpointing
     if options.compile and device.type == "cuda":
-        model.compile_layers()
-    optimizer = make_optimizer(model, optim)
-    average = MovingAverage(model, optim.ema_decay)
+        network.compile_layers()
+    optimizer = make_optimizer(network, optim)
+    average = MovingAverage(network, optim.ema_decay)
     order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16")
 
@@ -175,12 +177,12 @@ def train(
         data=data_fingerprint(rows.manifest),
         threads=torch.get_num_threads(),
         device=str(device),
-        versions=checkpoints.versions(),
+        versions=versions(),
         processes=team.size,
     )
     note = None
     if newest is not None:
-        state, note = _restore(newest, state, options.steps, model, average, optimizer)
+        state, note = _restore(newest, state, options.steps, network, average, optimizer)
     clip = objective.clip if state.clip is None else state.clip
     estimator, estimator_note = None, None  # the next-token loss has none
     if not is_autoregressive(model):
@@ -280,7 +282,7 @@ def train(
             interrupt = stop.seen()
             if interrupt or step % checkpoint.every == 0 or step == options.steps:
                 keep = checkpoint.keep
-                checkpoints.save(out, state, model, average, optimizer, keep=keep, team=team)
+                checkpoints.save(out, state, network, average, optimizer, keep=keep, team=team)
                 export(state)
             if interrupt:
                 raise Interrupted(interrupt, _farewell(interrupt, state, out, resume_command))
@@ -345,15 +347,16 @@ def _use_average(
 
 
 def _check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: ObjectiveOptions) -> None:
+    config = model.full_config()
     for name, value in objective.of_network.items():
-        of_model = getattr(model.config, name)
+        of_model = getattr(config, name)
         if of_model != value:
             raise UserError(
                 f"objective.name is {objective.name}, but the network's {name} is {of_model}, not "
                 f"{value}; build the model for the objective"
             )
     for name in ("seq_len", "vocab_size", "mask_id"):
-        of_model, of_data = getattr(model.config, name), getattr(rows.manifest, name)
+        of_model, of_data = getattr(config, name), getattr(rows.manifest, name)
         if of_model != of_data:
             raise UserError(
                 f"the model's {name} is {of_model}, but the data's is {of_data}; "
@@ -539,7 +542,9 @@ def _first_not_finite(
             rows = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
             where = f"micro-batch {number + 1} of {len(passes) * spread.team.size} (rows {rows})"
             return number, f"the loss is {loss} in {where}"
-    for place, (name, parameter) in enumerate(spread.model.named_parameters(), len(indices)):
+    for place, (name, parameter) in enumerate(
+        spread.model.backbone.named_parameters(), len(indices)
+    ):
         if parameter.grad is not None and not local(parameter.grad).isfinite().all():
             return place, f"the loss is {total:.4g} but the gradient of {name} is not finite"
     return sys.maxsize, f"the loss is {total:.4g} but the norm of the gradient overflows"

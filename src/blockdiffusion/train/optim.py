@@ -82,20 +82,16 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
             return options.lr * (1 - progress)
 
 
-def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
-    """The optimizer of the trainable parameters: AdamW in two groups, matrices (decayed) and
-    vectors (not); with `muon` the hidden matrices are Muon's, also where they are in shards.
+def make_optimizer(network: Any, options: OptimOptions) -> torch.optim.Optimizer:
+    """The optimizer of a network's trainable parameters: AdamW in two groups, matrices (decayed)
+    and vectors (not); with `muon` the hidden matrices are Muon's, also where they are in shards.
 
     AdamW's fused kernel is used everywhere: on CPUs too it is several times faster than the others.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hidden = [
-        p
-        for name, p in trainable.items()
-        if options.name == "muon" and is_hidden_matrix(name, p.ndim)
-    ]
-    of_muon = set(map(id, hidden))
-    others = [p for p in trainable.values() if id(p) not in of_muon]
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    of_muon = {id(p) for p in network.hidden_matrices()} if options.name == "muon" else set()
+    hidden = [p for p in trainable if id(p) in of_muon]
+    others = [p for p in trainable if id(p) not in of_muon]
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
@@ -118,15 +114,6 @@ def make_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optim
         adjust_lr_fn="match_rms_adamw",
     )
     return Together(muon, adamw)
-
-
-def is_hidden_matrix(name: str, ndim: int) -> bool:
-    """Whether Muon takes a parameter: the matrices of a layer's attention and MLP.
-
-    Not embedding and output, whose rows are tokens, and not the modulations: without time they are
-    one vector in the clothes of a matrix, with gradients of rank 1.
-    """
-    return ndim == 2 and name.startswith("layers.") and "modulation" not in name
 
 
 def optimizer_state_keys(

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.estimate.flops import Network
+from blockdiffusion.evaluate.options import MC_SAMPLES, LikelihoodOptions
 from blockdiffusion.files.records import Typed, build, of_file, read_yaml
 from blockdiffusion.limits import check_limits
+from blockdiffusion.options import option
 from blockdiffusion.runtime.hardware import check_memory
 from blockdiffusion.train.checkpoint import CheckpointOptions
 from blockdiffusion.train.loggers import LogOptions
@@ -66,22 +68,16 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalOptions:
+class EvalOptions(LikelihoodOptions):
     """The validation bound during training."""
 
+    PREFIX: ClassVar[str] = "eval."
+
+    mc_samples: int = option(4, MC_SAMPLES, was="samples")
     every: int | None = 1000
     """Steps between two evaluations; null: never. The last step is always evaluated otherwise."""
     rows: int | None = 256
     """Validation rows that are scored, the first ones; null: all."""
-    estimator: str = "auto"
-    """As in `blockdiff eval`: auto, count, complement, bernoulli, exact, ..."""
-    samples: int = 4
-    """Independent draws of the masks; auto enumerates where that takes no more copies."""
-    orders: int = 8
-    """K of the K-order bound, for the estimator orders."""
-
-    def __post_init__(self) -> None:
-        check_limits(self, "eval.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

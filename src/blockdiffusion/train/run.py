@@ -160,7 +160,7 @@ def _evaluation(
 
     if "valid" not in manifest.splits:
         raise UserError(f"{data} has no validation rows; set eval.every=null to train without")
-    choose_estimator(recipe.eval.estimator, network)  # now, not at the first evaluation
+    choose_estimator(recipe.eval, network)  # now, not at the first evaluation
     rows = TokenRows(data, "valid")
     batch = rows.rows(np.arange(min(rows.num_rows, recipe.eval.rows or rows.num_rows)))
 
@@ -168,9 +168,7 @@ def _evaluation(
         result = likelihood(
             model,
             batch.ids_BL,
-            estimator=recipe.eval.estimator,
-            samples=recipe.eval.samples,
-            orders=recipe.eval.orders,
+            recipe.eval,
             valid=batch.valid_BL,
             generator=generator(recipe.train.seed, "evaluate"),
             team=team,

@@ -31,7 +31,7 @@ class Speed:
         row_bos: bool,
         processes: int = 1,
     ):
-        self.network, self.options, self.row_bos = Network.of(model.config), options, row_bos
+        self.network, self.options, self.row_bos = Network.of(model.full_config()), options, row_bos
         self.attention: Any = "causal"
         if not self.network.autoregressive:
             self.attention = resolve_backend(model.attention_backend, device)

@@ -87,8 +87,8 @@ class Shards(Spread):
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(model.device.type, (team.size,))
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh)
+        for unit in model.backbone.units():
+            fully_shard(unit, mesh=mesh)
         self._loss: Any = fully_shard(_Loss(model), mesh=mesh)
 
     def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
@@ -110,12 +110,10 @@ class Shards(Spread):
         """See `Spread`. A copy of the network for as long as it is needed, put together once: then
         the processes can run it each as often as they like."""
         model = self.model
-        with torch.device("meta"):
-            copy = type(model)(model.config)  # type: ignore[bad-argument-type]
-        tensors = model.state_dict() | average.average
-        copy.load_state_dict({name: whole(t) for name, t in tensors.items()}, assign=True)
-        copy.tokenizer, copy.attention_backend = model.tokenizer, model.attention_backend
-        yield copy
+        backbone = model.backbone.empty_copy()
+        tensors = model.backbone.state_dict() | average.average
+        backbone.load_state_dict({name: whole(t) for name, t in tensors.items()}, assign=True)
+        yield model.with_backbone(backbone)
 
 
 class _Loss(nn.Module):

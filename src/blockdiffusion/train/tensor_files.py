@@ -12,9 +12,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from blockdiffusion.checkpoints.tensors import is_finite, write_safetensors
-from blockdiffusion.errors import UserError
-from blockdiffusion.files.disk import check_regular
+from blockdiffusion.checkpoints.tensors import (
+    FLOAT_KINDS,
+    check_header,
+    is_finite,
+    write_safetensors,
+)
+from blockdiffusion.errors import UserError, shown
+from blockdiffusion.files.records import Damaged
 from blockdiffusion.runtime.distributed import Team, first_row, is_sharded, local
 
 Shape = tuple[int, ...]
@@ -104,12 +109,18 @@ def _files(path: Path) -> list[Path]:
 
 def _read_shapes(file: Path) -> dict[str, Shape]:
     try:
-        check_regular(file, may_be_empty=True)
+        check_header(file)
         with safe_open(file, "pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (no dict)
-    except (OSError, SafetensorError) as error:
+            stored = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+            kinds = {name: tensor.get_dtype() for name, tensor in stored.items()}
+    except (OSError, SafetensorError, Damaged) as error:
         why = f"it is missing, truncated or not safetensors: {error}"
         raise damaged(file, why) from error
+    for name, kind in kinds.items():
+        if kind not in FLOAT_KINDS:
+            raise damaged(file, f"{shown(name)} holds {kind}, which no checkpoint does")
+    return shapes
 
 
 def _joined(shapes: list[Shape]) -> Shape:

@@ -10,12 +10,12 @@ from blockdiffusion.checkpoints.formats import load
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation.independence import check_judge
-from blockdiffusion.evaluate.generation.judge import CausalJudge, load_judge
+from blockdiffusion.evaluate.generation.independence import check_scorer
+from blockdiffusion.evaluate.scorer import CausalScorer, load_scorer
 from blockdiffusion.train.recipe import load_recipe
 from blockdiffusion.train.run import run_training
 from tests.conftest import GOLDEN
-from tests.evaluate.judges import save_gpt2
+from tests.evaluate.scorers import save_gpt2
 
 SMALL = [
     "train.steps=1", "train.batch_size=2", "model.num_layers=1", "model.width=32",
@@ -52,13 +52,13 @@ def place(tmp_path_factory):
 
 
 def check(place, model, judge):
-    return check_judge(str(place / model), load(place / model), load_judge(str(place / judge)))
+    return check_scorer(str(place / model), load(place / model), load_scorer(str(place / judge)))
 
 
 def test_the_model_itself_is_refused(place, tmp_path):
-    with pytest.raises(UserError, match="both the model under test and its judge"):
+    with pytest.raises(UserError, match="both the model under test and its scorer"):
         check(place, "model", "model")
-    with pytest.raises(UserError, match="both the model under test and its judge"):
+    with pytest.raises(UserError, match="both the model under test and its scorer"):
         check(place, "model", "model/model")
     copy = tmp_path / "copy"
     shutil.copytree(place / "model" / "model", copy)
@@ -77,15 +77,15 @@ def test_another_checkpoint_of_the_run_is_refused(place, tmp_path):
 
 def test_the_same_weights_under_other_names_and_precision(tmp_path):
     name = str(save_gpt2(tmp_path))
-    judge = load_judge(name)
+    judge = load_scorer(name)
     config = GPT2Config.from_pretrained(name)
     model = GPT2LMHeadModel(config)
     model.load_state_dict(judge.model.state_dict())
     with pytest.raises(UserError, match="has the same weights"):
-        check_judge("elsewhere", model.to(torch.bfloat16), judge)
+        check_scorer("elsewhere", model.to(torch.bfloat16), judge)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    assert check_judge("elsewhere", model, judge) == []
+    assert check_scorer("elsewhere", model, judge) == []
 
 
 def test_text_that_both_learnt_from_is_told(place):
@@ -103,8 +103,8 @@ def test_related_weights_are_told(place):
 
 
 def test_nothing_is_claimed_where_nothing_can_be_read(place):
-    judge = load_judge(str(place / "judge"))
-    (unknown,) = check_judge(None, None, judge)
+    judge = load_scorer(str(place / "judge"))
+    (unknown,) = check_scorer(None, None, judge)
     assert "not known" in unknown
-    assert check_judge(str(GOLDEN / "bd3lm-hf"), None, judge) == []
-    assert isinstance(judge, CausalJudge) is False
+    assert check_scorer(str(GOLDEN / "bd3lm-hf"), None, judge) == []
+    assert isinstance(judge, CausalScorer) is False

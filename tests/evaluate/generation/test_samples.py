@@ -16,7 +16,7 @@ from blockdiffusion.evaluate.generation.samples import (
 )
 from blockdiffusion.runtime.seeding import seeded
 from blockdiffusion.sampling import generate
-from tests.evaluate.judges import BYTES, with_bytes
+from tests.evaluate.scorers import BYTES, with_bytes
 
 
 @pytest.fixture
@@ -101,12 +101,17 @@ def test_a_killed_run_goes_on(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sampling, "stream", interrupted)
     with pytest.raises(KeyboardInterrupt):
         draw_samples(model, options(), file=file)
-    with open(file, "ab") as out:
-        out.write(b'{"identity": "ab')  # cut short
+    kept = file.read_bytes()
+    first, *_ = kept.splitlines(keepends=True)
+    # Half of the next batch: a line and a half.
+    begun = first.replace(b'"batch": [0, ', b'"batch": [3, ').replace(b'"index": 0', b'"index": 3')
+    file.write_bytes(kept + begun + begun[:100])
     seen = []
     resumed = draw_samples(model, options(), file=file, progress=lambda *call: seen.append(call))
     assert without_time(resumed.samples) == without_time(whole.samples)
     assert len(calls) == 4 and seen[-1] == (70, 70)
+    assert [json.loads(line)["index"] for line in file.read_text().splitlines()] == list(range(7))
+    assert without_time(read_samples(file)) == without_time(whole.samples)
     assert without_time(draw_samples(model, options(), file=file).samples) == without_time(
         whole.samples
     )

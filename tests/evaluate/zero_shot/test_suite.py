@@ -15,7 +15,7 @@ from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate import scoring
 from blockdiffusion.evaluate.likelihood import likelihood
-from blockdiffusion.evaluate.scoring import ScoreOptions
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.zero_shot import suite
 from blockdiffusion.evaluate.zero_shot.suite import SUITES, ZeroShotOptions, measure_zero_shot
 from blockdiffusion.evaluate.zero_shot.table import (
@@ -26,7 +26,7 @@ from blockdiffusion.evaluate.zero_shot.table import (
 from tests.hostile import HOSTILE, check_csv, check_markdown
 
 BYTES = dict(vocab_size=258, mask_id=257, seq_len=16, bos_id=256, eos_id=256)
-EXACT = ScoreOptions(estimator="exact")
+EXACT = LikelihoodOptions(estimator="exact")
 SENTENCES = [f" the <unk> 's N shares rose {number} points " for number in range(12)]
 PASSAGES = ["\u201cYes,\u201d she said.", "A second passage, which is longer than one window is."]
 
@@ -52,7 +52,9 @@ def with_bytes(model):
 
 
 def only(local, **changes):
-    return ZeroShotOptions(**{"only": ("ptb", "lambada"), "local": local, "score": EXACT} | changes)
+    return ZeroShotOptions(
+        **{"tasks": ("ptb", "lambada"), "local": local, "score": EXACT} | changes
+    )
 
 
 def test_the_suite_is_the_papers_table():
@@ -84,7 +86,7 @@ def test_by_default_rows_are_framed_and_wrapped_as_in_the_paper(make_model, loca
 )
 def test_the_frame_follows_the_models_training(make_model, local, bos, frame, counted):
     model = with_bytes(make_model(**BYTES, bos=bos))
-    table = measure_zero_shot(model, only(local, only=("ptb",), rows=3))
+    table = measure_zero_shot(model, only(local, tasks=("ptb",), limit=3))
     result = table.rows[0].result
     assert table.frame == frame and result.bos == (frame != "none")
     assert (result.num_tokens, result.num_rows) == (3 * counted, 3)
@@ -95,7 +97,7 @@ def test_the_frame_follows_the_models_training(make_model, local, bos, frame, co
 def test_documents_by_themselves_with_a_stride(make_model, local):
     """The short passage has one window; data errors are over documents."""
     model = with_bytes(make_model(**BYTES, bos=False))
-    options = only(local, only=("lambada",), packing="document", stride=4, document_eos=True)
+    options = only(local, tasks=("lambada",), packing="document", stride=4, document_eos=True)
     table = measure_zero_shot(model, options)
     texts = [f"\n{PASSAGES[0]}".replace("\u201c", '"').replace("\u201d", '"'), f"\n{PASSAGES[1]}"]
     row = table.rows[0]
@@ -123,7 +125,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model(make_model, local, kind, packing):
     model = with_bytes(make_model(**BYTES, **KINDS[kind]))
-    score = ScoreOptions(samples=2)
+    score = LikelihoodOptions(mc_samples=2)
     table = measure_zero_shot(model, only(local, packing=packing, score=score))
     for row in table.rows:
         assert math.isfinite(row.result.perplexity) and row.result.stderr_data > 0
@@ -159,7 +161,7 @@ def test_when_a_missing_set_is_there_only_that_one_is_measured(
         scoring, "likelihood", lambda *args, **more: (calls.append(1), real(*args, **more))[1]
     )
     second = measure_zero_shot(model, only(local), journal=journal)
-    assert len(calls) == 1 and second.rows[1].result is not None and not journal.exists()
+    assert len(calls) == 1 and second.rows[1].result is not None
     assert second.rows[0].result.nats_per_token == first.rows[0].result.nats_per_token
 
 
@@ -190,7 +192,7 @@ def test_the_asked_split_must_be_there(make_model, place, local):
 
 def test_a_stopped_measurement_goes_on(make_model, local, tmp_path, monkeypatch):
     model = with_bytes(make_model(**BYTES))
-    options = only(local, score=ScoreOptions(samples=3))
+    options = only(local, score=LikelihoodOptions(mc_samples=3))
     whole = measure_zero_shot(model, options)
     monkeypatch.setattr(scoring, "CHUNK_TOKENS", 160)
     chunked = measure_zero_shot(model, options)
@@ -211,7 +213,6 @@ def test_a_stopped_measurement_goes_on(make_model, local, tmp_path, monkeypatch)
     resumed = measure_zero_shot(
         model, options, journal=journal, progress=lambda *state: progress.append(state)
     )
-    assert not journal.exists()
     for before, after, other in zip(chunked.rows, resumed.rows, whole.rows, strict=True):
         assert after.result.nats_per_token == before.result.nats_per_token
         error = math.hypot(after.result.stderr_noise, other.result.stderr_noise)
@@ -225,7 +226,7 @@ def test_a_stopped_measurement_goes_on(make_model, local, tmp_path, monkeypatch)
 
 def test_csv_and_markdown_say_the_same(make_model, local):
     model = with_bytes(make_model(**BYTES))
-    table = measure_zero_shot(model, only(local, only=("ptb", "lm1b", "lambada")))
+    table = measure_zero_shot(model, only(local, tasks=("ptb", "lm1b", "lambada")))
     records = list(csv.DictReader(io.StringIO(zero_shot_csv(table))))
     assert [record["task"] for record in records] == ["ptb", "lm1b", "lambada"]
     assert records[1]["perplexity"] == "" and "cannot be fetched" in records[1]["missing"]
@@ -250,12 +251,12 @@ def test_csv_and_markdown_say_the_same(make_model, local):
 
 
 def test_what_is_not_as_it_was_asked_for_is_told(make_model, local, monkeypatch):
-    monkeypatch.setattr("blockdiffusion.evaluate.likelihood.MAX_SAMPLES", 4)
+    monkeypatch.setattr("blockdiffusion.evaluate.replicates.MAX_SAMPLES", 4)
     model = with_bytes(make_model(**BYTES, block_size=1))
-    score = ScoreOptions(estimator="complement", samples=2)
+    score = LikelihoodOptions(estimator="complement", mc_samples=2)
     page = zero_shot_markdown(measure_zero_shot(model, only(local, score=score)), "model")
     assert page.count("one is used") == 1
-    score = ScoreOptions(estimator="bernoulli", samples=2, target_stderr=1e-9)
+    score = LikelihoodOptions(estimator="bernoulli", mc_samples=2, target_stderr=1e-9)
     page = zero_shot_markdown(measure_zero_shot(model, only(local, score=score)), "model")
     for task in ("ptb", "lambada"):
         assert f"* {task}: the noise error is" in page
@@ -267,11 +268,11 @@ def test_what_is_not_as_it_was_asked_for_is_told(make_model, local, monkeypatch)
     ("changes", "sentence"),
     [
         (dict(suite="glue"), "suite is 'glue': it must be one of paper"),
-        (dict(only=("ptb", "wiki")), "has no 'wiki': it has ptb, wikitext"),
+        (dict(tasks=("ptb", "wiki")), "has no 'wiki': it has ptb, wikitext"),
         (dict(packing="rows"), "packing is 'rows'"),
         (dict(frame="eos"), "frame is 'eos': it must be one of auto, none, bos, bos-eos"),
         (dict(stride=4), "stride goes with packing document"),
-        (dict(packing="document", rows=4), "rows goes with packing wrap"),
+        (dict(packing="document", limit=4), "limit goes with packing wrap"),
         (dict(context=0), "context is 0"),
         (dict(max_documents=0), "max_documents is 0"),
         (dict(local=("ptb",)), "it must be NAME=PATH"),
@@ -300,7 +301,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_read(
         (with_bytes(make_model(**BYTES)), ZeroShotOptions(context=2), "no room for text"),
         (
             with_bytes(make_ar(**BYTES)),
-            ZeroShotOptions(score=ScoreOptions(estimator="count")),
+            ZeroShotOptions(score=LikelihoodOptions(estimator="count")),
             "exact in one pass",
         ),
     ]:
@@ -312,13 +313,13 @@ def test_real_sets(make_model, data_folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = with_bytes(make_model(**BYTES, bos=False))
     options = ZeroShotOptions(
-        only=("wikitext", "lambada"),
+        tasks=("wikitext", "lambada"),
         local=(
             f"wikitext={data_folder / 'wikitext-2'}",
             f"lambada={data_folder / 'lambada' / 'lambada_test.jsonl'}",
         ),
-        rows=8,
-        score=ScoreOptions(samples=2),
+        limit=8,
+        score=LikelihoodOptions(mc_samples=2),
     )
     table = measure_zero_shot(model, options)
     assert [row.result.num_tokens for row in table.rows] == [128, 128]

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
+from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_score
 from blockdiffusion.evaluate.generation.samples import DrawOptions
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.studies.pareto import run as module
@@ -15,7 +15,7 @@ from blockdiffusion.studies.pareto.picture import pareto_picture
 from blockdiffusion.studies.pareto.points import AUTHORS, Point, parse_point, usual_points
 from blockdiffusion.studies.pareto.run import Pareto, dominates, measure_pareto
 from blockdiffusion.studies.pareto.table import csv_text, markdown_text
-from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
+from tests.evaluate.scorers import BYTES, save_gpt2, with_bytes
 from tests.hostile import HOSTILE, check_csv, check_markdown, check_picture
 
 DRAW = DrawOptions(num_samples=5, max_new_tokens=12, batch_size=3, eos=False, seed=4)
@@ -33,7 +33,7 @@ def measure(make_model, judge, tmp_path):
 
     def measure(points=POINTS, draw=DRAW, out=tmp_path / "out", **more):
         options = Pareto(
-            model="mine", judge=judge, out=out, draw=draw,
+            model="mine", scorer=judge, out=out, draw=draw,
             points=tuple(parse_point(text) for text in points), **more,
         )  # fmt: skip
         return measure_pareto(options, load_model=lambda name: model)
@@ -51,8 +51,8 @@ def test_every_point_is_what_generate_eval_finds(measure, judge):
         num_samples=5, max_new_tokens=12, batch_size=3, eos=False, seed=4, sampler="random",
         tokens_per_step=2,
     )  # fmt: skip
-    alone = generate_and_judge(
-        GenerateEval(model="mine", judge=judge, draw=draw), load_model=lambda name: measure.model
+    alone = generate_and_score(
+        GenerateEval(model="mine", scorer=judge, draw=draw), load_model=lambda name: measure.model
     )
     found = result["points"][1]
     assert found["text"]["perplexity"] == pytest.approx(alone.text.perplexity, rel=1e-9)

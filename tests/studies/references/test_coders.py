@@ -15,7 +15,7 @@ from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import likelihood
-from blockdiffusion.evaluate.scoring import ScoreOptions
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.studies.references import coders
 from blockdiffusion.studies.references.coders import CoderOptions, compare_coders
 from blockdiffusion.studies.references.ngram import count_ngrams
@@ -77,7 +77,7 @@ def test_compressors_code_the_same_text(directory):
 
 def test_ngrams_code_the_rows_that_the_model_is_scored_on(directory, make_model):
     place, model = directory(), make_model(**SIZES)
-    options = CoderOptions(rows=10, order=3, score=ScoreOptions(estimator="exact"))
+    options = CoderOptions(limit=10, order=3, score=LikelihoodOptions(estimator="exact"))
     table = compare_coders(place, options, {"ours": model})
     found = by_name(table)
     train, valid = TokenRows(place, "train"), TokenRows(place, "valid")
@@ -104,14 +104,16 @@ def test_drawn_masks_orders_and_autoregressive_models_have_their_rows(
 ):
     place = directory()
     models = {"blocks": make_model(**SIZES), "next": make_ar(**SIZES)}
-    options = CoderOptions(rows=4, score=ScoreOptions(samples=4))  # too few to enumerate
+    options = CoderOptions(limit=4, score=LikelihoodOptions(mc_samples=4))  # too few to enumerate
     found = by_name(compare_coders(place, options, models))
     assert found["blocks, bound"].stderr_noise > 0 and found["blocks, bound"].is_bound
     assert not found["next, exact"].is_bound and found["next, exact"].stderr_noise is None
     valid = TokenRows(place, "valid").rows(np.arange(4)).ids_BL
     exact = likelihood(models["next"], valid, bos=False).nats_per_token / math.log(2)
     assert found["next, exact"].bits_per_token == pytest.approx(exact)
-    options = CoderOptions(rows=4, score=ScoreOptions(estimator="orders", samples=2, orders=2))
+    options = CoderOptions(
+        limit=4, score=LikelihoodOptions(estimator="orders", mc_samples=2, orders=2)
+    )
     found = by_name(compare_coders(place, options, {"blocks": models["blocks"]}))
     assert found["blocks, 2-order bound"].bits_per_byte < found["blocks, bound"].bits_per_byte
 
@@ -158,7 +160,7 @@ def test_it_learns_from_the_first_training_rows_only(directory):
 
 def test_it_goes_on_where_it_was_stopped(directory, make_model, tmp_path, monkeypatch):
     place, model, journal = directory(), make_model(**SIZES), tmp_path / "journal"
-    options = CoderOptions(rows=6)
+    options = CoderOptions(limit=6)
 
     def stop(stage, done, total):
         if stage.startswith("ours"):
@@ -171,7 +173,7 @@ def test_it_goes_on_where_it_was_stopped(directory, make_model, tmp_path, monkey
         patch.setattr(coders, "count_ngrams", None)  # nothing is counted or compressed again
         patch.setattr(coders.Compressor, "bits", None)
         resumed = compare_coders(place, options, {"ours": model}, journal=journal)
-    assert not journal.exists()
+    journal.unlink()
     again = compare_coders(place, options, {"ours": model})
     assert resumed.rows == again.rows
     # Another question finds nothing there.
@@ -179,11 +181,11 @@ def test_it_goes_on_where_it_was_stopped(directory, make_model, tmp_path, monkey
         compare_coders(place, options, {"ours": model}, stop, journal)
     monkeypatch.setattr(coders, "count_ngrams", None)
     with pytest.raises(TypeError):
-        compare_coders(place, CoderOptions(rows=7), journal=journal)
+        compare_coders(place, CoderOptions(limit=7), journal=journal)
 
 
 def test_the_page_has_every_coder_and_its_conventions(directory, make_model):
-    table = compare_coders(directory(), CoderOptions(rows=4), {"ours": make_model(**SIZES)})
+    table = compare_coders(directory(), CoderOptions(limit=4), {"ours": make_model(**SIZES)})
     page = coders_markdown(table, "data (valid)")
     lines = [line for line in page.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + len(table.rows) and len({line.count("|") for line in lines}) == 1
@@ -196,7 +198,7 @@ def test_the_page_has_every_coder_and_its_conventions(directory, make_model):
     models = {HOSTILE: table.models["ours"]}
     check_markdown(coders_markdown(replace(table, rows=(named,), models=models), HOSTILE))
     values = table.to_dict()
-    assert values["rows"] == 4 and len(values["coders"]) == len(table.rows)
+    assert values["limit"] == 4 and len(values["coders"]) == len(table.rows)
     assert values["versions"]["torch"] == torch.__version__
 
 
@@ -204,7 +206,7 @@ def test_what_cannot_be_is_refused(directory, make_model, monkeypatch):
     place = directory()
     for mistake, sentence in (
         (dict(order=0), "order is 0"),
-        (dict(rows=0), "rows is 0"),
+        (dict(limit=0), "limit is 0"),
         (dict(train_rows=-1), "train_rows is -1"),
         (dict(split="train"), "split is train"),
     ):
@@ -216,7 +218,7 @@ def test_what_cannot_be_is_refused(directory, make_model, monkeypatch):
         compare_coders(place, models={"other": make_model()})
     with pytest.raises(UserError, match="only the model has a given BOS"):
         compare_coders(place, models={"other": make_model(**SIZES, bos=True)})
-    clipped = CoderOptions(score=ScoreOptions(estimator="count[0.3,0.8]"))
+    clipped = CoderOptions(score=LikelihoodOptions(estimator="count[0.3,0.8]"))
     with monkeypatch.context() as patch, pytest.raises(UserError, match="clipped"):
         patch.setattr(coders, "count_ngrams", None)  # refused before anything is counted
         compare_coders(place, clipped, {"ours": make_model(**SIZES)})

@@ -22,7 +22,7 @@ from blockdiffusion.studies.reproduce.kept import Kept
 from blockdiffusion.studies.reproduce.listing import plan_lines
 from blockdiffusion.studies.reproduce.plan import Plan, Step
 from blockdiffusion.studies.reproduce.scales import PAPER, SMALL
-from tests.evaluate.judges import BYTES
+from tests.evaluate.scorers import BYTES
 from tests.studies.reproduce.toy import TOY
 
 
@@ -103,7 +103,7 @@ def test_a_measurement_is_repeated_when_it_is_another_or_its_result_is_gone(tmp_
     (tmp_path / "results" / "a.json").unlink()
     leftover = tmp_path / "results" / "b.json.journal"
     leftover.write_text("of other options")
-    changed = plan_of(tmp_path, plan.steps[0], measure(tmp_path, "b", words=("--rows", "2")))
+    changed = plan_of(tmp_path, plan.steps[0], measure(tmp_path, "b", words=("--limit", "2")))
     assert [Kept(changed).state(step) for step in changed.steps] == ["interrupted", "out of date"]
     fakes = Fakes(changed)
     carry_out(changed, lambda line: None, fakes)
@@ -123,6 +123,18 @@ def test_what_was_interrupted_keeps_its_journal(tmp_path):
     said = []
     carry_out(plan, said.append, Fakes(plan))
     assert journal.read_text() == "half" and said[0] == "a: goes on"
+
+
+def test_what_is_measured_is_not_measured_again_for_its_note(tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, measure(tmp_path, "a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Kept, "finish", lambda *_: (_ for _ in ()).throw(UserError("disk full")))
+        with pytest.raises(UserError, match="disk full"):
+            carry_out(plan, lambda line: None, Fakes(plan))
+    again = Fakes(plan)
+    carry_out(plan, lambda line: None, again)
+    note = json.loads((tmp_path / "steps" / "a.json").read_text())
+    assert again.began == [] and note["done"]
 
 
 def test_a_failure_is_the_steps_own_sentence_and_the_other_is_kept(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.reports.terminal import amount
+from blockdiffusion.reports.numbers import count
 from blockdiffusion.studies.reproduce import plan_tables
 from blockdiffusion.studies.reproduce.listing import plan_lines
 from blockdiffusion.studies.reproduce.paper import TABLES
@@ -84,10 +84,10 @@ def test_models_from_scratch_see_as_many_tokens(local, tmp_path):
 def test_the_paper_scale_has_the_papers_sizes(tmp_path):
     plan = plan_of(PAPER, [], tmp_path)
     runs = {step.name.removeprefix("train-"): step.run for step in plan.steps if step.run}
-    assert amount(runs["lm1b-ar"].tokens) == "65.5B" and amount(runs["owt-ar"].tokens) == "524B"
-    assert amount(runs["lm1b-t1-linear"].tokens) == "16B"
-    assert amount(runs["lm1b-t2-s4-0-1"].tokens) == "9.83B"
-    assert amount(runs["lm1b-t8-s4-log"].tokens) == "3.01B"
+    assert count(runs["lm1b-ar"].tokens) == "65.5B" and count(runs["owt-ar"].tokens) == "524B"
+    assert count(runs["lm1b-t1-linear"].tokens) == "16B"
+    assert count(runs["lm1b-t2-s4-0-1"].tokens) == "9.83B"
+    assert count(runs["lm1b-t8-s4-log"].tokens) == "3.01B"
     assert runs["owt-base"].steps == 850_000 and runs["owt-s4"].steps == 150_000
     s4 = runs["owt-s4"].recipe
     assert s4["search"] == {"every": 5000} and s4["objective"] == {
@@ -96,12 +96,14 @@ def test_the_paper_scale_has_the_papers_sizes(tmp_path):
     }
     assert s4["optim"]["lr"] == 3e-4 and s4["train"]["batch_size"] == 512
     # 110M parameters, 170M with input and output embeddings, without conditioning's.
-    assert amount(runs["owt-ar"].parameters) == "162M"
+    assert count(runs["owt-ar"].parameters) == "162M"
     assert runs["lm1b-t1-tuned"].recipe["objective"]["clip"] == [1.0, 1.0]
     assert runs["lm1b-t2-sL-0-0.5"].recipe["model"]["block_size"] == 128
     commands = " ".join(word for step in plan.steps for word in step.command)
     assert "lm1b --out" in commands and "--tokenizer bert-base-uncased" in commands
-    assert "--judge openai-community/gpt2-large --num-samples 300 --max-new-tokens 2047" in commands
+    assert (
+        "--scorer openai-community/gpt2-large --num-samples 300 --max-new-tokens 2047" in commands
+    )
 
 
 def test_the_cost_for_every_number_of_gpus_is_that_of_the_plan(tmp_path):
@@ -168,7 +170,7 @@ def test_the_cost_of_blocks_is_below_twice_that_of_plain_diffusion(tmp_path):
             "is the text that the models under test are trained on",
         ),
         (
-            ["T7", "--scale", "paper", "--judge", "runs/reproduce-paper/runs/owt-s4"],
+            ["T7", "--scale", "paper", "--scorer", "runs/reproduce-paper/runs/owt-s4"],
             "is one of the models under test",
         ),
     ],

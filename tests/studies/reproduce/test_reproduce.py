@@ -29,7 +29,7 @@ from blockdiffusion.studies.reproduce.paper import TABLES
 from blockdiffusion.studies.reproduce.plan import make_plan
 from blockdiffusion.studies.reproduce.scales import PAPER, SCALES, SMALL
 from tests.command import blockdiff
-from tests.evaluate.judges import save_gpt2
+from tests.evaluate.scorers import save_gpt2
 from tests.studies.reproduce.toy import DOCS, TOY, InProcess, write_pages
 from tests.test_mutations import mutations
 

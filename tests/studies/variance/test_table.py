@@ -14,8 +14,9 @@ from blockdiffusion.diffusion.variance import batch_moments
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.prepared import HeldOutText
-from blockdiffusion.reports.terminal import short_exponent, variance_lines
+from blockdiffusion.reports.numbers import scientific
 from blockdiffusion.runtime.seeding import generator
+from blockdiffusion.studies.variance.listing import variance_lines
 from blockdiffusion.studies.variance.picture import variance_picture
 from blockdiffusion.studies.variance.table import (
     DEFAULT_ESTIMATORS,
@@ -227,7 +228,7 @@ def test_the_same_seed_gives_the_same_table_and_order_does_not_matter(make_model
 
 
 def test_every_parameter_has_a_group(make_model):
-    names = dict(make_model().named_parameters())
+    names = dict(make_model().backbone.named_parameters())
     groups = {name: parameter_group(name) for name in names}
     assert set(groups.values()) == {
         "embedding", "attention", "mlp", "norms and modulation", "output",
@@ -257,7 +258,7 @@ def test_the_default_list_is_written_as_text_json_and_picture(make_model, random
     lines = variance_lines(table, "model on data")
     assert max(map(len, lines)) <= 100
     for row in table.rows:
-        assert any(f"  {row.label} " in line and short_exponent(row.loss_variance.value) in line
+        assert any(f"  {row.label} " in line and scientific(row.loss_variance.value) in line
                    for line in lines)  # fmt: skip
     picture = ET.fromstring(variance_picture(table, "a <model> & its data"))
     circles = [e.get("class") for e in picture.iter() if e.tag.endswith("circle")]

@@ -1,4 +1,4 @@
-"""Whether a judge may judge: it is not the model under test, and it learnt from other text."""
+"""Whether a scorer may score: it is not the model under test, and it learnt from other text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation.judge import Judge
+from blockdiffusion.evaluate.scorer import Scorer
 from blockdiffusion.files.records import Damaged, build, read_yaml
 from blockdiffusion.train.checkpoint import latest, read_state
 
 
-def check_judge(model_name: str | None, model: Any, judge: Judge) -> list[str]:
-    """Refuses a judge that is the model itself; warns of one that learnt from the same text.
+def check_scorer(model_name: str | None, model: Any, scorer: Scorer) -> list[str]:
+    """Refuses a scorer that is the model itself; warns of one that learnt from the same text.
 
     Args:
         model_name: directory or hub id of the model under test; None where only its samples are
@@ -30,24 +30,24 @@ def check_judge(model_name: str | None, model: Any, judge: Judge) -> list[str]:
         own runs.
 
     Raises:
-        UserError: the judge is the model under test, by its place, its run or its weights.
+        UserError: the scorer is the model under test, by its place, its run or its weights.
     """
     if model_name is None:
-        return ["which model drew the samples is not known, so the judge may be that model"]
-    another = "a model that likes its own samples says nothing; take another judge"
-    if _home(model_name) == _home(judge.name):
-        raise UserError(f"{model_name} is both the model under test and its judge; {another}")
-    ours, theirs = _run_config(model_name), _run_config(judge.name)
+        return ["which model drew the samples is not known, so the scorer may be that model"]
+    another = "a model that likes its own samples says nothing; take another scorer"
+    if _home(model_name) == _home(scorer.name):
+        raise UserError(f"{model_name} is both the model under test and its scorer; {another}")
+    ours, theirs = _run_config(model_name), _run_config(scorer.name)
     if ours is not None and theirs is not None and ours.out == theirs.out:
         raise UserError(
-            f"the judge {judge.name} and the model {model_name} come from the same run "
+            f"the scorer {scorer.name} and the model {model_name} come from the same run "
             f"({ours.out}); {another}"
         )
-    if model is not None and _weights(model) == _weights(judge.model):
+    if model is not None and _weights(model) == _weights(scorer.model):
         raise UserError(
-            f"the judge {judge.name} has the same weights as the model {model_name}; {another}"
+            f"the scorer {scorer.name} has the same weights as the model {model_name}; {another}"
         )
-    return [*_same_text(model_name, judge.name), *_related(model_name, judge.name, ours, theirs)]
+    return [*_same_text(model_name, scorer.name), *_related(model_name, scorer.name, ours, theirs)]
 
 
 def _home(name: str) -> Path | str:
@@ -107,19 +107,19 @@ def _weights(model: Any) -> Counter[tuple[tuple[int, ...], str]]:
     return Counter(found)
 
 
-def _same_text(model_name: str, judge_name: str) -> list[str]:
-    rows = [_training_rows(name) for name in (model_name, judge_name)]
+def _same_text(model_name: str, scorer_name: str) -> list[str]:
+    rows = [_training_rows(name) for name in (model_name, scorer_name)]
     if rows[0] is None or rows[1] is None:
         return []
     if rows[0] == rows[1]:
         shared = "on the same rows as the model"
-    elif common := _training_sources(model_name) & _training_sources(judge_name):
+    elif common := _training_sources(model_name) & _training_sources(scorer_name):
         shared = f"on the same text as the model ({', '.join(sorted(n for n, _ in common))})"
     else:
         return []
     return [
-        f"the judge {judge_name} was trained {shared}: it rewards samples that copy that text; "
-        "take a judge trained on other text"
+        f"the scorer {scorer_name} was trained {shared}: it rewards samples that copy that text; "
+        "take a scorer trained on other text"
     ]
 
 
@@ -148,14 +148,14 @@ def _training_sources(name: str) -> set[tuple[str, int | None]]:
 
 
 def _related(
-    model_name: str, judge_name: str, ours: _Recipe | None, theirs: _Recipe | None
+    model_name: str, scorer_name: str, ours: _Recipe | None, theirs: _Recipe | None
 ) -> list[str]:
     """One of the two started from the weights of the other."""
-    for config, other in ((ours, judge_name), (theirs, model_name)):
+    for config, other in ((ours, scorer_name), (theirs, model_name)):
         start = None if config is None else config.model.init_from
         if start is not None and _home(start) == _home(other):
             return [
-                f"the model {model_name} and the judge {judge_name} are related: one started from "
-                "the weights of the other; take a judge trained on its own"
+                f"the model {model_name} and the scorer {scorer_name} are related: one started "
+                "from the weights of the other; take a scorer trained on its own"
             ]
     return []

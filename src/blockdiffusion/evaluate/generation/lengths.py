@@ -6,12 +6,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.limits import check_limit
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.sampling import generate
@@ -95,50 +98,34 @@ def document_lengths(
         batch_size: documents sampled at a time.
         seed: of the documents; every batch has a random stream of its own.
         journal: a file that keeps finished batches, so that a measurement that was stopped goes on;
-            it is removed at the end.
+            the caller removes it.
         progress: called with (stage, done, total) documents.
         sampling: further options of `blockdiffusion.stream`, such as `window` or `top_p`.
 
     Raises:
         UserError: the model has no EOS, or options out of range.
     """
-    eos_id = model.config.eos_id
-    if eos_id is None:
+    if model.config.eos_id is None:
         raise UserError("this model names no EOS, at which a document would end; train it with one")
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         check_limit(name, value)
     began = time.perf_counter()
     settings = (num_samples, max_new_tokens, batch_size, seed, sorted(sampling.items()))
-    kept = None if journal is None else Journal(journal, fingerprint(model, settings))
+    kept = Journal.of(journal, model, settings)
+
     lengths: list[int] = []
     cut: list[bool] = []
     nfe = 0
-    for batch, first in enumerate(range(0, num_samples, batch_size)):
-        found: dict[str, Any] | None = None if kept is None else kept.get(str(batch))
-        if found is None:
-            result = generate(
-                model,
-                num_samples=min(batch_size, num_samples - first),
-                max_new_tokens=max_new_tokens,
-                generator=generator(seed, "lengths", batch),
-                **sampling,
-            )
-            last_B = result.sequences.gather(1, result.lengths[:, None] - 1)[:, 0]
-            ended_B = last_B == eos_id
-            found = {
-                "lengths": (result.lengths - result.prompt_lengths - ended_B.long()).tolist(),
-                "cut": (~ended_B).tolist(),
-                "nfe": int(result.nfe.sum()),
-            }
-            if kept is not None:
-                kept.put(str(batch), found)
+    for batch in range(-(-num_samples // batch_size)):
+        count = min(batch_size, num_samples - batch * batch_size)
+        source = generator(seed, "lengths", batch)
+        draw = partial(_drawn, model, count, max_new_tokens, source, sampling)
+        found = kept.result(str(batch), draw)
         lengths += found["lengths"]
         cut += found["cut"]
         nfe += found["nfe"]
         if progress is not None:
             progress("documents", len(lengths), num_samples)
-    if kept is not None:
-        kept.remove()
     return DocumentLengths(
         lengths=tuple(lengths),
         cut=tuple(cut),
@@ -146,3 +133,19 @@ def document_lengths(
         nfe=nfe,
         seconds=time.perf_counter() - began,
     )
+
+
+def _drawn(
+    model: Denoiser, count: int, max_new_tokens: int, source: torch.Generator, sampling: Any
+) -> dict[str, Any]:
+    """The lengths of a batch, as a journal keeps them."""
+    result = generate(
+        model, num_samples=count, max_new_tokens=max_new_tokens, generator=source, **sampling
+    )
+    last_B = result.sequences.gather(1, result.lengths[:, None] - 1)[:, 0]
+    ended_B = last_B == model.config.eos_id
+    return {
+        "lengths": (result.lengths - result.prompt_lengths - ended_B.long()).tolist(),
+        "cut": (~ended_B).tolist(),
+        "nfe": int(result.nfe.sum()),
+    }

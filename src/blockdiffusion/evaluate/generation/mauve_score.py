@@ -29,7 +29,7 @@ def mauve_score(reference_ND: np.ndarray, samples_MD: np.ndarray, seed: int = 0)
     """MAUVE in [0, 1], 1 where the two cannot be told apart; with the package's own settings.
 
     Args:
-        reference_ND, samples_MD: a feature vector of every text, see `judge.judge_features`.
+        reference_ND, samples_MD: a feature vector of every text, see `scorer.scorer_features`.
         seed: of the clustering.
 
     Raises:

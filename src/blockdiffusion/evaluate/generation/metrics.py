@@ -1,7 +1,7 @@
 """What generated texts are like: diversity, repetition, length. Pure functions of token ids.
 
 A sample is a sequence of token ids. Which tokens is up to the caller; `blockdiff generate-eval`
-passes those of the judge, so that models with different tokenizers compare.
+passes those of the scorer, so that models with different tokenizers compare.
 """
 
 from __future__ import annotations

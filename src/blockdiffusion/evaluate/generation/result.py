@@ -1,9 +1,8 @@
-"""The evaluation of generated text: samples and a judge in, numbers with error bars out."""
+"""The evaluation of generated text: samples and a scorer in, numbers with error bars out."""
 
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,18 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation.judge import (
-    Judge,
-    JudgeFacts,
-    JudgeTokens,
-    judge_features,
-    judge_samples,
-    window_sizes,
-)
 from blockdiffusion.evaluate.generation.mauve_score import mauve_score, require_mauve
 from blockdiffusion.evaluate.generation.metrics import (
     distinct,
@@ -33,11 +21,13 @@ from blockdiffusion.evaluate.generation.metrics import (
     self_bleu,
     token_entropy,
 )
+from blockdiffusion.evaluate.generation.perplexity import score_texts, scorer_features, window_sizes
 from blockdiffusion.evaluate.generation.samples import Drawn, Sample
-from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.evaluate.likelihood import Z95
 from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
+from blockdiffusion.evaluate.scorer import Scorer, ScorerFacts, ScorerTokens, scorer_facts
 from blockdiffusion.reports.markup import perplexity_of
+from blockdiffusion.runtime.versions import versions
 
 FORMAT = "blockdiffusion-generation-1"
 DISTINCT = (1, 2, 3, 4)
@@ -47,13 +37,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TextNumbers:
-    """What some texts are like, in tokens of the judge. None: nothing to compute it from.
+    """What some texts are like, in tokens of the scorer. None: nothing to compute it from.
 
     Attributes:
         num_samples: texts, the empty ones included.
         num_empty: texts without a token that could be scored; they are in no number below.
         num_tokens: scored tokens.
-        nats_per_token: of the judge, all scored tokens pooled; its error is that of a ratio over
+        nats_per_token: of the scorer, all scored tokens pooled; its error is that of a ratio over
             samples (delta method).
         mean_perplexity: mean over samples of exp(nats per token of the sample), which is what the
             paper's table 7 holds.
@@ -131,11 +121,12 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationResult:
-    """Generated text, judged.
+    """Generated text under a scorer.
 
     Attributes:
         label: what it is called in tables and pictures.
         model: directory or id; None where only samples were given.
+        judge: the scorer.
         sampling: how the samples were drawn, plain values; None where they were given.
         guard: minimum entropy and window of the guard; None without one.
         drawn, rejected: samples drawn, and how many of them the guard rejected.
@@ -146,7 +137,7 @@ class GenerationResult:
 
     label: str
     model: str | None
-    judge: JudgeFacts
+    judge: ScorerFacts
     sampling: dict[str, Any] | None
     guard: dict[str, Any] | None
     drawn: int
@@ -169,11 +160,7 @@ class GenerationResult:
             **asdict(self),
             "text": self.text.to_dict(),
             "reference": None if self.reference is None else self.reference.to_dict(),
-            "versions": {
-                "blockdiffusion": blockdiffusion.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
 
 
@@ -193,7 +180,7 @@ class Conditions:
 
 def evaluate_samples(
     drawn: Drawn,
-    judge: Judge,
+    scorer: Scorer,
     conditions: Conditions,
     *,
     context: int | None = None,
@@ -207,11 +194,11 @@ def evaluate_samples(
 
     Args:
         drawn: the samples; there must be one with a token at least.
-        context, stride: of the judge's windows, see `judge.window_sizes`.
+        context, stride: of the scorer's windows, see `scorer.window_sizes`.
         reference: real texts, about as many and as long.
-        mauve: whether to compute MAUVE against the reference, from the judge's hidden states.
+        mauve: whether to compute MAUVE against the reference, from the scorer's hidden states.
         progress: called with (stage, done, total).
-        journal: file that keeps what the judge has finished; removed at the end.
+        journal: file that keeps what the scorer has finished; the caller removes it.
 
     Raises:
         UserError: nothing to score; MAUVE without its package, a reference or hidden states.
@@ -221,37 +208,34 @@ def evaluate_samples(
         require_mauve()
         if reference is None:
             raise UserError("MAUVE compares with real text; give --reference, or leave it out")
-    used, step = window_sizes(judge, context, stride)
+    used, step = window_sizes(scorer, context, stride)
     texts = [sample.documents for sample in drawn.samples]
     count = len(texts)
     texts += [sample.documents for sample in reference or ()]
-    tokens = [judge.read(documents) for documents in texts]
+    tokens = [scorer.read(documents) for documents in texts]
     if not any(any(found.scored) for found in tokens[:count]):
         raise UserError(
-            f"there is nothing to judge: all {count} samples are empty or a single token; draw "
+            f"there is nothing to score: all {count} samples are empty or a single token; draw "
             "longer ones, or others"
         )
-    nats = judge_samples(
-        judge,
+    nats = score_texts(
+        scorer,
         tokens,
         context=used,
         stride=step,
-        progress=None if progress is None else lambda done, total: progress("judge", done, total),
+        progress=None if progress is None else lambda done, total: progress("scorer", done, total),
         journal=journal,
     )
     score = None
     if mauve:
         features = [
-            judge_features(judge, [found for found in part if any(found.scored)], used)
+            scorer_features(scorer, [found for found in part if any(found.scored)], used)
             for part in (tokens[count:], tokens[:count])
         ]
         score = mauve_score(features[0], features[1], conditions.seed)
-    result = GenerationResult(
-        label=conditions.label,
-        model=conditions.model,
-        judge=judge_facts(judge, used, step),
-        sampling=conditions.sampling,
-        guard=conditions.guard,
+    return GenerationResult(
+        **{name: value for name, value in vars(conditions).items() if name != "seed"},
+        judge=scorer_facts(scorer, used, step),
         drawn=drawn.drawn,
         rejected=drawn.rejected,
         text=text_numbers(tokens[:count], nats[:count], conditions.seed),
@@ -260,24 +244,19 @@ def evaluate_samples(
             if reference is None
             else text_numbers(tokens[count:], nats[count:], conditions.seed)
         ),
-        reference_source=conditions.reference_source,
         mauve=score,
         lengths=_lengths(drawn.samples),
         cost=_cost(drawn.samples),
-        warnings=conditions.warnings,
         per_sample=_per_sample(drawn.samples, tokens[:count], nats[:count]),
-        device=str(judge.model.device),
+        device=str(scorer.model.device),
         seconds=time.perf_counter() - begin,
     )
-    if journal is not None:
-        journal.unlink(missing_ok=True)
-    return result
 
 
 def text_numbers(
-    tokens: Sequence[JudgeTokens], nats: Sequence[float], seed: int = 0
+    tokens: Sequence[ScorerTokens], nats: Sequence[float], seed: int = 0
 ) -> TextNumbers:
-    """The numbers of some texts, from their tokens and what the judge gives to each."""
+    """The numbers of some texts, from their tokens and what the scorer gives to each."""
     scored = [(found, value) for found, value in zip(tokens, nats, strict=True)
               if any(found.scored)]  # fmt: skip
     counts = [sum(found.scored) for found, _ in scored]
@@ -295,20 +274,6 @@ def text_numbers(
         repetition={n: _mean([repetition(text, n) for text in ids]) for n in REPETITION},
         longest_repeat=_mean([longest_repeat(text) / len(text) for text in ids]),
         self_bleu=self_bleu(ids, seed=seed),
-    )
-
-
-def judge_facts(judge: Judge, context: int, stride: int) -> JudgeFacts:
-    """What a result says about its judge."""
-    return JudgeFacts(
-        name=judge.name,
-        kind=judge.kind,
-        parameters=sum(parameter.numel() for parameter in judge.model.parameters()),
-        is_bound=judge.is_bound,
-        context=context,
-        stride=stride,
-        first_token=judge.first_token,
-        fingerprint=fingerprint(judge.model),
     )
 
 
@@ -348,7 +313,7 @@ def _cost(samples: Sequence[Sample]) -> Cost | None:
 
 
 def _per_sample(
-    samples: Sequence[Sample], tokens: Sequence[JudgeTokens], nats: Sequence[float]
+    samples: Sequence[Sample], tokens: Sequence[ScorerTokens], nats: Sequence[float]
 ) -> list[dict[str, Any]]:
     return [
         {

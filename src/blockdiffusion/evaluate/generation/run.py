@@ -1,4 +1,4 @@
-"""`blockdiff generate-eval` from its options to its result: loads, checks, draws, judges."""
+"""`blockdiff generate-eval` from its options to its result: loads, checks, draws, scores."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation.independence import check_judge
-from blockdiffusion.evaluate.generation.judge import Judge, load_judge, window_sizes
+from blockdiffusion.evaluate.generation.independence import check_scorer
 from blockdiffusion.evaluate.generation.mauve_score import require_mauve
+from blockdiffusion.evaluate.generation.perplexity import window_sizes
 from blockdiffusion.evaluate.generation.reference import reference_samples
 from blockdiffusion.evaluate.generation.result import (
     Conditions,
@@ -29,6 +29,7 @@ from blockdiffusion.evaluate.generation.samples import (
     read_samples,
 )
 from blockdiffusion.evaluate.journal import journal_beside
+from blockdiffusion.evaluate.scorer import Scorer, load_scorer
 from blockdiffusion.runtime.distributed import ALONE, Team
 
 
@@ -38,17 +39,17 @@ class GenerateEval:
 
     Attributes:
         model: directory or id of the model under test; may be None where samples are given.
-        judge: see `judge.load_judge`.
+        scorer: see `scorer.load_scorer`.
         draw: how samples are drawn; not read where they are given.
         min_entropy, entropy_window: of the guard, see `samples.EntropyGuard`; None: no guard.
-        samples_from: JSON lines file with samples to judge instead of drawn ones.
+        samples_from: JSON lines file with samples to score instead of drawn ones.
         reference: real text, see `reference.reference_samples`; `split` of prepared data.
         mauve, context, stride: see `generation_result.evaluate_samples`.
         label: what the result is called; the model or the samples file by default.
     """
 
     model: str | None
-    judge: str
+    scorer: str
     draw: DrawOptions = field(default_factory=DrawOptions)
     min_entropy: float | None = None
     entropy_window: int = 256
@@ -62,14 +63,14 @@ class GenerateEval:
 
     def __post_init__(self) -> None:
         if self.model is None and self.samples_from is None:
-            raise UserError("there is nothing to judge; give a model, or samples (--samples-from)")
+            raise UserError("there is nothing to score; give a model, or samples (--samples-from)")
         if self.min_entropy is not None:
             EntropyGuard(min_entropy=self.min_entropy, window=self.entropy_window)
         if self.mauve and not self.reference:
             raise UserError("MAUVE compares with real text; give --reference, or leave it out")
 
 
-def generate_and_judge(
+def generate_and_score(
     options: GenerateEval,
     *,
     load_model: Callable[[str], Any],
@@ -82,11 +83,11 @@ def generate_and_judge(
 
     Args:
         load_model: loads the model under test by its name.
-        device: of the judge.
+        device: of the scorer.
         beside: where the result will be written: finished samples are kept beside it in
-            `NAME.samples.jsonl`, and finished passes of the judge in `NAME.journal`, so that the
-            same call goes on after a kill. None: nothing is kept.
-        team: processes that call this alike and share the drawing; the first one judges.
+            `NAME.samples.jsonl`, and finished passes of the scorer in `NAME.journal`, so that the
+            same call goes on after a kill; the caller removes the journal. None: nothing is kept.
+        team: processes that call this alike and share the drawing; the first one scores.
 
     Returns:
         The result; None in the other processes of a team.
@@ -101,17 +102,17 @@ def generate_and_judge(
         if options.samples_from is None:
             _samples(options, model, beside, None, team)
         return None
-    judge = load_judge(options.judge, device=device)
-    window_sizes(judge, options.context, options.stride)
-    warnings = check_judge(options.model, model, judge)
+    scorer = load_scorer(options.scorer, device=device)
+    window_sizes(scorer, options.context, options.stride)
+    warnings = check_scorer(options.model, model, scorer)
     drawn = _samples(options, model, beside, progress, team)
     reference = None
     if options.reference:
-        reference = _reference(options, drawn, model, judge)
+        reference = _reference(options, drawn, model, scorer)
     own = options.samples_from is None
     return evaluate_samples(
         drawn,
-        judge,
+        scorer,
         Conditions(
             label=options.label or options.model or str(options.samples_from),
             model=options.model,
@@ -164,13 +165,13 @@ def samples_file(result: Path) -> Path:
     return result.with_name(f"{result.stem}.samples.jsonl")
 
 
-def _reference(options: GenerateEval, drawn: Drawn, model: Any, judge: Judge) -> list[Sample]:
+def _reference(options: GenerateEval, drawn: Drawn, model: Any, scorer: Scorer) -> list[Sample]:
     """As many pieces of real text as samples, as long as samples may be."""
     most = options.draw.max_new_tokens
     lengths = [s.length for s in drawn.samples if s.length is not None]
     if options.samples_from is not None and lengths:
         most = max(lengths)
-    tokenizer = judge.tokenizer if model is None or model.tokenizer is None else model.tokenizer
+    tokenizer = scorer.tokenizer if model is None or model.tokenizer is None else model.tokenizer
     return reference_samples(
         options.reference, len(drawn.samples), max(most, 1), tokenizer, options.split
     )

@@ -19,14 +19,12 @@ from typing import Any
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
-from blockdiffusion.files.disk import append, storage_error
+from blockdiffusion.files.disk import append, storage_error, write_whole
 from blockdiffusion.files.records import (
     Damaged,
     as_object,
     build,
     byte_lines,
-    ends_cut_short,
-    json_lines,
     parse_json,
 )
 from blockdiffusion.limits import MOST_COUNT, check_limits
@@ -170,7 +168,7 @@ def draw_samples(
     """
     if model.tokenizer is None:
         raise UserError(
-            "this model's directory has no tokenizer, so its samples cannot be given to a judge; "
+            "this model's directory has no tokenizer, so its samples cannot be given to a scorer; "
             "put its tokenizer.json there"
         )
     sampler = optimize_for_inference(model, int8=True) if options.int8 else model
@@ -291,7 +289,8 @@ def identity(model: Any, options: DrawOptions) -> str:
 
 
 class SampleFile:
-    """Finished batches, one JSON line a sample; lines are added and never removed.
+    """Finished batches, one JSON line a sample. What a kill or a full disk left of another batch is
+    removed.
 
     Args:
         identity: of what is drawn; see `identity`.
@@ -303,15 +302,31 @@ class SampleFile:
     def __init__(self, path: Path, identity: str):
         self.path, self.identity = path, identity
         self._found: dict[tuple[int, int], dict[int, Sample]] = {}
-        self._cut_short = ends_cut_short(path)
-        for line in json_lines(path) if path.exists() else ():
-            try:
-                record = build(_Record, line, strict=False)
-            except Damaged:
-                raise self._foreign() from None
-            if record.identity != identity:
-                raise self._foreign()
+        lines = list(byte_lines(path)) if path.exists() else []
+        for record in filter(None, map(self._read, lines)):
             self._found.setdefault(record.batch, {})[record.index] = record.sample()
+        whole = [batch for batch in self._found if self.batch(*batch) is not None]
+        if len(lines) != sum(rows for _, rows in whole) or not all(
+            line.endswith(b"\n") for line in lines
+        ):
+            write_whole(path, b"".join(self._lines(*b, self.batch(*b) or ()) for b in whole))
+
+    def _read(self, line: bytes) -> _Record | None:
+        """Reads a line; returns None for one of ours that was cut short."""
+        begin = json.dumps({"identity": self.identity})[:-1].encode()
+        try:
+            values = as_object(parse_json(line))
+        except Damaged:
+            if begin.startswith(line.strip()) or line.startswith(begin):
+                return None
+            raise self._foreign() from None
+        try:
+            record = build(_Record, values, strict=False)
+        except Damaged:
+            raise self._foreign() from None
+        if record.identity != self.identity:
+            raise self._foreign()
+        return record
 
     def _foreign(self) -> UserError:
         return UserError(
@@ -331,22 +346,18 @@ class SampleFile:
         Raises:
             UserError: the file cannot be written.
         """
-        lines = [
-            _to_record(sample, self.identity, first, len(samples), first + row)
-            for row, sample in enumerate(samples)
-        ]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         try:
             with append(self.path) as file:
-                file.write(("\n" * self._cut_short + text).encode())
+                file.write(self._lines(first, len(samples), samples))
         except OSError as error:
             raise storage_error(error, self.path) from error
-        self._cut_short = False
 
-
-def _to_record(sample: Sample, identity: str, first: int, rows: int, index: int) -> dict[str, Any]:
-    values = asdict(sample)
-    return {"identity": identity, "batch": [first, rows], "index": index} | values
+    def _lines(self, first: int, rows: int, samples: Sequence[Sample]) -> bytes:
+        text = ""
+        for index, sample in enumerate(samples, first):
+            values = {"identity": self.identity, "batch": [first, rows], "index": index}
+            text += json.dumps(values | asdict(sample), ensure_ascii=False) + "\n"
+        return text.encode()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,6 @@ conventions that it has.
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import blockdiffusion
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.named import NamedSet, NamedSplit
 from blockdiffusion.data.parts import id_dtype
@@ -28,9 +25,10 @@ from blockdiffusion.data.shards import RowRules, WrapPacker
 from blockdiffusion.data.tokenizers import encode, vocab_size
 from blockdiffusion.diffusion.denoiser import Denoiser, bos_id
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
-from blockdiffusion.evaluate.scoring import ScoreOptions, score
+from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.evaluate.scoring import score
 from blockdiffusion.evaluate.windows import (
     Window,
     check_stride,
@@ -38,6 +36,7 @@ from blockdiffusion.evaluate.windows import (
     document_windows,
 )
 from blockdiffusion.limits import check_limits
+from blockdiffusion.runtime.versions import versions
 
 PACKINGS = ("wrap", "document")
 FRAMES = ("auto", "none", "bos", "bos-eos")
@@ -72,7 +71,7 @@ class ZeroShotOptions:
 
     Attributes:
         suite: a key of `SUITES`.
-        only: names of its tasks; all if empty.
+        tasks: names of its tasks, each text one or several with commas between; all if empty.
         local: `NAME=PATH` or `NAME:split=PATH` for each task with local files.
         packing: `wrap`: the documents of a set are one stream, cut to rows of `context` tokens, the
             last partial row dropped (the paper). `document`: each by itself, in windows of
@@ -84,15 +83,16 @@ class ZeroShotOptions:
             model was trained, and `bos-eos` where it does not say.
         document_eos: whether an EOS stands after every document; the paper has none here.
         max_documents: read only the first documents of each set.
-        rows: score only the first rows, for `wrap`.
+        limit: score only the first rows, for `wrap`.
         score: how the likelihood is estimated.
+        seed: of the masks.
 
     Raises:
         UserError: something that does not exist or does not go together.
     """
 
     suite: str = "paper"
-    only: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     local: tuple[str, ...] = ()
     packing: str = "wrap"
     context: int | None = None
@@ -100,23 +100,26 @@ class ZeroShotOptions:
     frame: str = "auto"
     document_eos: bool = False
     max_documents: int | None = None
-    rows: int | None = None
-    score: ScoreOptions = dataclasses.field(default_factory=ScoreOptions)
+    limit: int | None = None
+    score: LikelihoodOptions = dataclasses.field(default_factory=LikelihoodOptions)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (("suite", SUITES), ("packing", PACKINGS), ("frame", FRAMES)):
             if (value := getattr(self, name)) not in allowed:
                 raise UserError(f"{name} is {shown(value)}: it must be one of {', '.join(allowed)}")
+        tasks = tuple(name for names in self.tasks for name in names.split(","))
+        object.__setattr__(self, "tasks", tasks)
         known = [task.name for task in SUITES[self.suite]]
-        if unknown := [name for name in self.only if name not in known]:
+        if unknown := [name for name in self.tasks if name not in known]:
             raise UserError(
                 f"the suite {self.suite} has no {unknown[0]!r}: it has {', '.join(known)}"
             )
         check_limits(self)
         if self.stride is not None and self.packing == "wrap":
             raise UserError("stride goes with packing document: wrapped rows do not overlap")
-        if self.rows is not None and self.packing == "document":
-            raise UserError("rows goes with packing wrap: give max_documents instead")
+        if self.limit is not None and self.packing == "document":
+            raise UserError("limit goes with packing wrap: give max_documents instead")
         self.sources()  # refuses what is wrong in local
 
     def sources(self) -> list[tuple[Task, NamedSet]]:
@@ -136,7 +139,7 @@ class ZeroShotOptions:
             local[tasks[name].name] = (split or tasks[name].split, Path(path).expanduser())
         chosen = []
         for task in SUITES[self.suite]:
-            if not self.only or task.name in self.only:
+            if not self.tasks or task.name in self.tasks:
                 split, path = local.get(task.name, (task.split, None))
                 data_set = find_set(task.data_set)
                 chosen.append((task, NamedSet(data_set=data_set, split=split, path=path)))
@@ -167,10 +170,7 @@ class ZeroShotRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; those of the likelihood beside the others."""
-        values = {
-            "task": self.task, "source": self.source, "detokenizer": self.detokenizer,
-            "documents": self.documents, "num_bytes": self.num_bytes, "missing": self.missing,
-        }  # fmt: skip
+        values = {name: value for name, value in vars(self).items() if name != "result"}
         return values | ({} if self.result is None else self.result.to_dict())
 
 
@@ -196,11 +196,7 @@ class ZeroShotTable:
             **asdict(self.options),
             **used,
             "seconds": self.seconds,
-            "versions": {
-                "blockdiffusion": blockdiffusion.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "sets": [row.to_dict() for row in self.rows],
         }
 
@@ -219,7 +215,7 @@ def measure_zero_shot(
         model: any kind that `likelihood` takes, with a tokenizer.
         progress: called with (set and what is counted, done, how many there are or None).
         journal: file that keeps what is finished, so that the same call goes on after an
-            interruption, or when a missing set can be read; removed when all sets are measured.
+            interruption, or when a missing set can be read; the caller removes it.
 
     Raises:
         UserError: the options do not fit the model, or no set at all can be read.
@@ -227,17 +223,13 @@ def measure_zero_shot(
     start = time.perf_counter()
     options = ZeroShotOptions() if options is None else options
     cutter = _Cutter.of(model, options)
-    kept = None
-    if journal is not None:
-        kept = Journal(journal, fingerprint(model, asdict(options.score)))
+    kept = Journal.of(journal, model, asdict(options.score), options.seed)
     rows = [
-        _measure(model, cutter, options.score, task, named, kept, progress or _silent)
+        _measure(model, cutter, options, task, named, kept, progress or (lambda *_: None))
         for task, named in options.sources()
     ]
     if all(row.result is None for row in rows):
         raise UserError(f"no set of the suite can be read; of {rows[0].task}: {rows[0].missing}")
-    if kept is not None and all(row.result is not None for row in rows):
-        kept.remove()
     return ZeroShotTable(
         rows=tuple(rows),
         options=options,
@@ -248,17 +240,13 @@ def measure_zero_shot(
     )
 
 
-def _silent(stage: str, done: int, total: int | None) -> None:
-    pass
-
-
 def _measure(
     model: Denoiser,
     cutter: _Cutter,
-    options: ScoreOptions,
+    options: ZeroShotOptions,
     task: Task,
     named: NamedSet,
-    journal: Journal | None,
+    journal: Journal,
     progress: Progress,
 ) -> ZeroShotRow:
     """One set, or why it cannot be read."""
@@ -277,7 +265,8 @@ def _measure(
     result = score(
         model,
         text.windows,
-        options,
+        options.score,
+        seed=options.seed,
         bos=cutter.bos is not None,
         num_bytes=text.num_bytes,
         journal=journal,
@@ -311,8 +300,7 @@ class _Cutter:
     bos: int | None
     row_eos: int | None
     document_eos: int | None
-    max_documents: int | None
-    rows: int | None
+    options: ZeroShotOptions
 
     @classmethod
     def of(cls, model: Denoiser, options: ZeroShotOptions) -> _Cutter:
@@ -335,7 +323,7 @@ class _Cutter:
                 f"{tokenizer.mask_token_id}, the model V = {config.vocab_size} and mask "
                 f"{config.mask_id}: name the tokenizer that the model was trained with"
             )
-        choose_estimator(options.score.estimator, config)  # fails before anything is read
+        choose_estimator(options.score, config)  # fails before anything is read
         frame = options.frame
         if frame == "auto":
             frame = {None: "bos-eos", True: "bos", False: "none"}[config.bos]
@@ -358,8 +346,7 @@ class _Cutter:
             bos=None if frame == "none" else bos_id(model),
             row_eos=eos if row_eos else None,
             document_eos=eos if options.document_eos else None,
-            max_documents=options.max_documents,
-            rows=options.rows,
+            options=options,
         )
 
     def read(self, source: NamedSplit, progress: Callable[[int], None]) -> _Text:
@@ -383,7 +370,7 @@ class _Cutter:
         """(token ids, UTF-8 bytes) of each document."""
         detokenize = DETOKENIZERS[source.data_set.detokenize]
         texts = (text for text in source.documents() if text.strip())
-        for number, text in enumerate(map(detokenize, islice(texts, self.max_documents))):
+        for number, text in enumerate(map(detokenize, islice(texts, self.options.max_documents))):
             progress(number)
             yield np.array(encode(self.tokenizer, text), dtype=np.int64), len(text.encode())
 
@@ -396,7 +383,7 @@ class _Cutter:
             row_eos_id=self.row_eos,
             document_eos_id=self.document_eos,
         )
-        packer = WrapPacker(rules)
+        packer, limit = WrapPacker(rules), self.options.limit
         rows: list[np.ndarray] = []
         documents = num_bytes = num_tokens = 0
         for ids, size in read:
@@ -405,9 +392,9 @@ class _Cutter:
             documents += 1
             num_bytes += size
             num_tokens += len(ids) + (self.document_eos is not None)
-            if self.rows is not None and len(rows) >= self.rows:
+            if limit is not None and len(rows) >= limit:
                 break
-        rows = rows[: self.rows]
+        rows = rows[:limit]
         windows = [
             Window(ids=row, given=int(self.bos is not None), unit=number)
             for number, row in enumerate(rows)

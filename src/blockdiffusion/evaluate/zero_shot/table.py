@@ -2,46 +2,53 @@
 
 from __future__ import annotations
 
-import textwrap
+from typing import Any
 
-from blockdiffusion.escape import csv_table, markdown, markdown_table
-from blockdiffusion.evaluate.likelihood import CUT, Likelihood
+from blockdiffusion.escape import csv_table
+from blockdiffusion.evaluate.likelihood import CUT
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotRow, ZeroShotTable
+from blockdiffusion.reports.tables import Column, Table, flat, found
 
-HEADS = (
-    "set", "perplexity", "± noise", "± data", "exact", "bits/byte", "tokens", "documents",
+COLUMNS = (
+    Column("set", "task"),
+    Column("perplexity", lambda row: found(row, "result.perplexity") or "missing", ".2f",
+           bound="result.is_bound"),
+    Column("± noise", lambda row: _error(row, "stderr_noise"), ".2f"),
+    Column("± data", lambda row: _error(row, "stderr_data"), ".2f"),
+    Column("exact", lambda row: _exact(row), ".2f", bound="result.orders_perplexity"),
+    Column("bits/byte", "result.bits_per_byte", ".4f", bound="result.is_bound"),
+    Column("tokens", "result.num_tokens", ",d"),
+    Column("documents", lambda row: None if row.result is None else row.documents, ",d"),
 )  # fmt: skip
 
 
 def zero_shot_lines(table: ZeroShotTable, what: str) -> list[str]:
     """The table in words, its conventions below; 100 columns."""
-    cells = [HEADS, *(_cells(row) for row in table.rows if row.result is not None)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(HEADS))]
-    lines = [what]
-    for row in cells:
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join(["", row[0].ljust(len(first)), *others]))
-    for note in [*_missing(table), *conventions(table)]:
-        lines += textwrap.wrap(note, 98, initial_indent="  ", subsequent_indent="    ")
-    return lines
+    return _table(table, what).lines()
 
 
 def zero_shot_markdown(table: ZeroShotTable, what: str) -> str:
     """The same as a page."""
-    cells = [HEADS, ("---", *("---:" for _ in HEADS[1:]))]
-    cells += [_cells(row) for row in table.rows]
-    notes = [f"* {markdown(note)}" for note in [*_missing(table), *conventions(table)]]
-    head = f"# Zero-shot: {markdown(what)}"
-    return "\n".join([head, "", *markdown_table(cells), "", *notes, ""])
+    return _table(table, what).markdown()
 
 
 def zero_shot_csv(table: ZeroShotTable) -> str:
     """One line a set, with every value and the conventions; what is not known is empty."""
-    common = {
+    common: dict[str, Any] = {
         "packing": table.options.packing, "context": table.context, "stride": table.stride,
         "frame": table.frame, "document_eos": table.options.document_eos,
     }  # fmt: skip
-    return csv_table([common | _flat(row) for row in table.rows])
+    rows = [common | row.to_dict() for row in table.rows]
+    for row in rows:
+        low, high = row.pop("interval", None) or (None, None)
+        row["interval"] = {"low": low, "high": high}
+    return csv_table([flat(row) for row in rows])
+
+
+def _table(table: ZeroShotTable, what: str) -> Table:
+    missing = [f"{row.task}: missing, {row.missing}" for row in table.rows if row.result is None]
+    notes = [*missing, *conventions(table)]
+    return Table(COLUMNS, table.rows, f"Zero-shot: {what}", notes)
 
 
 def conventions(table: ZeroShotTable) -> list[str]:
@@ -101,41 +108,15 @@ def _ends(table: ZeroShotTable) -> str:
     return f"{bos} and not counted" + ("; an EOS at its end, counted" if eos else "")
 
 
-def _missing(table: ZeroShotTable) -> list[str]:
-    return [f"{row.task}: missing, {row.missing}" for row in table.rows if row.result is None]
-
-
-def _cells(row: ZeroShotRow) -> tuple[str, ...]:
+def _exact(row: ZeroShotRow) -> float | None:
+    """The tighter bound over orders, or the exact perplexity beside a bound."""
     result = row.result
-    if result is None:
-        return (row.task, "missing", *("" for _ in HEADS[2:]))
-    tighter = result.exact_perplexity if result.is_bound else None
-    exact = "" if tighter is None else f"{tighter:.2f}"
-    if result.orders_perplexity is not None:
-        exact = f"<= {result.orders_perplexity:.2f}"
-    sign = "<= " if result.is_bound else ""
-    bits = "" if result.bits_per_byte is None else f"{sign}{result.bits_per_byte:.4f}"
-    return (
-        row.task,
-        f"{sign}{result.perplexity:.2f}",
-        _error(result, result.stderr_noise),
-        _error(result, result.stderr_data),
-        exact,
-        bits,
-        f"{result.num_tokens:,}",
-        f"{row.documents:,}",
-    )
+    if result is None or result.orders_perplexity is not None:
+        return found(result, "orders_perplexity")
+    return result.exact_perplexity if result.is_bound else None
 
 
-def _error(result: Likelihood, stderr: float | None) -> str:
+def _error(row: ZeroShotRow, name: str) -> float | None:
     """Of the perplexity: its derivative times the error of the nats."""
-    return "" if stderr is None else f"{result.perplexity * stderr:.2f}"
-
-
-def _flat(row: ZeroShotRow) -> dict[str, object]:
-    values = row.to_dict()
-    interval = values.pop("interval", None)
-    low, high = interval or (None, None)
-    for name in ("order_bounds", "order_bounds_stderr_noise"):
-        values.pop(name, None)
-    return values | {"interval_low": low, "interval_high": high}
+    stderr = found(row, f"result.{name}")
+    return None if stderr is None else found(row, "result.perplexity") * stderr

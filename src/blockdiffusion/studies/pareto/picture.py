@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from blockdiffusion.escape import html as escape
-from blockdiffusion.evaluate.generation.table import conventions, number
+from blockdiffusion.evaluate.generation.table import conventions
 from blockdiffusion.evaluate.likelihood import Z95
+from blockdiffusion.reports.numbers import number
 from blockdiffusion.reports.pictures import (
     CHART_STYLE,
     Frame,

@@ -1,4 +1,4 @@
-"""`blockdiff pareto`: samples of every point under one judge, what they cost, and their bound."""
+"""`blockdiff pareto`: samples of every point under one scorer, what they cost, and their bound."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.generation.independence import check_judge
-from blockdiffusion.evaluate.generation.judge import Judge, JudgeFacts, load_judge, window_sizes
+from blockdiffusion.evaluate.generation.independence import check_scorer
+from blockdiffusion.evaluate.generation.perplexity import window_sizes
 from blockdiffusion.evaluate.generation.reference import reference_samples
 from blockdiffusion.evaluate.generation.result import (
     Conditions,
     Progress,
     evaluate_samples,
-    judge_facts,
+    scorer_facts,
 )
 from blockdiffusion.evaluate.generation.samples import (
     DrawOptions,
@@ -28,8 +28,9 @@ from blockdiffusion.evaluate.generation.samples import (
     draw_samples,
     identity,
 )
-from blockdiffusion.evaluate.journal import journal_beside
+from blockdiffusion.evaluate.journal import journal_beside, remove_journal
 from blockdiffusion.evaluate.likelihood import likelihood
+from blockdiffusion.evaluate.scorer import Scorer, ScorerFacts, load_scorer
 from blockdiffusion.files.disk import write_whole
 from blockdiffusion.files.records import Damaged, read_json, sealed, unsealed
 from blockdiffusion.sampling.sliding import has_one_block
@@ -44,17 +45,17 @@ class Pareto:
     """What to measure.
 
     Attributes:
-        model: directory or id. judge: see `generation.judge.load_judge`.
+        model: directory or id. scorer: see `generation.scorer.load_scorer`.
         out: folder for the samples and the result of every point; a point that is there is not
             measured again.
         points: none = the usual ones of the model.
         draw: how all of them are drawn, but for the policy and its settings.
         reference: real text, see `generation.reference`; `split` of prepared data.
-        context, stride: of the judge's windows.
+        context, stride: of the scorer's windows.
     """
 
     model: str
-    judge: str
+    scorer: str
     out: Path
     points: tuple[Point, ...] = ()
     draw: DrawOptions = field(default_factory=DrawOptions)
@@ -77,7 +78,7 @@ def measure_pareto(
     model finds likely, which is not the same as good.
 
     Raises:
-        UserError: a point that the model does not have, a judge that may not judge, or a folder
+        UserError: a point that the model does not have, a scorer that may not scorer, or a folder
             with points that were measured in another way.
     """
     model = load_model(options.model)
@@ -87,9 +88,9 @@ def measure_pareto(
         points = tuple(point for point in points if point != AUTHORS)  # it is there already
     for point in points:
         point.check(model.config)
-    judge = load_judge(options.judge, device=device)
-    facts = judge_facts(judge, *window_sizes(judge, options.context, options.stride))
-    warnings = check_judge(options.model, model, judge)
+    scorer = load_scorer(options.scorer, device=device)
+    facts = scorer_facts(scorer, *window_sizes(scorer, options.context, options.stride))
+    warnings = check_scorer(options.model, model, scorer)
     (options.out / "points").mkdir(parents=True, exist_ok=True)
     measured = []
     for number, point in enumerate(points, 1):
@@ -99,7 +100,7 @@ def measure_pareto(
                 options,
                 point,
                 model,
-                judge,
+                scorer,
                 facts,
                 with_reference=number == 1,
                 progress=None if progress is None else _at_stage(progress, stage),
@@ -134,8 +135,8 @@ def _measured(
     options: Pareto,
     point: Point,
     model: Any,
-    judge: Judge,
-    facts: JudgeFacts,
+    scorer: Scorer,
+    facts: ScorerFacts,
     *,
     with_reference: bool,
     progress: Progress | None,
@@ -151,7 +152,9 @@ def _measured(
         "reference": [*reference, options.split] if reference else None,
     }))  # fmt: skip
     if file.exists():
-        return _read(file, key)
+        values = _read(file, key)
+        remove_journal(file)  # an error may have left it
+        return values
     drawn = draw_samples(
         model,
         draw,
@@ -163,9 +166,9 @@ def _measured(
         real = reference_samples(
             reference, len(drawn.samples), draw.max_new_tokens, model.tokenizer, options.split
         )
-    judged = evaluate_samples(
+    scored = evaluate_samples(
         drawn,
-        judge,
+        scorer,
         Conditions(label=point.label, model=options.model, seed=draw.seed),
         context=facts.context,
         stride=facts.stride,
@@ -173,7 +176,7 @@ def _measured(
         progress=progress,
         journal=journal_beside(file),
     )
-    cost = judged.cost
+    cost = scored.cost
     assert cost is not None
     values = {
         "key": key,
@@ -181,12 +184,13 @@ def _measured(
         "policy": point.policy,
         "calls_per_token": 1 / cost.tokens_per_forward,
         "seconds_per_token": 1 / cost.tokens_per_second if cost.tokens_per_second else None,
-        "text": judged.text.to_dict(),
+        "text": scored.text.to_dict(),
         "bound": _bound(model, drawn.samples, draw),
-        "reference": None if judged.reference is None else judged.reference.to_dict(),
+        "reference": None if scored.reference is None else scored.reference.to_dict(),
     }
     text = json.dumps(sealed(values), indent=2) + "\n"
     write_whole(file, text.encode())
+    remove_journal(file)
     return unsealed(json.loads(text))  # as it is read the next time
 
 
@@ -196,7 +200,7 @@ def _read(file: Path, key: dict[str, Any]) -> dict[str, Any]:
         if values.get("key") == key:
             return values
     raise UserError(
-        f"{file} holds a point that was measured with another model, judge or options; choose "
+        f"{file} holds a point that was measured with another model, scorer or options; choose "
         "another --out, or remove that folder"
     )
 
@@ -208,7 +212,7 @@ def _bound(model: Any, samples: Sequence[Sample], draw: DrawOptions) -> dict[str
     if has_one_block(model) and max(map(len, rows)) > model.config.seq_len:
         return None
     bos = model.config.bos if draw.bos is None else draw.bos
-    found = likelihood(model, rows, samples=BOUND_SAMPLES, bos=bool(bos))
+    found = likelihood(model, rows, mc_samples=BOUND_SAMPLES, bos=bool(bos))
     return {"value": found.nats_per_token, "stderr": found.stderr_data}
 
 

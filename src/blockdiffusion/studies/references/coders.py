@@ -9,7 +9,6 @@ training; a compressor reads the rows as one text.
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
@@ -19,18 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-import blockdiffusion
-from blockdiffusion.data.loader import Batch, TokenRows
+from blockdiffusion.data.loader import Batch, TokenRows, free_tokens
 from blockdiffusion.data.manifest import TOKENIZER_FOLDER, Manifest, data_fingerprint
 from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator, data_error
+from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.prepared import read_rows
-from blockdiffusion.evaluate.scoring import ScoreOptions, score
+from blockdiffusion.evaluate.scoring import score
 from blockdiffusion.evaluate.windows import Window
 from blockdiffusion.limits import check_limits
+from blockdiffusion.runtime.versions import versions
 from blockdiffusion.studies.references.compressors import COMPRESSORS, PREFIX_BYTES, Compressor
 from blockdiffusion.studies.references.ngram import count_ngrams
 
@@ -47,22 +47,24 @@ class CoderOptions:
 
     Attributes:
         split: the split whose rows are coded.
-        rows: code only the first ones.
+        limit: code only the first rows.
         order: the longest n-gram; every order from 1 on is in the table.
         train_rows: read only the first rows of the training split.
         bos: whether position 0 of a row is given and not counted; None: as the data say.
         score: how the likelihood of models is estimated.
+        seed: of their masks.
 
     Raises:
         UserError: a value that is not allowed.
     """
 
     split: str = "valid"
-    rows: int | None = None
+    limit: int | None = None
     order: int = 6
     train_rows: int | None = None
     bos: bool | None = None
-    score: ScoreOptions = field(default_factory=ScoreOptions)
+    score: LikelihoodOptions = field(default_factory=LikelihoodOptions)
+    seed: int = 0
 
     def __post_init__(self) -> None:
         check_limits(self)
@@ -124,11 +126,7 @@ class CoderTable:
             **options,
             **values,
             "coders": coders,
-            "versions": {
-                "blockdiffusion": blockdiffusion.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
 
 
@@ -146,35 +144,32 @@ def compare_coders(
         models: by the names that the table gives them, of any kind that `likelihood` takes.
         progress: called with (what is measured, done, how many there are).
         journal: file that keeps what is finished, so that the same call goes on after an
-            interruption; removed when all is measured.
+            interruption; the caller removes it.
 
     Raises:
         UserError: no such data or split, too many training tokens, a model of other symbols, or an
             estimator that a model does not allow.
     """
     options = CoderOptions() if options is None else options
-    report = _silent if progress is None else progress
+    report = progress or (lambda *_: None)
     # Every model is checked before anything long begins.
     for model in (models or {}).values():
-        read_rows(directory, options.split, model, options.rows, options.bos)
-        choose_estimator(options.score.estimator, model.config)
+        read_rows(directory, options.split, model, options.limit, options.bos)
+        choose_estimator(options.score, model.config)
     symbols = _Symbols.of(Path(directory), options)
-    kept = None
-    if journal is not None:
-        settings = {name: value for name, value in asdict(options).items() if name != "score"}
-        kept = Journal(journal, repr((symbols.fingerprint, settings)))
-    rows = [CoderRow(**row) for row in _kept(kept, "n-grams", partial(_ngrams, symbols, report))]
+    of_models = ("score", "seed")
+    settings = {n: value for n, value in asdict(options).items() if n not in of_models}
+    kept = Journal(journal, repr((symbols.fingerprint, settings)))
+    rows = [CoderRow(**row) for row in kept.result("n-grams", partial(_ngrams, symbols, report))]
     for number, compressor in enumerate(COMPRESSORS):
         report("compressors", number, len(COMPRESSORS))
-        measured = _kept(kept, compressor.name, partial(_compressed, symbols, compressor))
+        measured = kept.result(compressor.name, partial(_compressed, symbols, compressor))
         rows += [CoderRow(**row) for row in measured]
     found = {}
     for name, model in (models or {}).items():
         result = _model(model, name, symbols, report, journal)
         rows += _model_rows(name, result, symbols)
         found[name] = result.to_dict()
-    if kept is not None:
-        kept.remove()
     return CoderTable(
         rows=tuple(rows),
         options=options,
@@ -187,20 +182,6 @@ def compare_coders(
         bos=symbols.bos,
         models=found,
     )
-
-
-def _silent(stage: str, done: int, total: int | None) -> None:
-    pass
-
-
-def _kept(journal: Journal | None, name: str, measure: Callable[[], Any]) -> Any:
-    """What the journal has under `name`, else what `measure` gives, and kept from now on."""
-    found = None if journal is None else journal.get(name)
-    if found is None:
-        found = measure()
-        if journal is not None:
-            journal.put(name, found)
-    return found
 
 
 # --- the symbols -------------------------------------------------------------------------------
@@ -222,7 +203,7 @@ class _Symbols:
     def of(cls, directory: Path, options: CoderOptions) -> _Symbols:
         source, train = TokenRows(directory, options.split), TokenRows(directory, "train")
         manifest, split = source.manifest, source.manifest.splits[options.split]
-        held_out = source.rows(np.arange(min(source.num_rows, options.rows or source.num_rows)))
+        held_out = source.rows(np.arange(min(source.num_rows, options.limit or source.num_rows)))
         share = int(_valid(held_out).sum()) / split.tokens
         train_rows = min(train.num_rows, options.train_rows or train.num_rows)
         if train_rows * train.seq_len > MAX_TRAIN_TOKENS:
@@ -248,9 +229,7 @@ class _Symbols:
 
     def counted(self, batch: Batch) -> np.ndarray:
         """Which positions (B, L) are coded: not padding, not given."""
-        counted_BL = _valid(batch).copy()
-        counted_BL[:, : int(self.bos)] = False
-        return counted_BL
+        return free_tokens(batch, self.bos).numpy()
 
     @property
     def num_tokens(self) -> int:
@@ -342,9 +321,8 @@ def _compressed(symbols: _Symbols, compressor: Compressor) -> list[dict[str, Any
 def _model(
     model: Denoiser, name: str, symbols: _Symbols, progress: Progress, journal: Path | None
 ) -> Likelihood:
-    options = symbols.options.score
-    identity = fingerprint(model, asdict(options))
-    kept = None if journal is None else Journal(journal, identity)
+    options = symbols.options
+    kept = Journal.of(journal, model, asdict(options.score), options.seed)
     valid_BL = _valid(symbols.held_out)
     windows = [
         Window(ids=ids[valid], given=int(symbols.bos), unit=number)
@@ -355,7 +333,8 @@ def _model(
     return score(
         model,
         windows,
-        options,
+        options.score,
+        seed=options.seed,
         bos=symbols.bos,
         num_bytes=symbols.num_bytes,
         journal=kept,

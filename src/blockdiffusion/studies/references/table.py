@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from blockdiffusion.escape import markdown, markdown_table
-from blockdiffusion.studies.references.coders import CoderRow, CoderTable
+from blockdiffusion.reports.tables import Column, Table
+from blockdiffusion.studies.references.coders import CoderTable
 
-HEADS = ("coder", "bits/byte", "± data", "± noise", "bits/token", "reads")
+COLUMNS = (
+    Column("coder", "coder"),
+    Column("bits/byte", "bits_per_byte", ".4f", bound="is_bound"),
+    Column("± data", "stderr_data", ".4f"),
+    Column("± noise", "stderr_noise", ".4f"),
+    Column("bits/token", "bits_per_token", ".4f", bound="is_bound"),
+    Column("reads", "reads"),
+)
 
 
 def coders_markdown(table: CoderTable, what: str) -> str:
     """The table, its conventions below."""
-    cells = [HEADS, ("---", *("---:" for _ in HEADS[1:-1]), "---")]
-    cells += [_cells(row) for row in table.rows]
-    notes = [f"* {markdown(note)}" for note in conventions(table)]
-    return "\n".join([f"# Bits: {markdown(what)}", "", *markdown_table(cells), "", *notes, ""])
+    return Table(COLUMNS, table.rows, f"Bits: {what}", conventions(table)).markdown()
 
 
 def conventions(table: CoderTable) -> list[str]:
@@ -36,19 +40,3 @@ def conventions(table: CoderTable) -> list[str]:
         note = "" if result["note"] is None else f" ({result['note']})"
         notes.append(f"{name}: S = {result['block_size']}, {how}{note}")
     return notes
-
-
-def _cells(row: CoderRow) -> tuple[str, ...]:
-    sign = "<= " if row.is_bound else ""
-    return (
-        row.coder,
-        f"{sign}{row.bits_per_byte:.4f}",
-        _error(row.stderr_data),
-        _error(row.stderr_noise),
-        f"{sign}{row.bits_per_token:.4f}",
-        row.reads,
-    )
-
-
-def _error(stderr: float | None) -> str:
-    return "" if stderr is None else f"{stderr:.4f}"

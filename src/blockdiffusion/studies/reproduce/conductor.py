@@ -175,6 +175,7 @@ class _Conductor:
             if not self.done.issuperset(step.needs):
                 continue
             if step.name not in self.missing and self.kept.state(step) == "done":
+                self.kept.finish(step)
                 self.waiting.remove(step)
                 self.done.add(step.name)
                 self.say(f"{step.name}: done before")

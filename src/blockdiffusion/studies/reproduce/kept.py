@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from blockdiffusion.data.manifest import MANIFEST_FILE
 from blockdiffusion.errors import UserError
+from blockdiffusion.evaluate.journal import journal_beside
 from blockdiffusion.files.checksums import sha256_of
 from blockdiffusion.files.disk import write_whole
 from blockdiffusion.files.records import Damaged, build, read_json
@@ -50,7 +51,7 @@ class Kept:
             return "to do"
         if note.identity != self.identity(step):
             return "out of date"
-        return "done" if note.done and _is_there(step) else "interrupted"
+        return "done" if _is_there(step) and (note.done or _is_whole(step)) else "interrupted"
 
     def progress(self, step: Step) -> int:
         """Updates of the weights that a training step has saved."""
@@ -77,8 +78,9 @@ class Kept:
             self._write(step, done=False)
 
     def finish(self, step: Step) -> None:
-        """Notes that a step is done."""
-        self._write(step, done=True)
+        """Notes that a step is done, where that is not noted yet."""
+        if self._note(step) != _Note(identity=self.identity(step), done=True):
+            self._write(step, done=True)
 
     def identity(self, step: Step) -> str:
         """A hash of everything that the result of a step depends on."""
@@ -143,6 +145,12 @@ def _is_there(step: Step) -> bool:
             return (step.product / "model" / "config.json").is_file()
         case "measure":
             return step.product.is_file()
+
+
+def _is_whole(step: Step) -> bool:
+    """Whether a measurement has ended: its result appears whole, and then its journal goes."""
+    journal = journal_beside(step.product)
+    return step.kind == "measure" and not (journal and journal.exists())
 
 
 def _signature(path: Path) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from blockdiffusion.reports.terminal import amount
+from blockdiffusion.reports.numbers import count, duration
 from blockdiffusion.studies.reproduce.conductor import places
 from blockdiffusion.studies.reproduce.kept import Kept
 from blockdiffusion.studies.reproduce.plan import Plan, Run, Step
@@ -35,13 +35,13 @@ def plan_lines(plan: Plan) -> list[str]:
         lines.append(f"    {shlex.join(['blockdiff', *step.command])}")
     done = sum(kept.state(step) == "done" for step in plan.steps)
     runs = [step.run for step in plan.steps if step.run is not None]
+    speed = scale.flops * sum(room.processes for room in rooms)
     lines += [
         "",
         f"{len(plan.steps)} steps, {done} done; {len(runs)} runs of "
-        f"{amount(sum(run.tokens for run in runs))} tokens in all",
-        f"training that is left: {left:.2g} FLOP, about "
-        f"{_time(left / scale.flops / sum(room.processes for room in rooms))} ({together}, each at "
-        f"{scale.flops:.2g} FLOP/s); measuring comes besides",
+        f"{count(sum(run.tokens for run in runs))} tokens in all",
+        f"training that is left: {left:.2g} FLOP, about {duration(left / speed)} ({together}, "
+        f"each at {scale.flops:.2g} FLOP/s); measuring comes besides",
     ]
     return lines
 
@@ -59,14 +59,7 @@ def _sizes(run: Run, flops: float) -> list[str]:
     start = f"; from {model['init_from']}" if "init_from" in model else ""
     return [
         f"{objective['name']}{size}{f' ({noise})' if noise else ''}{start}",
-        f"{model['num_layers']} layers, width {model['width']}, {amount(run.parameters)} "
+        f"{model['num_layers']} layers, width {model['width']}, {count(run.parameters)} "
         f"parameters; {run.steps:,} updates of {run.recipe['train']['batch_size']} rows, "
-        f"{amount(run.tokens)} tokens; {run.flops:.2g} FLOP, about {_time(run.flops / flops)}",
+        f"{count(run.tokens)} tokens; {run.flops:.2g} FLOP, about {duration(run.flops / flops)}",
     ]
-
-
-def _time(seconds: float) -> str:
-    for limit, word in ((2 * 86_400, "days"), (5400, "hours"), (90, "minutes")):
-        if seconds >= limit:
-            return f"{seconds / {'days': 86_400, 'hours': 3600, 'minutes': 60}[word]:,.3g} {word}"
-    return f"{seconds:.0f} seconds"

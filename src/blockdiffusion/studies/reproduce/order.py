@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -57,11 +57,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "lower": self.lower, "upper": self.upper, "is_equal": self.is_equal,
-            "difference": self.difference, "stderr": self.stderr, "unit": self.unit,
-            "is_paired": self.is_paired, "verdict": self.verdict,
-        }  # fmt: skip
+        return asdict(self) | {"verdict": self.verdict}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import torch
-import transformers
 
-import blockdiffusion
-from blockdiffusion.escape import markdown, markdown_table
-from blockdiffusion.studies.reproduce.cells import Cell, Cells, read_cells
+from blockdiffusion.reports.tables import Column, Table, bullets, found
+from blockdiffusion.runtime.versions import versions
+from blockdiffusion.studies.reproduce.cells import Cells, read_cells
 from blockdiffusion.studies.reproduce.order import (
     ERROR_BARS,
     Order,
@@ -22,14 +21,11 @@ from blockdiffusion.studies.reproduce.order import (
     length_sentences,
     order_sentence,
 )
-from blockdiffusion.studies.reproduce.paper import PaperRow, PaperTable
+from blockdiffusion.studies.reproduce.paper import PaperTable
 from blockdiffusion.studies.reproduce.plan import Plan
 from blockdiffusion.studies.reproduce.scales import Steps
 
 PAPERS_DATA = ("lm1b", "openwebtext")
-
-# What stands beside a value, by table: the head, and how it is shown.
-Shown = tuple[str, Callable[[Cell], str]]
 
 
 def table_result(plan: Plan, table: PaperTable) -> tuple[dict[str, Any], str]:
@@ -46,7 +42,8 @@ def table_result(plan: Plan, table: PaperTable) -> tuple[dict[str, Any], str]:
     else:
         said = [order_sentence(table, order) for order in orders]
     notes = [*notes, *_conventions(plan, table)]
-    return _values(plan, table, cells, orders, said, notes), _page(plan, table, cells, said, notes)
+    rows = _rows(table, cells)
+    return _values(plan, table, rows, orders, said, notes), _page(plan, table, rows, said, notes)
 
 
 def machine() -> dict[str, Any]:
@@ -56,12 +53,7 @@ def machine() -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "gpu": gpu,
         "system": platform.system(),
-        "versions": {
-            "blockdiffusion": blockdiffusion.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
@@ -77,10 +69,10 @@ def _conventions(plan: Plan, table: PaperTable) -> list[str]:
     named = {"lm1b": "LM1B", "owt": "OpenWebText"}[table.corpus]
     if text.data_set not in PAPERS_DATA:
         notes.append(f"{text.data_set} stands for {named} at this scale.")
-    found = machine()
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    where = found["machine"] + ("" if found["gpu"] is None else f", {found['gpu']}")
-    return [*notes, f"{where}; {versions}."]
+    here = machine()
+    used = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    where = here["machine"] + ("" if here["gpu"] is None else f", {here['gpu']}")
+    return [*notes, f"{where}; {used}."]
 
 
 def _budget(steps: Steps, table: str) -> str:
@@ -98,31 +90,35 @@ def _budget(steps: Steps, table: str) -> str:
     )
 
 
+def _rows(table: PaperTable, cells: Cells) -> list[dict[str, Any]]:
+    """Plain values of every row: the paper's figures, and ours."""
+    return [
+        {
+            "system": row.system,
+            "label": row.label,
+            "quoted": row.quoted,
+            "paper": {
+                column: {"value": figure.value, "is_bound": figure.is_bound}
+                for column, figure in row.figures.items()
+            },
+            "ours": {
+                column: cells[row.system, column].to_dict()
+                for column in table.columns
+                if (row.system, column) in cells
+            },
+        }
+        for row in table.rows
+    ]
+
+
 def _values(
     plan: Plan,
     table: PaperTable,
-    cells: Cells,
+    rows: list[dict[str, Any]],
     orders: list[Order],
     said: list[str],
     notes: list[str],
 ) -> dict[str, Any]:
-    rows = []
-    for row in table.rows:
-        figures = {
-            column: {"value": figure.value, "is_bound": figure.is_bound}
-            for column, figure in row.figures.items()
-        }
-        ours = {
-            column: cells[row.system, column].to_dict()
-            for column in table.columns
-            if (row.system, column) in cells
-        }
-        rows.append(
-            {
-                "system": row.system, "label": row.label, "quoted": row.quoted, "paper": figures,
-                "ours": ours,
-            }
-        )  # fmt: skip
     return {
         "table": table.name,
         "title": table.title,
@@ -155,7 +151,13 @@ READ = (
 OTHER_SIZES = "The paper's models are larger and were trained for longer{}: compare the order."
 
 
-def _page(plan: Plan, table: PaperTable, cells: Cells, said: list[str], notes: list[str]) -> str:
+def _page(
+    plan: Plan,
+    table: PaperTable,
+    rows: list[dict[str, Any]],
+    said: list[str],
+    notes: list[str],
+) -> str:
     explained = READ
     if plan.scale.name != "paper":
         elsewhere = plan.text(table).data_set not in PAPERS_DATA
@@ -164,82 +166,55 @@ def _page(plan: Plan, table: PaperTable, cells: Cells, said: list[str], notes: l
     quoted = [f"* {row.label}: {row.quoted}." for row in table.rows if row.quoted is not None]
     lines = [
         f"# {table.name} at the scale {plan.scale.name}: {table.title}", "",
-        *_table(table, cells), "", explained, "",
+        *_table(table, rows).markdown_lines(), "", explained, "",
         "## The order", "", *([] if table.name == "T6" else [bars, ""]),
-        *(f"* {markdown(sentence)}" for sentence in said), "",
+        *bullets(said), "",
     ]  # fmt: skip
     if quoted:
         lines += ["## Quoted rows", "", *quoted, ""]
-    return "\n".join([*lines, "## Conditions", "", *(f"* {markdown(note)}" for note in notes), ""])
+    return "\n".join([*lines, "## Conditions", "", *bullets(notes), ""])
 
 
-def _table(table: PaperTable, cells: Cells) -> list[str]:
+def _table(table: PaperTable, rows: list[dict[str, Any]]) -> Table:
     """A column of ours and of the paper's for each of the table's that was measured."""
-    columns = [column for column in table.columns if any(c == column for _, c in cells)]
-    more = {column: _beside(table, column) for column in columns}
-    heads, rules = ["system"], ["---"]
-    for column in columns:
-        head = table.columns[column]
-        heads += [f"{head}, ours", *(name for name, _ in more[column]), f"{head}, paper"]
-        rules += ["---:"] * (2 + len(more[column]))
-    lines = [heads, rules]
-    for row in table.rows:
-        line = [row.label + ("" if row.quoted is None else " (quoted)")]
-        for column in columns:
-            cell = cells.get((row.system, column))
-            line.append("" if cell is None else shown(cell, table, column))
-            line += ["" if cell is None else show(cell) for _, show in more[column]]
-            line.append(_figure(row, column, table.places))
-        lines.append(line)
-    return markdown_table(lines)
+    columns = [Column("system", _system)]
+    for name, head in table.columns.items():
+        if any(name in row["ours"] for row in rows):
+            columns += [
+                Column(f"{head}, ours", f"ours.{name}", _spec(table, name),
+                       bound=f"ours.{name}.is_bound"),
+                *_beside(table, name),
+                Column(f"{head}, paper", f"paper.{name}.value", f",.{table.places}f",
+                       bound=f"paper.{name}.is_bound"),
+            ]  # fmt: skip
+    return Table(columns, rows)
 
 
-def _figure(row: PaperRow, column: str, places: int) -> str:
-    if (figure := row.figures.get(column)) is None:
-        return ""
-    return f"{'<= ' if figure.is_bound else ''}{figure.value:,.{places}f}"
+def _system(row: Mapping[str, Any]) -> str:
+    return row["label"] + ("" if row["quoted"] is None else " (quoted)")
 
 
-def shown(cell: Cell, table: PaperTable, column: str) -> str:
-    """A value with its error: lengths whole, perplexities to two places."""
-    bound = "<= " if cell.is_bound else ""
-    if table.name == "T6":
-        value, error = f"{cell.value:,.0f}", f" ± {cell.stderr:,.0f}" if cell.stderr else ""
-    elif column == "variance":
-        value, error = f"{cell.value:.3g}", f" ± {cell.stderr:.2g}" if cell.stderr else ""
-    else:
-        value, error = f"{cell.value:,.2f}", f" ± {cell.stderr:.2f}" if cell.stderr else ""
-    return f"{bound}{value}{error}"
+def _spec(table: PaperTable, column: str) -> str | None:
+    """Lengths are whole, perplexities have two places, variances as many as their errors say."""
+    if column == "variance":
+        return None
+    return ",.0f" if table.name == "T6" else ",.2f"
 
 
-def _beside(table: PaperTable, column: str) -> list[Shown]:
+def _beside(table: PaperTable, column: str) -> list[Column]:
+    """What stands beside a value, by table."""
+    ours = f"ours.{column}"
+
+    def exact(row: Mapping[str, Any]) -> float | None:
+        value, bound = found(row, f"{ours}.exact_perplexity"), found(row, f"{ours}.value")
+        return None if value is None or math.isclose(value, bound) else value
+
     match table.name, column:
         case "T7", _:
-            return [("entropy", _entropy), ("network calls", _calls)]
+            entropy = Column("entropy", f"{ours}.entropy", ".2f")
+            return [entropy, Column("network calls", f"{ours}.nfe", ",.0f")]
         case (("T3" | "T4"), _):
-            return [("exact", _exact)]
+            return [Column("exact", exact, ",.2f")]
         case "T6", "max":
-            return [("cut at the limit", _cut)]
+            return [Column("cut at the limit", f"{ours}.share_cut", ".1%")]
     return []
-
-
-def _entropy(cell: Cell) -> str:
-    found = cell.beside["entropy"]
-    if found is None:
-        return ""
-    error = "" if found["stderr"] is None else f" ± {found['stderr']:.2f}"
-    return f"{found['value']:.2f}{error}"
-
-
-def _calls(cell: Cell) -> str:
-    return f"{cell.beside['nfe']:,.0f}"
-
-
-def _exact(cell: Cell) -> str:
-    value = cell.beside["exact_perplexity"]
-    return "" if value is None or math.isclose(value, cell.value) else f"{value:,.2f}"
-
-
-def _cut(cell: Cell) -> str:
-    share = cell.beside.get("share_cut")
-    return "" if share is None else f"{100 * share:.1f} %"

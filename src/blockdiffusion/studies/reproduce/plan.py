@@ -79,7 +79,7 @@ class Plan:
 
     Attributes:
         data: `--data` as given, name -> path.
-        judge: of table 7, as `--judge` gives it or a run of this plan; None where no table has one.
+        judge: of table 7, from `--scorer` or a run of this plan; None where no table has one.
     """
 
     tables: tuple[PaperTable, ...]
@@ -354,7 +354,7 @@ class _Planner:
             place, runs = Path(judge).resolve(), (self.out / "runs").resolve()
             if place.is_relative_to(runs) and place.relative_to(runs).parts[:1] != (JUDGE,):
                 raise UserError(
-                    f"the judge {judge} is one of the models under test, or of their run; take "
+                    f"the scorer {judge} is one of the models under test, or of their run; take "
                     "another model, trained on other text"
                 )
             return
@@ -362,8 +362,8 @@ class _Planner:
             return
         if JUDGE not in self.data:
             raise UserError(
-                f"T7 at the scale {self.scale.name} trains a judge on text of its own, which is "
-                "not given; say where it is with --data judge=PATH, or name a model with --judge"
+                f"T7 at the scale {self.scale.name} trains a scorer on text of its own, which is "
+                "not given; say where it is with --data judge=PATH, or name a model with --scorer"
             )
         place = self.data[JUDGE].resolve()
         for text in self.scale.texts.values():
@@ -371,7 +371,7 @@ class _Planner:
             if other is not None and _overlap(place, other.resolve()):
                 raise UserError(
                     f"--data judge={self.data[JUDGE]} is the text that the models under test are "
-                    "trained on, whose copies such a judge would reward; give other text"
+                    "trained on, whose copies such a scorer would reward; give other text"
                 )
 
     # --- measurements ----------------------------------------------------------------------------
@@ -397,9 +397,9 @@ class _Planner:
     def _test(self, text: Text, name: str) -> None:
         system, measure = find_system(name, self.scale, text.seq_len), self.scale.measure
         options = ["eval", "--data", self._rows_of(text.name), "--estimator", system.estimator]
-        options += ["--samples", str(measure.samples), "--per-row"]
+        options += ["--mc-samples", str(measure.samples), "--per-row"]
         if measure.rows is not None:
-            options += ["--rows", str(measure.rows)]
+            options += ["--limit", str(measure.rows)]
         self._measure(text, name, "test", options)
 
     def _variance(self, text: Text, name: str) -> None:
@@ -412,15 +412,15 @@ class _Planner:
 
     def _zero_shot(self, text: Text, name: str) -> None:
         measure = self.scale.measure
-        options, files = ["zero-shot", "--samples", str(measure.samples)], []
+        options, files = ["zero-shot", "--mc-samples", str(measure.samples)], []
         if measure.zero_shot_rows is not None:
-            options += ["--rows", str(measure.zero_shot_rows)]
+            options += ["--limit", str(measure.zero_shot_rows)]
         for task in zero_shot_names():
             if task in self.data:
                 options += ["--local", f"{task}={self.data[task]}"]
                 files.append(self.data[task])
             if text.is_local and task in self.data:
-                options += ["--only", task]
+                options += ["--tasks", task]
         self._measure(text, name, "zero-shot", options, files=tuple(files))
 
     def _lengths(self, text: Text, name: str) -> None:
@@ -437,7 +437,7 @@ class _Planner:
     ) -> None:
         measure = self.scale.measure
         length = text.seq_len * {"L": 1, "2L": 2}[column]
-        options = ["generate-eval", "--judge", judge, "--num-samples", str(measure.generated)]
+        options = ["generate-eval", "--scorer", judge, "--num-samples", str(measure.generated)]
         options += ["--max-new-tokens", str(length - 1), "--batch-size", str(measure.batch)]
         options += ["--bos", "--no-eos", *TOP_P]
         if column == "2L" and name not in ONE_BLOCK:

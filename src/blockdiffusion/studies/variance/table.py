@@ -13,18 +13,16 @@ them, so the variance is multiplied by the cost.
 from __future__ import annotations
 
 import math
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import blockdiffusion
-from blockdiffusion.diffusion.denoiser import Denoiser
+from blockdiffusion.data.loader import free_tokens
 from blockdiffusion.diffusion.estimators import (
     T_MIN,
     Bernoulli,
@@ -37,11 +35,13 @@ from blockdiffusion.diffusion.exact import MAX_BLOCK_SIZE, exact_blocks, num_sub
 from blockdiffusion.diffusion.objectives import Diffusion, diffusion_of
 from blockdiffusion.diffusion.variance import Moments, average, batch_moments
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.journal import Journal, fingerprint
+from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
 from blockdiffusion.evaluate.prepared import HeldOutText
+from blockdiffusion.evaluate.replicates import Advance
 from blockdiffusion.limits import check_limit, check_limits
 from blockdiffusion.runtime.seeding import generator
+from blockdiffusion.runtime.versions import versions
 
 PAPER = "bernoulli (paper)"
 EXACT = "the exact bound"
@@ -205,11 +205,7 @@ class VarianceTable:
             **asdict(self.options),
             "t_min": T_MIN,
             **{name: getattr(self, name) for name in plain},
-            "versions": {
-                "blockdiffusion": blockdiffusion.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
             "references": self.references,
             "exact": self.exact,
             "left_out": [
@@ -235,46 +231,31 @@ def measure_variance(
         text: from `prepared.read_rows`, `options.rows` rows.
         progress: called with (what is measured, done, total) units of work.
         journal: file that keeps what is finished, so that the same call after an interruption goes
-            on; removed at the end.
+            on; the caller removes it.
 
     Raises:
         UserError: too few rows, a block size that does not divide them, no estimator that exists
-            at one of the block sizes for this network, or a network of discrete time.
+            at one of the block sizes for this network, a network of discrete time, or a loss or
+            gradient that is not finite.
     """
     start = time.perf_counter()
     options = VarianceOptions() if options is None else options
-    diffusion = diffusion_of(model.config)
-    if diffusion.usual_estimator == "timesteps":
-        raise UserError(
-            f"{diffusion.title} has one estimator, timesteps, which leaves nothing to compare; "
-            "measure a network of masks in continuous time (bd3lm, mdlm or sedd)"
-        )
+    diffusion = _comparable(model)
     batches = _batches(text, options)
     length = text.batch.ids_BL.shape[1]
     plan, left_out = _plan(options, length, diffusion)
     sizes = list(dict.fromkeys(p.block_size for p in plan))
     enumerated = [s for s in sizes if diffusion.enumerable and s <= MAX_BLOCK_SIZE]
     work = sum(p.work for p in plan) + sum(_enumeration_work(size, options) for size in enumerated)
-    advance = _Advance(progress, work * options.batches)
-    kept = None
-    if journal is not None:
-        conditions = (options.replicates, options.gradients, options.seed)
-        tensors = [tensor for batch in batches for tensor in batch]
-        kept = Journal(journal, fingerprint(model, *tensors, conditions))
-    measured = [_measure(model, batches, p, options, advance, kept) for p in plan]
-    exact = {size: _enumerate(model, batches, size, options, advance, kept) for size in enumerated}
-    if kept is not None:
-        kept.remove()
-    rows: list[VarianceRow] = []
-    references = {}
-    for size in sizes:
-        here = [m for m in measured if m.plan.block_size == size]
-        reference = exact[size] if size in exact else _reference(here)
-        if reference is not None:
-            references[size] = reference.label
-        rows += [_row(m, here[0], reference, length) for m in here]
+    tensors = [tensor for batch in batches for tensor in batch]
+    conditions = (options.replicates, options.gradients, options.seed)
+    kept = Journal.of(journal, model, *tensors, conditions)
+    job = _Job(model, batches, options, Advance(progress, work * options.batches), kept)
+    measured = [job.measure(p) for p in plan]
+    exact = {size: job.enumerate(size) for size in enumerated}
+    rows, references = _compared(measured, exact, length)
     return VarianceTable(
-        rows=tuple(rows),
+        rows=rows,
         references=references,
         exact={size: mean_of([x for (x,) in found.losses]).value for size, found in exact.items()},
         left_out=tuple(left_out),
@@ -290,6 +271,17 @@ def measure_variance(
 
 
 # --- what to measure ---------------------------------------------------------------------------
+
+
+def _comparable(model: Any) -> Diffusion:
+    """What the model is trained on, which has several estimators."""
+    diffusion = diffusion_of(model.config)
+    if diffusion.usual_estimator == "timesteps":
+        raise UserError(
+            f"{diffusion.title} has one estimator, timesteps, which leaves nothing to compare; "
+            "measure a network of masks in continuous time (bd3lm, mdlm or sedd)"
+        )
+    return diffusion
 
 
 @dataclass(frozen=True)
@@ -337,25 +329,13 @@ def _batches(text: HeldOutText, options: VarianceOptions) -> list[tuple[torch.Te
             f"{options.batches} batches of {options.batch_size} rows are {options.rows} rows, but "
             f"the split has {len(ids_BL)}; ask for fewer batches or smaller ones"
         )
-    valid_BL = torch.ones_like(ids_BL, dtype=torch.bool) if valid_BL is None else valid_BL.bool()
-    free_BL = valid_BL.clone()
-    if text.bos:
-        free_BL[:, 0] = False
+    free_BL = free_tokens(text.batch, text.bos)
+    valid_BL = torch.ones_like(free_BL) if valid_BL is None else valid_BL
     size = options.batch_size
     return [
         (ids_BL[i : i + size].long(), free_BL[i : i + size], valid_BL[i : i + size])
         for i in range(0, options.rows, size)
     ]
-
-
-class _Advance:
-    def __init__(self, progress: Progress | None, total: int):
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, stage: str, finished: int) -> None:
-        self.done += finished
-        if self.progress is not None:
-            self.progress(stage, self.done, self.total)
 
 
 # --- measuring ---------------------------------------------------------------------------------
@@ -367,7 +347,6 @@ class _Cell:
 
     plan: _Plan
     moments: list[Moments]
-    replicates: int
 
     def loss_variances(self) -> list[float]:
         return [m.loss_variance for m in self.moments]
@@ -384,47 +363,70 @@ class _Reference:
     losses: list[tuple[float, ...]]
 
 
-@contextmanager
-def _at_block_size(model: Denoiser, size: int) -> Iterator[None]:
-    own = model.config.block_size
-    model.config.block_size = size
-    try:
-        yield
-    finally:
-        model.config.block_size = own
+@dataclass(frozen=True)
+class _Job:
+    """Measures one thing after the other on the same batches."""
 
+    model: Any
+    batches: Sequence[tuple[torch.Tensor, ...]]
+    options: VarianceOptions
+    advance: Advance
+    journal: Journal
 
-def _measure(
-    model: Any,
-    batches: Sequence[tuple[torch.Tensor, ...]],
-    plan: _Plan,
-    options: VarianceOptions,
-    advance: _Advance,
-    kept: Journal | None,
-) -> _Cell:
-    stage = f"S = {plan.block_size} {plan.label}"
-    moments = []
-    with _at_block_size(model, plan.block_size):
-        for index, (clean_BL, free_BL, valid_BL) in enumerate(batches):
-            advance(stage, 0)
-            name = f"S={plan.block_size} {plan.label} {plan.law.name} batch {index}"
-            found = None if kept is None else _read_moments(kept.get(name))
-            if found is None:
-                found = batch_moments(
-                    model,
-                    clean_BL.to(model.device),
-                    free_BL.to(model.device),
-                    None if bool(valid_BL.all()) else valid_BL.to(model.device),
-                    plan.law,
-                    options.replicates,
-                    generator(options.seed, "variance", index),
-                    gradients=options.gradients,
-                )
-                if kept is not None:
-                    kept.put(name, asdict(found))
-            moments.append(found)
-            advance(stage, plan.work)
-    return _Cell(plan, moments, options.replicates)
+    def measure(self, plan: _Plan) -> _Cell:
+        """The moments of an estimator at a block size."""
+        options, stage = self.options, f"S = {plan.block_size} {plan.label}"
+        model = self.model.with_block_size(plan.block_size)
+
+        def moments(index: int, clean_BL, free_BL, valid_BL) -> dict[str, Any]:
+            source = generator(options.seed, "variance", index)
+            found = batch_moments(
+                model, clean_BL, free_BL, valid_BL, plan.law, options.replicates, source,
+                gradients=options.gradients,
+            )  # fmt: skip
+            _check_finite(
+                found.loss,
+                found.loss_variance,
+                *found.gradient_variance.values(),
+                *found.gradient_square.values(),
+            )
+            return asdict(found)
+
+        name = f"S={plan.block_size} {plan.label} {plan.law.name}"
+        found = self._per_batch(name, stage, plan.work, moments)
+        read = [Moments(**values | {"losses": tuple(values["losses"])}) for values in found]
+        return _Cell(plan, read)
+
+    def enumerate(self, size: int) -> _Reference:
+        """The exact bound of every batch, nats per token."""
+        training = self.model.training
+        self.model.eval()
+        model = self.model.with_block_size(size)
+
+        def exact(index: int, clean_BL, free_BL, valid_BL) -> float:
+            found = exact_blocks(model, clean_BL, free_BL, valid_BL)
+            loss = float(found.nelbo_BK.sum()) / int(free_BL.sum())
+            _check_finite(loss)
+            return loss
+
+        stage, work = f"S = {size} {EXACT}", _enumeration_work(size, self.options)
+        losses = self._per_batch(f"S={size} exact", stage, work, exact)
+        self.model.train(training)
+        return _Reference(EXACT, [(loss,) for loss in losses])
+
+    def _per_batch(
+        self, name: str, stage: str, work: int, measure: Callable[..., Any]
+    ) -> list[Any]:
+        """What `measure` makes of (number of a batch, clean, free, valid or None)."""
+        found, device = [], self.model.device
+        for index, batch in enumerate(self.batches):
+            self.advance(0, stage)
+            clean_BL, free_BL, valid_BL = (tensor.to(device) for tensor in batch)
+            valid = None if bool(valid_BL.all()) else valid_BL
+            measured = partial(measure, index, clean_BL, free_BL, valid)
+            found.append(self.journal.result(f"{name} batch {index}", measured))
+            self.advance(work, stage)
+        return found
 
 
 def _enumeration_work(size: int, options: VarianceOptions) -> int:
@@ -432,39 +434,13 @@ def _enumeration_work(size: int, options: VarianceOptions) -> int:
     return -(-num_subsets(size) // (options.replicates * (3 if options.gradients else 1)))
 
 
-def _enumerate(
-    model: Any,
-    batches: Sequence[tuple[torch.Tensor, ...]],
-    size: int,
-    options: VarianceOptions,
-    advance: _Advance,
-    kept: Journal | None,
-) -> _Reference:
-    """The exact bound of every batch, nats per token."""
-    stage, losses = f"S = {size} {EXACT}", []
-    training = model.training
-    model.eval()
-    with _at_block_size(model, size):
-        for index, (clean_BL, free_BL, valid_BL) in enumerate(batches):
-            advance(stage, 0)
-            name = f"S={size} exact batch {index}"
-            loss = None if kept is None else kept.get(name)
-            if loss is None:
-                valid = None if bool(valid_BL.all()) else valid_BL.to(model.device)
-                found = exact_blocks(
-                    model, clean_BL.to(model.device), free_BL.to(model.device), valid
-                )
-                loss = float(found.nelbo_BK.sum()) / int(free_BL.sum())
-                if kept is not None:
-                    kept.put(name, loss)
-            losses.append((loss,))
-            advance(stage, _enumeration_work(size, options))
-    model.train(training)
-    return _Reference(EXACT, losses)
-
-
-def _read_moments(values: dict[str, Any] | None) -> Moments | None:
-    return None if values is None else Moments(**values | {"losses": tuple(values["losses"])})
+def _check_finite(*values: float) -> None:
+    if not all(map(math.isfinite, values)):
+        raise UserError(
+            "the loss or its gradient is not finite (nan or infinity): the network's numbers "
+            "overflow, or its weights have diverged; measure in float32, or take an earlier "
+            "checkpoint"
+        )
 
 
 def parameter_group(name: str) -> str:
@@ -482,6 +458,21 @@ def parameter_group(name: str) -> str:
 
 
 # --- from moments to rows ------------------------------------------------------------------------
+
+
+def _compared(
+    cells: Sequence[_Cell], exact: Mapping[int, _Reference], length: int
+) -> tuple[tuple[VarianceRow, ...], dict[int, str]]:
+    """All rows, and what the differences of each block size are taken from."""
+    rows: list[VarianceRow] = []
+    references = {}
+    for size in dict.fromkeys(cell.plan.block_size for cell in cells):
+        here = [cell for cell in cells if cell.plan.block_size == size]
+        reference = exact[size] if size in exact else _reference(here)
+        if reference is not None:
+            references[size] = reference.label
+        rows += [_row(cell, here[0], reference, length) for cell in here]
+    return tuple(rows), references
 
 
 def _reference(cells: Sequence[_Cell]) -> _Reference | None:
@@ -538,5 +529,5 @@ def _mean_loss(cell: _Cell, reference: _Reference | None = None) -> Measured:
     if reference is not None:
         losses_BR -= torch.tensor(reference.losses, dtype=torch.float64)
     away_BR = losses_BR - losses_BR[:, :1]  # exactly 0 without noise
-    stderr = (away_BR.var(1).sum() / cell.replicates).sqrt() / len(losses_BR)
+    stderr = (away_BR.var(1).sum() / away_BR.shape[1]).sqrt() / len(losses_BR)
     return Measured(value=float(losses_BR.mean()), stderr=float(stderr))

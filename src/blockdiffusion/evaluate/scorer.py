@@ -1,0 +1,460 @@
+"""Scorers: language models that say how likely generated text is (generative perplexity).
+
+A scorer, also called an evaluator model, is any Hugging Face causal language model, or one of ours:
+autoregressive, or block diffusion, whose value is a bound. Texts are tokenized anew with the
+scorer's tokenizer. What is longer than its context is read in windows, as the authors do it: the
+first window is scored whole, each later one starts `stride` tokens further and scores what the one
+before it did not reach. Every token is scored exactly once, but for a first token that nothing
+stands before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from blockdiffusion.checkpoints.formats import LIGHTNING, PICKLES, load, refuse_missing_path
+from blockdiffusion.checkpoints.tensors import FLOAT_KINDS, check_header, is_finite
+from blockdiffusion.data.tokenizers import encode, load_tokenizer
+from blockdiffusion.diffusion.denoiser import bos_id, causal_nll, is_autoregressive
+from blockdiffusion.diffusion.exact import MAX_BLOCK_SIZE
+from blockdiffusion.errors import UserError, shown
+from blockdiffusion.evaluate.journal import fingerprint
+from blockdiffusion.evaluate.likelihood import likelihood
+from blockdiffusion.evaluate.options import LikelihoodOptions
+from blockdiffusion.evaluate.windows import rectangle
+from blockdiffusion.files.records import of_file, read_json
+from blockdiffusion.from_pretrained import from_pretrained
+from blockdiffusion.models.transformer import BlockDiffusionConfig
+from blockdiffusion.runtime.seeding import generator
+
+MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # of a scorer's configuration
+INDEX = "model.safetensors.index.json"
+UNKNOWN_CONTEXT = 1024  # of a scorer that names no limit
+OURS = (BlockDiffusionConfig.model_type, "bd3lm")
+PAIRS = 8  # complement pairs per window, where a scorer's blocks are too long to enumerate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerTokens:
+    """A sample as its scorer reads it.
+
+    Attributes:
+        ids: all tokens: the scorer's BOS where it belongs to the text, the text, its EOS where a
+            document ends and the next begins.
+        scored: which of them count: those of the text, without BOS and EOS, and without a first
+            token that nothing stands before.
+        text: the tokens of the text alone.
+    """
+
+    ids: tuple[int, ...]
+    scored: tuple[bool, ...]
+    text: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One window: `ids` to read, `scored` of them."""
+
+    ids: tuple[int, ...]
+    scored: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerFacts:
+    """What a result says about its scorer.
+
+    Attributes:
+        kind: "causal language model", "autoregressive" or "block diffusion".
+        is_bound: whether its values are upper bounds (block diffusion, S > 1).
+        context: tokens of a window.
+        stride: tokens by which later windows move, and which they score.
+        first_token: what stands before the first token of a text (a BOS, say); None: nothing, and
+            it is not scored.
+        fingerprint: of its configuration and weights.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    is_bound: bool
+    context: int
+    stride: int
+    first_token: str | None
+    fingerprint: str
+
+
+class Scorer(Protocol):
+    """A language model that scores text."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    kind: str
+    is_bound: bool
+    context: int
+    """Most tokens of a window."""
+    grain: int
+    """Windows end at multiples of it: S of a block diffusion model, else 1."""
+    lead: int
+    """Tokens that the scorer itself puts before every window: 1 for a given BOS, else 0."""
+    first_token: str | None
+
+    def read(self, documents: Sequence[str]) -> ScorerTokens:
+        """The tokens of a sample that consists of `documents`."""
+        ...
+
+    def nll(self, rows: Sequence[Row], number: int) -> list[float]:
+        """Nats of the scored tokens of every row (a bound where `is_bound`).
+
+        `number` of the pass names its random draws, where there are any.
+        """
+        ...
+
+    def features(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Hidden states (B, D) of the last layer at the last token of every row, float32."""
+        ...
+
+
+def load_scorer(name: str, *, device: torch.device | str | None = None) -> Scorer:
+    """The scorer in a directory or with a Hugging Face id.
+
+    Args:
+        name: a model or run directory of ours, a directory that `save_pretrained` wrote (a causal
+            language model and its tokenizer), or a Hugging Face id of either.
+
+    Raises:
+        UserError: nothing there, no causal language model, weights that do not fit or could run
+            code, no tokenizer, one whose ids the network does not have, or one of ours that has no
+            likelihood here.
+    """
+    scorer = _load(name, device)
+    _check_ids(scorer)
+    return scorer
+
+
+def _load(name: str, device: torch.device | str | None) -> Scorer:
+    if _model_type(name) not in OURS:
+        return CausalScorer(name, *_load_causal(name, device))
+    model = load(name, device=device)
+    if model.tokenizer is None:
+        raise UserError(
+            f"the scorer {name} has no tokenizer, so text cannot be given to it; put its "
+            "tokenizer.json into its directory, or take another scorer"
+        )
+    is_masked = model.config.objective == "block_diffusion" and not model.config.time_conditioning
+    if not is_autoregressive(model) and not is_masked:
+        raise UserError(
+            f"the scorer {name} reads the time of a diffusion, and its likelihood is no score; "
+            "take an autoregressive model, or a block diffusion model without time input"
+        )
+    return OwnScorer(name, model)
+
+
+def _check_ids(scorer: Scorer) -> None:
+    """Refuses a tokenizer that can give ids to text which the network does not have."""
+    tokenizer, size = scorer.tokenizer, scorer.model.config.vocab_size
+    unread = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = set(tokenizer.get_vocab().values()) - unread  # see `encode`
+    ids |= {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    if max(ids) >= size:
+        raise UserError(
+            f"the tokenizer of the scorer {scorer.name} gives ids up to {max(ids)}, but its "
+            f"network has {size} ids; the two do not belong together, take another scorer"
+        )
+
+
+def scorer_facts(scorer: Scorer, context: int, stride: int) -> ScorerFacts:
+    """What a result says about its scorer."""
+    return ScorerFacts(
+        name=scorer.name,
+        kind=scorer.kind,
+        parameters=sum(parameter.numel() for parameter in scorer.model.parameters()),
+        is_bound=scorer.is_bound,
+        context=context,
+        stride=stride,
+        first_token=scorer.first_token,
+        fingerprint=fingerprint(scorer.model),
+    )
+
+
+# --- The scorers ---------------------------------------------------------------------------------
+
+
+def _tensors(
+    rows: Sequence[Row], multiple: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(ids, scored, valid), each (B, T), padded at the right to whole multiples."""
+    ids_BT, valid_BT = rectangle([row.ids for row in rows], multiple)
+    scored_BT, _ = rectangle([row.scored for row in rows], multiple)
+    return ids_BT, scored_BT.bool(), valid_BT
+
+
+class CausalScorer:
+    """A Hugging Face causal language model; its BOS, where it has one, stands before every text."""
+
+    kind, is_bound, grain, lead = "causal language model", False, 1, 0
+
+    def __init__(self, name: str, model: Any, tokenizer: Any):
+        self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
+        self.context = _context(model.config)
+        self.first_token = tokenizer.bos_token
+
+    def read(self, documents: Sequence[str]) -> ScorerTokens:
+        tokenizer = self.tokenizer
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        between = (
+            tokenizer.bos_token_id if tokenizer.eos_token_id is None else (tokenizer.eos_token_id)
+        )
+        return _joined(tokenizer, documents, start, between, scores_first=bool(start))
+
+    @torch.no_grad()
+    def nll(self, rows: Sequence[Row], number: int) -> list[float]:
+        ids_BT, scored_BT, valid_BT = (x.to(self.model.device) for x in _tensors(rows))
+        logits_BTV = self.model(input_ids=ids_BT, attention_mask=valid_BT.long()).logits
+        scored_BT = scored_BT[:, 1:]
+        nll_M = F.cross_entropy(
+            logits_BTV[:, :-1][scored_BT].float(), ids_BT[:, 1:][scored_BT], reduction="none"
+        )
+        nll_BT = torch.zeros(scored_BT.shape, dtype=torch.float64, device=nll_M.device)
+        return nll_BT.masked_scatter(scored_BT, nll_M.double()).sum(1).tolist()
+
+    @torch.no_grad()
+    def features(self, rows: Sequence[Row]) -> torch.Tensor:
+        ids_BT, _, valid_BT = (x.to(self.model.device) for x in _tensors(rows))
+        out = self.model(
+            input_ids=ids_BT, attention_mask=valid_BT.long(), output_hidden_states=True
+        )
+        return _at_last(out.hidden_states[-1], valid_BT)
+
+
+class OwnScorer:
+    """One of our models. An autoregressive one begins every window with what its training rows
+    begin with, the BOS or the start symbol. A block diffusion model gives a bound, enumerated
+    (blocks of up to 8 tokens) or from drawn masks, exact at S = 1; its windows are whole blocks."""
+
+    def __init__(self, name: str, model: Any):
+        self.name, self.model, self.tokenizer = name, model, model.tokenizer
+        is_next_token = is_autoregressive(model)
+        self.kind = "autoregressive" if is_next_token else "block diffusion"
+        self.grain = 1 if is_next_token else model.config.block_size
+        self.is_bound = self.grain > 1
+        self.lead = int(bool(model.config.bos))
+        self.context = model.config.seq_len - self.lead
+        start = "the start symbol in every window" if is_next_token else "an empty past"
+        self.first_token: str | None = "BOS in every window" if self.lead else start
+
+    def read(self, documents: Sequence[str]) -> ScorerTokens:
+        return _joined(self.tokenizer, documents, [], self.model.config.eos_id, scores_first=True)
+
+    @torch.no_grad()
+    def nll(self, rows: Sequence[Row], number: int) -> list[float]:
+        model, config = self.model, self.model.config
+        if is_autoregressive(model):
+            # `causal_nll` begins a window that goes on in a text by itself only where bos is false.
+            begun = rows if config.bos is False else self._begun(rows)
+            tensors = (x.to(model.device) for x in _tensors(begun))
+            ids_BT, scored_BT, valid_BT = tensors
+            return causal_nll(model, ids_BT, scored_BT, valid_BT).double().sum(1).tolist()
+        ids_BT, scored_BT, valid_BT = _tensors(self._begun(rows) if self.lead else rows, self.grain)
+        estimator = "exact" if self.grain <= MAX_BLOCK_SIZE else "complement"
+        found = likelihood(
+            model,
+            ids_BT,
+            LikelihoodOptions(estimator=estimator, mc_samples=PAIRS),
+            bos=False,
+            valid=valid_BT,
+            given=~scored_BT,
+            generator=generator(0, "judge", number),
+        )
+        return found.nats_per_row.tolist()
+
+    @torch.no_grad()
+    def features(self, rows: Sequence[Row]) -> torch.Tensor:
+        if not is_autoregressive(self.model):
+            raise UserError(
+                f"MAUVE needs the hidden state of a whole text, which the block diffusion scorer "
+                f"{self.name} does not have; take a causal language model as scorer"
+            )
+        ids_BT, _, valid_BT = (x.to(self.model.device) for x in _tensors(self._begun(rows)))
+        return _at_last(self.model.encode_causal(ids_BT, valid_BT), valid_BT)
+
+    def _begun(self, rows: Sequence[Row]) -> list[Row]:
+        """The windows after the BOS or else, as in `denoiser.causal_nll`, the mask token."""
+        first = bos_id(self.model) if self.lead else self.model.config.mask_id
+        return [Row((first, *row.ids), (False, *row.scored)) for row in rows]
+
+
+def _joined(
+    tokenizer: Any, documents: Sequence[str], start: list[int], between: int | None,
+    scores_first: bool,
+) -> ScorerTokens:  # fmt: skip
+    ids, scored, text = list(start), [False] * len(start), []
+    for number, document in enumerate(documents):
+        if number and between is not None:
+            ids.append(between)
+            scored.append(False)
+        found = encode(tokenizer, document)
+        text += found
+        ids += found
+        scored += [True] * len(found)
+    if scored and not scores_first:
+        scored[0] = False
+    return ScorerTokens(ids=tuple(ids), scored=tuple(scored), text=tuple(text))
+
+
+def _at_last(hidden_BTD: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
+    last_B = valid_BT.sum(1) - 1
+    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B].float()
+
+
+# --- Reading them ---------------------------------------------------------------------------------
+
+
+def _model_type(name: str) -> str | None:
+    """`model_type` of a directory's or a hub id's config.json."""
+    folder = Path(name)
+    for place in (folder / "config.json", folder / "model" / "config.json"):
+        if place.is_file():
+            return _read_type(place)
+    if folder.is_file():
+        raise UserError(
+            f"the scorer {name} is a file, and a scorer is a directory that holds its tokenizer, "
+            f"too; {_made_of(folder)}"
+        )
+    if folder.exists():
+        files = sorted(folder.glob(f"*{LIGHTNING}"))
+        instead = _made_of(files[0]) if files else "give a model's or a training run's directory"
+        raise UserError(f"the scorer {name} holds no config.json; {instead}")
+    refuse_missing_path(name)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return _read_type(Path(hf_hub_download(name, "config.json")))
+    except UserError:
+        raise
+    except Exception as error:  # the hub client has no common base class for its failures
+        raise UserError(
+            f"the scorer {name} is no local directory and could not be had from the hub "
+            f"({type(error).__name__}); check the name and the connection, or give a directory"
+        ) from error
+
+
+def _made_of(file: Path) -> str:
+    if file.suffix != LIGHTNING:
+        return "give that directory"
+    return f"make one of the Lightning file: blockdiff convert {file} --out DIRECTORY"
+
+
+def _read_type(path: Path) -> str | None:
+    kind = read_json(path, "give a model's directory").get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{path} is no model's configuration (its model_type is {shown(kind)})")
+    return kind
+
+
+def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder = Path(name)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = any(path.suffix in PICKLES for path in folder.iterdir())
+        why = "only a pickle, which can hold code and is never opened" if pickled else "no weights"
+        raise UserError(f"the scorer {name} has {why}; a model.safetensors is needed")
+    if (folder / "config.json").is_file():
+        _check_sizes(folder / "config.json")
+        _check_weights(folder)
+    try:
+        tokenizer = load_tokenizer(name)
+    except UserError as error:
+        raise UserError(f"the scorer {name} has no usable tokenizer: {error}") from error
+    if not encode(tokenizer, "a"):
+        raise UserError(
+            f"the scorer {name} has no tokenizer, so text cannot be given to it; save one there "
+            "with save_pretrained, or take another scorer"
+        )
+    logging.disable_progress_bar()  # it would cut through ours
+    try:
+        model, info = from_pretrained(
+            AutoModelForCausalLM,
+            name,
+            f"the scorer {name} cannot be read as a causal language model",
+            "take one that AutoModelForCausalLM reads from safetensors, or one of ours",
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype="auto",
+        )
+    finally:
+        logging.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"the weights of the scorer {name} lack {missing[0]} and do not fit its config.json; "
+            "it would score with random numbers"
+        )
+    for tensor, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not is_finite(parameter.detach()):
+            raise UserError(
+                f"the scorer {name}: {tensor} holds numbers that are not finite (nan or infinity); "
+                "take another scorer"
+            )
+    return model.to(device=device), tokenizer
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuses what transformers would take: weights outside the folder, files that it would read
+    for long, whole numbers in the place of weights.
+
+    Links to a cache, as the hub's client makes them, are the user's own.
+    """
+    quantised = "quantization_config" in read_json(folder / "config.json", "take another scorer")
+    if (index := folder / INDEX).exists():
+        parts = read_json(index, "copy or download it again").get("weight_map")
+        names = set(parts.values()) if isinstance(parts, dict) else {None}
+        for part in names:
+            if (
+                not isinstance(part, str)
+                or Path(part).name != part
+                or not (folder / part).is_file()
+            ):
+                raise UserError(
+                    f"{index} names {shown(part)} for weights, which is no file of its folder; "
+                    "copy or download the scorer again"
+                )
+    for file in folder.glob("*.safetensors"):
+        with of_file(file, "copy or download it again"):
+            header = check_header(file)
+        for name, entry in {} if quantised else header.items():
+            kind = entry.get("dtype") if isinstance(entry, dict) else None
+            if name.endswith(".weight") and kind not in FLOAT_KINDS:
+                raise UserError(
+                    f"{file}: {shown(name)} holds {shown(kind)}, which no weights are in; copy or "
+                    "download it again"
+                )
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuses a network of other code whose numbers alone would fill the memory."""
+    for name, value in read_json(path, "take another scorer").items():
+        most = MOST_LAYERS if "layer" in name else MOST_NUMBER
+        if isinstance(value, int) and value > most:
+            raise UserError(f"{path}: {shown(name)} is {shown(value)}; it must be at most {most}")
+
+
+def _context(config: Any) -> int:
+    """Most tokens that the network was made to read."""
+    text = config.get_text_config()
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
+        found = getattr(text, key, None)
+        if isinstance(found, int) and found > 1:
+            return found
+    return UNKNOWN_CONTEXT
+
+
+# Their names in the version before.
+Judge, JudgeFacts, JudgeTokens, load_judge = Scorer, ScorerFacts, ScorerTokens, load_scorer

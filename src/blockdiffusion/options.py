@@ -1,0 +1,59 @@
+"""Options as fields of dataclasses: each with its help, its values, and its name of before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import field, fields, replace
+from typing import Any, TypeVar
+
+from blockdiffusion.errors import UserError, shown
+
+T = TypeVar("T")
+
+
+class Renamed(FutureWarning):
+    """Something was asked for by a name that only this version still reads."""
+
+
+def option(default: Any, help: str, choices: str = "", flags: str = "", was: str = "") -> Any:
+    """A field that is an option.
+
+    Args:
+        choices: the values it may have, where these are words.
+        flags: its name on the command line, where that is not the field's.
+        was: its name in the version before, which is still read.
+    """
+    about = dict(help=help, choices=choices, flags=flags, was=was)
+    return field(default=default, metadata=about)
+
+
+def with_new_names(kind: Any, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`values` of the dataclass `kind` by the names that its fields have now.
+
+    Args:
+        prefix: of the names in messages.
+
+    Raises:
+        UserError: one is given by both of its names.
+    """
+    now = {item.metadata["was"]: item.name for item in fields(kind) if item.metadata.get("was")}
+    for old in now.keys() & values.keys():
+        if now[old] in values:
+            raise UserError(f"{prefix}{old} is {prefix}{now[old]} by its old name; give one")
+        message = f"{prefix}{old} is now {prefix}{now[old]}; the next version will not read it"
+        warnings.warn(message, Renamed, stacklevel=3)
+    return {now.get(name, name): value for name, value in values.items()}
+
+
+def changed(options: T, changes: Mapping[str, Any]) -> T:
+    """`options` with some of its fields changed; names of before are read, too.
+
+    Raises:
+        UserError: there is no such option, or its value is not allowed.
+    """
+    changes = with_new_names(options, changes)
+    known = [item.name for item in fields(options)]  # type: ignore[arg-type]
+    if unknown := [name for name in changes if name not in known]:
+        raise UserError(f"{shown(unknown[0])} is no option; there are {', '.join(known)}")
+    return replace(options, **changes)  # type: ignore[type-var]

@@ -1,0 +1,16 @@
+"""The versions that a result was computed with."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import blockdiffusion
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python and the packages that numbers may depend on."""
+    found = {"blockdiffusion": blockdiffusion.__version__, "python": platform.python_version()}
+    return found | {package: version(package) for package in PACKAGES}

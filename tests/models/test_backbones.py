@@ -1,0 +1,215 @@
+"""Block diffusion around networks of transformers: the same tests as for the paper's network."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+import blockdiffusion
+from blockdiffusion import likelihood
+from blockdiffusion.diffusion.denoiser import masked_loss, masked_nll
+from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.sampling import Engine, generate
+from blockdiffusion.sampling.engine import Finished
+from tests.models.hugging_face import FAMILIES, make_hugging_face
+from tests.oracles import mask_by_loops, subs_log_prob
+from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
+
+TOLERANCE = 2e-6  # norms of transformers are computed in float32
+READINGS = ("same", "next")
+CLEAN = ("block", "causal")
+
+
+def plain(model):
+    """The network as transformers runs it."""
+    network = copy.deepcopy(model.backbone.model)
+    network.set_attn_implementation("eager")
+    return network
+
+
+def masked_logits(model, ids_T, positions_T, mask_TT):
+    """Logits (T, V) of one row under any mask, by transformers alone."""
+    network = plain(model)
+    window = getattr(network.config, "sliding_window", None)
+    near_TT = positions_T[:, None] - positions_T < (window or math.inf)
+    hidden = torch.finfo(torch.float64).min
+
+    def added(mask):
+        return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, hidden)[None, None]
+
+    masks = added(mask_TT)
+    if "layer_types" in network.config.to_dict() and window is not None:
+        masks = {"full_attention": masks, "sliding_attention": added(mask_TT & near_TT)}
+    with torch.no_grad():
+        return network(ids_T[None], attention_mask=masks, position_ids=positions_T[None]).logits[0]
+
+
+def delayed(ids, start):
+    return torch.cat([torch.tensor([start]), ids[:-1]])
+
+
+def expected_logits(model, noisy_L, clean_L):
+    """Logits at the noisy positions, from the definition of the streams."""
+    config, length = model.config, len(clean_L)
+    if config.reading == "next":
+        clean_in, noisy_in = delayed(clean_L, config.mask_id), delayed(noisy_L, config.mask_id)
+        firsts = slice(None, None, config.block_size)
+        noisy_in[firsts] = clean_in[firsts]
+    else:
+        clean_in, noisy_in = clean_L, noisy_L
+    mask = mask_by_loops(length, config.block_size, 1, config.clean_attention)
+    positions = torch.arange(length).repeat(2)
+    return masked_logits(model, torch.cat([noisy_in, clean_in]), positions, mask)[:length]
+
+
+@pytest.fixture(params=[f"{f}-{r}-{c}" for f in FAMILIES for r in READINGS for c in CLEAN])
+def model(request):
+    family, reading, clean_attention = request.param.split("-")
+    return make_hugging_face(family, reading=reading, clean_attention=clean_attention)
+
+
+def half_masked(clean, mask_id, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return clean.masked_fill(torch.rand(clean.shape, generator=generator) < 0.5, mask_id)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["dense", "chunked"])
+def test_streams_are_those_of_the_definition(model, random_ids, backend):
+    clean = random_ids(2, 16)
+    noisy = half_masked(clean, 12)
+    model.attention_backend = backend
+    found = model.denoise_logits(noisy, clean)
+    for row in range(2):
+        expected = expected_logits(model, noisy[row], clean[row])
+        assert (found[row] - expected).abs().max() < TOLERANCE
+    padded = torch.cat([clean[:, :12], torch.full((2, 4), 12)], 1)
+    valid = (torch.arange(16) < 12).expand(2, -1)
+    part = model.encode(half_masked(padded, 12)[:, None], padded, valid_BL=valid)[:, :, :12]
+    alone = model.encode(half_masked(padded, 12)[:, None, :12], padded[:, :12])
+    assert (part - alone).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_cache_gives_what_streams_give(model, random_ids, window):
+    """Block by block, commits fused, rows of one length, of several, and ragged."""
+    clean = random_ids(3, 16)
+    noisy = half_masked(clean, 12)
+    cache, ragged = model.make_cache(3, 16), model.make_cache(3, 16)
+    for block in range(4):
+        start, stop = max(0, 4 * block - 4), 4 * block + 4
+        pending = stop - start - 4
+        ids = torch.cat([clean[:, start : 4 * block], noisy[:, 4 * block : stop]], 1)
+        hidden = model.decode(ids, pending, cache, window)[:, -4:]
+        cache.commit(pending)
+        if window is None:
+            wanted = model.denoise_logits(noisy, clean)[:, 4 * block : stop]
+            assert (model.head(hidden) - wanted).abs().max() < TOLERANCE
+        tokens = torch.full((3,), ids.shape[1])
+        found = model.decode_ragged(ids.flatten(), tokens, tokens - 4, ragged, window)
+        ragged.commit(pending)
+        assert (found.view(3, -1, found.shape[-1])[:, -4:] - hidden).abs().max() < TOLERANCE
+    lengths = torch.tensor([0, 4, 12])
+    cache, apart = model.make_cache(3, 16), model.make_cache(3, 16)
+    model.decode(clean[:, :12], 12, cache, window)
+    cache.commit(lengths)
+    blocks = torch.stack([noisy[row, at : at + 4] for row, at in enumerate(lengths.tolist())])
+    together = model.decode(blocks, 0, cache, window)
+    none = torch.zeros(0, dtype=torch.long)
+    pieces = torch.cat([clean[row, :at] for row, at in enumerate(lengths.tolist())])
+    model.decode_ragged(pieces, lengths, lengths, apart, window, wanted_M=none)
+    apart.commit(lengths)
+    four = torch.full((3,), 4)
+    found = model.decode_ragged(blocks.flatten(), four, four - 4, apart, window)
+    assert (found.view(together.shape) - together).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_single_token_blocks_with_the_next_reading_are_the_causal_model(family, random_ids):
+    """Delayed inputs and S = 1: exactly what the network was, with a start symbol in front."""
+    model = make_hugging_face(family, block_size=1, reading="next", start_id=0)
+    ids = random_ids(2, 16)
+    read = torch.cat([torch.zeros(2, 1, dtype=torch.long), ids[:, :-1]], 1)
+    with torch.no_grad():
+        logits = plain(model)(read).logits
+    log_prob = subs_log_prob(logits, 12).gather(-1, ids[..., None])[..., 0]
+    found = likelihood(model, ids, estimator="exact")
+    assert not found.is_bound
+    assert math.isclose(found.nats_per_token, -float(log_prob.mean()), abs_tol=TOLERANCE)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_have_the_law_that_likelihood_says(family, reading):
+    """All texts of four tokens: exact probabilities sum to 1, and samples have them (chi-square,
+    false alarm 1e-4), with the cache, without, through the copy for sampling, and the engine."""
+    model = make_hugging_face(
+        family, vocab_size=4, seq_len=4, block_size=2, reading=reading, eos_id=None
+    )
+    texts = list(itertools.product(range(3), repeat=4))
+    exact = likelihood(model, torch.tensor(texts), estimator="exact")
+    nll = torch.as_tensor(exact.exact_nats_per_row, dtype=torch.float64)
+    law = dict(zip(texts, (-nll).exp().tolist(), strict=True))
+    options = dict(max_new_tokens=4, bos=False, eos=False)
+    for other in (model, sampling_copy(model)):
+        for cache in (True, False):
+            made = generate(
+                other, num_samples=DRAWS // 2, generator=seeded(), use_cache=cache, **options
+            )
+            assert p_value(made, law) > FALSE_ALARM
+
+
+def test_the_engine_writes_what_generate_writes():
+    model = make_hugging_face("llama", reading="next", bos=False, eos_id=None)
+    prompts = [[1, 2, 3, 4, 5], [], [7] * 9, [3]]
+    engine = Engine(model, max_rows=2)
+    requests = [
+        engine.submit(prompt, max_new_tokens=9, eos=False, seed=number)
+        for number, prompt in enumerate(prompts)
+    ]
+    ended = {event.id: event.ids for event in engine.run() if isinstance(event, Finished)}
+    for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
+        alone = generate(model, [prompt], max_new_tokens=9, eos=False, seed=number)
+        assert ended[request] == alone.sequences[0].tolist()
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_the_training_loss_has_the_gradient_of_the_dense_oracle(reading, random_ids):
+    clean = random_ids(2, 16)
+    scored = torch.rand(2, 2, 16, generator=torch.Generator().manual_seed(1)) < 0.5
+    noisy = clean[:, None].expand(2, 2, 16).masked_fill(scored, 12)
+    weight = torch.rand(scored.shape, generator=torch.Generator().manual_seed(2)).double()
+    gradients = []
+    for backend in ("dense", "chunked"):
+        model = make_hugging_face("llama", reading=reading)
+        model.attention_backend = backend
+        loss = masked_loss(model, noisy, clean, scored, weight)
+        terms = masked_nll(model, noisy, clean, scored)
+        assert torch.allclose(loss, (terms * weight).sum(), rtol=1e-5)
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_token_changes_only_what_the_mask_allows(model, random_ids):
+    """Logits of a block depend on earlier clean tokens and on the block itself, on nothing else."""
+    clean = random_ids(1, 16)
+    noisy = half_masked(clean, 12)
+    before = model.denoise_logits(noisy, clean)
+    changed = clean.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 12
+    after = model.denoise_logits(noisy, changed)
+    assert (after - before)[:, :12].abs().max() < 1e-12
+    assert (after - before)[:, 12:].abs().max() > 1e-6
+    other = noisy.clone()
+    other[:, :4] = (other[:, :4] + 1) % 13
+    assert (model.denoise_logits(other, clean) - before)[:, 4:].abs().max() < 1e-12
+
+
+def test_the_wrapper_is_public():
+    assert blockdiffusion.BlockDiffusion and blockdiffusion.DiffusionConfig
