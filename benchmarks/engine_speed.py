@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=4)
     args = parser.parse_args()
     model = sampling_copy(paper_model(args.block_size).to(getattr(torch, args.dtype)).eval())
-    how = {"policy": "random", "tokens_per_step": args.tokens_per_step, "top_p": TOP_P}
+    how = {"sampler": "random", "tokens_per_step": args.tokens_per_step, "top_p": TOP_P}
     requests = requests_of(args.requests)
     asked = sum(length for _, length in requests)
     ways: dict[str, Callable[[], None]] = {

@@ -63,7 +63,7 @@ def write_document(
     from benchmarks.machine import describe
     from blockdiffusion.checkpoints.formats import load
     from blockdiffusion.models.inference import sampling_copy
-    from blockdiffusion.sampling import BlockEvent, Event, stream
+    from blockdiffusion.sampling import BlockDone, Event, stream
 
     network = sampling_copy(demo_network() if model is None else load(path_of(model)))
 
@@ -77,7 +77,7 @@ def write_document(
     clock = time.process_time if cpu_time else time.perf_counter
     ends, times = [0], [clock()]
     for event in sample(tokens):
-        if isinstance(event, BlockEvent):
+        if isinstance(event, BlockDone):
             ends.append(int(event.ends[0]))
             times.append(clock())
     return {

@@ -65,7 +65,7 @@ class Contestant:
 
 
 def ours(model: Any, batch: int, tokens_per_step: int, tokens: int) -> int:
-    how: dict[str, Any] = {"policy": "random", "tokens_per_step": tokens_per_step}
+    how: dict[str, Any] = {"sampler": "random", "tokens_per_step": tokens_per_step}
     result = generate(
         model,
         num_samples=batch,

@@ -26,8 +26,8 @@ from blockdiffusion.diffusion.schedules import SCHEDULES
 from blockdiffusion.estimate.flops import SampleDtype
 from blockdiffusion.evaluate.zero_shot import suite
 from blockdiffusion.runtime.hardware import NAMES
-from blockdiffusion.sampling.nucleus import TopPRule
-from blockdiffusion.sampling.processes import _MASKED
+from blockdiffusion.sampling.choosing import _MASKED
+from blockdiffusion.sampling.params import TopPRule
 from blockdiffusion.studies.reproduce.scales import SCALES
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
@@ -400,7 +400,7 @@ def test_an_autoregressive_run_goes_through_all_commands(place, tmp_path):
     assert values["nfe"] == len(values["ids"]) - 4 + 1 and values["text"].startswith("the ")
     assert stream.stdout.strip() == values["text"].strip()
     for name, wrong, expected in (
-        ("sample", ["--policy", "ancestral", "--steps", "4"], "no masks to reveal"),
+        ("sample", ["--sampler", "ancestral", "--steps", "4"], "no masks to reveal"),
         ("eval", ["--data", place / "data", "--estimator", "count"], "exact in one pass"),
     ):
         refused = blockdiff(name, out, *wrong)
@@ -477,7 +477,7 @@ MISTAKES = {
     "seed of infill": (["infill", "{run}", "[MASK]", "--seed", "-1"], "--seed is -1; it must be"),
     "steps": (["sample", "{run}", "--steps", "4"], "ancestral"),
     "slide": (["sample", "{run}", "--stride", "4"], "models of one block"),
-    "policy": (["sample", "{run}", "--policy", "best"], "first-hitting"),
+    "policy": (["sample", "{run}", "--sampler", "best"], "first-hitting"),
     "window": (["sample", "{run}", "--window", "8", "--prompt", "ten letters"], "window"),
     "no gap": (["infill", "{run}", "nothing is missing"], "nothing to fill"),
     "no template": (["infill", "{run}"], "--template-file"),
@@ -596,7 +596,7 @@ def test_the_shell_completes_values_to_those_that_there_are(monkeypatch):
         "prepare x --detokenize": DETOKENIZERS,
         "plan x --device": NAMES,
         "plan x --sample-dtype": get_args(SampleDtype),
-        "sample x --policy": {*_MASKED, "analytic"},
+        "sample x --sampler": {*_MASKED, "analytic"},
         "sample x --schedule": SCHEDULES,
         "sample x --top-p-rule": get_args(TopPRule),
         "sample x --device": ("auto", "cpu", "cuda", "mps"),

@@ -40,9 +40,8 @@ from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
 from blockdiffusion.files.records import convert, describe
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.runtime.hardware import choose_hardware
-from blockdiffusion.sampling.logits import Filters
-from blockdiffusion.sampling.policies import PolicySettings
-from blockdiffusion.sampling.processes import make_process
+from blockdiffusion.sampling.choosing import make_sampler
+from blockdiffusion.sampling.params import FIELDS, SamplingParams
 from blockdiffusion.studies.references.coders import CoderOptions, CoderRow, CoderTable
 from blockdiffusion.studies.reproduce.paper import TABLES, find_table
 from blockdiffusion.studies.reproduce.scales import find_scale
@@ -226,10 +225,8 @@ def test_a_command_line_is_understood(page, words):
         known = {"judge", *DATA_SETS, *TABLES["T5"].columns}
         assert all(entry.partition("=")[0] in known for entry in values["data"] or ())
     elif name in ("sample", "generate-eval"):
-        names = {field.name for field in dataclasses.fields(PolicySettings)}
-        settings = PolicySettings(**{name: values[name] for name in names})
-        make_process(CONFIGS.get(values["policy"], CONFIGS[None]), values["policy"], settings)
-        Filters(**{field.name: values[field.name] for field in dataclasses.fields(Filters)})
+        params = SamplingParams(**{name: values[name] for name in FIELDS if name in values})
+        make_sampler(CONFIGS.get(params.sampler, CONFIGS[None]), params)
 
 
 def options_of(command):

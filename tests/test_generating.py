@@ -13,7 +13,7 @@ import torch
 import blockdiffusion
 from blockdiffusion.cli import main
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import DoneEvent
+from blockdiffusion.sampling import Finished
 from blockdiffusion.sampling.infilling import MOST_MASKS, prepare_templates
 from tests.command import blockdiff
 from tests.tokenizer_kinds import KINDS
@@ -156,16 +156,20 @@ def test_who_waits_in_front_of_a_terminal_is_told(saved, monkeypatch):
 def test_a_seed_repeats_a_draw(make_model):
     model = make_model(mask_id=12)
     for sample, what in ((blockdiffusion.generate, [1, 2]), (blockdiffusion.infill, [1, 12, 12])):
-        drawn = [sample(model, what, 8, bos=False, seed=seed).sequences for seed in (3, 3, 4)]
+        drawn = [
+            sample(model, what, num_samples=8, bos=False, seed=seed).sequences for seed in (3, 3, 4)
+        ]
         assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2])
         with pytest.raises(UserError, match="seed and generator are both given"):
             sample(model, what, bos=False, seed=3, generator=torch.Generator())
         with pytest.raises(UserError, match="seed is -1"):
             sample(model, what, bos=False, seed=-1)
-    *_, done = blockdiffusion.stream(model, [1, 2], 8, bos=False, seed=3)
-    assert isinstance(done, DoneEvent)
-    whole = blockdiffusion.generate(model, [1, 2], 8, bos=False, seed=3)
-    assert whole.sequences.equal(done.ids[:, : whole.sequences.shape[1]])
+    events = blockdiffusion.stream(model, [1, 2], num_samples=8, bos=False, seed=3)
+    rows = {event.row: event.ids for event in events if isinstance(event, Finished)}
+    whole = blockdiffusion.generate(model, [1, 2], num_samples=8, bos=False, seed=3)
+    assert [rows[row] for row in range(8)] == [
+        ids[:length].tolist() for ids, length in zip(whole.sequences, whole.lengths, strict=True)
+    ]
 
 
 def test_generate_says_what_it_takes():

@@ -13,8 +13,9 @@ from blockdiffusion.diffusion.losses import exclude_mask_token_
 from blockdiffusion.models.attention import attend
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.models.masks import Streams
-from blockdiffusion.sampling.engine import Finished
-from blockdiffusion.sampling.logits import Filters, draw_tokens, filtered_probs
+from blockdiffusion.sampling import Finished
+from blockdiffusion.sampling.logits import draw_tokens, filtered_probs
+from blockdiffusion.sampling.params import SamplingParams
 from tests.sampling.laws import DRAWS, FALSE_ALARM, law_of, p_value, seeded
 
 pytestmark = [
@@ -96,8 +97,8 @@ def test_the_engine_keeps_the_law(tiny_law, tiny_law_expected):
 
 
 @pytest.mark.parametrize("policy", [
-    dict(policy="ancestral", steps=3), dict(policy="confidence", tokens_per_step=2),
-    dict(policy="entropy", threshold=0.5), dict(policy="remask", steps=5),
+    dict(sampler="ancestral", steps=3), dict(sampler="confidence", tokens_per_step=2),
+    dict(sampler="entropy", threshold=0.5), dict(sampler="remask", steps=5),
     dict(window=8), dict(eos=False),
 ])  # fmt: skip
 @pytest.mark.parametrize("recorded", [False, True])
@@ -109,7 +110,12 @@ def test_every_policy_samples_what_a_cpu_samples(make_model, policy, recorded):
     assert on_gpu.records_passes == recorded
     results = [
         blockdiffusion.generate(
-            on_device, [[1, 2, 3], []], 3, max_new_tokens=41, generator=seeded(), **policy
+            on_device,
+            [[1, 2, 3], []],
+            num_samples=3,
+            max_new_tokens=41,
+            generator=seeded(),
+            **policy,
         ).sequences.cpu()
         for on_device in (model, on_gpu)
     ]
@@ -122,7 +128,7 @@ def test_every_policy_samples_what_a_cpu_samples(make_model, policy, recorded):
 @pytest.mark.parametrize("rows", [500, 2])
 def test_draws_keep_their_law(filters, rows):
     """Many draws at once, and one after another (recorded); chi-square, false alarms 1e-4."""
-    filters, draw = Filters(**filters), seeded()
+    filters, draw = SamplingParams(**filters), seeded()
     logits = torch.randn(12, generator=draw, dtype=torch.float64)
     law = filtered_probs(exclude_mask_token_(logits.clone()[None], 11).softmax(-1), filters)[0]
     counts = torch.zeros(12, dtype=torch.float64)
@@ -146,7 +152,7 @@ def test_the_autoregressive_baseline_samples_what_a_cpu_samples(make_ar):
     assert on_gpu.records_passes
     results = [
         blockdiffusion.generate(
-            on_device, [[1, 2, 3], []], 3, max_new_tokens=30, generator=seeded()
+            on_device, [[1, 2, 3], []], num_samples=3, max_new_tokens=30, generator=seeded()
         ).sequences.cpu()
         for on_device in (model, on_gpu)
     ]

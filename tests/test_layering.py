@@ -13,7 +13,7 @@ import blockdiffusion
 
 ROOT = Path(blockdiffusion.__file__).parent
 ROWS = [
-    ["errors", "escape", "renamed"],
+    ["errors", "escape", "lazy", "renamed"],
     ["limits", "options", "text", "from_pretrained", "runtime", "evaluate.options"],
     ["reports.numbers"],
     ["reports.tables"],

@@ -73,7 +73,7 @@ def test_what_lies_beyond_a_limit_is_refused(name):
     [
         lambda model: blockdiffusion.generate(model, num_samples=2**40),
         lambda model: blockdiffusion.generate(model, max_new_tokens=2**40),
-        lambda model: blockdiffusion.generate(model, policy="ancestral", steps=2**40),
+        lambda model: blockdiffusion.generate(model, sampler="ancestral", steps=2**40),
         lambda model: blockdiffusion.generate(model, temperature=float("nan")),
         lambda model: blockdiffusion.generate(model, top_k=10**5000),
         lambda model: blockdiffusion.Engine(model, max_rows=2**40),

@@ -18,12 +18,12 @@ MODELS = NOISES | {
     "autoregressive": dict(objective="autoregressive", adaln=False, block_size=1),
 }
 POLICIES = [
-    dict(policy="ancestral", steps=3),
-    dict(policy="random", tokens_per_step=2),
-    dict(policy="confidence", tokens_per_step=2),
-    dict(policy="margin", threshold=0.3),
-    dict(policy="entropy", threshold=0.5),
-    dict(policy="remask", steps=5),
+    dict(sampler="ancestral", steps=3),
+    dict(sampler="random", tokens_per_step=2),
+    dict(sampler="confidence", tokens_per_step=2),
+    dict(sampler="margin", threshold=0.3),
+    dict(sampler="entropy", threshold=0.5),
+    dict(sampler="remask", steps=5),
     dict(use_cache=False),
     dict(top_p=0.8),
     dict(top_k=3, temperature=0.7),

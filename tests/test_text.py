@@ -9,8 +9,7 @@ import pytest
 import blockdiffusion
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import DoneEvent, Engine
-from blockdiffusion.sampling.engine import Finished
+from blockdiffusion.sampling import Engine, Finished
 from blockdiffusion.text import (
     Detokenizer,
     encode_behind,
@@ -211,9 +210,8 @@ def test_all_ways_to_sample_write_the_same_text(tokenizer, make_model):
         engine.submit(prompt, seed=seed, **options)
         assert [e.text for e in engine.run() if isinstance(e, Finished)] == [whole]
         *_, done = blockdiffusion.stream(model, prompt, seed=seed, **options)
-        assert isinstance(done, DoneEvent)
-        ids, given = done.ids[0, : done.lengths[0]].tolist(), int(done.prompt_lengths[0])
-        assert whole == whole_text(tokenizer, ids, [(0, given, prompt)])
+        assert isinstance(done, Finished) and done.text == whole
+        assert whole == whole_text(tokenizer, done.ids, [(0, done.prompt_tokens, prompt)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,7 +222,9 @@ def test_infilling_keeps_the_pieces(kind, make_model):
     template = f"{pieces[0]}[MASK:3]{pieces[1]}[MASK]{pieces[2]}[MASK:2]{pieces[3]}"
     for bos in (False, True):
         model.config = replace(model.config, bos_id=1)
-        filled = blockdiffusion.infill(model, [template, "[MASK]it"], 3, bos=bos, seed=1)
+        filled = blockdiffusion.infill(
+            model, [template, "[MASK]it"], num_samples=3, bos=bos, seed=1
+        )
         assert filled.texts is not None
         for text in filled.texts[:3]:
             end = 0
@@ -239,5 +239,7 @@ def test_a_prompt_of_a_byte_level_tokenizer_keeps_its_letters(make_model):
     model = make_model(vocab_size=400, mask_id=399)
     model.tokenizer = byte_level()
     prompts: Any = iter(["e\u0301", "zé"])  # an iterator, which can be read once
-    texts = blockdiffusion.generate(model, prompts, 2, 3, bos=False, seed=0).texts
+    texts = blockdiffusion.generate(
+        model, prompts, num_samples=2, max_new_tokens=3, bos=False, seed=0
+    ).texts
     assert [text[:2] for text in texts or []] == ["e\u0301"] * 2 + ["zé"] * 2

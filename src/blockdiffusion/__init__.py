@@ -10,10 +10,10 @@ Names are imported when first used, so that `import blockdiffusion` costs nothin
 
 from __future__ import annotations
 
-import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from blockdiffusion.lazy import attributes
 from blockdiffusion.renamed import MovedModules
 
 __version__ = "0.1.0"
@@ -26,22 +26,38 @@ if TYPE_CHECKING:
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
     from blockdiffusion.models.block_diffusion import BlockDiffusion
+    from blockdiffusion.models.inference import optimize_for_inference
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
-    from blockdiffusion.sampling import Engine, Generation, generate, infill, stream
+    from blockdiffusion.sampling import (
+        BlockDone,
+        Engine,
+        Finished,
+        Generation,
+        SamplingParams,
+        TokensRevealed,
+        generate,
+        infill,
+        stream,
+    )
 
 _HOMES = {
     "BlockDiffusion": "blockdiffusion.models.block_diffusion",
+    "BlockDone": "blockdiffusion.sampling",
     "BlockDiffusionConfig": "blockdiffusion.models.transformer",
     "BlockDiffusionModel": "blockdiffusion.models.transformer",
     "DiffusionConfig": "blockdiffusion.diffusion.config",
     "Engine": "blockdiffusion.sampling",
+    "Finished": "blockdiffusion.sampling",
     "Generation": "blockdiffusion.sampling",
     "Likelihood": "blockdiffusion.evaluate.likelihood",
+    "SamplingParams": "blockdiffusion.sampling",
+    "TokensRevealed": "blockdiffusion.sampling",
     "UserError": "blockdiffusion.errors",
     "generate": "blockdiffusion.sampling",
     "infill": "blockdiffusion.sampling",
     "likelihood": "blockdiffusion.evaluate.likelihood",
     "load": "blockdiffusion.checkpoints.formats",
+    "optimize_for_inference": "blockdiffusion.models.inference",
     "stream": "blockdiffusion.sampling",
 }
 
@@ -49,26 +65,26 @@ __all__ = [
     "BlockDiffusion",
     "BlockDiffusionConfig",
     "BlockDiffusionModel",
+    "BlockDone",
     "DiffusionConfig",
     "Engine",
+    "Finished",
     "Generation",
     "Likelihood",
+    "SamplingParams",
+    "TokensRevealed",
     "UserError",
     "__version__",
     "generate",
     "infill",
     "likelihood",
     "load",
+    "optimize_for_inference",
     "stream",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = attributes(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -44,6 +44,8 @@ MOVED = {
     "records": "files.records",
     "release": "checkpoints.release",
     "reproduce": "studies.reproduce",
+    "sampling.policies": "sampling.samplers",
+    "sampling.processes": "sampling.samplers",
     "schedules": "diffusion.schedules",
     "seeding": "runtime.seeding",
     "terminal": "reports.terminal",

@@ -107,9 +107,9 @@ def test_threads_do_not_mix_their_passes():
 OPTIONS = [
     dict(),
     dict(window=8),
-    dict(policy="ancestral", steps=3),
-    dict(policy="confidence", threshold=0.3),
-    dict(policy="remask", steps=5),
+    dict(sampler="ancestral", steps=3),
+    dict(sampler="confidence", threshold=0.3),
+    dict(sampler="remask", steps=5),
     dict(eos=True),
 ]
 

@@ -43,7 +43,7 @@ from blockdiffusion.reports.pictures import (
     tick_label,
 )
 from blockdiffusion.reports.trace import Trace, TraceStep, token_texts, trace_of_events
-from blockdiffusion.sampling.loop import DoneEvent, StepEvent
+from blockdiffusion.sampling import Finished, TokensRevealed
 from tests.tokenizer_kinds import wrapped
 
 HOSTILE = "</script><b onmouseover=\"alert('x')\">&amp;</b>"
@@ -327,9 +327,9 @@ def words():
     return wrapped(backend)
 
 
-def step_event(step: int, tokens: list[tuple[int, int, int, float]]) -> StepEvent:
+def step_event(step: int, tokens: list[tuple[int, int, int, float]]) -> TokensRevealed:
     rows, positions, ids, confidences = zip(*tokens, strict=True)
-    return StepEvent(
+    return TokensRevealed(
         step,
         torch.tensor(rows),
         torch.tensor(positions),
@@ -344,11 +344,10 @@ def test_trace_of_events_takes_one_row_and_leaves_out_what_was_cut() -> None:
         step_event(1, [(0, 0, 2, 0.5)]),
         step_event(0, [(1, 3, 3, 1.0), (1, 2, 1, 0.75)]),
         step_event(1, [(1, 4, 2, 0.125)]),
-        DoneEvent(
-            torch.zeros(2, 5), torch.tensor([2, 4]), torch.tensor([1, 1]), torch.tensor([2, 3])
-        ),
+        Finished(0, [0, 2], 1, None, "length", 2),
+        Finished(1, [0, 0, 1, 3], 1, None, "length", 3),
     ]
-    got = trace_of_events(events, words(), block_size=2, prompt_ids=[0], row=1)
+    got = trace_of_events(events, words(), block_size=2, row=1)
     assert got.prompt_texts == [" the"]
     assert [(s.block, s.step, s.positions, s.ids, s.texts) for s in got.steps] == [
         (0, 0, (1,), (0,), [" the"]),

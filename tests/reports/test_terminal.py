@@ -9,7 +9,7 @@ from rich.console import Console
 
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.reports import terminal
-from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
 
 
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch, capsys):
@@ -74,13 +74,11 @@ def told(ids, prompt=(), size=4):
             reversed(range(max(start, len(prompt)), start + len(block)))
         ):
             one = torch.tensor([ids[position]])
-            yield StepEvent(step, torch.zeros(1), torch.tensor([position]), one, torch.ones(1))
+            yield TokensRevealed(step, torch.zeros(1), torch.tensor([position]), one, torch.ones(1))
         padded = torch.tensor([block + [0] * (size - len(block))])  # what is cut
         ends = torch.tensor([start + len(block)])
-        yield BlockEvent(torch.zeros(1), torch.tensor([start]), padded, ends)
-    whole = torch.tensor([ids])
-    lengths = torch.tensor([len(ids)])
-    yield DoneEvent(whole, lengths, torch.tensor([len(prompt)]), lengths)
+        yield BlockDone(torch.zeros(1), torch.tensor([start]), padded, ends)
+    yield Finished(0, ids, len(prompt), None, "length", len(ids))
 
 
 TEXT = "naïve – 深い学習 \U0001f600\tand so on.\n\nA second one"

@@ -7,10 +7,10 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import StepEvent
-from blockdiffusion.sampling.logits import Filters
-from blockdiffusion.sampling.policies import FirstHitting, RandomOrder
-from blockdiffusion.sampling.processes import MostCertain, Planned, Setting
+from blockdiffusion.sampling import TokensRevealed
+from blockdiffusion.sampling.adaptive import MostCertain
+from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.sampling.samplers import FirstHitting, Planned, RandomOrder, SamplingContext
 from tests import noise_oracles as oracles
 from tests.sampling.laws import FALSE_ALARM, p_value, seeded, streams
 
@@ -67,7 +67,7 @@ def test_so_many_tokens_in_a_pass(name, per_step, passes):
     assert passes_of(MostCertain(name, tokens_per_step=per_step)) == passes
 
 
-def passes_of(process):
+def passes_of(sampler):
     """The pass that reveals each of four slots, two rows in step, with the same predictions in
     every pass; the second row has two given tokens."""
 
@@ -75,19 +75,20 @@ def passes_of(process):
         mask_id, time_conditioning = 3, False
 
     open_RS = torch.tensor([[True] * 4, [False, True, True, False]])
-    course = process.begin(
-        open_RS, Setting(Config, torch.device("cpu"), Filters(top_p=0.01), streams(2))
+    state = sampler.start(
+        open_RS,
+        SamplingContext(Config, torch.device("cpu"), SamplingParams(top_p=0.01), streams(2)),
     )
     passes = torch.full((2, 4), -1)
     for step in itertools.count():
-        if not course.undecided_RS.any():
+        if not state.undecided_RS.any():
             break
-        place = course.wanted_RS().nonzero(as_tuple=True)
-        changes = course.decide(place, torch.full_like(place[0], 3), LOGITS[place[1]].clone())
-        assert (changes.ids == 0).all()  # the filter keeps the most likely
-        assert torch.allclose(changes.confidences, PROBS[changes.slots, 0])
-        assert (passes[changes.rows, changes.slots] == -1).all()
-        passes[changes.rows, changes.slots] = step
+        place = state.wanted_RS().nonzero(as_tuple=True)
+        update = state.step(place, torch.full_like(place[0], 3), LOGITS[place[1]].clone())
+        assert (update.ids == 0).all()  # the filter keeps the most likely
+        assert torch.allclose(update.confidences, PROBS[update.slots, 0])
+        assert (passes[update.rows, update.slots] == -1).all()
+        passes[update.rows, update.slots] = step
     assert (passes[1] == -1).tolist() == [True, False, False, True]
     return passes[0].tolist()
 
@@ -117,10 +118,10 @@ def independent_law(model):
 
 
 @pytest.mark.parametrize("options", [
-    dict(policy="random", tokens_per_step=2),
-    dict(policy="confidence", threshold=0.0),
-    dict(policy="entropy", tokens_per_step=2),
-    dict(policy="remask", steps=1),
+    dict(sampler="random", tokens_per_step=2),
+    dict(sampler="confidence", threshold=0.0),
+    dict(sampler="entropy", tokens_per_step=2),
+    dict(sampler="remask", steps=1),
 ])  # fmt: skip
 def test_a_block_in_one_pass_is_drawn_from_marginals(small, options):
     result = draw(small, **options)
@@ -150,8 +151,8 @@ def test_confidence_has_the_law_of_its_order(small, past):
     law = certain_first_law(small, past)
     assert abs(sum(law.values()) - 1) < 1e-9
     result = blockdiffusion.generate(
-        small, [list(past)], DRAWS, 2, bos=False, generator=seeded(),
-        policy="confidence", tokens_per_step=1,
+        small, [list(past)], num_samples=DRAWS, max_new_tokens=2, bos=False, generator=seeded(),
+        sampler="confidence", tokens_per_step=1,
     )  # fmt: skip
     assert p_value(result, law) > FALSE_ALARM
 
@@ -185,21 +186,21 @@ def test_remasking_has_the_law_of_its_chain(make_model, share, kind):
     steps = [(now, remask_step(now, then, share)) for now, then in itertools.pairwise(probs)]
     law = oracles.chain_law(model, steps, uniform=False)
     assert abs(sum(law.values()) - 1) < 1e-9
-    result = draw(model, policy="remask", steps=4, remask=share)
+    result = draw(model, sampler="remask", steps=4, remask=share)
     assert p_value(result, law) > FALSE_ALARM
     if share == 0:
-        assert p_value(draw(model, policy="ancestral", steps=4), law) > FALSE_ALARM
+        assert p_value(draw(model, sampler="ancestral", steps=4), law) > FALSE_ALARM
 
 
 def test_a_time_reading_network_reads_the_share_of_masks(make_model):
     model = make_model(vocab_size=4, mask_id=3, seq_len=4, block_size=2, time_conditioning=True)
-    assert draw(model, policy="confidence", tokens_per_step=1).nfe.max() == 4
-    process = MostCertain("confidence", tokens_per_step=1)
+    assert draw(model, sampler="confidence", tokens_per_step=1).nfe.max() == 4
+    sampler = MostCertain("confidence", tokens_per_step=1)
     open_RS = torch.tensor([[True, True], [False, True]])
-    setting = Setting(model.config, model.device, Filters(), streams(2))
-    course = process.begin(open_RS, setting)
-    course.undecided_RS[0, 0] = False
-    found = course.sigma_R()
+    context = SamplingContext(model.config, model.device, SamplingParams(), streams(2))
+    state = sampler.start(open_RS, context)
+    state.undecided_RS[0, 0] = False
+    found = state.sigma_R()
     assert torch.allclose(found, oracles.sigma_of(torch.tensor([0.5, 1.0])).float())
 
 
@@ -208,10 +209,10 @@ def test_remasked_tokens_are_told(make_model):
     model = make_model()
     text, masked_again = {}, 0
     events = blockdiffusion.stream(
-        model, max_new_tokens=8, bos=False, policy="remask", steps=12, generator=seeded()
+        model, max_new_tokens=8, bos=False, sampler="remask", steps=12, generator=seeded()
     )
     for event in events:
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             for place, token in zip(event.positions.tolist(), event.ids.tolist(), strict=True):
                 masked_again += token == model.config.mask_id
                 text[place] = token
@@ -220,25 +221,25 @@ def test_remasked_tokens_are_told(make_model):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(policy="random"), "needs the number of tokens of a pass"),
-    (dict(policy="random", tokens_per_step=3), "tokens_per_step is 3; .* at most 2, the tokens"),
-    (dict(policy="confidence", tokens_per_step=3), "tokens_per_step is 3; .* at most 2"),
-    (dict(policy="confidence", tokens_per_step=0), "tokens_per_step is 0; it must be at least 1"),
-    (dict(policy="confidence"), "needs either tokens_per_step or threshold"),
-    (dict(policy="margin", tokens_per_step=1, threshold=0.5), "needs either"),
-    (dict(policy="margin", threshold=1.5), r"threshold is 1\.5; for margin it lies in \[0, 1\]"),
-    (dict(policy="entropy", threshold=-1), "threshold is -1; entropies are at least 0"),
-    (dict(policy="remask"), "needs a number of steps"),
-    (dict(policy="remask", steps=0), "steps is 0; it must be at least 1"),
-    (dict(policy="remask", steps=4, remask=2), "remask is 2; it must lie in"),
-    (dict(policy="first-hitting", threshold=0.5), "leave it out, or take confidence"),
-    (dict(threshold=0.5), "no meaning for the policy first-hitting"),
-    (dict(policy="ancestral", steps=2, remask=0.5), "policy ancestral; .* take remask"),
-    (dict(policy="ancestral"), "needs a number of steps"),
-    (dict(policy="first-hitting", steps=5), "steps is 5, which has no meaning"),
-    (dict(policy="first_hitting", schedule="cosine"), "schedule is cosine, which has no meaning"),
-    (dict(policy="ancestral", steps=5, schedule="cosin"), "unknown schedule"),
-    (dict(policy="certain"), "unknown policy 'certain'; known: ancestral, confidence"),
+    (dict(sampler="random"), "needs the number of tokens of a pass"),
+    (dict(sampler="random", tokens_per_step=3), "tokens_per_step is 3; .* at most 2, the tokens"),
+    (dict(sampler="confidence", tokens_per_step=3), "tokens_per_step is 3; .* at most 2"),
+    (dict(sampler="confidence", tokens_per_step=0), "tokens_per_step is 0; it must be at least 1"),
+    (dict(sampler="confidence"), "needs either tokens_per_step or threshold"),
+    (dict(sampler="margin", tokens_per_step=1, threshold=0.5), "needs either"),
+    (dict(sampler="margin", threshold=1.5), r"threshold is 1\.5; for margin it lies in \[0, 1\]"),
+    (dict(sampler="entropy", threshold=-1), "threshold is -1; entropies are at least 0"),
+    (dict(sampler="remask"), "needs a number of steps"),
+    (dict(sampler="remask", steps=0), "steps is 0; it must be at least 1"),
+    (dict(sampler="remask", steps=4, remask=2), "remask is 2; it must lie in"),
+    (dict(sampler="first-hitting", threshold=0.5), "leave it out, or take confidence"),
+    (dict(threshold=0.5), "no meaning for the sampler first-hitting"),
+    (dict(sampler="ancestral", steps=2, remask=0.5), "sampler ancestral; .* take remask"),
+    (dict(sampler="ancestral"), "needs a number of steps"),
+    (dict(sampler="first-hitting", steps=5), "steps is 5, which has no meaning"),
+    (dict(sampler="first_hitting", schedule="cosine"), "schedule is cosine, which has no meaning"),
+    (dict(sampler="ancestral", steps=5, schedule="cosin"), "unknown schedule"),
+    (dict(sampler="certain"), "unknown sampler 'certain'; known: ancestral, confidence"),
 ])  # fmt: skip
 def test_mistakes_are_told_before_anything_is_drawn(small, options, message):
     with pytest.raises(UserError, match=message):
@@ -248,11 +249,11 @@ def test_mistakes_are_told_before_anything_is_drawn(small, options, message):
 def test_a_policy_without_times_does_not_fit_a_network_that_reads_them(make_model):
     model = make_model(vocab_size=4, mask_id=3, seq_len=4, block_size=2, time_conditioning=True)
     with pytest.raises(UserError, match="reads the time"):
-        blockdiffusion.generate(model, max_new_tokens=4, policy="random", tokens_per_step=1)
+        blockdiffusion.generate(model, max_new_tokens=4, sampler="random", tokens_per_step=1)
 
 
 def test_a_policy_object_has_its_own_settings(small):
-    result = draw(small, policy=Planned(RandomOrder(2)))
+    result = draw(small, sampler=Planned(RandomOrder(2)))
     assert result.nfe.max() == 2
-    with pytest.raises(UserError, match="go with a policy's name"):
-        draw(small, policy=RandomOrder(2), tokens_per_step=2)
+    with pytest.raises(UserError, match="go with a sampler's name"):
+        draw(small, sampler=RandomOrder(2), tokens_per_step=2)

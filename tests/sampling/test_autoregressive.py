@@ -5,8 +5,8 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
-from blockdiffusion.sampling.policies import FirstHitting
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
+from blockdiffusion.sampling.samplers import FirstHitting
 from tests.oracles import network, subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
 
@@ -54,7 +54,9 @@ def test_ending_at_eos_keeps_the_law(make_ar):
     model = make_ar(vocab_size=5, eos_id=1, bos=False)
     law = enumerated(model, 3, eos_id=1, prompt=(2, 0))
     assert len(law) == 1 + 3 + 9 * 4
-    result = blockdiffusion.generate(model, [2, 0], DRAWS, max_new_tokens=3, generator=seeded(2))
+    result = blockdiffusion.generate(
+        model, [2, 0], num_samples=DRAWS, max_new_tokens=3, generator=seeded(2)
+    )
     assert p_value(result, law) > FALSE_ALARM
     assert torch.equal(result.nfe, result.lengths - 2 + 1)  # one pass reads the prompt
     assert result.lengths.unique().tolist() == [3, 4, 5]
@@ -110,7 +112,7 @@ def test_every_confidence_equals_the_dense_oracle(make_ar, window, use_cache, mo
         model, prompts, max_new_tokens=15, window=window, use_cache=use_cache, bos=False,
         generator=seeded(2),
     ):  # fmt: skip
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             for row, position, token, confidence in zip(
                 *(x.tolist() for x in (event.rows, event.positions, event.ids, event.confidences)),
                 strict=True,
@@ -133,9 +135,9 @@ def test_its_law_is_the_one_that_the_likelihood_scores(make_ar, bos, first):
     prompts = None if bos is not None else [first]
     events = list(blockdiffusion.stream(model, prompts, max_new_tokens=12, generator=seeded(9)))
     done = events[-1]
-    assert isinstance(done, DoneEvent) and done.prompt_lengths.tolist() == [len(first)]
-    told = [event.confidences.log().sum() for event in events if isinstance(event, StepEvent)]
-    scored = blockdiffusion.likelihood(model, done.ids, bos=bool(first))
+    assert isinstance(done, Finished) and done.prompt_tokens == len(first)
+    told = [event.confidences.log().sum() for event in events if isinstance(event, TokensRevealed)]
+    scored = blockdiffusion.likelihood(model, [done.ids], bos=bool(first))
     assert -sum(told) == pytest.approx(scored.nats_per_row.item(), abs=1e-9)
 
 
@@ -143,7 +145,9 @@ def test_a_model_with_a_start_symbol_always_gets_it(make_ar):
     """Though the prompt begins with the BOS."""
     with torch.no_grad():
         model = make_ar(bos=False, bos_id=3)
-        result = blockdiffusion.generate(model, [3], 1, 1, bos=True, top_k=1, generator=seeded())
+        result = blockdiffusion.generate(
+            model, [3], max_new_tokens=1, bos=True, top_k=1, generator=seeded()
+        )
         assert result.sequences.tolist() == [[3, next_log_prob(model, [12, 3]).argmax().item()]]
 
 
@@ -162,18 +166,18 @@ def test_events_are_those_of_the_block_loop_with_blocks_of_one_token(make_ar):
     events = list(
         blockdiffusion.stream(model, [[1], [1, 2]], max_new_tokens=9, generator=seeded(8))
     )
-    done = events.pop()
-    assert isinstance(done, DoneEvent)
-    told = torch.full_like(done.ids, -1)
+    done = {event.row: event for event in events if isinstance(event, Finished)}
+    events = [event for event in events if not isinstance(event, Finished)]
+    told = torch.full((2, 11), -1)
     for step, block in zip(events[::2], events[1::2], strict=True):
-        assert isinstance(step, StepEvent) and isinstance(block, BlockEvent) and step.step == 0
+        assert isinstance(step, TokensRevealed) and isinstance(block, BlockDone) and step.step == 0
         assert torch.equal(step.rows, block.rows) and torch.equal(step.positions, block.starts)
         assert torch.equal(step.ids[:, None], block.ids)
         assert torch.equal(block.ends, block.starts + 1)
         told[step.rows, step.positions] = step.ids
     for row, prompt in enumerate([1, 2]):
-        length = done.lengths[row]
-        assert torch.equal(told[row, prompt:length], done.ids[row, prompt:length])
+        ids = done[row].ids
+        assert told[row, prompt : len(ids)].tolist() == ids[prompt:]
 
 
 def test_nfe_counts_one_pass_a_token_and_those_that_read_the_prompt(make_ar, monkeypatch):
@@ -219,8 +223,8 @@ def test_the_cache_is_a_ring_of_the_window(make_ar, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(policy="first-hitting"), "policy is given, but this model is autoregressive"),
-    (dict(policy=FirstHitting()), "no masks to reveal"),
+    (dict(sampler="first-hitting"), "sampler is given, but this model is autoregressive"),
+    (dict(sampler=FirstHitting()), "no masks to reveal"),
     (dict(steps=4), "steps is given"),
     (dict(schedule="linear"), "schedule is given"),
     (dict(stride=2), "stride is given"),

@@ -53,13 +53,13 @@ M = 4  # the mask of `tiny_law`
 
 @pytest.mark.parametrize("template", [[2, M, M, 1], [M, 3, M, M], [1, 2, M, 0]])
 def test_masks_see_their_block_and_what_is_before(tiny_law, template):
-    result = infill(tiny_law, template, DRAWS, bos=False, generator=seeded())
+    result = infill(tiny_law, template, num_samples=DRAWS, bos=False, generator=seeded())
     assert p_value(result, filled_law(tiny_law, template)) > FALSE_ALARM
 
 
 def test_given_tokens_behind_a_mask_matter(tiny_law):
     """The test above tells the law with the right neighbour from that without it."""
-    result = infill(tiny_law, [M, 3, M, M], DRAWS, bos=False, generator=seeded())
+    result = infill(tiny_law, [M, 3, M, M], num_samples=DRAWS, bos=False, generator=seeded())
     other = filled_law(tiny_law, [M, 0, M, M])
     moved = {(text[0], 3, *text[2:]): prob for text, prob in other.items()}
     assert p_value(result, moved) < 1e-6
@@ -68,7 +68,7 @@ def test_given_tokens_behind_a_mask_matter(tiny_law):
 def test_both_sides_of_one_block(make_model):
     """Two holes in one block of 4, between and behind given tokens."""
     model = make_model(vocab_size=4, mask_id=3, seq_len=4, block_size=4)
-    result = infill(model, [3, 1, 3, 0], 4000, bos=False, generator=seeded())
+    result = infill(model, [3, 1, 3, 0], num_samples=4000, bos=False, generator=seeded())
     assert p_value(result, filled_law(model, [3, 1, 3, 0])) > FALSE_ALARM
 
 
@@ -117,20 +117,20 @@ def test_a_template_ends_inside_a_block(make_model):
 def test_an_eos_ends_nothing(make_model):
     model = make_model(eos_id=1)
     mask = model.config.mask_id
-    result = infill(model, [mask] * 40, 8, bos=False, generator=seeded())
+    result = infill(model, [mask] * 40, num_samples=8, bos=False, generator=seeded())
     assert result.lengths.tolist() == [40] * 8
     assert (result.sequences == 1).any()
 
 
 @pytest.mark.parametrize("policy", [
-    dict(policy="confidence", tokens_per_step=2), dict(policy="remask", steps=4),
-    dict(policy="ancestral", steps=2),
+    dict(sampler="confidence", tokens_per_step=2), dict(sampler="remask", steps=4),
+    dict(sampler="ancestral", steps=2),
 ])  # fmt: skip
 def test_policies_leave_given_tokens(make_model, policy):
     model = make_model()
     mask = model.config.mask_id
     row = [1, mask, mask, 2, 3, mask, 5, mask]
-    result = infill(model, row, 16, bos=False, generator=seeded(), **policy)
+    result = infill(model, row, num_samples=16, bos=False, generator=seeded(), **policy)
     given = torch.tensor(row) != mask
     assert (result.sequences[:, given] == torch.tensor(row)[given]).all()
     assert (result.sequences != mask).all()

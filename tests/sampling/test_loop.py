@@ -5,7 +5,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
 from tests import noise_oracles
 from tests.models.test_cache import pattern
 from tests.oracles import network, subs_log_prob
@@ -29,8 +29,8 @@ def test_first_hitting_keeps_the_law(tiny_law, tiny_law_expected, use_cache):
 
 
 def test_ancestral_tends_to_the_law(tiny_law, tiny_law_expected):
-    few = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=4)
-    many = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=256)
+    few = p_value(tiny_law, tiny_law_expected, sampler="ancestral", steps=4)
+    many = p_value(tiny_law, tiny_law_expected, sampler="ancestral", steps=256)
     assert few < 1e-10 and many > FALSE_ALARM
 
 
@@ -50,8 +50,8 @@ def test_both_samplers_have_their_laws_at_every_block_size(make_model, shape):
     blocks = config.seq_len // config.block_size
     chain = noise_oracles.chain_law(model, halves, uniform=False, num_blocks=blocks)
     for options, law, other in (
-        (dict(policy="first-hitting"), order, chain),
-        (dict(policy="ancestral", steps=2), chain, order),
+        (dict(sampler="first-hitting"), order, chain),
+        (dict(sampler="ancestral", steps=2), chain, order),
     ):
         result = blockdiffusion.generate(
             model, num_samples=DRAWS, max_new_tokens=config.seq_len, bos=False,
@@ -66,7 +66,7 @@ def test_both_samplers_have_their_laws_at_every_block_size(make_model, shape):
 
 @pytest.mark.parametrize("schedule", ["cosine", "sqrt"])
 def test_ancestral_tends_to_the_law_with_every_schedule(tiny_law, tiny_law_expected, schedule):
-    many = p_value(tiny_law, tiny_law_expected, policy="ancestral", steps=1024, schedule=schedule)
+    many = p_value(tiny_law, tiny_law_expected, sampler="ancestral", steps=1024, schedule=schedule)
     assert many > FALSE_ALARM
 
 
@@ -120,7 +120,7 @@ def test_confidences_equal_the_dense_oracle(make_model, window):
     for event in blockdiffusion.stream(
         model, [[3, 1]], max_new_tokens=30, window=window, generator=seeded(2)
     ):
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             position, token = int(event.positions), int(event.ids)
             start = position // size * size
             past = [state[p] for p in range(start)] if state else []
@@ -141,21 +141,20 @@ def test_events_tell_the_whole_story(make_model):
     events = list(
         blockdiffusion.stream(model, [[1], [1, 2]], max_new_tokens=9, generator=seeded(8))
     )
-    result = events[-1]
-    assert isinstance(result, DoneEvent)
-    told = torch.full_like(result.ids, -1)
+    result = sorted((e for e in events if isinstance(e, Finished)), key=lambda e: e.row)
+    told = torch.full((2, 12), -1)
     for event in events:
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             assert (told[event.rows, event.positions] == -1).all()
             told[event.rows, event.positions] = event.ids
-        elif isinstance(event, BlockEvent):
+        elif isinstance(event, BlockDone):
             for row, start, ids in zip(event.rows, event.starts, event.ids, strict=True):
                 decided = told[row, start : start + 4]
                 assert ((decided == ids) | (decided == -1)).all()
     for row, prompt in enumerate([1, 2]):
-        kept = result.ids[row, : result.lengths[row]]
+        kept = torch.tensor(result[row].ids)
         assert torch.equal(told[row, prompt : len(kept)], kept[prompt:])
-    assert result.lengths.tolist() == [10, 11]
+    assert [len(row.ids) for row in result] == [10, 11]
 
 
 def test_nfe_counts_passes_a_row_took_part_in(make_model):
@@ -168,7 +167,7 @@ def test_nfe_counts_passes_a_row_took_part_in(make_model):
     )
     assert result.nfe[0] == 5  # one pass reads the prompt
     result = blockdiffusion.generate(
-        model, num_samples=3, max_new_tokens=16, policy="ancestral", steps=1, generator=seeded()
+        model, num_samples=3, max_new_tokens=16, sampler="ancestral", steps=1, generator=seeded()
     )
     assert result.nfe.tolist() == [4, 4, 4] and result.tokens_per_forward.tolist() == [4, 4, 4]
 

@@ -6,7 +6,8 @@ import torch
 import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling import Engine, generate, infill
-from blockdiffusion.sampling.logits import Filters, draw_tokens
+from blockdiffusion.sampling.logits import draw_tokens
+from blockdiffusion.sampling.params import SamplingParams
 from tests.command import blockdiff
 
 D3PM = dict(objective="d3pm", time_conditioning=True, timesteps=8)
@@ -36,9 +37,9 @@ def test_no_process_draws_from_what_is_not_finite(make_model, kind):
     "options",
     [
         dict(top_p=0.9), dict(top_k=3), dict(temperature=0.7), dict(top_k=3, top_p=0.5),
-        dict(policy="ancestral", steps=4), dict(policy="random", tokens_per_step=2),
-        dict(policy="confidence", threshold=0.9), dict(policy="entropy", tokens_per_step=2),
-        dict(policy="margin", tokens_per_step=2), dict(policy="remask", steps=4),
+        dict(sampler="ancestral", steps=4), dict(sampler="random", tokens_per_step=2),
+        dict(sampler="confidence", threshold=0.9), dict(sampler="entropy", tokens_per_step=2),
+        dict(sampler="margin", tokens_per_step=2), dict(sampler="remask", steps=4),
         dict(use_cache=False), dict(window=8),
     ],
 )  # fmt: skip
@@ -65,11 +66,11 @@ def test_one_logit_is_enough(value, where):
     logits_MV = torch.zeros(4, 7)
     logits_MV[2, where] = value
     with pytest.raises(UserError, match="logits are not finite"):
-        draw_tokens(logits_MV, 1, Filters(), torch.rand(4).double())
+        draw_tokens(logits_MV, 1, SamplingParams(), torch.rand(4).double())
     logits_MV[2] = torch.finfo(torch.float32).min  # but minus infinity is a probability of zero
     logits_MV[2, 5] = 0
     logits_MV[0, 2:] = -torch.inf
-    token_M, _ = draw_tokens(logits_MV, 1, Filters(), torch.rand(4).double())
+    token_M, _ = draw_tokens(logits_MV, 1, SamplingParams(), torch.rand(4).double())
     assert token_M[2] == 5 and token_M[0] == 0
 
 

@@ -5,7 +5,7 @@ import torch
 
 from blockdiffusion.diffusion.schedules import SCHEDULES, make_schedule
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling.policies import Ancestral, FirstHitting
+from blockdiffusion.sampling.samplers import Ancestral, FirstHitting
 from tests.sampling.laws import streams
 
 

@@ -8,9 +8,10 @@ import torch
 import blockdiffusion
 from blockdiffusion.diffusion.losses import uniform_reverse
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent, processes
-from blockdiffusion.sampling.policies import FirstHitting
-from blockdiffusion.sampling.processes import Analytic, Planned, UniformReverse, make_process
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed, reverse
+from blockdiffusion.sampling.choosing import make_sampler
+from blockdiffusion.sampling.reverse import Analytic, UniformReverse
+from blockdiffusion.sampling.samplers import FirstHitting, Planned
 from tests import noise_oracles as oracles
 from tests.sampling.laws import FALSE_ALARM, SHAPES, of_shape, p_value, seeded
 
@@ -60,7 +61,13 @@ def exact_law(model, kind, steps):
 
 def draw(model, seed=1, prompts=None, draws=DRAWS, new=4, **options):
     return blockdiffusion.generate(
-        model, prompts, draws, new, bos=False, generator=seeded(seed), **options
+        model,
+        prompts,
+        num_samples=draws,
+        max_new_tokens=new,
+        bos=False,
+        generator=seeded(seed),
+        **options,
     )
 
 
@@ -93,7 +100,7 @@ def test_every_step_of_uniform_noise_draws_from_equation_4(make, monkeypatch):
         taken.append((clean, noisy, drawn_from / drawn_from.sum(-1, keepdim=True)))
         return drawn_from
 
-    monkeypatch.setattr(processes, "uniform_reverse", remember)
+    monkeypatch.setattr(reverse, "uniform_reverse", remember)
     draw(model, draws=5, new=2, steps=steps)
     matrices = oracles.step_matrices(model, "uniform", probs)
     assert len(taken) == steps
@@ -139,7 +146,7 @@ def test_a_prompt_inside_a_block_is_given(make, kind):
 def test_masked_diffusion_reads_the_time_of_its_pass(make):
     """Ancestral steps are those of absorbing D3PM; first hitting is their limit."""
     model = make()
-    result = draw(model, policy="ancestral", steps=3)
+    result = draw(model, sampler="ancestral", steps=3)
     assert p_value(result, exact_law(model, "absorbing", 3)) > FALSE_ALARM
     first = draw(model)
     assert first.nfe.max() == 4
@@ -179,22 +186,21 @@ def test_events_tell_the_last_word_on_every_token(make_model, kind):
     events = list(
         blockdiffusion.stream(model, [[1], [1, 2]], max_new_tokens=9, generator=seeded(8))
     )
-    result = events[-1]
-    assert isinstance(result, DoneEvent)
-    told = torch.full_like(result.ids, -1)
+    result = sorted((e for e in events if isinstance(e, Finished)), key=lambda e: e.row)
+    told = torch.full((2, 12), -1)
     changes = 0
     for event in events:
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             changes += int((told[event.rows, event.positions] != -1).sum())
             assert (told[event.rows, event.positions] != event.ids).all()
             assert ((event.confidences >= 0) & (event.confidences <= 1)).all()
             told[event.rows, event.positions] = event.ids
-        elif isinstance(event, BlockEvent):
+        elif isinstance(event, BlockDone):
             for row, start, ids in zip(event.rows, event.starts, event.ids, strict=True):
                 decided = told[row, start : start + 4]
                 assert ((decided == ids) | (decided == -1)).all()
     for row, prompt in enumerate([1, 2]):
-        kept = result.ids[row, : result.lengths[row]]
+        kept = torch.tensor(result[row].ids)
         assert torch.equal(told[row, prompt : len(kept)], kept[prompt:])
     assert (changes > 0) == (kind == "uniform")
 
@@ -224,14 +230,14 @@ def test_filters_act_on_the_denoiser(make, kind):
 
 
 def test_which_process_a_network_has(make):
-    usual = make_process(make("sedd").config)
+    usual = make_sampler(make("sedd").config)
     assert isinstance(usual, Analytic) and usual.steps == 2
-    assert isinstance(make_process(make("uniform").config), UniformReverse)
-    assert make_process(make("absorbing").config).name == "ancestral"
-    assert make_process(make().config) == FirstHitting()
+    assert isinstance(make_sampler(make("uniform").config), UniformReverse)
+    assert make_sampler(make("absorbing").config).name == "ancestral"
+    assert make_sampler(make().config) == FirstHitting()
     assert Planned(FirstHitting()).name == "first-hitting"
     model = make("sedd")
-    own = draw(model, draws=20, policy=Analytic(2))
+    own = draw(model, draws=20, sampler=Analytic(2))
     assert torch.equal(own.sequences, draw(model, draws=20).sequences)
 
 
@@ -241,15 +247,15 @@ class Untimed:
 
 
 @pytest.mark.parametrize(("kind", "options", "message"), [
-    ("sedd", dict(policy="first-hitting"), "policy is first-hitting, but .* use analytic"),
+    ("sedd", dict(sampler="first-hitting"), "sampler is first-hitting, but .* use analytic"),
     ("sedd", dict(steps=0), "steps is 0; it must be at least 1"),
     ("sedd", dict(schedule="cosin"), "unknown schedule"),
-    ("uniform", dict(policy="analytic"), "by its own steps; use ancestral"),
+    ("uniform", dict(sampler="analytic"), "by its own steps; use ancestral"),
     ("uniform", dict(steps=0), "steps is 0; it must be at least 1"),
     ("absorbing", dict(schedule="cosine"), r"has its own \(linear\); leave it out"),
-    ("masked", dict(policy=Untimed()), "which the policy untimed does not tell"),
-    ("masked", dict(policy="analytic"), "unknown policy 'analytic'"),
-    ("sedd", dict(policy=Analytic(2), steps=3), "this policy object has its own"),
+    ("masked", dict(sampler=Untimed()), "which the sampler untimed does not tell"),
+    ("masked", dict(sampler="analytic"), "unknown sampler 'analytic'"),
+    ("sedd", dict(sampler=Analytic(2), steps=3), "this object has its own"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_one_sentence(make, kind, options, message):
     with pytest.raises(UserError, match=message):

@@ -8,7 +8,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
 from blockdiffusion.sampling.streams import row_streams
 from tests.oracles import exact_block, network, subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
@@ -112,7 +112,7 @@ def test_skipping_passes_that_reveal_nothing_equals_recomputing_them(make_mdlm):
                 for i, u in zip(now, draws, strict=True):
                     ids[i] = int((prob[i].cumsum(0) <= u * prob[i].sum()).sum())
         result = blockdiffusion.generate(
-            model, max_new_tokens=6, policy="ancestral", steps=steps, generator=seeded(seed)
+            model, max_new_tokens=6, sampler="ancestral", steps=steps, generator=seeded(seed)
         )
         assert result.sequences[0].tolist() == ids and result.nfe.item() <= 6
 
@@ -139,7 +139,7 @@ def test_ancestral_steps_are_those_of_the_reverse_process(make_mdlm):
         state = {ids: prob for ids, prob in following.items() if prob > 0}
     assert len(state) == 27
     result = blockdiffusion.generate(
-        model, num_samples=DRAWS, max_new_tokens=3, policy="ancestral", steps=steps,
+        model, num_samples=DRAWS, max_new_tokens=3, sampler="ancestral", steps=steps,
         generator=seeded(4),
     )  # fmt: skip
     assert p_value(result, state) > FALSE_ALARM
@@ -167,7 +167,9 @@ def test_beyond_the_row_it_keeps_the_law(make_mdlm):
 def test_options_that_change_nothing(make_mdlm, options):
     model = make_mdlm()
     results = [
-        blockdiffusion.generate(model, None, 50, max_new_tokens=11, generator=seeded(), **chosen)
+        blockdiffusion.generate(
+            model, None, num_samples=50, max_new_tokens=11, generator=seeded(), **chosen
+        )
         for chosen in ({}, options)
     ]
     assert torch.equal(results[0].sequences, results[1].sequences)
@@ -205,11 +207,11 @@ def test_every_confidence_equals_the_oracle_on_the_frame(make_mdlm, stride):
     prompts = [[3, 1], [], [5] * 8, list(range(1, 12)), [7] * 6]
     texts = [dict(enumerate(prompt)) for prompt in prompts]
     starts = [0 if len(p) < length else len(p) - kept for p in prompts]
-    lengths, finished = [0] * 5, 0
+    lengths, finished, ended = [0] * 5, 0, []
     for event in blockdiffusion.stream(
         model, prompts, max_new_tokens=21, stride=stride, generator=seeded(6)
     ):
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             told = (event.rows, event.positions, event.ids, event.confidences)
             before = [dict(text) for text in texts]
             for row, position, token, confidence in zip(*(x.tolist() for x in told), strict=True):
@@ -219,26 +221,24 @@ def test_every_confidence_equals_the_oracle_on_the_frame(make_mdlm, stride):
                 expected = log_prob(model, frame)[position - start, token].exp().item()
                 assert confidence == pytest.approx(expected, abs=1e-9)
                 texts[row][position] = token
-        elif isinstance(event, BlockEvent):
+        elif isinstance(event, BlockDone):
             finished += 1
             assert event.starts.tolist() == [starts[row] for row in event.rows]
             for row, ids, end in zip(event.rows.tolist(), event.ids, event.ends, strict=True):
                 frame = [texts[row].get(p, 12) for p in range(starts[row], starts[row] + length)]
                 assert frame == ids.tolist()
                 starts[row], lengths[row] = starts[row] + length - kept, int(end)
-        elif isinstance(event, DoneEvent):
-            assert event.lengths.tolist() == lengths and event.prompt_lengths.tolist() == [
-                2, 0, 8, 11, 6
-            ]  # fmt: skip
-            for row, end in enumerate(lengths):
-                assert event.ids[row, :end].tolist() == [texts[row][p] for p in range(end)]
-    assert finished > 2
+        elif isinstance(event, Finished):
+            ended.append(event.row)
+            assert event.prompt_tokens == len(prompts[event.row])
+            assert event.ids == [texts[event.row][p] for p in range(lengths[event.row])]
+    assert finished > 2 and sorted(ended) == [0, 1, 2, 3, 4]
 
 
 def test_few_passes_with_ancestral_steps(make_mdlm):
     model = make_mdlm(length=8, vocab_size=13)
     result = blockdiffusion.generate(
-        model, num_samples=3, max_new_tokens=16, policy="ancestral", steps=1, generator=seeded()
+        model, num_samples=3, max_new_tokens=16, sampler="ancestral", steps=1, generator=seeded()
     )
     assert result.nfe.tolist() == [3, 3, 3]  # the row, and two slides of four tokens
     assert result.tokens_per_forward.tolist() == pytest.approx([16 / 3] * 3)
@@ -261,7 +261,7 @@ def test_memory_is_one_frame(make_mdlm, monkeypatch):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(stride=0), "stride is 0; it must be from 1 to the 8 tokens"),
+    (dict(stride=0), "stride is 0; it must be at least 1"),
     (dict(stride=9), "stride is 9"),
     (dict(window=12), "leave window out"),
     (dict(window=4), "the window is 4"),

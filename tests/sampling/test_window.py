@@ -8,7 +8,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion import Engine
-from blockdiffusion.sampling.engine import Finished
+from blockdiffusion.sampling import Finished
 from tests.oracles import exact_block, network, subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
 

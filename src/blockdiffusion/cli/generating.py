@@ -5,32 +5,31 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from blockdiffusion.cli.options import (
-    BOS,
-    CACHE,
     DEVICE,
-    EOS,
     FILTERS,
     JSON_FILE,
     JSON_LINES,
     MODEL,
-    POLICY,
     SAMPLING_DTYPE,
-    SEED,
-    STRIDE,
-    WINDOW,
-    FilterOptions,
-    PolicyOptions,
+    Only,
+    all_but,
     grouped,
 )
 from blockdiffusion.cli.shared import check_places, load_sampler, warn, write_json
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import say
+from blockdiffusion.sampling.params import SamplingParams
+
+SAMPLE = SamplingParams(max_new_tokens=256)
+INFILL = SamplingParams()
+LENGTHS = SamplingParams(num_samples=500, max_new_tokens=131_072, seed=0)
 
 
 @grouped
@@ -40,51 +39,30 @@ def sample(
     prompt_file: Annotated[
         Path | None, typer.Option(help="File with the text to continue.")
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="Samples to draw.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens after the prompt.")] = 256,
-    policy: PolicyOptions = POLICY,
-    stride: STRIDE = None,
-    filters: FilterOptions = FILTERS,
-    window: WINDOW = None,
-    bos: BOS = None,
-    eos: EOS = True,
-    cache: CACHE = True,
-    seed: SEED = None,
+    sampling: SamplingParams = SAMPLE,
     stream: Annotated[bool, typer.Option("--stream", help="Show blocks as they fill in.")] = False,
     json_lines: JSON_LINES = False,
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
 ) -> None:
     """Generate text, from nothing or after a prompt."""
-    if stream and (json_lines or num_samples != 1):
+    if stream and (json_lines or sampling.num_samples != 1):
         raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
     text = _text("prompt", _typed(prompt), prompt_file)
     network = load_sampler(model, device, dtype)
-    from blockdiffusion.sampling import finish, prepare_prompts
+    from blockdiffusion.sampling import collect, prepare_prompts
     from blockdiffusion.sampling import stream as events_of
 
-    used_seed = _used(seed)
-    prompts = prepare_prompts(network, text, num_samples, bos)
+    sampling = _seeded(sampling)
     _warn_of_a_last_space(network, text)
-    events = events_of(
-        network,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        bos=False,  # already put before the prompts
-        eos=eos,
-        **vars(policy),
-        stride=stride,
-        **vars(filters),
-        use_cache=cache,
-        window=window,
-        seed=used_seed,
-    )
+    events = events_of(network, text, sampling)
     if stream:
         from blockdiffusion.reports.terminal import show_stream
 
-        show_stream(events, network.tokenizer, prompts[0], text)
+        (ids,) = prepare_prompts(network, text, 1, sampling.bos)
+        show_stream(events, network.tokenizer, ids, text)
         return
-    _print_samples(finish(network, events, [text]), used_seed, json_lines)
+    _print_samples(collect(network, events), sampling.seed, json_lines)
 
 
 def _typed(text: str | None) -> str | None:
@@ -142,11 +120,9 @@ def infill(
         ),
     ] = None,
     template_file: Annotated[Path | None, typer.Option(help="File with such a text.")] = None,
-    num_samples: Annotated[int, typer.Option(help="Fillings to draw.")] = 1,
-    policy: PolicyOptions = POLICY,
-    filters: FilterOptions = FILTERS,
-    bos: BOS = None,
-    seed: SEED = None,
+    sampling: Annotated[
+        SamplingParams, all_but("max_new_tokens", "stride", "window", "eos", "use_cache")
+    ] = INFILL,
     json_lines: JSON_LINES = False,
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
@@ -158,24 +134,15 @@ def infill(
     network = load_sampler(model, device, dtype)
     from blockdiffusion.sampling import infill as fill
 
-    used_seed = _used(seed)
-    filled = fill(
-        network,
-        text,
-        num_samples,
-        bos=bos,
-        seed=used_seed,
-        **vars(policy),
-        **vars(filters),
-    )
-    _print_samples(filled, used_seed, json_lines)
+    sampling = _seeded(sampling)
+    _print_samples(fill(network, text, sampling), sampling.seed, json_lines)
 
 
-def _used(seed: int | None) -> int:
-    """Returns the given seed, or a fresh one."""
+def _seeded(sampling: SamplingParams) -> SamplingParams:
+    """With a fresh seed where none is given."""
     from blockdiffusion.runtime.seeding import fresh_seed
 
-    return fresh_seed() if seed is None else seed
+    return sampling if sampling.seed is not None else replace(sampling, seed=fresh_seed())
 
 
 def _warn_of_a_last_space(network: Any, prompt: str | None) -> None:
@@ -189,7 +156,7 @@ def _warn_of_a_last_space(network: Any, prompt: str | None) -> None:
         )
 
 
-def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
+def _print_samples(result: Any, seed: int | None, json_lines: bool) -> None:
     for row in range(len(result.sequences)):
         length = int(result.lengths[row])
         ids = result.sequences[row, :length].tolist()
@@ -213,15 +180,12 @@ def _print_samples(result: Any, seed: int, json_lines: bool) -> None:
 @grouped
 def lengths(
     model: MODEL,
-    num_samples: Annotated[int, typer.Option(help="Documents to sample.")] = 500,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a document, at most.")] = 131_072,
+    sampling: Annotated[
+        SamplingParams, Only(("num_samples", "max_new_tokens", *FILTERS, "window", "bos", "seed"))
+    ] = LENGTHS,
     batch_size: Annotated[
         int, typer.Option(help="Documents drawn together; a document depends on it.")
     ] = 16,
-    filters: FilterOptions = FILTERS,
-    window: WINDOW = None,
-    bos: BOS = None,
-    seed: Annotated[int, typer.Option(help="Of the documents.")] = 0,
     json_file: JSON_FILE = None,
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
@@ -237,15 +201,13 @@ def lengths(
     with progress_bar("lengths") as report:
         found = document_lengths(
             network,
-            num_samples,
-            max_new_tokens,
+            sampling.num_samples,
+            sampling.max_new_tokens,
             batch_size=batch_size,
-            seed=seed,
+            seed=sampling.seed or 0,
             journal=journal_beside(json_file),
             progress=report,
-            bos=bos,
-            **vars(filters),
-            window=window,
+            **{name: getattr(sampling, name) for name in ("bos", *FILTERS, "window")},
         )
     write_json(json_file, found.to_dict() | {"model": model})
     remove_journal(json_file)

@@ -8,20 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from blockdiffusion.cli.options import (
-    BOS,
-    CACHE,
     DEVICE,
-    EOS,
-    FILTERS,
     MODEL,
-    POLICY,
     READING,
     SAMPLING_DTYPE,
     SCORER,
-    WINDOW,
-    FilterOptions,
-    PolicyOptions,
     ScorerOptions,
+    all_but,
     grouped,
 )
 from blockdiffusion.cli.shared import (
@@ -33,6 +26,10 @@ from blockdiffusion.cli.shared import (
     write_text,
 )
 from blockdiffusion.escape import say
+from blockdiffusion.sampling.params import SETTINGS, SamplingParams
+
+GENERATE_EVAL = SamplingParams(num_samples=64, max_new_tokens=256, seed=0)
+PARETO = SamplingParams(num_samples=64, seed=0)
 
 
 @grouped
@@ -41,18 +38,10 @@ def generate_eval(
     model: Annotated[
         str | None, typer.Argument(help="Model under test; may be left out with --samples-from.")
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="Samples to score.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 256,
+    sampling: Annotated[SamplingParams, all_but("stride")] = GENERATE_EVAL,
     batch_size: Annotated[
         int, typer.Option(help="Samples drawn together; a sample depends on it.")
     ] = 16,
-    policy: PolicyOptions = POLICY,
-    filters: FilterOptions = FILTERS,
-    window: WINDOW = None,
-    bos: BOS = None,
-    eos: EOS = True,
-    cache: CACHE = True,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     min_entropy: Annotated[
         float | None,
         typer.Option(help="Guard: reject samples whose tokens have less entropy; the authors: 4."),
@@ -93,19 +82,7 @@ def generate_eval(
     options = GenerateEval(
         model=model,
         scorer=scorer,
-        draw=DrawOptions(
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            bos=bos,
-            eos=eos,
-            **vars(policy),
-            **vars(filters),
-            use_cache=cache,
-            window=window,
-            int8=dtype == INT8,
-        ),
+        draw=DrawOptions(**vars(sampling), batch_size=batch_size, int8=dtype == INT8),
         min_entropy=min_entropy,
         entropy_window=entropy_window,
         samples_from=samples_from,
@@ -163,14 +140,10 @@ def pareto(
         list[str] | None,
         typer.Option(help="As confidence:threshold=0.9; may be repeated; usual ones by default."),
     ] = None,
-    num_samples: Annotated[int, typer.Option(help="Samples of each point.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of a sample, at most.")] = 128,
+    sampling: Annotated[
+        SamplingParams, all_but("sampler", *SETTINGS, "stride", "use_cache")
+    ] = PARETO,
     batch_size: Annotated[int, typer.Option(help="Samples drawn together.")] = 16,
-    filters: FilterOptions = FILTERS,
-    window: WINDOW = None,
-    bos: BOS = None,
-    eos: EOS = True,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     reading: ScorerOptions = READING,
     device: DEVICE = "auto",
     dtype: SAMPLING_DTYPE = "auto",
@@ -189,17 +162,7 @@ def pareto(
         scorer=scorer,
         out=out,
         points=tuple(parse_point(text) for text in point or ()),
-        draw=DrawOptions(
-            num_samples=num_samples,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            seed=seed,
-            bos=bos,
-            eos=eos,
-            **vars(filters),
-            window=window,
-            int8=dtype == INT8,
-        ),
+        draw=DrawOptions(**vars(sampling), batch_size=batch_size, int8=dtype == INT8),
         **reading.arguments(),
     )
     with progress_bar("pareto") as report:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from blockdiffusion.cli.shared import warn
 from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.limits import check_limit
+from blockdiffusion.sampling.params import FIELDS
 
 
 def one_of(*values: str) -> Callable[[str], list[str]]:
@@ -30,9 +31,7 @@ def choice(help: str, values: str) -> Any:
     return typer.Option(help=help, autocompletion=one_of(*values.split()))
 
 
-SCHEDULES = "linear cosine square sqrt log"
 WEIGHTS = "auto float32 float64 bf16"
-POLICIES = "first-hitting ancestral random confidence margin entropy remask analytic"
 
 MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
 DEVICE = Annotated[str, choice("auto, cpu, cuda or mps.", "auto cpu cuda mps")]
@@ -61,69 +60,9 @@ JSON_FILE = Annotated[
 ]
 MASK_SEED = Annotated[int, typer.Option(help="Of the masks.")]
 
-SEED = Annotated[int | None, typer.Option(help="For a draw that can be repeated.")]
 JSON_LINES = Annotated[bool, typer.Option("--json", help="One JSON object a sample.")]
-STRIDE = Annotated[
-    int | None,
-    typer.Option(help="Models of one block: new tokens of each slide beyond L; L/2 by default."),
-]
-WINDOW = Annotated[
-    int | None, typer.Option(help="A token sees the last WINDOW tokens; constant memory.")
-]
-EOS = Annotated[bool, typer.Option(help="End at a sampled EOS.")]
-CACHE = Annotated[bool, typer.Option(help="Keep keys and values of finished blocks.")]
 
-
-# --- options that go together: fields are named as what takes them names its arguments -----------
-
-
-@dataclass(frozen=True)
-class PolicyOptions:
-    """Which tokens a pass reveals; the arguments of `sampling.stream`."""
-
-    policy: Annotated[
-        str | None,
-        choice(
-            "first-hitting, ancestral, random, confidence, margin, entropy or remask; SEDD: "
-            "analytic; by default the model's.",
-            POLICIES,
-        ),
-    ] = None
-    steps: Annotated[
-        int | None, typer.Option(help="Steps per block, for ancestral, remask and analytic.")
-    ] = None
-    schedule: Annotated[
-        str | None,
-        choice("Noise schedule of the steps: linear, cosine, square, sqrt or log.", SCHEDULES),
-    ] = None
-    tokens_per_step: Annotated[
-        int | None,
-        typer.Option(help="Tokens of a pass, for random, confidence, margin and entropy."),
-    ] = None
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Instead: of confidence or margin in [0, 1], or of entropy in nats."),
-    ] = None
-    remask: Annotated[
-        float | None,
-        typer.Option(help="Share of the largest rate of remask, in [0, 1]; 1 by default."),
-    ] = None
-
-
-@dataclass(frozen=True)
-class FilterOptions:
-    """What a token is drawn from; the arguments of `sampling.logits.Filters`."""
-
-    top_p: Annotated[float, typer.Option(help="Nucleus, in (0, 1]; 1 keeps all.")] = 1.0
-    top_p_rule: Annotated[
-        str,
-        choice(
-            "transformers (keeps the token that crosses) or authors (drops it).",
-            "transformers authors",
-        ),
-    ] = "transformers"
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None
-    temperature: Annotated[float, typer.Option(help="In [0.001, 1000].")] = 1.0
+# --- options that go together: the fields of a dataclass ------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -147,34 +86,50 @@ class ScorerOptions:
         return vars(self) | {"reference": tuple(self.reference or ())}
 
 
-POLICY, FILTERS, READING = PolicyOptions(), FilterOptions(), ScorerOptions()
-LIKELIHOOD = LikelihoodOptions()
+READING, LIKELIHOOD = ScorerOptions(), LikelihoodOptions()
+FILTERS = ("top_p", "top_p_rule", "top_k", "temperature")
+
+
+@dataclass(frozen=True)
+class Only:
+    """Annotates a parameter of a dataclass: these of its fields are options."""
+
+    names: tuple[str, ...]
+
+
+def all_but(*names: str) -> Only:
+    """All options of sampling but these."""
+    return Only(tuple(name for name in FIELDS if name not in names))
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters of a dataclass above are its fields, each an option."""
+    """A command whose parameters of a dataclass are its fields, each an option; the parameter's
+    default has the defaults of them all."""
     hints = get_type_hints(command, include_extras=True)
     parameters, groups = [], {}
     for name, parameter in inspect.signature(command).parameters.items():
-        if not is_dataclass(hints[name]):
+        kind, *notes = get_args(hints[name]) or (hints[name],)
+        if not is_dataclass(kind):
             parameters.append(
                 parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
             )
             continue
-        kind = groups[name] = hints[name]
-        options = get_type_hints(kind, include_extras=True)
+        only = next((note.names for note in notes if isinstance(note, Only)), None)
+        types = get_type_hints(kind, include_extras=True)
+        chosen = [field for field in fields(kind) if only is None or field.name in only]
+        groups[name] = parameter.default, [field.name for field in chosen]
         parameters += [
             inspect.Parameter(
-                field.name, parameter.KEYWORD_ONLY, default=field.default,
-                annotation=_annotated(options[field.name], field.metadata),
+                field.name, parameter.KEYWORD_ONLY, default=getattr(parameter.default, field.name),
+                annotation=_annotated(types[field.name], field.metadata),
             )
-            for field in fields(kind)
+            for field in chosen
         ]  # fmt: skip
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
-        for name, kind in groups.items():
-            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        for name, (defaults, chosen) in groups.items():
+            values[name] = replace(defaults, **{field: values.pop(field) for field in chosen})
         command(**values)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -182,9 +137,15 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _annotated(hint: Any, about: Mapping[str, Any]) -> Any:
+def _annotated(hint: Any, about: Mapping[str, str]) -> Any:
     """The type of an option that `options.option` describes; of others, which say it themselves."""
-    return Annotated[hint, choice(about["help"], about["choices"])] if about else hint
+    if not about:
+        return hint
+    words = about["choices"].split()
+    hint = str | None if hint is Any else str if get_origin(hint) is Literal else hint
+    flags = (about["flags"],) if about["flags"] else ()
+    completion = one_of(*words) if words else None
+    return Annotated[hint, typer.Option(*flags, help=about["help"], autocompletion=completion)]
 
 
 # What options were called in the version before.
@@ -193,6 +154,7 @@ OLD_NAMES = {
     "--rows": "--limit",
     "--only": "--tasks",
     "--judge": "--scorer",
+    "--policy": "--sampler",
 }
 
 

@@ -65,9 +65,9 @@ def _load(model: str, device: str, dtype: str) -> Any:
 def load_sampler(model: str, device: str, dtype: str) -> Any:
     """The network as a copy made for sampling; `dtype` may be int8, too."""
     network = load_unquantised(model, device, dtype)
-    from blockdiffusion.models.inference import sampling_copy
+    from blockdiffusion.models.inference import optimize_for_inference
 
-    return sampling_copy(network, int8=dtype == INT8)
+    return optimize_for_inference(network, int8=dtype == INT8)
 
 
 def load_unquantised(model: str, device: str, dtype: str) -> Any:

@@ -2,7 +2,7 @@
 
 A `Diffusion` says how the tokens of a block are corrupted, what a corrupted block then costs, and
 which estimators its bound has. Training, likelihood and the measurement of variance ask it, and
-know nothing else of objectives. (How a block is sampled is in `sampling.processes`.)
+know nothing else of objectives. (How a block is sampled is in `sampling.choosing`.)
 
 * `MaskedDiffusion`: block diffusion as in the paper, and MDLM, its case of one block,
 * `ScoreEntropy`: SEDD with absorbing noise (Lou et al. 2024), per block,

@@ -29,8 +29,8 @@ from blockdiffusion.reports.page import (
 from blockdiffusion.reports.trace import Trace, trace_of_events
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.runtime.versions import versions
-from blockdiffusion.sampling import DoneEvent, collect, prepare_prompts, stream
-from blockdiffusion.sampling.processes import as_process, make_process
+from blockdiffusion.sampling import Finished, stream
+from blockdiffusion.sampling.choosing import make_sampler
 from blockdiffusion.train.checkpoint import latest, read_state
 
 EVALUATION = "eval.json"
@@ -152,42 +152,24 @@ def _draw(
     """Samples without filters, each from its own stream of the seed, and the first one's trace."""
     trace, samples = None, []
     for number in range(num_samples):
-        prompts = prepare_prompts(model, None, 1, None)
-        events = list(
-            stream(
-                model,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                bos=False,  # already in the prompt
-                generator=generator(seed, "report", number),
-            )
-        )
+        source = generator(seed, "report", number)
+        events = list(stream(model, max_new_tokens=max_new_tokens, generator=source))
         done = events[-1]
-        assert isinstance(done, DoneEvent)
-        result = collect(model, done)
+        assert isinstance(done, Finished)
         replayed = number == 0 and not is_autoregressive(model)
         if replayed and model.tokenizer is not None:
-            trace = trace_of_events(
-                events, model.tokenizer, block_size=model.config.block_size, prompt_ids=prompts[0]
-            )
-        ids = result.sequences[0].tolist()
+            trace = trace_of_events(events, model.tokenizer, block_size=model.config.block_size)
         samples.append(
             Sample(
-                text=" ".join(map(str, ids)) if result.texts is None else result.texts[0],
+                text=" ".join(map(str, done.ids)) if done.text is None else done.text,
                 seed=seed,
-                policy=_way(model),
-                nfe=int(result.nfe[0]),
-                tokens_per_forward=float(result.tokens_per_forward[0]),
-                num_tokens=int(result.lengths[0] - result.prompt_lengths[0]),
+                policy=make_sampler(model.config).name,
+                nfe=done.nfe,
+                tokens_per_forward=done.tokens_per_forward,
+                num_tokens=len(done.ids) - done.prompt_tokens,
             )
         )
     return trace, samples
-
-
-def _way(model: BlockDiffusionModel) -> str:
-    if is_autoregressive(model):
-        return "left to right"
-    return as_process(make_process(model.config)).name
 
 
 def _commands(run: Path, config: Mapping[str, Any]) -> list[Command]:

@@ -107,7 +107,7 @@ def show_stream(
     On a terminal the current block fills in token by token; elsewhere the text of each finished
     block is printed. A long text costs no more per token than a short one.
     """
-    from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
+    from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
 
     console = Console()
     view = _SampleView(tokenizer, prompt, text)
@@ -119,34 +119,34 @@ def show_stream(
     ) as live:
         for event in events:
             settled = None
-            if isinstance(event, StepEvent):
+            if isinstance(event, TokensRevealed):
                 view.decide(event)
-            elif isinstance(event, BlockEvent):
+            elif isinstance(event, BlockDone):
                 view.finish(event)
                 settled = view.settle()
-            elif isinstance(event, DoneEvent):
+            elif isinstance(event, Finished):
                 view.end()
             live.update(view.text(), refresh=settled is not None)
             if settled is not None:
                 console.print(settled)  # above what is still drawn anew
-            if isinstance(event, DoneEvent):
+            if isinstance(event, Finished):
                 return event
-    raise AssertionError("the block loop always ends with a DoneEvent")
+    raise AssertionError("the block loop always ends with Finished")
 
 
 def _print_blocks(events: Iterator[Event], view: _SampleView) -> Event:
-    from blockdiffusion.sampling import BlockEvent, DoneEvent
+    from blockdiffusion.sampling import BlockDone, Finished
 
     for event in events:
-        if isinstance(event, BlockEvent):
+        if isinstance(event, BlockDone):
             view.finish(event)
-        elif isinstance(event, DoneEvent):
+        elif isinstance(event, Finished):
             view.end()
-        done = isinstance(event, DoneEvent)
+        done = isinstance(event, Finished)
         say(view.take(), end="\n" * done)  # a console would turn tabs into spaces
         if done:
             return event
-    raise AssertionError("the block loop always ends with a DoneEvent")
+    raise AssertionError("the block loop always ends with Finished")
 
 
 class _SampleView:

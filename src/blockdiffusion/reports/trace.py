@@ -13,7 +13,7 @@ from blockdiffusion.text import token_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from blockdiffusion.sampling.loop import Event
+    from blockdiffusion.sampling import Event
 
 LONGEST_WORD = 24  # characters that are kept on one line, where a word consists of several tokens
 
@@ -64,22 +64,21 @@ def trace_of_events(
     tokenizer: PreTrainedTokenizerFast,
     *,
     block_size: int,
-    prompt_ids: Sequence[int] = (),
     row: int = 0,
 ) -> Trace:
     """The trace of one row of a sampling run, from all its events (`blockdiffusion.stream`).
 
-    `prompt_ids` are the given tokens of that row, BOS included. Tokens that the sampler decided and
-    then cut (behind EOS, or over `max_new_tokens`) are left out.
+    Tokens that the sampler decided and then cut (behind EOS, or over `max_new_tokens`) are left
+    out.
     """
-    from blockdiffusion.sampling.loop import DoneEvent, StepEvent
+    from blockdiffusion.sampling import Finished, TokensRevealed
 
     decided = []
-    length = None
+    length, prompt_ids = None, []
     for event in events:
-        if isinstance(event, DoneEvent):
-            length = int(event.lengths[row])
-        if isinstance(event, StepEvent):
+        if isinstance(event, Finished) and event.row == row:
+            length, prompt_ids = len(event.ids), event.ids[: event.prompt_tokens]
+        if isinstance(event, TokensRevealed):
             here = event.rows == row
             columns = (event.positions, event.ids.cpu(), event.confidences.cpu())
             decided.append((event.step, zip(*(c[here].tolist() for c in columns), strict=True)))

@@ -1,15 +1,14 @@
-"""The clean past of a batch, as the samplers see it: cached, or computed anew each time.
-
-Two of each: for the block loop, and (`...Past`) for the autoregressive baseline.
-"""
+"""The clean past of a batch, as the block loop sees it: cached, or computed anew each time; and the
+same of autoregressive networks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from blockdiffusion.diffusion.denoiser import Denoiser, NextTokenModel
+from blockdiffusion.diffusion.denoiser import Denoiser, find_bos_id, is_autoregressive
 
 PREFILL_TOKENS = 512  # prompt tokens of one pass: bounds the memory of its attention mask
 
@@ -118,50 +117,114 @@ class RecomputedContext(_Reread):
         self.read_on(clean_RS, torch.full_like(self.lengths_R, clean_RS.shape[1]))
 
 
-# --- the autoregressive baseline ----------------------------------------------------------------
+# --- the autoregressive baseline: what gives a token is what stands before it ---------------------
 
 
-class CachedPast:
-    """Keys and values of all tokens that were read are kept."""
+class CausalContext:
+    """Keys and values of all tokens that were read are kept; the last one is read by the pass that
+    gives the next one. As in the likelihood (`denoiser.causal_nll`) the mask token stands before
+    token 0 as a start symbol, where that is no given BOS; with a window a token sees the last
+    `window` tokens, itself and the start symbol included."""
 
-    def __init__(self, model: NextTokenModel, rows: int, longest: int, window: int | None):
+    def __init__(self, model: Any, rows: int, longest: int, window: int | None):
         self.model, self.window = model, window
         # A token's keys may take the place of those that have just left its window.
-        self.cache = model.make_cache(rows, longest if window is None else min(longest, window))
+        capacity = longest + 1 if window is None else min(longest + 1, window)
+        self.cache = model.make_cache(rows, capacity)
+        self.last_R = torch.empty(0)
 
     def read_on(self, ids_RT: torch.Tensor, counts_R: torch.Tensor) -> torch.Tensor:
-        """Reads the first `counts_R` tokens of every row, before any other; returns the passes each
-        row took part in."""
+        """Reads the first `counts_R` tokens of every row, before any other, but for the last;
+        returns the passes each row took part in."""
+        inputs_RT, lengths_R = _after_start(self.model, ids_RT, counts_R)
+        self.last_R = inputs_RT[torch.arange(len(inputs_RT)), lengths_R - 1]
         passes_R = torch.zeros_like(counts_R)
-        longest = int(counts_R.max())
+        longest = int(lengths_R.max()) - 1
         for first in range(0, longest, PREFILL_TOKENS):
-            part_RT = ids_RT[:, first : min(first + PREFILL_TOKENS, longest)]
-            todo_R = (counts_R - first).clamp(0, part_RT.shape[1])
+            part_RT = inputs_RT[:, first : min(first + PREFILL_TOKENS, longest)]
+            todo_R = (lengths_R - 1 - first).clamp(0, part_RT.shape[1])
             # Rows without tokens left commit nothing: what the pass writes lies beyond their end.
             self.model.decode_causal(part_RT, self.cache, self.window)
             self.cache.commit(todo_R)
             passes_R += todo_R > 0
         return passes_R
 
-    def read(self, ids_R: torch.Tensor) -> torch.Tensor:
-        """Reads one more token of every row; its hidden states (R, D)."""
-        hidden_R1D = self.model.decode_causal(ids_R[:, None], self.cache, self.window)
+    def denoise(
+        self,
+        noisy_R1: torch.Tensor,
+        wanted: tuple[torch.Tensor, torch.Tensor],
+        sigma_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (M, D) that give the next token of the rows `wanted`."""
+        hidden_R1D = self.model.decode_causal(self.last_R[:, None], self.cache, self.window)
         self.cache.commit(1)
-        return hidden_R1D[:, 0]
+        return hidden_R1D[wanted[0], 0]
+
+    def commit(self, clean_R1: torch.Tensor) -> None:
+        """Adds a token to the past (with the next pass)."""
+        self.last_R = clean_R1[:, 0]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drops all rows but `rows`."""
         self.cache.keep(rows)
+        self.last_R = self.last_R[rows.to(self.last_R.device)]
 
 
-class RecomputedPast(_Reread):
+class RecomputedCausalContext(_Reread):
     """All tokens are read again in every pass: slow, and the reference for the cache."""
 
-    def read(self, ids_R: torch.Tensor) -> torch.Tensor:
-        row_R = torch.arange(len(ids_R))
-        self.past_RT[row_R, self.lengths_R] = ids_R
-        self.lengths_R = self.lengths_R + 1
-        total = int(self.lengths_R.max())
-        cache = self.model.make_cache(len(ids_R), total)
+    def __init__(self, model: Any, rows: int, longest: int, window: int | None):
+        super().__init__(model, rows, longest + 1, window)
+
+    def read_on(self, ids_RT: torch.Tensor, counts_R: torch.Tensor) -> torch.Tensor:
+        return super().read_on(*_after_start(self.model, ids_RT, counts_R))
+
+    def denoise(
+        self,
+        noisy_R1: torch.Tensor,
+        wanted: tuple[torch.Tensor, torch.Tensor],
+        sigma_R: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        rows, total = len(noisy_R1), int(self.lengths_R.max())
+        cache = self.model.make_cache(rows, total)
         hidden_RTD = self.model.decode_causal(self.past_RT[:, :total], cache, self.window)
-        return hidden_RTD[row_R, self.lengths_R - 1]
+        return hidden_RTD[torch.arange(rows), self.lengths_R - 1][wanted[0]]
+
+    def commit(self, clean_R1: torch.Tensor) -> None:
+        super().read_on(clean_R1, torch.ones_like(self.lengths_R))
+
+
+def given_bos(model: Any) -> int | None:
+    """The BOS that takes the place of the start symbol, if a row begins with it."""
+    return None if model.config.bos is False else find_bos_id(model)
+
+
+def _after_start(
+    model: Any, ids_RT: torch.Tensor, counts_R: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `counts_R` ids of every row after the start symbol, or as they are, where the row
+    begins with a BOS that was given in training; and how many these are."""
+    bos_id = given_bos(model)
+    ids_RT = ids_RT[:, : int(counts_R.max())]
+    started_RT = F.pad(ids_RT, (1, 0), value=model.config.mask_id)
+    if bos_id is None or not ids_RT.shape[1]:
+        return started_RT, counts_R + 1
+    has_bos_R = (ids_RT[:, 0] == bos_id) & (counts_R > 0).to(ids_RT.device)
+    given_RT = F.pad(ids_RT, (0, 1), value=model.config.mask_id)
+    return torch.where(
+        has_bos_R[:, None], given_RT, started_RT
+    ), counts_R + 1 - has_bos_R.cpu().long()
+
+
+Context = CachedContext | RecomputedContext | CausalContext | RecomputedCausalContext
+
+
+def make_context(
+    model: Any, rows: int, longest: int, window: int | None, use_cache: bool
+) -> Context:
+    """An empty past for rows of at most `longest` tokens."""
+    if is_autoregressive(model):
+        kind = CausalContext if use_cache else RecomputedCausalContext
+    else:
+        kind = CachedContext if use_cache else RecomputedContext
+    return kind(model, rows, longest, window)

@@ -15,130 +15,90 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limit
+from blockdiffusion.models.inference import inference_form
 from blockdiffusion.runtime.seeding import fresh_seed, seeded
-from blockdiffusion.sampling.logits import NOT_FINITE, Filters
-from blockdiffusion.sampling.loop import SamplingOptions, check_request, check_room, check_window
-from blockdiffusion.sampling.policies import PolicySettings
-from blockdiffusion.sampling.processes import Course, Setting, as_process
-from blockdiffusion.sampling.requests import given_prompt, prepare_prompts, sampling_options
+from blockdiffusion.sampling.context import given_bos
+from blockdiffusion.sampling.events import (
+    BlockDone,
+    Event,
+    Finished,
+    Reason,
+    TokensRevealed,
+    finished,
+)
+from blockdiffusion.sampling.logits import NOT_FINITE
+from blockdiffusion.sampling.loop import check_request, check_room, check_window, eos_of
+from blockdiffusion.sampling.params import FIELDS, SamplingParams, as_params
+from blockdiffusion.sampling.requests import Row, prepare_rows, resolved
+from blockdiffusion.sampling.samplers import BlockState, SamplingContext
 from blockdiffusion.sampling.sliding import has_one_block
 from blockdiffusion.sampling.streams import RowStreams, row_streams
-from blockdiffusion.text import Given, whole_text
 
-# What a request may choose beside its length, BOS and seed.
-OPTIONS = (
-    "eos",
-    "policy",
-    *(setting.name for setting in fields(PolicySettings)),
-    *(filter.name for filter in fields(Filters)),
-)
+ENGINES = ("num_samples", "stride", "window", "use_cache")  # what no request chooses
 PREFILL_TOKENS = 512  # clean tokens that a request brings into one pass, at most
-
-Reason = Literal["length", "eos", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Revealed:
-    """A pass decided, or changed, tokens of a request: position -> id and the denoiser's
-    probability of it, before any filter."""
-
-    id: int
-    positions: list[int]
-    ids: list[int]
-    confidences: list[float]
-
-
-@dataclass(frozen=True)
-class BlockDone:
-    """A block of a request is finished: its first position, and the ids that are kept of it."""
-
-    id: int
-    start: int
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A request is finished.
-
-    Attributes:
-        ids: BOS and prompt, then what was written, up to and with an EOS.
-        prompt_tokens: how many of them were given.
-        text: the prompt as it was given, and what is new, without special tokens; None without a
-            tokenizer.
-        reason: "length", "eos" or "cancelled" (then only finished blocks are there).
-        nfe: passes that the request took part in.
-    """
-
-    id: int
-    ids: list[int]
-    prompt_tokens: int
-    text: str | None
-    reason: Reason
-    nfe: int
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """New tokens per pass."""
-        return (len(self.ids) - self.prompt_tokens) / max(1, self.nfe)
-
-
-EngineEvent = Revealed | BlockDone | Finished
 
 
 class _Request:
-    """Where a request stands. `ids` are the prompt and the finished blocks; `num_read` of them are
-    in the cache. The block in work begins at `start`, and its first `given` tokens are in `ids`."""
+    """Where a request stands. `ids` are the prompt and the finished blocks; `num_read` of them,
+    after the start symbol of an autoregressive network (`before`), are in the cache. The block in
+    work begins at `start`, and its first `given` tokens are in `ids`."""
 
     def __init__(
         self,
         id: int,
-        ids: list[int],
-        prompt_text: list[Given],
-        options: SamplingOptions,
+        row: Row,
+        params: SamplingParams,
+        eos_id: int | None,
         streams: RowStreams,
+        before: list[int],
     ):
-        self.id, self.ids, self.prompt_text = id, ids, prompt_text
-        self.options, self.streams = options, streams
-        self.prompt_tokens = len(ids)
-        self.limit = len(ids) + options.max_new_tokens
-        self.num_read = self.nfe = self.start = self.given = 0
-        self.course: Course | None = None
+        self.id, self.ids, self.prompt_text = id, list(row.ids), row.given
+        self.params, self.eos_id, self.streams = params, eos_id, streams
+        self.before, self.prompt_tokens = before, len(row.ids)
+        self.limit = len(row.ids) + params.max_new_tokens
+        self.num_read = self.nfe = self.start = self.given = self.step = 0
+        self.state: BlockState | None = None
         self.block: list[int] = []
 
     def unread(self, size: int) -> list[int]:
         """Clean tokens for the next pass: whole blocks, as many as one pass takes."""
         most = max(size, PREFILL_TOKENS // size * size)
-        stop = min(len(self.ids) // size * size, self.num_read + most)
-        return self.ids[self.num_read : stop]
+        stop = min(self.whole_blocks(size), self.num_read + most)
+        skip = self.num_read - len(self.before)
+        return self.before[self.num_read :] + self.ids[max(0, skip) : stop - len(self.before)]
 
-    def open_block(self, setting: Setting) -> None:
+    def whole_blocks(self, size: int) -> int:
+        """Clean tokens in whole blocks, read or not."""
+        return (len(self.before) + len(self.ids)) // size * size
+
+    def open_block(self, context: SamplingContext) -> None:
         """Begins the block that follows the whole blocks of `ids`, which are read or being read."""
-        size = setting.config.block_size
+        size = context.config.block_size
         self.start = len(self.ids) // size * size
         self.given = len(self.ids) - self.start
-        block = self.ids[self.start :] + [setting.config.mask_id] * (size - self.given)
+        block = self.ids[self.start :] + [context.config.mask_id] * (size - self.given)
         open_1S = torch.arange(size)[None] >= self.given
-        self.course = as_process(self.options.policy).begin(open_1S, setting)
-        filled_1S = self.course.fill(torch.tensor([block], device=setting.device))
+        self.state = self.params.sampler.start(open_1S, context)
+        filled_1S = self.state.initial_block(torch.tensor([block], device=context.device))
         self.block = filled_1S[0].tolist()
+        self.step = 0
 
     def block_is_done(self) -> bool:
         """Whether all is decided that will be kept: up to the limit, or to a sampled EOS."""
-        assert self.course is not None
-        undecided = self.course.undecided_RS[0].tolist()
+        assert self.state is not None
+        undecided = self.state.undecided_RS[0].tolist()
         for slot in range(min(len(self.block), self.limit - self.start)):
             if undecided[slot]:
                 return False
-            if slot >= self.given and self.block[slot] == self.options.eos_id:
+            if slot >= self.given and self.block[slot] == self.eos_id:
                 return True
         return True
 
@@ -146,12 +106,17 @@ class _Request:
         """Adds the block to `ids`, cut at an EOS or the limit; why the request ends, if it does."""
         new = self.block[self.given : self.limit - self.start]
         reason: Reason | None = None
-        if self.options.eos_id in new:
-            new = new[: new.index(self.options.eos_id) + 1]
+        if self.eos_id in new:
+            new = new[: new.index(self.eos_id) + 1]
             reason = "eos"
         self.ids += new
-        self.course = None
+        self.state = None
         return reason or ("length" if len(self.ids) == self.limit else None)
+
+    def block_done(self) -> BlockDone:
+        """What tells of the block that was closed."""
+        row, start, end = (torch.tensor([n]) for n in (self.id, self.start, len(self.ids)))
+        return BlockDone(row, start, torch.tensor([self.block]), end)
 
 
 class Engine:
@@ -160,18 +125,20 @@ class Engine:
     >>> engine = Engine(model, max_rows=8)
     >>> first = engine.submit("Once upon a time", seed=1)
     >>> second = engine.submit("The", max_new_tokens=64, top_p=0.9, seed=2)
-    >>> texts = {event.id: event.text for event in engine.run() if isinstance(event, Finished)}
+    >>> texts = {event.row: event.text for event in engine.run() if isinstance(event, Finished)}
 
     Args:
-        model: a network that denoises blocks.
+        model: a network that denoises blocks, or predicts the next token.
         max_rows: requests in a pass; more wait.
         max_tokens: prompt and new tokens of a request, at most, where there is no window. The
             cache for `max_rows` times as many (with a window, for the window) is allocated now.
         window: a token sees the last `window` tokens, its own block included; None = all. Then
             requests may be of any length, in constant memory.
+        optimize: sample with a copy of the model as it is now, which is made for it; the same up to
+            rounding.
 
     Raises:
-        UserError: an autoregressive network, or a number out of range.
+        UserError: a number is out of range.
     """
 
     def __init__(
@@ -181,21 +148,20 @@ class Engine:
         max_rows: int = 8,
         max_tokens: int = 1024,
         window: int | None = None,
+        optimize: bool = True,
     ):
-        if is_autoregressive(model):
-            raise UserError(
-                "the engine serves networks that denoise blocks, and this one predicts the next "
-                "token; use generate"
-            )
         for name, value in (("max_rows", max_rows), ("max_tokens", max_tokens)):
             check_limit(name, value)
         size = model.config.block_size
         check_limit("window", window)
         check_window(window, size)
-        self.model, self.max_rows, self.window = model, max_rows, window
+        self.model = model = inference_form(model) if optimize else model
+        self.max_rows, self.window = max_rows, window
         self.max_tokens = max_tokens
         check_room(model, max_rows, max_tokens, window, "lower max_rows or max_tokens")
-        held = -(-max_tokens // size) * size if window is None else window + size
+        self._causal = is_autoregressive(model)
+        most = max_tokens + self._causal  # the start symbol
+        held = -(-most // size) * size if window is None else window + size
         self._cache = model.make_cache(max_rows, held)
         self._cache.clear()
         self._waiting: deque[_Request] = deque()
@@ -216,51 +182,47 @@ class Engine:
     def submit(
         self,
         prompt: Any = None,
-        *,
-        max_new_tokens: int = 128,
-        bos: bool | None = None,
-        seed: int | None = None,
+        params: SamplingParams | None = None,
         **options: Any,
     ) -> int:
         """Puts a request into the queue; returns its number.
 
         Args:
             prompt: a text or ids; None = from nothing.
-            max_new_tokens, bos: as for `generate`.
-            seed: of its draws; None = any.
-            options: `eos`, `policy` and its settings, `temperature`, `top_k`, `top_p`,
-                `top_p_rule`, as for `generate`.
+            params: how to sample; `options`, fields of `SamplingParams` by name, go before it. The
+                window is the engine's; `num_samples`, `stride` and `use_cache` are not for it.
 
         Raises:
             UserError: something is out of range, or the request does not fit into the engine.
         """
-        for name in options:
-            if name not in OPTIONS:
+        params = as_params(params, **options)
+        for name in ENGINES:
+            if getattr(params, name) not in (FIELDS[name].default, getattr(self, name, None)):
                 raise UserError(
-                    f"{name} is no option of a request; there are {', '.join(OPTIONS)} (a window "
-                    "is the engine's)"
+                    f"{name} is no option of a request; leave it out (a window is the engine's)"
                 )
-        prompts = prepare_prompts(self.model, None if prompt is None else [prompt], 1, bos)
-        sampling = sampling_options(
-            self.model, max_new_tokens=max_new_tokens, window=self.window, **options
-        )
-        check_request(self.model, prompts, sampling)
-        total = len(prompts[0]) + max_new_tokens
+        prompt = None if prompt is None else [prompt]
+        (row,) = rows = prepare_rows(self.model, prompt, 1, params.bos)
+        params = resolved(self.model, replace(params, window=self.window))
+        check_request(self.model, rows, params)
+        total = len(row.ids) + params.max_new_tokens
         if self.window is None and total > self.max_tokens:
             raise UserError(
-                f"a request of {len(prompts[0])} given and {max_new_tokens} new tokens does not "
-                f"fit into max_tokens = {self.max_tokens}; ask for less, or give the engine more, "
-                "or a window"
+                f"a request of {len(row.ids)} given and {params.max_new_tokens} new tokens "
+                f"does not fit into max_tokens = {self.max_tokens}; ask for less, or give the "
+                "engine more, or a window"
             )
         if has_one_block(self.model) and total > self.model.config.seq_len:
             raise UserError(
                 f"a request of {total} tokens in all goes beyond the one block of this model, "
                 f"which has {self.model.config.seq_len}; generate slides its block over such texts"
             )
-        generator = seeded(fresh_seed() if seed is None else seed)
-        streams = row_streams(generator, prompts, self.model.config.block_size)
-        text = given_prompt(prompt, len(prompts[0]))
-        request = _Request(self._next_id, list(prompts[0]), text, sampling, streams)
+        seed = fresh_seed() if params.seed is None else params.seed
+        streams = row_streams(seeded(seed), [row.ids], self.model.config.block_size)
+        eos_id = eos_of(self.model, params)
+        begins = row.ids[:1] == [given_bos(self.model)]
+        before = [self.model.config.mask_id] if self._causal and not begins else []
+        request = _Request(self._next_id, row, params, eos_id, streams, before)
         self._next_id += 1
         self._waiting.append(request)
         return request.id
@@ -279,54 +241,54 @@ class Engine:
                 return True
         return False
 
-    def run(self) -> Iterator[EngineEvent]:
+    def run(self) -> Iterator[Event]:
         """Steps until nothing is left, and tells what happens; requests may be submitted and
         cancelled meanwhile."""
         while self._rows or self._waiting or self._cancelled:
             yield from self.step()
 
     @torch.no_grad()
-    def step(self) -> list[EngineEvent]:
+    def step(self) -> list[Event]:
         """One pass over all requests that have a row; what it decided."""
         while self._waiting and len(self._rows) < self.max_rows:
             self._cache.open_row()
             self._rows.append(self._waiting.popleft())
         decided = self._pass() if self._rows else []
-        events: list[EngineEvent] = [self._finished(r, "cancelled") for r in self._cancelled]
+        events: list[Event] = [self._finished(r, "cancelled") for r in self._cancelled]
         self._cancelled.clear()
         events += decided
         for number in reversed(range(len(self._rows))):
             request = self._rows[number]
-            if request.course is not None and request.block_is_done():
+            if request.state is not None and request.block_is_done():
                 reason = request.close_block()
-                events.append(BlockDone(request.id, request.start, request.ids[request.start :]))
+                events.append(request.block_done())
                 if reason is not None:
                     events.append(self._finished(request, reason))
                     self._leave(number)
         return events
 
-    def _pass(self) -> list[EngineEvent]:
+    def _pass(self) -> list[Event]:
         """Runs the network over every row's unread tokens and the block that follows them, and
         takes the decisions of those blocks."""
         size = self.model.config.block_size
         flat: list[int] = []
         tokens, clean, sigmas, firsts = [], [], [], []
         for request in self._rows:
-            unread = request.unread(size)
+            begin, unread = len(flat), request.unread(size)
             flat += unread
-            firsts.append(len(flat))
-            all_read = request.num_read + len(unread) == len(request.ids) // size * size
-            if all_read:
-                if request.course is None:
-                    request.open_block(self._setting(request))
-                flat += request.block
-            tokens.append(len(unread) + size * all_read)
             clean.append(len(unread))
-            sigmas.append(None if request.course is None else request.course.sigma_R())
+            # The token before the next one gives it; a block that is denoised is read itself.
+            firsts.append(len(flat) - self._causal)
+            if request.num_read + len(unread) == request.whole_blocks(size):
+                if request.state is None:
+                    request.open_block(self._context(request))
+                flat += [] if self._causal else request.block
+            tokens.append(len(flat) - begin)
+            sigmas.append(None if request.state is None else request.state.sigma_R())
         wanted = [
-            (request, first, request.course.wanted_RS()[0].nonzero().flatten())
+            (request, first, request.state.wanted_RS()[0].nonzero().flatten())
             for request, first in zip(self._rows, firsts, strict=True)
-            if request.course is not None
+            if request.state is not None
         ]
         wanted_M = torch.cat([
             torch.zeros(0, dtype=torch.long), *(first + slot_M for _, first, slot_M in wanted)
@@ -342,7 +304,7 @@ class Engine:
             wanted_M.to(device),
         )
         logits_MV = self.model.head(hidden_MD)
-        # From here on the pass has happened; what fails before changes nothing.
+        # From here on the pass has happened; what fails before update nothing.
         self._cache.commit(torch.tensor(clean))
         for request, count in zip(self._rows, clean, strict=True):
             request.num_read += count
@@ -353,24 +315,28 @@ class Engine:
             for (request, _, slot_M), logits_MV in zip(wanted, parts, strict=True)
         ]
 
-    def _decide(self, request: _Request, slot_M: torch.Tensor, logits_MV: torch.Tensor) -> Revealed:
+    def _decide(self, request: _Request, slot_M: torch.Tensor, logits_MV: torch.Tensor) -> Event:
         """Takes a request's decisions of this pass."""
-        assert request.course is not None
+        assert request.state is not None
         ids_M = torch.tensor([request.block[slot] for slot in slot_M.tolist()])
         place_M = (torch.zeros_like(slot_M), slot_M)
-        changes = request.course.decide(place_M, ids_M.to(logits_MV.device), logits_MV)
-        slots, ids = changes.slots.tolist(), changes.ids.tolist()
-        confidences = changes.confidences.tolist()
-        if any(map(math.isnan, confidences)):
+        update = request.state.step(place_M, ids_M.to(logits_MV.device), logits_MV)
+        if any(map(math.isnan, update.confidences.tolist())):
             raise UserError(NOT_FINITE)
-        for slot, token in zip(slots, ids, strict=True):
+        for slot, token in zip(update.slots.tolist(), update.ids.tolist(), strict=True):
             request.block[slot] = token
-        positions = [request.start + slot for slot in slots]
-        return Revealed(request.id, positions, ids, confidences)
+        request.step += 1
+        return TokensRevealed(
+            request.step - 1,
+            torch.full_like(update.slots, request.id),
+            request.start + update.slots,
+            update.ids,
+            update.confidences,
+        )
 
-    def _setting(self, request: _Request) -> Setting:
-        return Setting(
-            self.model.config, self.model.device, request.options.filters, request.streams
+    def _context(self, request: _Request) -> SamplingContext:
+        return SamplingContext(
+            self.model.config, self.model.device, request.params, request.streams
         )
 
     def _leave(self, number: int) -> None:
@@ -380,16 +346,14 @@ class Engine:
         self._rows.pop()
 
     def _finished(self, request: _Request, reason: Reason) -> Finished:
-        tokenizer = self.model.tokenizer
-        return Finished(
-            id=request.id,
-            ids=request.ids,
-            prompt_tokens=request.prompt_tokens,
-            text=None
-            if tokenizer is None
-            else whole_text(tokenizer, request.ids, request.prompt_text),
-            reason=reason,
-            nfe=request.nfe,
+        return finished(
+            self.model,
+            request.id,
+            request.ids,
+            request.prompt_tokens,
+            request.prompt_text,
+            reason,
+            request.nfe,
         )
 
 

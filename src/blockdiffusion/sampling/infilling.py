@@ -16,23 +16,21 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError, shown
+from blockdiffusion.sampling.events import Event
 from blockdiffusion.sampling.loop import (
     BlockBatch,
-    DoneEvent,
-    Event,
-    SamplingOptions,
     check_given,
-    denoise_block,
+    run_blocks,
 )
-from blockdiffusion.sampling.requests import as_ids, as_list, with_bos
+from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.sampling.requests import Row, as_ids, as_list, with_bos
 from blockdiffusion.sampling.sliding import has_one_block
 from blockdiffusion.text import Given, encode_behind, encode_text
 
@@ -40,17 +38,9 @@ HOLE = re.compile(r"\[MASK(?::([^\]]*))?\]")
 MOST_MASKS = 16_384  # of a text
 
 
-@dataclass(frozen=True)
-class Template:
-    """Ids with the mask token in the holes, and the texts of what was given as text."""
-
-    ids: list[int]
-    given: list[Given]
-
-
 def prepare_templates(
     model: Denoiser, templates: Any, num_samples: int, bos: bool | None
-) -> list[Template]:
+) -> list[Row]:
     """Templates as ids with the mask token in the holes, each repeated `num_samples` times.
 
     Args:
@@ -63,28 +53,18 @@ def prepare_templates(
         UserError: a text without a tokenizer or with more than `MOST_MASKS` masks, a foreign id, a
             template with nothing to fill.
     """
-    read = [_read(model, template) for template in as_list(templates)]
-    rows = iter(with_bos(model, [template.ids for template in read], num_samples, bos))
-    found = []
-    for template in read:
-        for row in islice(rows, num_samples):
-            if model.config.mask_id not in row:
-                raise UserError(
-                    "a template has nothing to fill; put [MASK], or [MASK:5] for five tokens, "
-                    "where text is missing (in ids, the model's mask_id)"
-                )
-            bos_tokens = len(row) - len(template.ids)
-            given = [
-                (start + bos_tokens if start else 0, stop + bos_tokens, text)
-                for start, stop, text in template.given
-            ]
-            found.append(Template(row, given))
-    return found
+    rows = [_read(model, template) for template in as_list(templates)]
+    if any(model.config.mask_id not in row.ids for row in rows):
+        raise UserError(
+            "a template has nothing to fill; put [MASK], or [MASK:5] for five tokens, "
+            "where text is missing (in ids, the model's mask_id)"
+        )
+    return with_bos(model, rows, num_samples, bos)
 
 
-def _read(model: Denoiser, template: Any) -> Template:
+def _read(model: Denoiser, template: Any) -> Row:
     if not isinstance(template, str):
-        return Template(as_ids(template), [])
+        return Row(as_ids(template), [])
     parts = HOLE.split(template)
     texts = parts[::2]
     counts = [_masks(number) for number in parts[1::2]]
@@ -99,7 +79,7 @@ def _read(model: Denoiser, template: Any) -> Template:
         piece = (encode_behind if ids else encode_text)(model.tokenizer, text)
         given.append((len(ids), len(ids) + len(piece), text))
         ids += [*piece, *[model.config.mask_id] * masks]
-    return Template(ids, given)
+    return Row(ids, given)
 
 
 def _masks(number: str | None) -> int:
@@ -117,14 +97,14 @@ def _masks(number: str | None) -> int:
 @torch.no_grad()
 def fill_events(
     model: Denoiser,
-    templates: Sequence[Sequence[int]],
-    options: SamplingOptions,
+    templates: Sequence[Row],
+    params: SamplingParams,
     generator: torch.Generator,
 ) -> Iterator[Event]:
-    """Fills the masks of every template (ids, see `prepare_templates`).
+    """Fills the masks of every template (see `prepare_templates`).
 
-    The events of `sample_events`; `DoneEvent.prompt_lengths` counts the given tokens, wherever they
-    stand. `options.max_new_tokens` is 0, and `eos_id` is not read: a template has its length.
+    The events of `sample_events`; `Finished.prompt_tokens` counts the given tokens, wherever they
+    stand. `max_new_tokens` and `eos` are not read: a template has its length.
 
     Raises:
         UserError: an autoregressive network, or a template beyond the row of a model of one block.
@@ -134,18 +114,14 @@ def fill_events(
             "this model is autoregressive: it sees what stands before a token only, and cannot "
             "fill what is missing; use generate, or a model that denoises"
         )
-    check_given(model, templates, options, masks=True)
-    length, longest = model.config.seq_len, max(map(len, templates))
+    check_given(model, templates, params, 0, masks=True)
+    length, longest = model.config.seq_len, max(len(row.ids) for row in templates)
     if has_one_block(model) and longest > length:
         raise UserError(
             f"a template has {longest} tokens, more than the one block of this model, which has "
             f"{length}; shorten it"
         )
-    state = _TemplateBatch(model, templates, options, generator)
-    while state.active.numel():
-        yield from denoise_block(model, state, options)
-        yield state.finish_block(None)
-    yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.given_B, state.nfe_B)
+    yield from run_blocks(model, _TemplateBatch(model, templates, params, generator), params)
 
 
 class _TemplateBatch(BlockBatch):
@@ -154,19 +130,19 @@ class _TemplateBatch(BlockBatch):
     def __init__(
         self,
         model: Denoiser,
-        templates: Sequence[Sequence[int]],
-        options: SamplingOptions,
+        templates: Sequence[Row],
+        params: SamplingParams,
         generator: torch.Generator,
     ):
         size, mask_id = model.config.block_size, model.config.mask_id
         self._due_B = [
             deque(dict.fromkeys(
-                position // size * size for position, token in enumerate(row) if token == mask_id
+                position // size * size for position, token in enumerate(ids) if token == mask_id
             ))
-            for row in templates
+            for ids, _ in templates
         ]  # fmt: skip
-        self.given_B = torch.tensor([sum(token != mask_id for token in row) for row in templates])
-        super().__init__(model, templates, options, generator)
+        super().__init__(model, templates, replace(params, eos=False), generator, 0)
+        self.given_B = self.prompts_B - torch.tensor([row.ids.count(mask_id) for row in templates])
 
     def first_starts(self) -> torch.Tensor:
         """See `BlockBatch`."""

@@ -1,7 +1,7 @@
 """The block loop: a generator of events.
 
-Rows of a batch go block by block, in step. How a block comes to be is a `Process` (see
-`sampling.processes`): it says what each pass reads and where it needs logits, and then which tokens
+Rows of a batch go block by block, in step. How a block comes to be is a `Sampler` (see
+`sampling.samplers`): it says what each pass reads and where it needs logits, and then which tokens
 change. A finished block is committed to the past with the first pass of the next one. The command
 line, `generate` and the pictures all consume the same events.
 """
@@ -9,145 +9,75 @@ line, `generate` and the pictures all consume the same events.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from blockdiffusion.diffusion.denoiser import Denoiser, NextTokenModel
 from blockdiffusion.errors import UserError, counted
 from blockdiffusion.runtime.hardware import check_memory
-from blockdiffusion.sampling.context import CachedContext, RecomputedContext
-from blockdiffusion.sampling.logits import Filters
-from blockdiffusion.sampling.policies import FirstHitting, Policy
-from blockdiffusion.sampling.processes import Process, Setting, as_process
+from blockdiffusion.sampling.context import Context, make_context
+from blockdiffusion.sampling.events import BlockDone, Event, TokensRevealed, finished
+from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.sampling.requests import Row
+from blockdiffusion.sampling.samplers import SamplingContext
 from blockdiffusion.sampling.streams import row_streams
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """What to sample, and how.
-
-    Attributes:
-        max_new_tokens: tokens after the prompt (and BOS); a row may stop earlier at EOS.
-        policy: which tokens a pass reveals, or any other process that fits the network.
-        filters: temperature, top-k, top-p.
-        eos_id: a sampled token of this id ends its row; None = rows never end early.
-        window: a token sees the last `window` tokens, its own block included; None = all.
-        use_cache: keep keys and values of finished blocks (same result, less work).
-    """
-
-    max_new_tokens: int
-    policy: Policy | Process = field(default_factory=FirstHitting)
-    filters: Filters = field(default_factory=Filters)
-    eos_id: int | None = None
-    window: int | None = None
-    use_cache: bool = True
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """One pass: M tokens were decided, or changed. All tensors are (M,).
-
-    `ids` and `confidences` are on the network's device, where a look at them waits for the pass;
-    the others are on the CPU.
-
-    Where noise turns tokens into others (uniform D3PM), the first pass tells all tokens of the
-    block, and later ones those that change: the last word on a position counts.
-
-    Attributes:
-        step: number of the pass within its block, from 0.
-        rows, positions, ids: which row, where in it, and what.
-        confidences: the denoiser's probability of the token, before any filter.
-    """
-
-    step: int
-    rows: torch.Tensor
-    positions: torch.Tensor
-    ids: torch.Tensor
-    confidences: torch.Tensor
-
-
-@dataclass(frozen=True)
-class BlockEvent:
-    """A block of every listed row is finished. `ends` is where each row's kept text now ends."""
-
-    rows: torch.Tensor
-    starts: torch.Tensor
-    ids: torch.Tensor
-    ends: torch.Tensor
-
-
-@dataclass(frozen=True)
-class DoneEvent:
-    """All rows are finished.
-
-    Attributes:
-        ids: (B, T), valid up to `lengths` (B,), prompts included.
-        prompt_lengths: (B,) tokens that were given, BOS included.
-        nfe: (B,) network passes each row took part in, commits included, a fused pass once.
-    """
-
-    ids: torch.Tensor
-    lengths: torch.Tensor
-    prompt_lengths: torch.Tensor
-    nfe: torch.Tensor
-
-
-Event = StepEvent | BlockEvent | DoneEvent
 
 
 @torch.no_grad()
 def sample_events(
     model: Denoiser,
-    prompts: Sequence[Sequence[int]],
-    options: SamplingOptions,
+    rows: Sequence[Row],
+    params: SamplingParams,
     generator: torch.Generator,
 ) -> Iterator[Event]:
-    """Samples a continuation of every prompt (ids; may be empty or ragged)."""
-    check_request(model, prompts, options)
-    state = BlockBatch(model, prompts, options, generator)
-    while state.active.numel():
-        yield from denoise_block(model, state, options)
-        yield state.finish_block(options.eos_id)
-    yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
+    """Samples a continuation of every row (which may be empty or ragged)."""
+    check_request(model, rows, params)
+    yield from run_blocks(model, BlockBatch(model, rows, params, generator), params)
+
+
+def run_blocks(model: Denoiser, batch: BlockBatch, params: SamplingParams) -> Iterator[Event]:
+    """Block after block, until all rows are finished."""
+    while batch.active.numel():
+        yield from denoise_block(model, batch, params)
+        yield from batch.finish_block()
 
 
 def denoise_block(
-    model: Denoiser, state: BlockBatch, options: SamplingOptions
-) -> Iterator[StepEvent]:
+    model: Denoiser, batch: BlockBatch, params: SamplingParams
+) -> Iterator[TokensRevealed]:
     """Takes the current block of all active rows from noise to text."""
-    block_RS, open_RS, kept_RS = state.open_block()
-    streams = state.streams.of(state.active)
-    setting = Setting(model.config, model.device, options.filters, streams)
-    course = as_process(options.policy).begin(open_RS, setting)
-    block_RS = course.fill(block_RS)
+    block_RS, open_RS, kept_RS = batch.open_block()
+    streams = batch.streams.of(batch.active)
+    context = SamplingContext(model.config, model.device, params, streams)
+    state = params.sampler.start(open_RS, context)
+    block_RS = state.initial_block(block_RS)
     ended_R = torch.zeros(len(block_RS), dtype=torch.bool)
     step = 0
     while True:
         # A row can leave once every kept position is decided.
-        takes_part_R = (course.undecided_RS & kept_RS).any(1) & ~ended_R
+        takes_part_R = (state.undecided_RS & kept_RS).any(1) & ~ended_R
         if not bool(takes_part_R.any()):
             break
-        row_M, slot_M = (course.wanted_RS() & takes_part_R[:, None]).nonzero(as_tuple=True)
+        row_M, slot_M = (state.wanted_RS() & takes_part_R[:, None]).nonzero(as_tuple=True)
         wanted = (row_M.to(block_RS.device), slot_M.to(block_RS.device))
-        logits_MV = model.head(state.context.denoise(block_RS, wanted, course.sigma_R()))
-        state.nfe_B[state.active[takes_part_R]] += 1
-        changes = course.decide((row_M, slot_M), block_RS[wanted], logits_MV)
-        row_M, slot_M = changes.rows, changes.slots
-        block_RS[row_M, slot_M] = changes.ids
-        yield StepEvent(
+        logits_MV = model.head(batch.context.denoise(block_RS, wanted, state.sigma_R()))
+        batch.nfe_B[batch.active[takes_part_R]] += 1
+        update = state.step((row_M, slot_M), block_RS[wanted], logits_MV)
+        row_M, slot_M = update.rows, update.slots
+        block_RS[row_M, slot_M] = update.ids
+        yield TokensRevealed(
             step,
-            state.active[row_M],
-            state.starts_R[row_M] + slot_M,
-            changes.ids,
-            changes.confidences,
+            batch.active[row_M],
+            batch.starts_R[row_M] + slot_M,
+            update.ids,
+            update.confidences,
         )
-        if options.eos_id is not None:
+        if batch.eos_id is not None:
             ended_R |= _decided_up_to_eos(
-                block_RS.cpu(), course.undecided_RS, state.new_RS, options.eos_id
+                block_RS.cpu(), state.undecided_RS, batch.new_RS, batch.eos_id
             )
         step += 1
-    state.block_RS = block_RS
+    batch.block_RS = block_RS
 
 
 def _decided_up_to_eos(
@@ -165,23 +95,28 @@ class BlockBatch:
     def __init__(
         self,
         model: Denoiser,
-        prompts: Sequence[Sequence[int]],
-        options: SamplingOptions,
+        prompts: Sequence[Row],
+        params: SamplingParams,
         generator: torch.Generator,
+        new_tokens: int | None = None,
     ):
+        new_tokens = params.max_new_tokens if new_tokens is None else new_tokens
         self.size = model.config.block_size
-        self.streams = row_streams(generator, prompts, self.size)
+        self.model, self.rows = model, prompts
+        self.streams = row_streams(generator, [row.ids for row in prompts], self.size)
         self.mask_id = model.config.mask_id
-        self.prompts_B = torch.tensor([len(p) for p in prompts])
-        self.limits_B = self.prompts_B + options.max_new_tokens
+        self.eos_id = eos_of(model, params)
+        self.prompts_B = torch.tensor([len(row.ids) for row in prompts])
+        self.given_B = self.prompts_B
+        self.limits_B = self.prompts_B + new_tokens
         shape = (len(prompts), self.columns())
         self.ids_BT = torch.full(shape, self.mask_id, device=model.device)
-        for row, prompt in enumerate(prompts):
-            self.ids_BT[row, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
+        for row, (ids, _) in enumerate(prompts):
+            self.ids_BT[row, : len(ids)] = torch.as_tensor(ids, dtype=torch.long)
         self.ends_B = self.prompts_B.clone()
         self.active = torch.arange(len(prompts))
         self.starts_R = self.first_starts()
-        self.context = self.past(model, options)
+        self.context = self.past(model, params)
         self.nfe_B = self.context.read_on(self.ids_BT, self.starts_R)
         self.block_RS = self.new_RS = torch.empty(0)
 
@@ -189,11 +124,10 @@ class BlockBatch:
         """Tokens of the longest row, whole blocks."""
         return -(-int(self.limits_B.max()) // self.size) * self.size
 
-    def past(self, model: Denoiser, options: SamplingOptions) -> CachedContext | RecomputedContext:
+    def past(self, model: Denoiser, params: SamplingParams) -> Context:
         """The clean past of all rows, empty."""
-        kind = CachedContext if options.use_cache else RecomputedContext
         rows, longest = self.ids_BT.shape
-        return kind(model, rows, longest, options.window)
+        return make_context(model, rows, longest, params.window, params.use_cache)
 
     def first_starts(self) -> torch.Tensor:
         """Where every row's first block with something to sample begins."""
@@ -212,7 +146,7 @@ class BlockBatch:
         kept_RS = position_RS < self.limits_B[self.active, None]
         return block_RS, self.new_RS.clone(), kept_RS
 
-    def finish_block(self, eos_id: int | None) -> BlockEvent:
+    def finish_block(self) -> list[Event]:
         """Stores the block, cuts at EOS or the limit, and lets finished rows leave."""
         rows, starts_R = self.active, self.starts_R
         position_RS = starts_R[:, None] + torch.arange(self.size)
@@ -222,8 +156,9 @@ class BlockBatch:
         next_R = self.next_starts()
         done_R = next_R >= self.limits_B[rows]
         ends_R = torch.where(done_R, self.limits_B[rows], starts_R + self.size)
-        if eos_id is not None:
-            is_eos_RS = (block_RS == eos_id) & self.new_RS & (position_RS < ends_R[:, None])
+        has_eos_R = torch.zeros_like(done_R)
+        if self.eos_id is not None:
+            is_eos_RS = (block_RS == self.eos_id) & self.new_RS & (position_RS < ends_R[:, None])
             has_eos_R = is_eos_RS.any(1)
             after_R = starts_R + is_eos_RS.long().argmax(1) + 1
             ends_R = torch.where(has_eos_R, after_R, ends_R)
@@ -233,7 +168,23 @@ class BlockBatch:
         if len(go_on):
             self._remember(go_on, next_R)
         self.active, self.starts_R = rows[go_on], next_R[go_on]
-        return BlockEvent(rows, starts_R, block_RS, ends_R)
+        done = BlockDone(rows, starts_R, block_RS, ends_R)
+        return [done, *self._finished(rows[done_R], has_eos_R[done_R])]
+
+    def _finished(self, rows: torch.Tensor, has_eos_R: torch.Tensor) -> Iterator[Event]:
+        if not len(rows):
+            return
+        ids_RT = self.ids_BT[rows.to(self.ids_BT.device)].cpu()
+        for row, ids, has_eos in zip(rows.tolist(), ids_RT, has_eos_R.tolist(), strict=True):
+            yield finished(
+                self.model,
+                row,
+                ids[: self.ends_B[row]].tolist(),
+                int(self.given_B[row]),
+                self.rows[row].given,
+                "eos" if has_eos else "length",
+                int(self.nfe_B[row]),
+            )
 
     def _remember(self, go_on: torch.Tensor, next_R: torch.Tensor) -> None:
         """Makes the finished blocks, and what is given up to the next ones, the past of the rows
@@ -251,6 +202,11 @@ class BlockBatch:
             device = self.ids_BT.device
             given_RT = self.ids_BT[rows[:, None].to(device), column_RT.to(device)]
             self.nfe_B[rows] += self.context.read_on(given_RT, ahead_R)
+
+
+def eos_of(model: Denoiser | NextTokenModel, params: SamplingParams) -> int | None:
+    """A sampled token of this id ends its row; None: rows never end early."""
+    return model.config.eos_id if params.eos else None
 
 
 def check_window(window: int | None, block_size: int) -> None:
@@ -275,17 +231,16 @@ def check_room(
 
 
 def check_request(
-    model: Denoiser | NextTokenModel, prompts: Sequence[Sequence[int]], options: SamplingOptions
+    model: Denoiser | NextTokenModel, rows: Sequence[Row], params: SamplingParams
 ) -> None:
-    if options.max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {options.max_new_tokens}; it must be at least 1")
-    check_given(model, prompts, options)
+    check_given(model, rows, params, params.max_new_tokens)
 
 
 def check_given(
     model: Denoiser | NextTokenModel,
-    rows: Sequence[Sequence[int]],
-    options: SamplingOptions,
+    rows: Sequence[Row],
+    params: SamplingParams,
+    new_tokens: int,
     masks: bool = False,
 ) -> None:
     """Refuses what cannot be given: too long for the window, or ids that the model does not have;
@@ -293,17 +248,17 @@ def check_given(
     config = model.config
     if not len(rows):
         raise UserError("there is no prompt; give at least one, which may be empty")
-    window = options.window
-    longest = max(map(len, rows)) + options.max_new_tokens
+    window = params.window
+    longest = max(len(row.ids) for row in rows) + new_tokens
     check_room(model, len(rows), longest, window, "lower num_samples or max_new_tokens")
     check_window(window, config.block_size)
-    for row in rows:
-        if window is not None and len(row) > window:
+    for ids, _ in rows:
+        if window is not None and len(ids) > window:
             raise UserError(
-                f"a prompt has {len(row)} tokens, more than the window of {window}; "
+                f"a prompt has {len(ids)} tokens, more than the window of {window}; "
                 "shorten it or widen the window"
             )
-        for token in row:
+        for token in ids:
             if not 0 <= token < config.vocab_size or (token == config.mask_id and not masks):
                 no_mask = f" without the mask token {config.mask_id} (infill fills masks)"
                 raise UserError(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-TopPRule = Literal["transformers", "authors"]
+from blockdiffusion.sampling.params import TopPRule
 
 # Integers of the same width, and the bits of them that are not looked at: sign, exponent and seven
 # bits of the fraction are left.
@@ -23,7 +21,7 @@ class Nucleus:
     Args:
         prob_V: need not be normalised.
         top_p: the share of the whole; in (0, 1).
-        rule: see `Filters`.
+        rule: see `SamplingParams`.
     """
 
     def __init__(self, prob_V: torch.Tensor, top_p: float, rule: TopPRule):

@@ -15,40 +15,38 @@ from dataclasses import replace
 
 import torch
 
-from blockdiffusion.diffusion.denoiser import Denoiser
+from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.context import CachedContext
+from blockdiffusion.sampling.events import Event
 from blockdiffusion.sampling.loop import (
     BlockBatch,
-    BlockEvent,
-    DoneEvent,
-    Event,
-    SamplingOptions,
     check_request,
-    denoise_block,
+    run_blocks,
 )
+from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.sampling.requests import Row
 
 
 def has_one_block(model: Denoiser) -> bool:
     """Whether the model was trained on rows of a single block (S = L)."""
-    return model.config.block_size == model.config.seq_len
+    return model.config.block_size == model.config.seq_len and not is_autoregressive(model)
 
 
 @torch.no_grad()
 def sample_sliding(
     model: Denoiser,
-    prompts: Sequence[Sequence[int]],
-    options: SamplingOptions,
+    rows: Sequence[Row],
+    params: SamplingParams,
     generator: torch.Generator,
-    stride: int | None = None,
 ) -> Iterator[Event]:
-    """Samples a continuation of every prompt (ids; may be empty, ragged, or longer than L).
+    """Samples a continuation of every row (which may be empty, ragged, or longer than L).
 
     Args:
-        options: `window` must be None or L, which is what a frame is; a block of a `BlockEvent` is
-            a frame, with the tokens it began with.
-        stride: masked tokens that a slide adds, 1..L; None = half of L. With a stride of L nothing
-            is kept, and the text is made of independent rows.
+        params: `window` must be None or L, which is what a frame is; a block of a `BlockDone` is
+            a frame, with the tokens it began with. `stride` masked tokens are added by a slide,
+            1..L; None = half of L. With a stride of L nothing is kept, and the text is made of
+            independent rows.
 
     Raises:
         UserError: a model of several blocks, or a stride or window out of range.
@@ -59,21 +57,16 @@ def sample_sliding(
             f"stride is for models of one block, and this one has blocks of {size} tokens in rows "
             f"of {model.config.seq_len}; leave it out"
         )
-    if stride is None:
-        stride = max(1, size // 2)
+    stride = max(1, size // 2) if params.stride is None else params.stride
     if not 1 <= stride <= size:
         raise UserError(f"stride is {stride}; it must be from 1 to the {size} tokens of the block")
-    if options.window not in (None, size):
+    if params.window not in (None, size):
         raise UserError(
-            f"the window is {options.window}, but a model of one block writes longer texts by "
+            f"the window is {params.window}, but a model of one block writes longer texts by "
             f"sliding that block, so that a token sees at most its {size} tokens; leave window out"
         )
-    check_request(model, prompts, replace(options, window=None))
-    state = _SlidingBatch(model, prompts, options, generator, stride)
-    while state.active.numel():
-        yield from denoise_block(model, state, options)
-        yield state.finish_block(options.eos_id)
-    yield DoneEvent(state.ids_BT.cpu(), state.ends_B, state.prompts_B, state.nfe_B)
+    check_request(model, rows, replace(params, window=None))
+    yield from run_blocks(model, _SlidingBatch(model, rows, params, generator, stride), params)
 
 
 class _Frame(CachedContext):
@@ -92,19 +85,19 @@ class _SlidingBatch(BlockBatch):
     def __init__(
         self,
         model: Denoiser,
-        prompts: Sequence[Sequence[int]],
-        options: SamplingOptions,
+        rows: Sequence[Row],
+        params: SamplingParams,
         generator: torch.Generator,
         stride: int,
     ):
         self.stride = stride
-        super().__init__(model, prompts, options, generator)
+        super().__init__(model, rows, params, generator)
 
     def columns(self) -> int:
         """See `BlockBatch`; the last frame may stick out."""
         return max(int(self.limits_B.max()) + self.stride, self.size)
 
-    def past(self, model: Denoiser, options: SamplingOptions) -> CachedContext:
+    def past(self, model: Denoiser, params: SamplingParams) -> CachedContext:
         """See `BlockBatch`."""
         return _Frame(model, len(self.ids_BT), self.size, None)
 
@@ -121,8 +114,8 @@ class _SlidingBatch(BlockBatch):
         self.new_RS = position_RS >= self.ends_B[self.active, None]
         return block_RS, self.new_RS.clone(), kept_RS
 
-    def finish_block(self, eos_id: int | None) -> BlockEvent:
+    def finish_block(self) -> list[Event]:
         """Stores the frame, cuts at EOS or the limit, and slides the rows that go on."""
-        event = super().finish_block(eos_id)
+        events = super().finish_block()
         self.starts_R = self.starts_R - self.size + self.stride
-        return event
+        return events

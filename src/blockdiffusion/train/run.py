@@ -225,6 +225,7 @@ def _sampling(recipe: Recipe, team: Team) -> list[Periodic]:
             num_samples=recipe.sample.num,
             max_new_tokens=recipe.sample.max_new_tokens,
             generator=generator(recipe.train.seed, "sample"),
+            optimize=False,  # weights change before the next samples
         )
         return {"samples": result.texts or []}
 

@@ -57,12 +57,12 @@ def test_eight_bits_are_asked_of_the_copy_and_kept_apart(model, monkeypatch, tmp
         asked.append(int8)
         return model
 
-    monkeypatch.setattr(sampling, "sampling_copy", copy)
+    monkeypatch.setattr(sampling, "optimize_for_inference", copy)
     file = tmp_path / "samples.jsonl"
     draw_samples(model, options(int8=True), file=file)
     with pytest.raises(UserError, match="other options"):
         draw_samples(model, options(), file=file)
-    assert asked == [True, False]
+    assert asked == [True]
 
 
 def test_an_eos_ends_a_sample_and_is_not_counted(model):

@@ -48,7 +48,7 @@ def test_every_point_is_what_generate_eval_finds(measure, judge):
     # 12 tokens: 12 passes; pairs: 6; whole blocks of 4: 3.
     assert [point["calls_per_token"] for point in result["points"]] == [1, 1 / 2, 1 / 4]
     draw = DrawOptions(
-        num_samples=5, max_new_tokens=12, batch_size=3, eos=False, seed=4, policy="random",
+        num_samples=5, max_new_tokens=12, batch_size=3, eos=False, seed=4, sampler="random",
         tokens_per_step=2,
     )  # fmt: skip
     alone = generate_and_score(
@@ -79,7 +79,7 @@ def test_a_point_that_is_there_is_not_measured_again(measure, monkeypatch, tmp_p
     drawn = []
     original = module.draw_samples
     monkeypatch.setattr(
-        module, "draw_samples", lambda *a, **k: drawn.append(a[1].policy) or original(*a, **k)
+        module, "draw_samples", lambda *a, **k: drawn.append(a[1].sampler) or original(*a, **k)
     )
     second = measure()
     assert drawn == ["confidence"]
@@ -183,7 +183,7 @@ def test_usual_points_fit_their_network(make_model, overrides):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("confidence:treshold=1", "treshold"), ("ancestral:steps=many", "no int"),
-    ("best", "unknown policy"), ("first-hitting:top_p=2", r"top_p is 2\.0; it must"),
+    ("best", "unknown sampler"), ("first-hitting:top_p=2", r"top_p is 2\.0; it must"),
     ("random:tokens_per_step=5", "at most 4"),
     ("first-hitting:steps=3", "no meaning"),
 ])  # fmt: skip

@@ -28,25 +28,29 @@ from blockdiffusion.files.records import (
     parse_json,
 )
 from blockdiffusion.limits import MOST_COUNT, check_limits
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.runtime.distributed import ALONE, Team
-from blockdiffusion.runtime.seeding import derive_seed, seeded
-from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
-from blockdiffusion.sampling.logits import Filters, TopPRule
+from blockdiffusion.runtime.seeding import derive_seed
+from blockdiffusion.sampling import BlockDone, Finished, stream
+from blockdiffusion.sampling.params import SETTINGS, SamplingParams
 from blockdiffusion.text import whole_text
 
 STREAM = "generate-eval"
+# What a sample depends on, by the names and in the order of the first files that tell it.
+IDENTITY = {"max_new_tokens": "max_new_tokens", "eos": "eos", "policy": "sampler"} | {
+    name: name
+    for name in (*SETTINGS, "temperature", "top_k", "top_p", "top_p_rule", "use_cache", "window")
+}
 MOST_TRIES = 10  # samples drawn for each one that a guard lets through
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrawOptions:
-    """How samples are drawn, from nothing (or a BOS); see `sampling.stream`.
+class DrawOptions(SamplingParams):
+    """How samples are drawn, from nothing (or a BOS).
 
     Attributes:
         num_samples: samples to have; only those of a last, short batch depend on it.
-        policy: None: the usual one of the network.
         batch_size: samples drawn together. They share a random stream, so a sample depends on it.
         int8: by a copy of the network in 8 bits: an approximation; see `models.inference`.
     """
@@ -55,35 +59,7 @@ class DrawOptions:
     max_new_tokens: int = 256
     batch_size: int = 16
     seed: int = 0
-    bos: bool | None = None
-    eos: bool = True
-    policy: str | None = None
-    steps: int | None = None
-    schedule: str | None = None
-    tokens_per_step: int | None = None
-    threshold: float | None = None
-    remask: float | None = None
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    top_p_rule: TopPRule = "transformers"
-    use_cache: bool = True
-    window: int | None = None
     int8: bool = False
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-        Filters(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            top_p_rule=self.top_p_rule,
-        )
-
-    def sampling(self) -> dict[str, Any]:
-        """The arguments of `sampling.stream` that change the law or the draw."""
-        own = {"num_samples", "batch_size", "seed", "bos", "int8"}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +171,7 @@ def draw_samples(
             "this model's directory has no tokenizer, so its samples cannot be given to a scorer; "
             "put its tokenizer.json there"
         )
-    sampler = sampling_copy(model, int8=options.int8)
+    sampler = optimize_for_inference(model, int8=True) if options.int8 else model
     # What is kept, one process knows: others might read the file while it is written.
     kept = None
     if file is not None and team.is_first:
@@ -261,47 +237,33 @@ def _draw_batch(
 ) -> list[Sample]:
     begin, tokens = time.perf_counter(), 0
     advance(0)
-    prompts = prepare_prompts(model, None, rows, options.bos)
-    events = stream(
-        model,
-        prompts,
-        bos=False,  # already in the prompts
-        generator=seeded(derive_seed(options.seed, STREAM, first)),
-        **options.sampling(),
-    )
-    for event in events:
-        if isinstance(event, BlockEvent):
+    seed = derive_seed(options.seed, STREAM, first)
+    finished = []
+    for event in stream(model, None, options, num_samples=rows, seed=seed):
+        if isinstance(event, BlockDone):
             tokens += int((event.ends - event.starts).sum())
             advance(min(tokens, rows * options.max_new_tokens))
-        elif isinstance(event, DoneEvent):
-            return _samples(model, options, event, first, time.perf_counter() - begin)
-    raise AssertionError("the block loop always ends with a DoneEvent")
+        elif isinstance(event, Finished):
+            finished.append(event)
+    share = (time.perf_counter() - begin) / rows
+    finished.sort(key=lambda event: event.row)
+    return [_sample(model, options, event, share, seed) for event in finished]
 
 
-def _samples(
-    model: Any, options: DrawOptions, done: DoneEvent, first: int, seconds: float
-) -> list[Sample]:
-    result = collect(model, done)
-    assert result.texts is not None
-    eos_id = model.config.eos_id if options.eos else None
-    samples = []
-    for row, text in enumerate(result.texts):
-        ids = result.sequences[row, : int(result.lengths[row])].tolist()
-        given = int(result.prompt_lengths[row])
-        ended = len(ids) > given and ids[-1] == eos_id
-        samples.append(
-            Sample(
-                text=text,
-                documents=documents_of(ids[given:], model.config.eos_id, model.tokenizer),
-                ids=tuple(ids),
-                length=len(ids) - given - ended,
-                ended=ended,
-                nfe=int(result.nfe[row]),
-                seconds=seconds / len(result.texts),
-                seed=derive_seed(options.seed, STREAM, first),
-            )
-        )
-    return samples
+def _sample(model: Any, options: DrawOptions, event: Finished, seconds: float, seed: int) -> Sample:
+    assert event.text is not None
+    ids, given = event.ids, event.prompt_tokens
+    ended = event.reason == "eos"
+    return Sample(
+        text=event.text,
+        documents=documents_of(ids[given:], model.config.eos_id, model.tokenizer),
+        ids=tuple(ids),
+        length=len(ids) - given - ended,
+        ended=ended,
+        nfe=event.nfe,
+        seconds=seconds,
+        seed=seed,
+    )
 
 
 def documents_of(ids: Sequence[int], eos_id: int | None, tokenizer: Any) -> tuple[str, ...]:
@@ -322,9 +284,8 @@ def identity(model: Any, options: DrawOptions) -> str:
     """Everything that a sample depends on but its number, as a hash."""
     bos = model.config.bos if options.bos is None else options.bos
     precision = ["int8"] if options.int8 else []
-    return fingerprint(
-        model, options.sampling(), options.seed, options.batch_size, bool(bos), *precision
-    )
+    sampling = {name: getattr(options, new) for name, new in IDENTITY.items()}
+    return fingerprint(model, sampling, options.seed, options.batch_size, bool(bos), *precision)
 
 
 class SampleFile:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.sampling.logits import Filters
-from blockdiffusion.sampling.policies import PolicySettings
-from blockdiffusion.sampling.processes import make_process
+from blockdiffusion.sampling.choosing import make_sampler
+from blockdiffusion.sampling.params import SETTINGS, SamplingParams
 
 TOKENS = (1, 2, 4, 8, 16)  # of a pass, in the usual points
 THRESHOLDS = {"confidence": (0.9, 0.7), "entropy": (0.1, 0.5, 2.0)}
+# What a point may set in its own way, instead of as all points do.
 KINDS: dict[str, type] = {
-    name: get_args(kind)[0]  # without None
-    for name, kind in get_type_hints(PolicySettings).items()
+    name: str if get_origin(hint) is Literal else (get_args(hint) or (hint,))[0]  # without None
+    for name, hint in get_type_hints(SamplingParams).items()
+    if name in (*SETTINGS, "temperature", "top_k", "top_p", "top_p_rule")
 }
-# What a point may filter in its own way, instead of as all points do (`sampling.logits.Filters`).
-FILTERS: dict[str, type] = {"temperature": float, "top_k": int, "top_p": float, "top_p_rule": str}
 
 
 @dataclass(frozen=True)
 class Point:
-    """A way to sample: `policy` and its settings by name, as in `PolicySettings` and `Filters`."""
+    """A way to sample: `policy` and its settings by name, as in `SamplingParams`."""
 
     policy: str
     settings: tuple[tuple[str, Any], ...] = ()
@@ -41,10 +40,7 @@ class Point:
                 read or that do not fit.
         """
         _refuse_autoregressive(config)
-        own = {name: value for name, value in self.settings if name in FILTERS}
-        Filters(**own)
-        rest = {name: value for name, value in self.settings if name not in FILTERS}
-        make_process(config, self.policy, PolicySettings(**rest))
+        make_sampler(config, SamplingParams(sampler=self.policy, **dict(self.settings)))
 
 
 # The published samples are drawn so: one token a pass, nucleus 0.9 by the authors' rule.
@@ -61,18 +57,17 @@ def parse_point(text: str) -> Point:
     settings = []
     for item in filter(None, rest.split(",")):
         name, _, value = item.partition("=")
-        kinds = KINDS | FILTERS
-        if name not in kinds:
+        if name not in KINDS:
             raise UserError(
                 f"the point {shown(text)} names the setting {shown(name)}; there are "
-                f"{', '.join(kinds)}, as in confidence:threshold=0.9"
+                f"{', '.join(KINDS)}, as in confidence:threshold=0.9"
             )
         try:
-            settings.append((name, kinds[name](value)))
+            settings.append((name, KINDS[name](value)))
         except ValueError:
             raise UserError(
                 f"the point {shown(text)} gives {shown(value)} for {name}, which is no "
-                f"{kinds[name].__name__}"
+                f"{KINDS[name].__name__}"
             ) from None
     return Point(policy, tuple(settings))
 

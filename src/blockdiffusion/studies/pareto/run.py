@@ -124,7 +124,7 @@ def measure_pareto(
 
 def _draw(options: Pareto, point: Point) -> DrawOptions:
     """How a point is drawn: as all are, but for its policy and what it sets."""
-    return replace(options.draw, policy=point.policy, **dict(point.settings))
+    return replace(options.draw, sampler=point.policy, **dict(point.settings))
 
 
 def _at_stage(progress: Progress, point: str) -> Progress:

@@ -1,0 +1,151 @@
+"""Which sampler a network has: by the name in the options, or the usual one of its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from blockdiffusion.diffusion.objectives import DiscreteTime
+from blockdiffusion.diffusion.schedules import Schedule, make_schedule
+from blockdiffusion.errors import UserError, shown
+from blockdiffusion.sampling.adaptive import MostCertain, Remasking
+from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.sampling.reverse import Analytic, UniformReverse
+from blockdiffusion.sampling.samplers import (
+    Ancestral,
+    FirstHitting,
+    NextToken,
+    Planned,
+    RandomOrder,
+    Sampler,
+    SamplingContext,
+)
+from blockdiffusion.sampling.streams import RowStreams
+
+
+def make_sampler(config: Any, params: SamplingParams | None = None) -> Sampler:
+    """The sampler that `params` name or are given, or the usual one, for a network of this
+    configuration.
+
+    Raises:
+        UserError: the network's objective has no such sampler, or not with these settings; it reads
+            too many tokens at a time, or the network reads times that the sampler does not tell.
+    """
+    params = params or SamplingParams()
+    sampler = params.sampler
+    if config.objective == "autoregressive":
+        refuse_masks(sampler=sampler, stride=params.stride, **params.settings())
+        return NextToken()
+    if isinstance(sampler, str | None):
+        name = None if sampler is None else sampler.replace("_", "-")
+        sampler = _MAKERS[config.objective](config, name, params)
+    else:
+        sampler = _object(sampler, params)
+    streams = RowStreams([bytes(16)], config.block_size)
+    context = SamplingContext(config, torch.device("cpu"), SamplingParams(), streams)
+    sampler.start(torch.ones(1, config.block_size, dtype=torch.bool), context)
+    return sampler
+
+
+def refuse_masks(**options: object) -> None:
+    """What says how masks are revealed means nothing where there are none."""
+    for name, value in options.items():
+        if value is not None:
+            raise UserError(
+                f"{name} is given, but this model is autoregressive: it writes one token after the "
+                "other and has no masks to reveal; leave it out"
+            )
+
+
+def _object(sampler: Any, params: SamplingParams) -> Sampler:
+    if not isinstance(sampler, Sampler):
+        if not hasattr(sampler, "plan"):
+            raise UserError(f"sampler is {shown(sampler)}; it must be a name or a Sampler")
+        sampler = Planned(sampler)
+    if any(value is not None for value in params.settings().values()):
+        raise UserError(
+            "steps, schedule and the like go with a sampler's name; this object has its own"
+        )
+    return sampler
+
+
+def _masked(config: Any, name: str | None, params: SamplingParams) -> Sampler:
+    name = "first-hitting" if name is None else name
+    if name not in _MASKED:
+        raise UserError(f"unknown sampler {shown(name)}; known: {', '.join(sorted(_MASKED))}")
+    params.check_read(name, {other: reads for other, (reads, _) in _MASKED.items()})
+    return _MASKED[name][1](name, params)
+
+
+def _random(name: str, params: SamplingParams) -> Sampler:
+    if params.tokens_per_step is None:
+        raise UserError(
+            "the sampler random needs the number of tokens of a pass: give tokens_per_step"
+        )
+    return RandomOrder(params.tokens_per_step)
+
+
+def _most_certain(name: Any, params: SamplingParams) -> Sampler:
+    return MostCertain(name, params.tokens_per_step, params.threshold)
+
+
+def _remasking(name: str, params: SamplingParams) -> Sampler:
+    remask = 1.0 if params.remask is None else params.remask
+    return Remasking(_steps(name, params), remask, _schedule(params))
+
+
+def _steps(name: str, params: SamplingParams) -> int:
+    if params.steps is None:
+        raise UserError(f"the sampler {name} needs a number of steps per block: give steps")
+    return params.steps
+
+
+def _schedule(params: SamplingParams) -> Schedule:
+    return make_schedule(params.schedule or "linear")
+
+
+# The samplers of masked diffusion: the settings that each reads, and who makes it.
+_MASKED: dict[str, tuple[tuple[str, ...], Callable[[str, SamplingParams], Sampler]]] = {
+    "first-hitting": ((), lambda name, params: FirstHitting()),
+    "ancestral": (
+        ("steps", "schedule"),
+        lambda name, params: Ancestral(_steps(name, params), _schedule(params)),
+    ),
+    "random": (("tokens_per_step",), _random),
+    "confidence": (("tokens_per_step", "threshold"), _most_certain),
+    "margin": (("tokens_per_step", "threshold"), _most_certain),
+    "entropy": (("tokens_per_step", "threshold"), _most_certain),
+    "remask": (("steps", "schedule", "remask"), _remasking),
+}
+
+
+def _score_entropy(config: Any, name: str | None, params: SamplingParams) -> Sampler:
+    if name not in (None, "analytic"):
+        raise UserError(
+            f"sampler is {name}, but a network of score entropy (SEDD) is sampled by its scores; "
+            "use analytic"
+        )
+    params.check_read("analytic", {"analytic": ("steps", "schedule")})
+    steps = config.block_size if params.steps is None else params.steps
+    return Analytic(steps, _schedule(params))
+
+
+def _d3pm(config: Any, name: str | None, params: SamplingParams) -> Sampler:
+    if name not in (None, "ancestral"):
+        raise UserError(
+            f"sampler is {name}, but a d3pm network is sampled by its own steps; use ancestral"
+        )
+    if params.schedule is not None:
+        raise UserError(
+            f"schedule is {params.schedule}, but a d3pm network has its own "
+            f"({config.noise_schedule}); leave it out"
+        )
+    params.check_read("ancestral", {"ancestral": ("steps",)})
+    kind = UniformReverse if config.transition == "uniform" else Ancestral
+    steps = config.timesteps if params.steps is None else params.steps
+    return kind(steps, DiscreteTime(config).schedule)
+
+
+_MAKERS = {"block_diffusion": _masked, "score_entropy": _score_entropy, "d3pm": _d3pm}
