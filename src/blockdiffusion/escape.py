@@ -82,6 +82,11 @@ def _markdown_cell(text: object) -> str:
     return markdown(re.sub(r"[\\`|]", r"\\\g<0>", str(text)))
 
 
+def one_line(text: object) -> str:
+    """Returns text as one line, without what no XML file may hold."""
+    return " ".join(_FOR_FILES.sub("\ufffd", str(text)).split())
+
+
 def html(text: object) -> str:
     """Text inside an element or an attribute of HTML or SVG, without what no XML file may hold."""
     return library.escape(_FOR_FILES.sub("\ufffd", str(text)))

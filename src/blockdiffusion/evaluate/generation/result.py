@@ -36,8 +36,7 @@ from blockdiffusion.evaluate.generation.metrics import (
 from blockdiffusion.evaluate.generation.samples import Drawn, Sample
 from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.evaluate.likelihood import Z95
-from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
-from blockdiffusion.reports.markup import perplexity_of
+from blockdiffusion.evaluate.measured import Measured, mean_of, perplexity_of, ratio_of
 
 FORMAT = "blockdiffusion-generation-1"
 DISTINCT = (1, 2, 3, 4)
