@@ -109,6 +109,8 @@ def svg(figure: Figure, inline: str = "") -> str:
     out = io.StringIO()
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the reader's fonts draw the texts
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # which would begin anew from where it ended
         figure.savefig(out, format="svg", metadata={"Date": None})
     root = ET.fromstring(out.getvalue())
     referred = set(re.findall(r"#([mp]\w+)", out.getvalue()))
