@@ -26,10 +26,12 @@ from blockdiffusion.cli.options import (
 from blockdiffusion.cli.shared import (
     INT8,
     check_places,
+    check_plot,
     device_of,
     load_unquantised,
     write_json,
 )
+from blockdiffusion.errors import UserError
 from blockdiffusion.escape import say
 from blockdiffusion.files.disk import write_whole
 
@@ -89,6 +91,7 @@ def generate_eval(
     from blockdiffusion.runtime.distributed import joined
 
     check_places(json_file, csv_file, markdown, plot)
+    check_plot(plot)
     options = GenerateEval(
         model=model,
         judge=judge,
@@ -147,6 +150,7 @@ def generate_compare(
         read_result,
     )
 
+    check_plot(plot)
     read = [read_result(path) for path in results]
     notes = check_comparable(read, [str(path) for path in results])
     _write_generation_tables(read, notes, csv_file, markdown, plot)
@@ -178,11 +182,12 @@ def pareto(
 ) -> None:
     """Quality against cost: one model sampled in many ways, to pick an operating point."""
     from blockdiffusion.evaluate.generation.samples import DrawOptions
+    from blockdiffusion.reports import plots
     from blockdiffusion.reports.terminal import progress_bar
-    from blockdiffusion.studies.pareto.picture import pareto_picture
     from blockdiffusion.studies.pareto.points import parse_point
     from blockdiffusion.studies.pareto.run import Pareto, measure_pareto
     from blockdiffusion.studies.pareto.table import csv_text, markdown_text
+    from blockdiffusion.studies.pareto.table import filters as shared_filters
 
     check_places(out / "pareto.json")
     options = Pareto(
@@ -214,7 +219,16 @@ def pareto(
     table = markdown_text(result)
     write_whole(out / "pareto.md", table.encode())
     write_whole(out / "pareto.csv", csv_text(result).encode())
-    write_whole(out / "pareto.svg", pareto_picture(result).encode())
+    sampling = result["sampling"]
+    what = (
+        f"{result['model']}: {sampling['num_samples']} samples of at most "
+        f"{sampling['max_new_tokens']} tokens, {shared_filters(sampling)}"
+    )
+    try:
+        picture = plots.svg(plots.pareto_figure(result, what))
+        write_whole(out / "pareto.svg", picture.encode())
+    except UserError as error:  # the measurement is there, and its tables
+        say(f"no pareto.svg: {error}", err=True)
     say(table, end="")
 
 
@@ -225,12 +239,12 @@ def _write_generation_tables(
     markdown: Path | None,
     plot: Path | None,
 ) -> None:
-    from blockdiffusion.evaluate.generation.picture import generation_picture
     from blockdiffusion.evaluate.generation.table import csv_text, markdown_text
+    from blockdiffusion.reports import plots
 
     if csv_file is not None:
         write_whole(csv_file, csv_text(results).encode())
     if markdown is not None:
         write_whole(markdown, markdown_text(results, notes).encode())
     if plot is not None:
-        write_whole(plot, generation_picture(results).encode())
+        write_whole(plot, plots.svg(plots.generation_figure(results)).encode())

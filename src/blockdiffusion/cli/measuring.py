@@ -291,8 +291,8 @@ def variance(
     """Variance of the bound and of its gradient, for many estimators and block sizes."""
     from blockdiffusion.evaluate.journal import journal_beside
     from blockdiffusion.evaluate.prepared import read_rows
+    from blockdiffusion.reports import plots
     from blockdiffusion.reports.terminal import progress_bar, variance_lines
-    from blockdiffusion.studies.variance.picture import variance_picture
     from blockdiffusion.studies.variance.table import (
         DEFAULT_ESTIMATORS,
         VarianceOptions,
@@ -309,6 +309,7 @@ def variance(
         seed=seed,
     )
     check_places(json_file, plot)
+    check_plot(plot)
     journal = journal_beside(json_file)
     network = load_model(model, device, dtype)
     with progress_bar("variance") as report:
@@ -318,7 +319,7 @@ def variance(
     if json_file is not None:
         write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
     if plot is not None:
-        write_whole(plot, variance_picture(table, what).encode())
+        write_whole(plot, plots.svg(plots.variance_figure(table, what)).encode())
     say("\n".join(variance_lines(table, what)))
 
 

@@ -192,7 +192,7 @@ def loss_figure(curves: Curves, width: float, height: float) -> Figure:
     axes.set(xlim=(0, last * 1.012 or 1), ylim=loss_range(curves))
     axes.set(xlabel="step", ylabel="nats per token")
     plots.ticks(axes)
-    figure.legend(loc="outside upper left", ncols=2 if width > 600 else 1)
+    figure.legend(loc="outside upper left", ncols=3 if width > 600 else 1)
     return figure
 
 
@@ -203,7 +203,7 @@ def _evaluations(axes: Axes, validation: Sequence[ValidationPoint]) -> None:
     for name, points in tighter(validation).items():
         axes.plot(*plots.columns(points), color=plots.WARM, lw=1.6, label=name)
     steps, bounds = plots.columns([(p.step, p.bound) for p in validation])
-    words = f"{validation_name(validation)}; thick bar ± noise, thin bar ± data"
+    words = f"{validation_name(validation)}, ± noise (thick), ± data"
     dots: dict[str, Any] = {"color": plots.WARM, "ms": 7, "mec": plots.PAPER}
     axes.plot(steps, bounds, ":o", lw=1.4, label=words, **dots)
     for name, style in (
@@ -259,7 +259,7 @@ def loss_range(curves: Curves) -> tuple[float, float]:
     return min(ends) - pad, max(ends) + pad
 
 
-def small_figures(curves: Curves, width: float = 320, height: float = 160) -> Iterator[Figure]:
+def small_figures(curves: Curves, width: float = 360, height: float = 150) -> Iterator[Figure]:
     """The later evaluations close up, and every other curve from 0 on."""
     if len(curves.validation) > 3:
         later = Curves(validation=curves.validation[len(curves.validation) // 2 :])
@@ -325,7 +325,7 @@ def search_figure(searches: Sequence[ClipSearch], width: float, most: int) -> Fi
         axes.add_patch(PathPatch(outline, fc=plots.ACCENT, alpha=0.08 + 0.92 * strength, lw=0))
     axes.set(xlim=(0, max(len(shown), 5)), ylim=(bottom, 0), xlabel="step")
     names = [
-        clip_name(clip) if of in widths[:row] else f"width {of:g}    {clip_name(clip)}"
+        clip_name(clip) if of in widths[:row] else f"width {of:g}: {clip_name(clip)}"
         for row, (clip, of) in enumerate(zip(clips, widths, strict=True))
     ]
     axes.set_yticks([tops[clip] + 0.45 for clip in clips], names, fontsize=10)

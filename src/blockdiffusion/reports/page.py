@@ -385,9 +385,9 @@ def _notes(curves: Curves) -> list[str]:
     if curves.loss:
         low, high = drawn.loss_range(curves)
         outside = sum(not low <= value <= high for _, value in curves.loss)
-        lie = "record lies" if outside == 1 else "records lie"
         if outside:
-            notes.append(f"{outside:,} of {len(curves.loss):,} {lie} outside the frame.")
+            lie = "lies" if outside == 1 else "lie"
+            notes.append(f"{outside:,} of {len(curves.loss):,} records {lie} outside the frame.")
     return notes
 
 
