@@ -205,7 +205,7 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
     """Writes the title above; below, in room added for it, notes and a legend (label -> artist)."""
     width, height = figure.get_size_inches() * 72
     lines = [line for n in notes for line in textwrap.wrap(one_line(n), int(width / 6.3))]
-    figure.suptitle(figure.get_label(), x=10 / width, ha="left", fontsize=15, fontweight=600)
+    figure.suptitle(figure.get_label(), x=10 / width, ha="left", fontsize=15, fontweight="bold")
     legend = figure.legend(
         list(entries.values()), list(entries), loc="outside lower left", title="\n".join(lines),
         alignment="left", title_fontproperties={"size": 11.5},
@@ -229,7 +229,7 @@ def _number(axes: Axes, marks: Sequence[tuple[float, float, str, str]]) -> None:
         dx, dy = (free or around)[0]
         taken.append((left + dx, bottom + dy))
         axes.annotate(mark, (x, y), (dx, dy), textcoords="offset points", ha="center",
-                      color=colour, fontweight=600, annotation_clip=False)  # fmt: skip
+                      color=colour, fontweight="bold", annotation_clip=False)  # fmt: skip
 
 
 def _interval(value: float, ends: Sequence[float] | None) -> Any:
@@ -335,7 +335,7 @@ def pareto_figure(result: Mapping[str, Any], what: str) -> Figure:
         marks.append((axes, [place for _, place, _ in drawn]))
         axes.set(xscale="log", yscale="log" if "perplexity" in name else "linear")
         axes.set(xlabel=costs[cost], visible=bool(drawn))
-        axes.set_title(name, loc="left", fontsize=12.5, fontweight=600)
+        axes.set_title(name, loc="left", fontsize=12.5, fontweight="bold")
         axes.margins(0.1)
         if name in real and real[name][0] is not None:
             entries["real text"] = axes.axhline(real[name][0], color=MUTED, ls="--", lw=1)
@@ -416,7 +416,7 @@ def variance_figure(table: VarianceTable, what: str) -> Figure:
             ticks(axes)
             axes.tick_params(labelbottom=True)
         own = " (the model's)" if size == table.model_block_size else ""
-        line[0].set_title(f"S = {size}{own}", loc="left", fontsize=12.5, fontweight=600)
+        line[0].set_title(f"S = {size}{own}", loc="left", fontsize=12.5, fontweight="bold")
         line[0].set_yticks(range(len(rows)), [one_line(row.label) for row in rows])
         line[0].set_ylim(len(rows) - 0.4, -0.6)
     options, cut = table.options, next((r.t_min for r in table.rows if r.t_min is not None), None)
