@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 import textwrap
 import warnings
@@ -57,6 +58,8 @@ STYLE = {
     "text.parse_math": False,  # a label with a dollar is no formula
     "figure.dpi": 72,  # a point is a pixel
     "figure.facecolor": PAPER,
+    "figure.constrained_layout.h_pad": 8 / 72,
+    "figure.constrained_layout.w_pad": 8 / 72,
     "font.size": 11.5,
     "text.color": INK,
     "axes.facecolor": "none",
@@ -75,6 +78,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 11.5,
 }
+LONGEST_LABEL = 58
 TIP = "tip: "  # begins the id of an artist whose rest is a text for the pointer
 
 
@@ -125,7 +129,7 @@ def svg(figure: Figure, inline: str = "") -> str:
         "xmlns": "http://www.w3.org/2000/svg", "width": f"{width:.0f}", "height": f"{height:.0f}",
         "viewBox": f"0 0 {width:.0f} {height:.0f}", "role": "img", "aria-label": str(title),
         "style": "max-width:100%;height:auto;font-family:system-ui,sans-serif;"
-        "stroke-linejoin:round",
+        "stroke-linejoin:round;white-space:pre",
     })  # fmt: skip
     if not inline:
         root.insert(0, _element("style", colours("svg")))
@@ -149,7 +153,8 @@ def _tidy(element: ET.Element, referred: set[str], inline: str) -> None:
     for key, value in list(element.items()):
         del element.attrib[key]
         if key == "style":
-            value = re.sub(r"font-family:[^;]*;? ?", "", value)
+            value = re.sub(r"font-family:[^;]*monospace", "font-family: monospace", value)
+            value = re.sub(r"font-family:[^;]*sans-serif;? ?", "", value)
             for variable, (light, _) in PALETTE.items():
                 value = value.replace(light, f"var(--{variable})")
         elif key.endswith("href") or key == "clip-path":
@@ -209,6 +214,7 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
     legend = figure.legend(
         list(entries.values()), list(entries), loc="outside lower left", title="\n".join(lines),
         alignment="left", title_fontproperties={"size": 11.5},
+        prop={"family": "monospace", "size": 11},
     )  # fmt: skip
     legend.get_title().set_color(MUTED)
     figure.draw_without_rendering()
@@ -230,6 +236,12 @@ def _number(axes: Axes, marks: Sequence[tuple[float, float, str, str]]) -> None:
         taken.append((left + dx, bottom + dy))
         axes.annotate(mark, (x, y), (dx, dy), textcoords="offset points", ha="center",
                       color=colour, fontweight="bold", annotation_clip=False)  # fmt: skip
+
+
+def _label(text: object) -> str:
+    """One line, not too long."""
+    line = one_line(text)
+    return line if len(line) <= LONGEST_LABEL else "…" + line[1 - LONGEST_LABEL :]
 
 
 def _interval(value: float, ends: Sequence[float] | None) -> Any:
@@ -264,7 +276,7 @@ def generation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
             _measured(text["entropy"]), _interval(text["perplexity"], text["interval"]),
         )  # fmt: skip
         words = f"{mark}  {label}: perplexity {number(y)}, entropy {number(x)}"
-        entries[words] = axes.errorbar(
+        entries[words], *_ = axes.errorbar(
             x, y, y_error, x_error, fmt="o", color=colour, ms=8, mew=1.6, gid=TIP + words,
             mfc=colour if mark.isdigit() else PAPER,
         )  # fmt: skip
@@ -292,8 +304,8 @@ def _texts(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Mapping
     """Mark -> (label, numbers, colour): every result, then every different real text."""
     texts, real = {}, {}
     for index, result in enumerate(results, 1):
-        texts[str(index)] = (one_line(result["label"]), result["text"], ACCENT)
-        reference, label = result["reference"], one_line(real_label(result))
+        texts[str(index)] = (_label(result["label"]), result["text"], ACCENT)
+        reference, label = result["reference"], _label(real_label(result))
         if reference is not None and reference["perplexity"] is not None:
             same = (label, reference["num_tokens"], reference["pooled_entropy"])
             real.setdefault(same, (label, reference, WARM))
@@ -326,13 +338,12 @@ def pareto_figure(result: Mapping[str, Any], what: str) -> Figure:
     costs = {"calls_per_token": "network calls per token", "seconds_per_token": "seconds per token"}
     figure = new_figure(960, 270 * len(sides), "Quality of samples against their cost")
     grid = figure.subplots(len(sides), 2, squeeze=False)
-    entries, marks = {}, []
+    words, entries, marks = _point_words(points), {}, []
     for axes, (name, cost) in zip(grid.flat, itertools.product(sides, costs), strict=True):
-        shown = [(point, point[cost], *quality[name]) if point[cost] else None
-                 for point, quality in zip(points, found, strict=True)]  # fmt: skip
-        drawn = _points(axes, shown)
-        entries |= {words: artist for words, _, artist in drawn}
-        marks.append((axes, [place for _, place, _ in drawn]))
+        shown = [(p, p[cost], *q[name]) for p, q in zip(points, found, strict=True)]
+        drawn, places = _points(axes, shown, words)
+        entries |= drawn
+        marks.append((axes, places))
         axes.set(xscale="log", yscale="log" if "perplexity" in name else "linear")
         axes.set(xlabel=costs[cost], visible=bool(drawn))
         axes.set_title(name, loc="left", fontsize=12.5, fontweight="bold")
@@ -344,7 +355,7 @@ def pareto_figure(result: Mapping[str, Any], what: str) -> Figure:
         what, conventions(result), "Hollow: another point costs no more calls and is no worse in "
         "perplexity and entropy. Ring: the authors' setting. Bars: 95 % intervals over samples",
     ]  # fmt: skip
-    _complete(figure, entries, notes)
+    _complete(figure, {w: entries[w] for w in [*words, "real text"] if w in entries}, notes)
     for axes, places in marks:
         _number(axes, places)
     return figure
@@ -359,35 +370,42 @@ def _qualities(sign: str, text: Mapping[str, Any], bound: Mapping[str, Any] | No
     }
 
 
-def _points(axes: Axes, shown: Sequence[Any]) -> list[Any]:
-    """Draws points (point, cost, value, reach), or None; gives (legend, mark, artist) of each."""
-    known = {n: found for n, found in enumerate(shown, 1) if found and found[2] is not None}
-    policies = list(dict.fromkeys(found[0]["policy"] for found in shown if found))
-    drawn = []
-    for policy, colour in zip(policies, itertools.cycle(COLOURS)):
-        mine = {n: found for n, found in known.items() if found[0]["policy"] == policy}
-        line = sorted((x, y) for point, x, y, _ in mine.values() if not point["is_authors"])
-        axes.plot(*columns(line), color=colour, alpha=0.55)
-        for n, (point, x, y, reach) in mine.items():
-            words = f"{n}  {_point_words(point)}"
-            dot = axes.errorbar(x, y, reach, fmt="o", color=colour, ms=7, mew=1.6, gid=TIP + words,
-                                mfc=PAPER if point["dominated_by"] else colour)  # fmt: skip
-            if point["is_authors"]:
-                axes.plot(x, y, "o", color=colour, mfc="none", ms=13)
-            drawn.append((words, (x, y, str(n), colour), dot))
-    return sorted(drawn, key=lambda found: int(found[1][2]))
+def _points(axes: Axes, shown: Sequence[Any], words: Sequence[str]) -> Any:
+    """Draws points (point, cost, value, reach); gives their legend, and their marks with places."""
+    policies = dict.fromkeys(point["policy"] for point, *_ in shown)
+    colours = dict(zip(policies, itertools.cycle(COLOURS), strict=False))
+    known = [(n, *found) for n, found in enumerate(shown, 1) if found[1] and found[2] is not None]
+    for policy, colour in colours.items():
+        line = [(x, y) for _, p, x, y, _ in known if p["policy"] == policy and not p["is_authors"]]
+        axes.plot(*columns(sorted(line)), color=colour, alpha=0.55)
+    entries, marks = {}, []
+    for n, point, x, y, reach in known:
+        colour = colours[point["policy"]]
+        entries[words[n - 1]], *_ = axes.errorbar(
+            x, y, reach, fmt="o", color=colour, mfc=PAPER if point["dominated_by"] else colour,
+            ms=7, mew=1.6, gid=TIP + one_line(words[n - 1]),
+        )  # fmt: skip
+        if point["is_authors"]:
+            axes.plot(x, y, "o", color=colour, mfc="none", ms=13)
+        marks.append((x, y, str(n), colour))
+    return entries, marks
 
 
-def _point_words(point: Mapping[str, Any]) -> str:
-    seconds, text = point["seconds_per_token"], point["text"]
-    words = [
-        f"{number(point['calls_per_token'])} calls",
-        *([] if seconds is None else [f"{number(1000 * seconds)} ms per token"]),
-        f"perplexity {number(text['perplexity'])}",
-        f"entropy {number(text['entropy']['value'])}",
+def _point_words(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for every point, the numbers in columns."""
+    cells = [
+        (
+            str(n),
+            _label(point["label"]),
+            f"{number(point['calls_per_token'])} calls",
+            f"{number(1000 * (point['seconds_per_token'] or math.nan))} ms per token",
+            f"perplexity {number(point['text']['perplexity'])}",
+            f"entropy {number(point['text']['entropy']['value'])}",
+        )
+        for n, point in enumerate(points, 1)
     ]
-    authors = " (the authors' setting)" if point["is_authors"] else ""
-    return f"{one_line(point['label'])}{authors}: {', '.join(words)}"
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 
 
 @style()
@@ -449,7 +467,7 @@ def _variances(axes: Axes, rows: Sequence[VarianceRow], kind: str) -> dict[str, 
         ends = (max(found.value - error, found.value / 3), found.value + error)
         tip = f"{row.label}: {found.value:.3g}"
         tip += "" if found.stderr is None else f" ± {found.stderr:.2g}"
-        artist = axes.errorbar(
+        artist, *_ = axes.errorbar(
             found.value, y, None, _interval(found.value, ends)[1], fmt="o", color=colour, ms=8,
             mfc=colour if row.is_bound else PAPER, mew=1.6, gid=TIP + one_line(tip),
         )  # fmt: skip
