@@ -70,6 +70,11 @@ class Page(HTMLParser):
         elif "style" not in self.stack:
             self.text.append(data)
 
+    @property
+    def words(self) -> str:
+        """The text, with one space wherever there is any."""
+        return " ".join(self.words.split())
+
     def values(self, tag: str, name: str) -> list[str | None]:
         return [attrs.get(name) for found, attrs in self.elements if found == tag]
 
@@ -180,12 +185,12 @@ def test_hostile_text_stays_text(html: str, page: Page) -> None:
 def test_numbers_are_those_given(page: Page) -> None:
     values = [float(value or "nan") for value in page.values("data", "value")]
     assert values == [math.exp(4.695123), math.exp(4.546321), 4.695123, 1.91273]
-    text = "".join(page.text)
+    text = page.words
     for shown in ("≤ 109.41", "94.28", "≤ 4.6951", "≤ 1.9127", "284,416 tokens", "6,132", "2,049"):
         assert shown in text, shown
     # Both errors, of the perplexity by the delta method: exp(4.695123) * (0.00312, 0.0211).
-    assert "± 0.34 noise± 2.3 data" in text
-    assert "± 0.0031 noise± 0.021 data" in text
+    assert "± 0.34 noise ± 2.3 data" in text
+    assert "± 0.0031 noise ± 0.021 data" in text
     assert "BOS is given and not counted" in text
     assert "the bound lies 0.149 nats per token above it" in text
     assert "245,760" in text  # tokens seen: 60 * 32 * 128
@@ -203,10 +208,10 @@ def test_an_exact_value_has_no_bound_sign() -> None:
     contents = ReportContents(
         name="ar", facts=RunFacts(block_size=1, seq_len=8), likelihood=numbers
     )
-    text = "".join(Page(render_report(contents)).text)
+    text = Page(render_report(contents)).words
     assert "≤" not in text
-    assert "Perplexity, exact20.09" in text and text.count("Perplexity, exact") == 1
-    assert "± 0 noise, no draws± unknown data" in text
+    assert "Perplexity, exact 20.09" in text and text.count("Perplexity, exact") == 1
+    assert "± 0 noise, no draws ± unknown data" in text
     assert "nothing is given (no BOS)" in text
 
 
@@ -237,7 +242,7 @@ def test_curves_in_the_page_are_those_given(html: str, page: Page) -> None:
 def test_records_outside_the_frame_are_counted() -> None:
     curves = Curves(loss=[(step, 90.0 if step == 5 else 1.0 + step / 1e4) for step in range(400)])
     contents = ReportContents(name="x", facts=RunFacts(block_size=1, seq_len=8), curves=curves)
-    text = "".join(Page(render_report(contents)).text)
+    text = Page(render_report(contents)).words
     assert "1 of 400 records lies outside the frame." in text
     assert "has no evaluation on validation text yet" in text
 
@@ -249,7 +254,7 @@ def test_without_matplotlib_the_page_says_how_to_get_the_curves(
     contents = full_contents()
     contents = replace(contents, curves=replace(contents.curves, searches=[FIRST]))
     bare = Page(render_report(contents))
-    text = "".join(bare.text)
+    text = bare.words
     assert text.count("pip install 'blockdiffusion[plots]'") == 2
     assert "step 60: bound 4.5000 nats per token" in text and "choice never changed" in text
     assert [attrs["class"] for tag, attrs in bare.elements if tag == "svg"] == ["mask"]
@@ -262,7 +267,7 @@ def test_the_page_is_the_same_each_time(html: str) -> None:
 
 def test_nothing_but_the_sizes_still_gives_a_page() -> None:
     contents = ReportContents(name="empty", facts=RunFacts(block_size=64, seq_len=64))
-    text = "".join(Page(render_report(contents)).text)
+    text = Page(render_report(contents)).words
     for sentence in (
         "This run has no held-out likelihood yet",
         "There are no curves",
@@ -285,7 +290,7 @@ def test_trace_says_what_was_decided_when(page: Page) -> None:
     blocks = [a for tag, a in page.elements if a.get("class") == "block"]
     assert [block["data-from"] for block in blocks] == ["1", "2"]
     assert page.values("input", "max") == ["4"]
-    text = "".join(page.text)
+    text = page.words
     assert "5 tokens in 4 steps, after 3 given; mean confidence 0.53, 0 of them under 0.1." in text
     assert "↵" in text and "∅" in text
 
@@ -386,7 +391,7 @@ def test_the_searches_are_told_and_drawn(page: Page) -> None:
     second = replace(FIRST, step=30, clip=(0.0, 0.9))
     searched = search_page([FIRST, second], by="gradient")
     assert "search" in [attrs.get("id") for tag, attrs in searched.elements if tag == "section"]
-    text = "".join(searched.text)
+    text = searched.words
     assert "under which the gradient of a batch's loss scatters least" in text
     assert "The last one took 0.00 – 0.90." in text
     assert "2 searches of 3 clips took 3 s; the choice changed once." in text
@@ -395,9 +400,9 @@ def test_the_searches_are_told_and_drawn(page: Page) -> None:
 
 
 def test_many_searches_are_thinned() -> None:
-    text = "".join(search_page([replace(FIRST, step=15 * n) for n in range(1, 1001)]).text)
+    text = search_page([replace(FIRST, step=15 * n) for n in range(1, 1001)]).words
     assert "Drawn are 80 of them, evenly spread." in text and "the choice never changed" in text
-    text = "".join(search_page([replace(FIRST, clip=(1.0, 1.0), variances={(1.0, 1.0): 0.0})]).text)
+    text = search_page([replace(FIRST, clip=(1.0, 1.0), variances={(1.0, 1.0): 0.0})]).words
     assert "The last one took all masked." in text and "1 search of 1 clips took 1.5 s" in text
 
 

@@ -1,4 +1,4 @@
-"""Charts: what is in them, that they are safe and the same each time, with and without matplotlib."""
+"""Charts: what is in them, safe, the same each time, and what is said without matplotlib."""
 
 import math
 import re

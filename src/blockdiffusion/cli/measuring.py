@@ -20,7 +20,7 @@ from blockdiffusion.cli.options import (
     SAMPLES,
     choice,
 )
-from blockdiffusion.cli.shared import check_places, load_model, write_json
+from blockdiffusion.cli.shared import check_places, check_plot, load_model, write_json
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
 from blockdiffusion.files.disk import write_whole
