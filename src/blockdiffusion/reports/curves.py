@@ -206,12 +206,13 @@ def _evaluations(axes: Axes, validation: Sequence[ValidationPoint]) -> None:
     words = f"{validation_name(validation)}, ± noise (thick), ± data"
     dots: dict[str, Any] = {"color": plots.WARM, "ms": 7, "mec": plots.PAPER}
     axes.plot(steps, bounds, ":o", lw=1.4, label=words, **dots)
-    for name, style in (
-        ("stderr_data", {"elinewidth": 1.2, "capsize": 4}),
-        ("stderr_noise", {"elinewidth": 4.5, "alpha": 0.55}),
-    ):
-        errors = np.array([getattr(point, name) or math.nan for point in validation])
-        axes.errorbar(steps, bounds, errors, fmt="none", ecolor=plots.WARM, **style)
+    data, noise = (
+        [getattr(point, name) or math.nan for point in validation]
+        for name in ("stderr_data", "stderr_noise")
+    )
+    bars: dict[str, Any] = {"fmt": "none", "ecolor": plots.WARM}
+    axes.errorbar(steps, bounds, data, elinewidth=1.2, capsize=4, **bars)
+    axes.errorbar(steps, bounds, noise, elinewidth=4.5, alpha=0.55, **bars)
     for point in validation:
         axes.plot(point.step, point.bound, "o", gid=plots.TIP + evaluation_words(point), **dots)
 
@@ -314,8 +315,9 @@ def search_figure(searches: Sequence[ClipSearch], width: float, most: int) -> Fi
     boxes: dict[float, list[Outline]] = {}
     for x, search in enumerate(shown):
         for clip, level in levels(search).items():
-            box = Outline.unit_rectangle().vertices * 0.9 + (x, tops[clip])
-            boxes.setdefault(round(1 - level, 1), []).append(Outline(box, closed=True))
+            box = Rectangle((x, tops[clip]), 0.9, 0.9)
+            outline = box.get_path().transformed(box.get_patch_transform())
+            boxes.setdefault(round(1 - level, 1), []).append(outline)
         tip = f"step {search.step:,}: {clip_name(search.clip)}, "
         tip += f"variance {search.variances[search.clip]:.3g}"
         axes.add_patch(Rectangle((x, tops[search.clip]), 0.9, 0.9, fc="none", ec=plots.CHOSEN,

@@ -361,7 +361,7 @@ def _plot_area(figure: Figure) -> str:
     return " ".join(f"{value:.6g}" for value in (box.x0, box.x1, *axes.get_xlim()))
 
 
-def _records(curves: Curves) -> list[tuple[float, str, bool]]:
+def _records(curves: Curves) -> list[tuple[int, str, bool]]:
     """(step, what was recorded, whether it was an evaluation), for the pointer."""
     means = dict(curves.smooth)
     records = [

@@ -210,7 +210,9 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
     """Writes the title above; below, in room added for it, notes and a legend (label -> artist)."""
     width, height = figure.get_size_inches() * 72
     lines = [line for n in notes for line in textwrap.wrap(one_line(n), int(width / 6.3))]
-    figure.suptitle(figure.get_label(), x=10 / width, ha="left", fontsize=15, fontweight="bold")
+    figure.suptitle(
+        str(figure.get_label()), x=10 / width, ha="left", fontsize=15, fontweight="bold"
+    )
     legend = figure.legend(
         list(entries.values()), list(entries), loc="outside lower left", title="\n".join(lines),
         alignment="left", title_fontproperties={"size": 11.5},
