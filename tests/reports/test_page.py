@@ -17,17 +17,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.reports.curves import ClipSearch, Curves, ValidationPoint, read_metrics
 from blockdiffusion.reports.markup import count, duration, two_digits
 from blockdiffusion.reports.page import (
-    ClipSearch,
     Command,
-    Curves,
     LikelihoodNumbers,
     ReportContents,
     RunFacts,
     Sample,
-    ValidationPoint,
-    read_metrics,
     render_report,
     write_report,
 )

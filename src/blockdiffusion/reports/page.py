@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
@@ -27,30 +27,15 @@ from blockdiffusion.files.disk import storage_error, written_aside
 from blockdiffusion.files.records import build, not_negative
 from blockdiffusion.reports import curves as drawn
 from blockdiffusion.reports import mask, plots
-from blockdiffusion.reports.curves import ClipSearch, Curves, ValidationPoint, read_metrics
+from blockdiffusion.reports.curves import Curves
 from blockdiffusion.reports.markup import count, duration, two_digits
-from blockdiffusion.reports.trace import Replay, Trace, TraceStep
+from blockdiffusion.reports.trace import Replay, Trace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from blockdiffusion.models.masks import CleanAttention
 
-__all__ = [
-    "ClipSearch",
-    "Command",
-    "Curves",
-    "LikelihoodNumbers",
-    "ReportContents",
-    "RunFacts",
-    "Sample",
-    "Trace",
-    "TraceStep",
-    "ValidationPoint",
-    "read_metrics",
-    "render_report",
-    "write_report",
-]
 MOST_RECORDS = 900  # under the pointer: more would only make the file larger
 MOST_COLUMNS = {"wide": 80, "narrow": 14}  # of searches
 
@@ -184,26 +169,28 @@ def render_report(contents: ReportContents) -> str:
         lstrip_blocks=True,
         finalize=lambda value: seen(value) if type(value) is str else value,
     )
-    environment.filters.update(two_digits=two_digits, duration=duration, perplexity=perplexity_of)
-    facts, curves = contents.facts, contents.curves
+    environment.filters.update(
+        two_digits=two_digits, count=count, duration=duration, perplexity=perplexity_of,
+        commas=lambda value, form="{:,}": None if value is None else form.format(value),
+        clip_name=drawn.clip_name, evaluation=drawn.evaluation_words,
+    )  # fmt: skip
+    curves, plain = contents.curves, contents.config.items()
+    tables = {"": {key: value for key, value in plain if not isinstance(value, Mapping)}}
+    tables |= {key: value for key, value in plain if isinstance(value, Mapping)}
     return environment.get_template("page.html.j2").render(
         contents=contents,
-        facts=facts,
-        cards=_cards(contents.likelihood),
-        key_facts=_key_facts(facts),
-        run_facts=_run_facts(facts),
+        facts=contents.facts,
+        curves=curves,
+        cards=_cards(contents.likelihood) if contents.likelihood else [],
         charts=_charts(curves),
-        evaluations=[drawn.evaluation_words(point) for point in curves.validation],
         records=_records(curves),
-        notes=_notes(curves),
-        search=_search(curves.searches, contents.config),
-        replay=contents.trace and Replay(contents.trace, facts.block_size),
-        mask=_mask(facts),
-        config=[
-            (name, list(_flatten(group)))
-            for name, group in _groups(contents.config).items()
-            if group
-        ],
+        outside=_outside(curves) if curves.loss else 0,
+        changes=sum(one.clip != next.clip for one, next in pairwise(curves.searches)),
+        replay=contents.trace and Replay(contents.trace, contents.facts.block_size),
+        mask=_mask(contents.facts),
+        config=[(name, list(_flatten(table))) for name, table in tables.items() if table],
+        most=MOST_COLUMNS["wide"],
+        saturated=drawn.SATURATED,
         asset=lambda name: Markup(_asset(name)),
         palette=Markup(plots.colours(":root")),
     ) + "\n"  # fmt: skip
@@ -213,11 +200,7 @@ def _asset(name: str) -> str:
     return files("blockdiffusion.reports").joinpath(name).read_text(encoding="utf-8")
 
 
-# --- numbers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Card:
+class _Card(NamedTuple):
     """A number and its standard errors, as (kind, error); an error is None where not known."""
 
     name: str
@@ -228,79 +211,40 @@ class _Card:
     note: str = ""
 
 
-def _cards(found: LikelihoodNumbers | None) -> list[_Card]:
-    if found is None:
-        return []
+def _cards(found: LikelihoodNumbers) -> Iterator[_Card]:
     nats, exact, orders = (
-        found.nats_per_token, found.exact_nats_per_token, found.orders_nats_per_token,
-    )  # fmt: skip
+        found.nats_per_token,
+        found.exact_nats_per_token,
+        found.orders_nats_per_token,
+    )
+    bound, known = found.is_bound, {"noise": found.stderr_noise, "data": found.stderr_data}
 
-    def errors(scale: float) -> list[tuple[str, float | None]]:
-        both = (("noise", found.stderr_noise), ("data", found.stderr_data))
-        return [(kind, None if error is None else scale * error) for kind, error in both]
+    def scaled(value: float, errors: Mapping[str, float | None]) -> list[tuple[str, float | None]]:
+        """Of a function of the nats, with this derivative."""
+        return [(kind, None if error is None else value * error) for kind, error in errors.items()]
 
-    bound = found.is_bound
-    name = "Perplexity, bound" if bound else "Perplexity, exact"
     value = perplexity_of(nats)
-    cards = [_Card(name=name, value=value, errors=errors(value), bound=bound)]
+    name = "Perplexity, bound" if bound else "Perplexity, exact"
+    yield _Card(name, value, scaled(value, known), bound)
     if bound and exact is not None:
         value, data = perplexity_of(exact), found.exact_stderr_data
-        known = [] if data is None else [("noise", 0.0), ("data", value * data)]
+        errors = scaled(value, {} if data is None else {"noise": 0.0, "data": data})
         gap = f"the bound lies {nats - exact:.3f} nats per token above it"
-        cards.append(
-            _Card(name="Perplexity, exact", value=value, errors=known, bound=False, note=gap)
-        )
+        yield _Card("Perplexity, exact", value, errors, False, note=gap)
     if orders is not None:
         value, noise = perplexity_of(orders), found.orders_stderr_noise
-        known = [] if noise is None else [("noise", value * noise), ("data", None)]
+        errors = scaled(value, {} if noise is None else {"noise": noise, "data": None})
         gap = f"{nats - orders:.3f} nats per token below the NELBO"
-        cards.append(
-            _Card(name="Perplexity, tighter bound", value=value, errors=known, bound=True, note=gap)
-        )
-    for name, value, better in (
+        yield _Card("Perplexity, tighter bound", value, errors, True, note=gap)
+    for name, measured, better in (
         ("Nats per token", nats, exact),
         ("Bits per byte", found.bits_per_byte, found.exact_bits_per_byte),
     ):
-        if value is not None:
+        if measured is not None:
             note = f"exact: {better:.4f}" if bound and better is not None else ""
-            known = errors(value / nats if nats else 1.0)
-            cards.append(
-                _Card(name=name, value=value, errors=known, bound=bound, decimals=4, note=note)
+            yield _Card(
+                name, measured, scaled(measured / nats if nats else 1, known), bound, 4, note
             )
-    return cards
-
-
-def _key_facts(facts: RunFacts) -> list[tuple[str, object]]:
-    return [
-        ("Parameters", facts.parameters and count(facts.parameters)),
-        ("Block size S", not facts.autoregressive and f"{facts.block_size:,}"),
-        ("Length L", f"{facts.seq_len:,}"),
-        ("Vocabulary V", facts.vocab_size and f"{facts.vocab_size:,}"),
-        ("Steps", facts.steps is not None and f"{facts.steps:,}"),
-        ("Training time", facts.training_seconds and duration(facts.training_seconds)),
-        ("Tokens/s", facts.tokens_per_second and f"{facts.tokens_per_second:,.0f}"),
-    ]
-
-
-def _run_facts(facts: RunFacts) -> list[tuple[str, object]]:
-    tokens = facts.steps and facts.batch_size and facts.steps * facts.batch_size * facts.seq_len
-    attend = {"block": "block by block", "causal": "token by token"}[facts.clean_attention]
-    return [
-        ("Data", facts.data),
-        ("Sequences per batch", facts.batch_size and f"{facts.batch_size:,}"),
-        ("Token positions seen", tokens and f"{tokens:,}"),
-        ("Parameters", facts.parameters and f"{facts.parameters:,}"),
-        ("Clean tokens attend", not facts.autoregressive and attend),
-        ("Finished", facts.finished_at),
-        ("Machine", facts.machine),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
-    ]
-
-
-def _groups(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The configuration's tables by name; what is in none comes first."""
-    plain = {key: value for key, value in config.items() if not isinstance(value, Mapping)}
-    return {"": plain, **{k: value for k, value in config.items() if isinstance(value, Mapping)}}
 
 
 def _flatten(group: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -316,42 +260,23 @@ def _flatten(group: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 # --- pictures
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Charts:
-    """The curves' pictures, or why there are none. `plot` says where the steps are in them."""
-
-    missing: str = ""
-    loss: Mapping[str, tuple[Markup, str]] = field(default_factory=dict)
-    small: Sequence[Markup] = ()
-    search: Mapping[str, Markup] = field(default_factory=dict)
-
-
-def _charts(curves: Curves) -> _Charts:
+def _charts(curves: Curves) -> dict[str, Any]:
+    """The curves' pictures, wide and narrow, or why there are none."""
     try:
         plots.require()
     except UserError as error:
-        return _Charts(missing=str(error))
-    sizes, loss = {"wide": (880, 420), "narrow": (340, 340)}, {}
-    if curves.loss or curves.validation:
-        for css, size in sizes.items():
+        return {"missing": str(error), "loss": {}, "small": [], "search": {}}
+    loss, search = {}, {}
+    for css, size in {"wide": (880, 420), "narrow": (340, 340)}.items():
+        if curves.loss or curves.validation:
             figure = drawn.loss_figure(curves, *size)
-            loss[css] = (_inline(figure, f"loss-{css}-"), _plot_area(figure))
-    search = {
-        css: _inline(
-            drawn.search_figure(curves.searches, size[0], MOST_COLUMNS[css]), f"search-{css}-"
-        )
-        for css, size in sizes.items()
-        if curves.searches
-    }
-    small = [
-        _inline(figure, f"small{number}-")
-        for number, figure in enumerate(drawn.small_figures(curves))
-    ]
-    return _Charts(loss=loss, search=search, small=small)
-
-
-def _inline(figure: Figure, name: str) -> Markup:
-    return Markup(plots.svg(figure, name))
+            loss[css] = (Markup(plots.svg(figure, f"loss-{css}-")), _plot_area(figure))
+        if curves.searches:
+            figure = drawn.search_figure(curves.searches, size[0], MOST_COLUMNS[css])
+            search[css] = Markup(plots.svg(figure, f"search-{css}-"))
+    figures = enumerate(drawn.small_figures(curves))
+    small = [Markup(plots.svg(figure, f"small{number}-")) for number, figure in figures]
+    return {"missing": "", "loss": loss, "small": small, "search": search}
 
 
 def _plot_area(figure: Figure) -> str:
@@ -377,38 +302,10 @@ def _records(curves: Curves) -> list[tuple[int, str, bool]]:
     return records
 
 
-def _notes(curves: Curves) -> list[str]:
-    """What the picture of the loss does not show."""
-    notes = []
-    if curves.loss and not curves.validation:
-        notes.append("The run has no evaluation on validation text yet.")
-    if curves.loss:
-        low, high = drawn.loss_range(curves)
-        outside = sum(not low <= value <= high for _, value in curves.loss)
-        if outside:
-            lie = "lies" if outside == 1 else "lie"
-            notes.append(f"{outside:,} of {len(curves.loss):,} records {lie} outside the frame.")
-    return notes
-
-
-def _search(searches: Sequence[ClipSearch], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The words about the searches of the schedule; empty in a run that made none."""
-    if not searches:
-        return {}
-    by = (config.get("search") or {}).get("by", "loss")
-    changes = sum(a.clip != b.clip for a, b in pairwise(searches))
-    return {
-        "what": {"loss": "the loss of a batch", "gradient": "the gradient of a batch's loss"}[by],
-        "last": drawn.clip_name(searches[-1].clip),
-        "count": len(searches),
-        "clips": len(searches[-1].variances),
-        "seconds": sum(search.seconds for search in searches),
-        "changed": {0: "never changed", 1: "changed once"}.get(
-            changes, f"changed {changes:,} times"
-        ),
-        "most": MOST_COLUMNS["wide"],
-        "saturated": f"{drawn.SATURATED:g}",
-    }
+def _outside(curves: Curves) -> int:
+    """How many records the picture of the loss does not show."""
+    low, high = drawn.loss_range(curves)
+    return sum(not low <= value <= high for _, value in curves.loss)
 
 
 def _mask(facts: RunFacts) -> dict[str, Any]:
