@@ -121,8 +121,7 @@ def svg(figure: Figure, inline: str = "") -> str:
     for element in list(root.iter()):
         element.tag = element.tag.partition("}")[2]
         _tidy(element, referred, inline)
-    for part in ("metadata", "defs"):  # who made it; a style that would hold for a whole page
-        root.remove(root.find(part) or root[0])
+    del root[:2]  # who made it, and a style that would hold for a whole page
     title, (width, height) = figure.get_label(), figure.get_size_inches() * 72
     root.attrib.clear()
     root.attrib.update({
@@ -222,6 +221,7 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
     figure.draw_without_rendering()
     added = legend.get_window_extent().height + 30
     figure.set_size_inches(width / 72, (height + added) / 72)
+    figure.draw_without_rendering()  # so that places are known
 
 
 def _number(axes: Axes, marks: Sequence[tuple[float, float, str, str]]) -> None:
