@@ -226,8 +226,10 @@ def test_a_plot_without_matplotlib_is_refused_before_the_work(place, tmp_path, m
 
 
 def test_points_are_measured_without_matplotlib_too(place, tmp_path, monkeypatch):
-    options = ("pareto", place / "run", "--judge", save_gpt2(tmp_path / "judge"), "--num-samples", 2,
-               "--max-new-tokens", 4, "--point", "first-hitting", "--out", tmp_path / "out")  # fmt: skip
+    options = (
+        "pareto", place / "run", "--judge", save_gpt2(tmp_path / "judge"), "--num-samples", 2,
+        "--max-new-tokens", 4, "--point", "first-hitting", "--out", tmp_path / "out",
+    )  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         run = blockdiff(*options)

@@ -70,7 +70,7 @@ class Page(HTMLParser):
     @property
     def words(self) -> str:
         """The text, with one space wherever there is any."""
-        return " ".join(self.words.split())
+        return " ".join("".join(self.text).split())
 
     def values(self, tag: str, name: str) -> list[str | None]:
         return [attrs.get(name) for found, attrs in self.elements if found == tag]

@@ -55,6 +55,7 @@ COLOURS = ("#3b75af", "#c8643a", "#4f9a54", "#9465b8", "#b58a1f", "#c5508a", "#3
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "blockdiffusion",
+    "path.simplify_threshold": 0.5,
     "text.parse_math": False,  # a label with a dollar is no formula
     "figure.dpi": 72,  # a point is a pixel
     "figure.facecolor": PAPER,
@@ -218,8 +219,7 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
         prop={"family": "monospace", "size": 11},
     )  # fmt: skip
     legend.get_title().set_color(MUTED)
-    figure.draw_without_rendering()
-    added = legend.get_window_extent().height + 30
+    added = 14 * len(lines) + 17 * len(entries) + 50
     figure.set_size_inches(width / 72, (height + added) / 72)
     figure.draw_without_rendering()  # so that places are known
 

@@ -158,7 +158,7 @@ def test_dots_stand_at_their_values(result):
                 "perplexity": perplexity, "interval": None}  # fmt: skip
         return {**values, "text": text, "reference": None}
 
-    (axes,) = generation_figure([moved(1, 10), moved(2, 20), moved(3, 40)]).axes
+    axes = generation_figure([moved(1, 10), moved(2, 20), moved(3, 40)]).axes[0]
     assert dots(axes) == [(1, 10), (2, 20), (3, 40)]
     assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "log")
 
