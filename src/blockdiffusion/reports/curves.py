@@ -344,7 +344,7 @@ def _by_width(clip: tuple[float, float]) -> tuple[float, float]:
 
 def levels(search: ClipSearch) -> dict[tuple[float, float], float]:
     """Of every clip, from 0 (the least variance) to 1 (`SATURATED` times it, or more)."""
-    least = search.variances[search.clip]
+    least = min(search.variances.values())
     if least == 0:  # everything masked: all others are beyond the scale
         return {clip: float(variance > 0) for clip, variance in search.variances.items()}
     return {

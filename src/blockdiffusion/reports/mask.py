@@ -37,8 +37,8 @@ STYLE = (
     ".mask rect{shape-rendering:crispEdges}.unseen{fill:var(--unseen)}"
     + "".join(f".{name}{{fill:var(--{name})}}" for name, *_ in PARTS.values())
     + ".mask tspan{fill:var(--ink);font-weight:600}"
-    ".mask path{fill:none;stroke:var(--paper);stroke-width:.6}.mask .block{stroke-width:1.4}"
-    ".mask .border{stroke:var(--ink);stroke-width:1.3}.mask .words{text-anchor:start}"
+    ".mask path{fill:none;stroke:var(--paper);stroke-width:.6}.mask .line-block{stroke-width:1.4}"
+    ".mask .line-stream{stroke:var(--ink);stroke-width:1.3}.mask .words{text-anchor:start}"
 )
 
 
@@ -108,7 +108,7 @@ def mask_picture(
                     f'height="{cell:.2f}"><title>{names[query]} sees {names[keys[0]]} to '
                     f"{names[keys[-1]]}: {PARTS[letter][1]}</title></rect>"
                 )
-    for css, every in (("token", 1), ("block", block_size), ("border", length)):
+    for css, every in (("", 1), ("line-block", block_size), ("line-stream", length)):
         if every * cell >= 6:  # else the lines would only make grey
             marks = [index * cell for index in range(0, len(rows) + 1, every)]
             path = "".join(
