@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from blockdiffusion.reports import pictures
-
-COLOURS = ("#34679c", "#bf5b33", "#3f8f63", "#8a5fa8", "#a08a2d", "#5b6b78")
-WIDTH, HEIGHT = 720, 340  # of the frame, without the names
-STYLE = (
-    pictures.STANDALONE_STYLE
-    + (
-        "svg{--rule:#e5e2dc;--strong-rule:#b9b5ad}@media (prefers-color-scheme:dark){svg{"
-        "--rule:#2d3136;--strong-rule:#565b63}}.grid{stroke:var(--rule)}.axis{stroke:"
-        "var(--strong-rule)}.tick,.label{fill:var(--muted);font-size:11px}.end{text-anchor:end}"
-        ".paper{stroke:none}"
-    )
-    + "".join(
-        f".line{n}{{stroke:{colour};stroke-width:1.8}}text.line{n}{{fill:{colour};stroke:none}}"
-        for n, colour in enumerate(COLOURS)
-    )
-)
+from blockdiffusion.reports import plots
+from blockdiffusion.reports.plots import COLOURS as COLOURS
 
 
+@plots.style()
 def named_curves(
-    curves: Mapping[str, pictures.Points], *, end: float, title: str, x_label: str, y_label: str
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    end: float,
+    title: str,
+    x_label: str,
+    y_label: str,
 ) -> str:
     """One SVG of at most as many curves as there are `COLOURS`, over 0 to `end`."""
+    figure = plots.new_figure(720, 340 + 20 * len(curves), title)
+    axes = figure.subplots()
+    for colour, (name, points) in zip(COLOURS, curves.items(), strict=False):
+        axes.plot(*plots.columns(points), color=colour, lw=1.8, label=name)
     top = max(y for curve in curves.values() for _, y in curve)
-    chart = pictures.curve_picture(
-        pictures.Frame(
-            width=WIDTH,
-            height=HEIGHT,
-            x_range=(0, end),
-            y_range=(0, 1.1 * top),
-        ),
-        lines=[pictures.Line(points=c, css=f"line{n}") for n, c in enumerate(curves.values())],
-        x_label=x_label,
-        y_label=y_label,
-        title=title,
-    )
-    names = "".join(
-        f'<path class="line{n}" d="M52 {HEIGHT + 20 * n + 8}h24"/>'
-        f'<text class="line{n}" x="84" y="{HEIGHT + 20 * n + 12}">{name}</text>'
-        for n, name in enumerate(curves)
-    )
-    body = chart[chart.index(">") + 1 :].removesuffix("</svg>")
-    height = HEIGHT + 20 * len(curves) + 12
-    return pictures.picture_file("curves", (WIDTH, height), title, STYLE, [body, names]) + "\n"
+    axes.set(xlim=(0, end), ylim=(0, 1.1 * top), xlabel=x_label, ylabel=y_label)
+    plots.ticks(axes)
+    figure.legend(loc="outside lower left")
+    return plots.svg(figure)

@@ -212,6 +212,34 @@ def test_variance_prints_the_table_and_writes_json_and_plot(place, tmp_path):
     assert lines[start : start + 7] == fast.stdout.splitlines()[3:10]
 
 
+def test_a_plot_without_matplotlib_is_refused_before_the_work(place, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot, results = ("--plot", tmp_path / "a.svg"), tmp_path / "a.json"
+    for command in (
+        ("variance", place / "run", "--data", place / "data", "--json", results),
+        ("generate-eval", place / "run", "--judge", tmp_path / "none", "--json", results),
+        ("generate-compare", tmp_path / "none.json"),
+    ):
+        run = blockdiff(*command, *plot)
+        assert run.returncode == 2 and "pip install 'blockdiffusion[plots]'" in run.stderr
+        assert run.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_points_are_measured_without_matplotlib_too(place, tmp_path, monkeypatch):
+    options = (
+        "pareto", place / "run", "--judge", save_gpt2(tmp_path / "judge"), "--num-samples", 2,
+        "--max-new-tokens", 4, "--point", "first-hitting", "--out", tmp_path / "out",
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        run = blockdiff(*options)
+        assert run.returncode == 0 and "no pareto.svg: charts are drawn by" in run.stderr
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert {"pareto.json", "pareto.md", "pareto.csv"} <= names and "pareto.svg" not in names
+    assert blockdiff(*options).returncode == 0  # from what was measured
+    assert (tmp_path / "out" / "pareto.svg").read_text().startswith("<svg")
+
+
 def test_generated_text_is_judged_and_compared(place, tmp_path):
     judge = save_gpt2(tmp_path / "judge")
     options = (

@@ -21,7 +21,7 @@ for name in names:
 for name in blockdiffusion.__all__:
     getattr(blockdiffusion, name)
 from blockdiffusion.reports.page import _asset
-_asset("page.css"), _asset("page.js")
+_asset("page.css"), _asset("page.js"), _asset("page.html.j2")
 print(len(names))
 """
 

@@ -128,6 +128,16 @@ def _markdown_cell(text: object) -> str:
     return markdown(re.sub(r"[\\`|]", r"\\\g<0>", str(text)))
 
 
+def seen(text: object) -> str:
+    """Returns text without what no XML file may hold; it is not escaped yet."""
+    return _FOR_FILES.sub("\ufffd", str(text))
+
+
+def one_line(text: object) -> str:
+    """Returns the same as one line."""
+    return " ".join(seen(text).split())
+
+
 def html(text: object) -> str:
     """Text inside an element or an attribute of HTML or SVG, without what no XML file may hold."""
-    return library.escape(_FOR_FILES.sub("\ufffd", str(text)))
+    return library.escape(seen(text))

@@ -20,11 +20,13 @@ from blockdiffusion.cli.options import (
 from blockdiffusion.cli.shared import (
     INT8,
     check_places,
+    check_plot,
     device_of,
     load_unquantised,
     write_json,
     write_text,
 )
+from blockdiffusion.errors import UserError
 from blockdiffusion.escape import say
 from blockdiffusion.sampling.params import SETTINGS, SamplingParams
 
@@ -79,6 +81,7 @@ def generate_eval(
     from blockdiffusion.runtime.distributed import joined
 
     check_places(json_file, csv_file, markdown, plot)
+    check_plot(plot)
     options = GenerateEval(
         model=model,
         scorer=scorer,
@@ -125,6 +128,7 @@ def generate_compare(
         read_result,
     )
 
+    check_plot(plot)
     read = [read_result(path) for path in results]
     notes = check_comparable(read, [str(path) for path in results])
     _write_generation_tables(read, notes, csv_file, markdown, plot)
@@ -150,11 +154,12 @@ def pareto(
 ) -> None:
     """Quality against cost: one model sampled in many ways, to pick an operating point."""
     from blockdiffusion.evaluate.generation.samples import DrawOptions
+    from blockdiffusion.reports import plots
     from blockdiffusion.reports.terminal import progress_bar
-    from blockdiffusion.studies.pareto.picture import pareto_picture
     from blockdiffusion.studies.pareto.points import parse_point
     from blockdiffusion.studies.pareto.run import Pareto, measure_pareto
     from blockdiffusion.studies.pareto.table import csv_text, markdown_text
+    from blockdiffusion.studies.pareto.table import filters as shared_filters
 
     check_places(out / "pareto.json")
     options = Pareto(
@@ -176,7 +181,16 @@ def pareto(
     table = markdown_text(result)
     write_text(out / "pareto.md", table)
     write_text(out / "pareto.csv", csv_text(result))
-    write_text(out / "pareto.svg", pareto_picture(result))
+    drawn = result["sampling"]
+    what = (
+        f"{result['model']}: {drawn['num_samples']} samples of at most "
+        f"{drawn['max_new_tokens']} tokens, {shared_filters(drawn)}"
+    )
+    try:
+        picture = plots.svg(plots.pareto_figure(result, what))
+        write_text(out / "pareto.svg", picture)
+    except UserError as error:  # the measurement is there, and its tables
+        say(f"no pareto.svg: {error}", err=True)
     say(table, end="")
 
 
@@ -187,10 +201,10 @@ def _write_generation_tables(
     markdown: Path | None,
     plot: Path | None,
 ) -> None:
-    from blockdiffusion.evaluate.generation.picture import generation_picture
     from blockdiffusion.evaluate.generation.table import csv_text, markdown_text
+    from blockdiffusion.reports import plots
 
     write_text(csv_file, csv_text(results))
     write_text(markdown, markdown_text(results, notes))
     if plot is not None:
-        write_text(plot, generation_picture(results))
+        write_text(plot, plots.svg(plots.generation_figure(results)))

@@ -19,7 +19,7 @@ from blockdiffusion.cli.options import (
     choice,
     grouped,
 )
-from blockdiffusion.cli.shared import check_places, load_model, write_json, write_text
+from blockdiffusion.cli.shared import check_places, check_plot, load_model, write_json, write_text
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
 from blockdiffusion.evaluate.options import LikelihoodOptions
@@ -254,9 +254,9 @@ def variance(
     """Variance of the bound and of its gradient, for many estimators and block sizes."""
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.prepared import read_rows
+    from blockdiffusion.reports import plots
     from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.studies.variance.listing import variance_lines
-    from blockdiffusion.studies.variance.picture import variance_picture
     from blockdiffusion.studies.variance.table import (
         DEFAULT_ESTIMATORS,
         VarianceOptions,
@@ -273,6 +273,7 @@ def variance(
         seed=seed,
     )
     check_places(json_file, plot)
+    check_plot(plot)
     journal = journal_beside(json_file)
     network = load_model(model, device, dtype)
     with progress_bar("variance") as report:
@@ -281,7 +282,7 @@ def variance(
     what = f"{model} on {data} ({split})"
     write_json(json_file, table.to_dict() | {"model": model, "data": str(data), "split": split})
     if plot is not None:
-        write_text(plot, variance_picture(table, what))
+        write_text(plot, plots.svg(plots.variance_figure(table, what)))
     remove_journal(json_file)
     say("\n".join(variance_lines(table, what)))
 

@@ -75,6 +75,14 @@ def load_unquantised(model: str, device: str, dtype: str) -> Any:
     return load_model(model, device, "float32" if dtype == INT8 else dtype)
 
 
+def check_plot(plot: Path | None) -> None:
+    """Refuses before the work to draw a picture that nothing here can draw."""
+    if plot is not None:
+        from blockdiffusion.reports.plots import require
+
+        require()
+
+
 def check_places(*paths: Path | None) -> None:
     """Fails now, not after the measurement, where one of the files cannot be written."""
     import tempfile

@@ -15,6 +15,11 @@ class Measured:
     stderr: float | None
 
 
+def perplexity_of(nats_per_token: float) -> float:
+    """exp, but infinity instead of an overflow: a diverged run has results too."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+
+
 def mean_of(values: Sequence[float]) -> Measured:
     """Mean of independent values, with its standard error."""
     count = len(values)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from blockdiffusion.evaluate.generation.reference import evenly_spread
+from blockdiffusion.evaluate.measured import perplexity_of
 from blockdiffusion.files.records import Damaged, build
-from blockdiffusion.reports import pictures
-from blockdiffusion.reports.markup import missing, perplexity_of, script_json
-from blockdiffusion.reports.numbers import duration
+from blockdiffusion.reports import plots
 from blockdiffusion.train.loggers import read_metrics as read_lines
 
-MOST_POINTS = 900  # of a curve in the page: more would only make the file larger
-SMALL = {"width": 420, "height": 170, "left": 50, "right": 8, "bottom": 26}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Points = Sequence[tuple[float, float]]
+SATURATED = 8.0  # times the least variance of a search: what is worse than that is not told apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +71,21 @@ class Curves:
     validation: Sequence[ValidationPoint] = ()
     samples: Sequence[tuple[int, Sequence[str]]] = ()
     searches: Sequence[ClipSearch] = ()
+
+    @property
+    def half_width(self) -> int:
+        """Of the window of `smooth`, in records."""
+        return max(len(self.loss) // 80, 2)
+
+    @property
+    def smooth(self) -> Points:
+        """The mean over each record of the loss and its neighbours, where it has all of them."""
+        count = 2 * self.half_width + 1
+        if len(self.loss) < count:
+            return []
+        means = np.convolve([value for _, value in self.loss], np.ones(count) / count, "valid")
+        steps = [step for step, _ in self.loss[self.half_width :]]
+        return list(zip(steps, means.tolist(), strict=False))
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
@@ -148,250 +169,190 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def curves_section(curves: Curves) -> str:
-    if not curves.loss and not curves.validation:
-        return missing("There are no curves: the run recorded neither a loss nor an evaluation.")
-    half_width = max(len(curves.loss) // 80, 2)
-    means = pictures.running_mean(curves.loss, half_width)
-    smooth = [mean for mean in means if mean is not None]
-    legend = []
+# --- drawn
+
+
+@plots.style()
+def loss_figure(curves: Curves, width: float, height: float) -> Figure:
+    """The training loss, its running mean, and the evaluations with both standard errors."""
+    name = validation_name(curves.validation)
+    figure = plots.new_figure(
+        width, height, f"Training loss and {name}, in nats per token, against steps"
+    )
+    axes = figure.subplots()
     if curves.loss:
-        legend.append('<li><i class="key raw"></i>training loss, as recorded</li>')
-        legend.append(
-            f'<li><i class="key smooth"></i>its running mean over {2 * half_width + 1} records</li>'
+        axes.plot(
+            *plots.columns(curves.loss), color=plots.RAW, lw=1, label="training loss, as recorded"
         )
-    if curves.validation:
-        legend.append(
-            f'<li><i class="key bound"></i>{_validation_name(curves.validation)}; '
-            "thick bar ± noise, thin bar ± data</li>"
-        )
-    tighter = _tighter(curves.validation)
-    legend += [f'<li><i class="key tighter"></i>{name}</li>' for name in tighter]
-    shown = [point for points in tighter.values() for point in points]
-    y_range = pictures.value_range(curves.loss, _bars(curves.validation), [*smooth, *shown])
-    pictured = _responsive(
-        lambda width, height: _loss_picture(curves, smooth, y_range, width, height), (880, 380)
+    if smooth := curves.smooth:
+        words = f"its running mean over {2 * curves.half_width + 1} records"
+        axes.plot(*plots.columns(smooth), color=plots.ACCENT, lw=2, label=words)
+    _evaluations(axes, curves.validation)
+    last = max([step for step, _ in curves.loss] + [point.step for point in curves.validation])
+    axes.set(xlim=(0, last * 1.012 or 1), ylim=loss_range(curves))
+    axes.set(xlabel="step", ylabel="nats per token")
+    plots.ticks(axes)
+    figure.legend(loc="outside upper left", ncols=3 if width > 600 else 1)
+    return figure
+
+
+def _evaluations(axes: Axes, validation: Sequence[ValidationPoint]) -> None:
+    """Bounds with their errors; what is known better than they are, below."""
+    if not validation:
+        return
+    for name, points in tighter(validation).items():
+        axes.plot(*plots.columns(points), color=plots.WARM, lw=1.6, label=name)
+    steps, bounds = plots.columns([(p.step, p.bound) for p in validation])
+    words = f"{validation_name(validation)}, ± noise (thick), ± data"
+    dots: dict[str, Any] = {"color": plots.WARM, "ms": 7, "mec": plots.PAPER}
+    axes.plot(steps, bounds, ":o", lw=1.4, label=words, **dots)
+    data, noise = (
+        [getattr(point, name) or math.nan for point in validation]
+        for name in ("stderr_data", "stderr_noise")
     )
-    notes = []
-    if not curves.validation:
-        notes.append("The run has no evaluation on validation text yet.")
-    notes += _off_frame_note(curves.loss, y_range)
-    caption = f'<p class="note">{" ".join(notes)}</p>' if notes else ""
-    rows = [(*point, mean and mean[1]) for point, mean in zip(curves.loss, means, strict=True)]
-    data = {
-        "rows": rows[:: max(len(rows) // MOST_POINTS, 1)],
-        "exact": not any(point.is_bound for point in curves.validation),
-        "bars": [(p.step, p.bound, p.stderr_noise, p.stderr_data) for p in curves.validation],
-        "tighter": {name: dict(points) for name, points in tighter.items()},
-    }
+    bars: dict[str, Any] = {"fmt": "none", "ecolor": plots.WARM}
+    axes.errorbar(steps, bounds, data, elinewidth=1.2, capsize=4, **bars)
+    axes.errorbar(steps, bounds, noise, elinewidth=4.5, alpha=0.55, **bars)
+    for point in validation:
+        axes.plot(point.step, point.bound, "o", gid=plots.TIP + evaluation_words(point), **dots)
+
+
+def evaluation_words(point: ValidationPoint) -> str:
+    """What one evaluation found."""
+    bound, sign = ("bound ", "≤ ") if point.is_bound else ("", "")
     return (
-        f'<ul class="legend">{"".join(legend)}</ul>{pictured}{caption}{_small_curves(curves)}'
-        f'<script type="application/json" id="data-loss">{script_json(data)}</script>'
+        f"step {point.step:,}: {bound}{point.bound:.4f} nats per token, "
+        f"perplexity {sign}{perplexity_of(point.bound):.2f}"
+        + ("" if point.exact is None else f"; exact {point.exact:.4f}")
+        + ("" if point.orders is None else f"; tighter bound {point.orders:.4f}")
     )
 
 
-def _responsive(draw: Callable[[int, int], str], size: tuple[int, int]) -> str:
-    """The picture drawn twice, for wide and for narrow screens: letters keep their size."""
-    return f'<div class="wide">{draw(*size)}</div><div class="narrow">{draw(400, 300)}</div>'
-
-
-def _loss_picture(
-    curves: Curves,
-    smooth: pictures.Points,
-    y_range: tuple[float, float],
-    width: int,
-    height: int,
-) -> str:
-    steps = [step for step, _ in curves.loss] + [point.step for point in curves.validation]
-    last = max(steps)
-    frame = pictures.Frame(
-        width=width, height=height, x_range=(0, last * 1.012 or 1), y_range=y_range
-    )
-    thinned = smooth[:: max(len(smooth) // MOST_POINTS, 1)]
-    lines = [
-        pictures.Line(points=pictures.thin_out(curves.loss, MOST_POINTS), css="raw"),
-        pictures.Line(points=thinned, css="smooth"),
-        pictures.Line(points=[(p.step, p.bound) for p in curves.validation], css="bound"),
-        *_tighter_lines(curves.validation),
-    ]
-    return pictures.curve_picture(
-        frame,
-        lines=[line for line in lines if len(line.points) > 1],
-        bars=_bars(curves.validation),
-        x_label="step",
-        y_label="nats per token",
-        title=f"Training loss and {_validation_name(curves.validation)}, in nats per token, "
-        "against steps",
-        chart="loss",
-    )
-
-
-def _validation_name(validation: Sequence[ValidationPoint]) -> str:
+def validation_name(validation: Sequence[ValidationPoint]) -> str:
     """What the values are; a bound where any of them is one."""
     if validation and not any(point.is_bound for point in validation):
         return "validation loss, exact"
     return "validation bound"
 
 
-def _tighter(validation: Sequence[ValidationPoint]) -> dict[str, list[tuple[float, float]]]:
+def tighter(validation: Sequence[ValidationPoint]) -> dict[str, Points]:
     """Name -> points of what is known better than the bound, where anything is."""
-    curves: dict[str, list[tuple[float, float]]] = {
+    known: dict[str, Points] = {
         "validation, exact": [(p.step, p.exact) for p in validation if p.exact is not None],
         "validation, tighter bound": [
             (p.step, p.orders) for p in validation if p.orders is not None
         ],
     }
-    return {name: points for name, points in curves.items() if points}
+    return {name: points for name, points in known.items() if points}
 
 
-def _tighter_lines(validation: Sequence[ValidationPoint]) -> list[pictures.Line]:
-    return [pictures.Line(points=points, css="tighter") for points in _tighter(validation).values()]
+def loss_range(curves: Curves) -> tuple[float, float]:
+    """What the loss's frame shows: of the records all but 1 % on either side, the rest whole."""
+    ends = [value for points in tighter(curves.validation).values() for _, value in points]
+    for point in curves.validation:
+        reach = max(point.stderr_noise or 0.0, point.stderr_data or 0.0)
+        ends += [point.bound - reach, point.bound + reach]
+    if curves.loss:
+        values = plots.columns([*curves.loss])[1]
+        ends += [*np.quantile(values, (0.01, 0.99), method="nearest").tolist()]
+        ends += plots.columns(curves.smooth)[1]
+    pad = 0.06 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
+    return min(ends) - pad, max(ends) + pad
 
 
-def _bars(validation: Sequence[ValidationPoint]) -> list[pictures.ErrorBar]:
-    return [
-        pictures.ErrorBar(
-            step=point.step,
-            value=point.bound,
-            stderr_noise=point.stderr_noise,
-            stderr_data=point.stderr_data,
-            label=f"step {point.step:,}: {'bound ' if point.is_bound else ''}{point.bound:.4f} "
-            "nats per token, "
-            f"perplexity {'≤ ' if point.is_bound else ''}{perplexity_of(point.bound):.2f}"
-            + ("" if point.exact is None else f"; exact {point.exact:.4f}")
-            + ("" if point.orders is None else f"; tighter bound {point.orders:.4f}"),
-        )
-        for point in validation
-    ]
-
-
-def _off_frame_note(loss: pictures.Points, y_range: tuple[float, float]) -> list[str]:
-    outside = sum(not y_range[0] <= value <= y_range[1] for _, value in loss)
-    if not outside:
-        return []
-    lie = "record lies" if outside == 1 else "records lie"
-    return [f"{outside:,} of {len(loss):,} {lie} outside the frame."]
-
-
-def _small_curves(curves: Curves) -> str:
-    figures = [_close_up(curves.validation)] if len(curves.validation) > 3 else []
+def small_figures(curves: Curves, width: float = 360, height: float = 150) -> Iterator[Figure]:
+    """The later evaluations close up, and every other curve from 0 on."""
+    if len(curves.validation) > 3:
+        later = Curves(validation=curves.validation[len(curves.validation) // 2 :])
+        title = f"{validation_name(later.validation).capitalize()}, close up, nats per token"
+        yield _small_figure(title, width, height, later)
     for title, points in (
         ("Learning rate", curves.learning_rate),
         ("Gradient norm, before clipping", curves.grad_norm),
         ("Tokens per second", curves.tokens_per_second),
     ):
-        if len(points) < 2:
-            continue
-        high = pictures.value_range(points)[1]
-        frame = pictures.Frame(
-            **SMALL, x_range=(0, points[-1][0] * 1.012 or 1), y_range=(0.0, max(high, 1e-12))
-        )
-        line = pictures.Line(points=pictures.thin_out(points, 300), css="small")
-        picture = pictures.curve_picture(
-            frame, lines=[line], title=title, chart=f"small{len(figures)}", num_ticks=(4, 4)
-        )
-        figures.append(f"<figure><figcaption>{title}</figcaption>{picture}</figure>")
-    return f'<div class="small-curves">{"".join(figures)}</div>' if figures else ""
+        if len(points) > 1:
+            yield _small_figure(title, width, height, points)
 
 
-def _close_up(validation: Sequence[ValidationPoint]) -> str:
-    """The later half of the evaluations at a scale that shows their error bars."""
-    shown = _bars(validation[len(validation) // 2 :])
-    first, last = shown[0].step, shown[-1].step
-    pad = 0.04 * (last - first)
-    tighter = _tighter_lines(validation[len(validation) // 2 :])
-    also = [point for line in tighter for point in line.points]
-    frame = pictures.Frame(
-        **SMALL, x_range=(first - pad, last + pad), y_range=pictures.value_range((), shown, also)
-    )
-    line = pictures.Line(points=[(bar.step, bar.value) for bar in shown], css="bound")
-    title = f"{_validation_name(validation).capitalize()}, close up, nats per token"
-    picture = pictures.curve_picture(
-        frame,
-        lines=[line, *tighter],
-        bars=shown,
-        title=title,
-        chart="close-up",
-        num_ticks=(4, 4),
-    )
-    return f"<figure><figcaption>{title}</figcaption>{picture}</figure>"
+@plots.style()
+def _small_figure(title: str, width: float, height: float, shown: Curves | Points) -> Figure:
+    figure = plots.new_figure(width, height, title)
+    axes = figure.subplots()
+    if isinstance(shown, Curves):
+        _evaluations(axes, shown.validation)
+        axes.set(ylim=loss_range(shown))
+    else:
+        axes.plot(*plots.columns(shown), color=plots.ACCENT, lw=1.4)
+        top = 1.06 * float(np.quantile(plots.columns(shown)[1], 0.99, method="nearest"))
+        axes.set(xlim=(0, shown[-1][0] * 1.012 or 1), ylim=(0, top or 1))
+    axes.set_title(title, loc="left", fontsize=11.5, color=plots.MUTED)
+    plots.ticks(axes, 4, 4)
+    return figure
 
 
 # --- the search of the clipped schedule
 
-MOST_COLUMNS = {"wide": 80, "narrow": 24}
-SATURATED = 8.0  # times the least variance: what is worse than that is not told apart
 
+@plots.style()
+def search_figure(searches: Sequence[ClipSearch], width: float, most: int) -> Figure:
+    """The variance of every clip in at most `most` searches, relative to the search's least.
 
-def search_section(searches: Sequence[ClipSearch], by: str) -> str:
-    """The variance of every clip in every search; `by` is what it is the variance of."""
+    The clip that a search took is outlined.
+    """
+    from matplotlib.patches import PathPatch, Rectangle
+    from matplotlib.path import Path as Outline
+
     clips = sorted(searches[-1].variances, key=_by_width)
-    what = {"loss": "the loss of a batch", "gradient": "the gradient of a batch's loss"}[by]
-    last = searches[-1].clip
-    changes = sum(a.clip != b.clip for a, b in pairwise(searches))
-    seconds = sum(search.seconds for search in searches)
-    changed = {0: "never changed", 1: "changed once"}.get(changes, f"changed {changes:,} times")
-    notes = [
-        f"{len(searches):,} search{'es' * (len(searches) > 1)} of {len(clips)} clips took "
-        f"{duration(seconds)}; the choice {changed}."
+    widths = [_by_width(clip)[0] for clip in clips]
+    # A gap before every width.
+    tops = {clip: row + 0.7 * len({*widths[: row + 1]}) for row, clip in enumerate(clips)}
+    bottom = tops[clips[-1]] + 1
+    title = "Variance of every clip in every search, relative to the least of the search"
+    figure = plots.new_figure(width, 13 * bottom + 48, title)
+    axes = figure.subplots()
+    shown = [searches[index] for index in evenly_spread(len(searches), most)]
+    boxes: dict[float, list[Outline]] = {}
+    for x, search in enumerate(shown):
+        for clip, level in levels(search).items():
+            box = Rectangle((x, tops[clip]), 0.9, 0.9)
+            outline = box.get_path().transformed(box.get_patch_transform())
+            boxes.setdefault(round(1 - level, 1), []).append(outline)
+        tip = f"step {search.step:,}: {clip_name(search.clip)}, "
+        tip += f"variance {search.variances[search.clip]:.3g}"
+        axes.add_patch(Rectangle((x, tops[search.clip]), 0.9, 0.9, fc="none", ec=plots.CHOSEN,
+                                 lw=2, zorder=2, gid=plots.TIP + tip))  # fmt: skip
+    for strength, parts in boxes.items():
+        outline = Outline.make_compound_path(*parts)
+        axes.add_patch(PathPatch(outline, fc=plots.ACCENT, alpha=0.08 + 0.92 * strength, lw=0))
+    axes.set(xlim=(0, max(len(shown), 5)), ylim=(bottom, 0), xlabel="step")
+    names = [
+        clip_name(clip) if of in widths[:row] else f"width {of:g}: {clip_name(clip)}"
+        for row, (clip, of) in enumerate(zip(clips, widths, strict=True))
     ]
-    if len(searches) > MOST_COLUMNS["wide"]:
-        notes.append(f"Drawn are {MOST_COLUMNS['wide']} of them, evenly spread.")
-    ramp = (
-        '<li>1×<i class="heat-ramp"></i>'
-        f"{SATURATED:g}× the least variance of the search, or more</li>"
-    )
-    pictures_html = "".join(
-        f'<div class="{css}">{_search_picture(searches, clips, width, MOST_COLUMNS[css])}</div>'
-        for css, width in (("wide", 880), ("narrow", 400))
-    )
-    return (
-        '<p class="lead">A clip keeps the share of masked tokens in an interval. Each search tries '
-        f"a grid of them on held-out text, draws the masks again and again, and takes the one "
-        f"under which {what} scatters least. The last one took {_clip_name(last)}.</p>"
-        f'<ul class="legend">{ramp}<li><i class="heat-chosen"></i>taken</li></ul>'
-        f'{pictures_html}<p class="note">{" ".join(notes)}</p>'
-    )
+    axes.set_yticks([tops[clip] + 0.45 for clip in clips], names, fontsize=10)
+    some = range(0, len(shown), math.ceil(len(shown) * 60 / (width - 150)))
+    axes.set_xticks([x + 0.45 for x in some], [f"{shown[x].step:,}" for x in some])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    return figure
 
 
 def _by_width(clip: tuple[float, float]) -> tuple[float, float]:
     return round(clip[1] - clip[0], 9), clip[0]
 
 
-def _clip_name(clip: tuple[float, float]) -> str:
+def levels(search: ClipSearch) -> dict[tuple[float, float], float]:
+    """Of every clip, from 0 (the least variance) to 1 (`SATURATED` times it, or more)."""
+    least = min(search.variances.values())
+    if least == 0:  # everything masked: all others are beyond the scale
+        return {clip: float(variance > 0) for clip, variance in search.variances.items()}
+    return {
+        clip: min(math.log(variance / least, SATURATED), 1.0)
+        for clip, variance in search.variances.items()
+    }
+
+
+def clip_name(clip: tuple[float, float]) -> str:
+    """The interval of a clip."""
     return "all masked" if clip == (1, 1) else f"{clip[0]:.2f} – {clip[1]:.2f}"
-
-
-def _search_picture(
-    searches: Sequence[ClipSearch],
-    clips: Sequence[tuple[float, float]],
-    width: int,
-    most_columns: int,
-) -> str:
-    columns = []
-    for index in pictures.evenly_spread(len(searches), most_columns):
-        search = searches[index]
-        # With a least variance of zero (everything masked) all others are beyond the scale.
-        least = search.variances[search.clip]
-        levels = [
-            min(math.log(search.variances[clip] / least) / math.log(SATURATED), 1.0)
-            if least > 0
-            else float(search.variances[clip] > 0)
-            for clip in clips
-        ]
-        columns.append(
-            pictures.HeatColumn(
-                label=pictures.tick_label(search.step),
-                levels=levels,
-                marked=clips.index(search.clip),
-                title=f"step {search.step:,}: {_clip_name(search.clip)}, variance {least:.3g}",
-            )
-        )
-    rows = [(f"width {_by_width(clip)[0]:g}", _clip_name(clip)) for clip in clips]
-    return pictures.heat_picture(
-        width,
-        rows=rows,
-        columns=columns,
-        x_label="step",
-        title="Variance of every clip in every search, relative to the least of the search",
-    )

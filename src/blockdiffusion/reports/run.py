@@ -17,13 +17,13 @@ from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.records import build, of_file, read_json, read_yaml
 from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.reports.curves import read_metrics
 from blockdiffusion.reports.page import (
     Command,
     LikelihoodNumbers,
     ReportContents,
     RunFacts,
     Sample,
-    read_metrics,
     write_report,
 )
 from blockdiffusion.reports.trace import Trace, trace_of_events

@@ -1,13 +1,12 @@
-"""How one sample came to be, as text: which token was decided when, and with what confidence."""
+"""How one sample came to be: which token was decided when, and with what confidence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
-from blockdiffusion.escape import html as escape
-from blockdiffusion.reports.markup import missing
 from blockdiffusion.text import token_text
 
 if TYPE_CHECKING:
@@ -44,19 +43,6 @@ class Trace:
 
     steps: Sequence[TraceStep]
     prompt_texts: Sequence[str] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Token:
-    """A token of the finished text. `when` is the step's place in the whole trace, from 1."""
-
-    position: int
-    text: str
-    id: int = -1
-    when: int = 0
-    order: int = 0
-    confidence: float = 1.0
-    step: int = 0
 
 
 def trace_of_events(
@@ -107,44 +93,79 @@ def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[
     ]
 
 
-def trace_section(trace: Trace | None, block_size: int) -> str:
-    """The replay as HTML: without a script it is the finished text, fully annotated."""
-    if trace is None or not trace.steps:
-        return missing("There is no denoising trace: no sample was recorded step by step.")
-    tokens = _tokens(trace)
-    blocks: dict[int, list[_Token]] = {}
-    for token in tokens:
-        blocks.setdefault(token.position // block_size, []).append(token)
-    begins: dict[int, int] = {}
-    for when, step in enumerate(trace.steps, start=1):
-        for position in step.positions:
-            begins.setdefault(position // block_size, when)
-    html = "".join(_block(number, block, begins.get(number, 0)) for number, block in blocks.items())
-    steps = "".join(
-        f'<i data-block="{step.block + 1}" data-decided="{len(step.positions)}"></i>'
-        for step in trace.steps
-    )
-    return (
-        '<p class="lead">One sample, block by block. Inside a block all tokens start hidden and '
-        "are decided in the order of the small numbers; the colour is the confidence, the "
-        "probability that the network gave the token.</p>"
-        '<div class="trace-controls" hidden><button type="button">Play</button>'
-        f'<input type="range" min="0" max="{len(trace.steps)}" value="{len(trace.steps)}" '
-        'aria-label="denoising step"><output></output></div>'
-        f'<div class="trace" data-steps="{len(trace.steps)}">{html}</div>'
-        f'<div class="trace-steps" hidden>{steps}</div>'
-        '<ul class="legend"><li>confidence 0 <i class="ramp"></i> 1</li>'
-        '<li><i class="block-key"></i>a block starts</li>'
-        '<li><span class="prompt-key">given</span> prompt</li>'
-        '<li class="masked-key" hidden><i></i>masked</li></ul>'
-        f'<p class="note">{_counts(trace, tokens)}</p>'
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A token of the finished text; a given one has no `when`.
+
+    Attributes:
+        when: its step's place in the whole trace, from 1; `order` the same within its block.
+    """
+
+    position: int
+    text: str
+    id: int = -1
+    when: int = 0
+    order: int = 0
+    confidence: float = 1.0
+    step: int = 0
+
+    @property
+    def shown(self) -> str:
+        """Its text with signs for what has no shape."""
+        signs = {"\n": "↵", "\t": "⇥", "\r": "␍", "\0": "␀"}
+        return "".join(signs.get(letter, letter) for letter in self.text) or "∅"
+
+    @property
+    def hint(self) -> str:
+        """All that is known of it."""
+        if not self.when:
+            return f"{self.shown} · given"
+        return (
+            f"{self.shown} · id {self.id} · position {self.position} · step {self.step + 1} of its "
+            f"block · confidence {self.confidence:.3f}"
+        )
 
 
-def _tokens(trace: Trace) -> list[_Token]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A block's tokens by word; `begins` is the first step that decided one (0: all are given)."""
+
+    number: int
+    begins: int
+    words: list[list[Token]]
+
+
+class Replay:
+    """A trace as the page shows it: the finished text, fully annotated, and the steps to it."""
+
+    def __init__(self, trace: Trace, block_size: int):
+        self.steps = trace.steps
+        self._given = len(trace.prompt_texts)
+        self._tokens = _tokens(trace)
+        begins: dict[int, int] = {}
+        for when, step in enumerate(trace.steps, start=1):
+            for position in step.positions:
+                begins.setdefault(position // block_size, when)
+        self.blocks = [
+            Block(number=number, begins=begins.get(number, 0), words=_words(list(tokens)))
+            for number, tokens in groupby(self._tokens, lambda token: token.position // block_size)
+        ]
+
+    @property
+    def summary(self) -> str:
+        """What it comes to, in words."""
+        sure = [token.confidence for token in self._tokens if token.when]
+        mean = sum(sure) / len(sure) if sure else 0.0
+        return (
+            f"{len(sure):,} tokens in {len(self.steps):,} steps, after {self._given:,} given; mean "
+            f"confidence {mean:.2f}, {sum(one < 0.1 for one in sure):,} of them under 0.1."
+        )
+
+
+def _tokens(trace: Trace) -> list[Token]:
     """The finished text by position; a later decision replaces an earlier one."""
     tokens = {
-        position: _Token(position=position, text=text)
+        position: Token(position=position, text=text)
         for position, text in enumerate(trace.prompt_texts)
     }
     steps_of_block: dict[int, int] = {}
@@ -152,67 +173,20 @@ def _tokens(trace: Trace) -> list[_Token]:
         order = steps_of_block[step.block] = steps_of_block.get(step.block, 0) + 1
         decided = zip(step.positions, step.ids, step.texts, step.confidences, strict=True)
         for position, token_id, text, confidence in decided:
-            tokens[position] = _Token(
-                position=position,
-                text=text,
-                id=token_id,
-                when=when,
-                order=order,
-                confidence=confidence,
-                step=step.step,
-            )
+            tokens[position] = Token(
+                position=position, text=text, id=token_id, when=when, order=order,
+                confidence=confidence, step=step.step,
+            )  # fmt: skip
     return [tokens[position] for position in sorted(tokens)]
 
 
-def _block(number: int, tokens: list[_Token], begins: int) -> str:
-    """A block's tokens; `begins` is the first step that decided one of them (0: all are given)."""
-    # The tokens of one word stay on one line, and a block's border with its first word.
-    words = [[f'<span class="edge">{number + 1}</span>']]
-    letters = 0
-    for token, before in zip(tokens, [None, *tokens], strict=False):
-        starts = before is not None and (token.text[:1].isspace() or before.text[-1:].isspace())
+def _words(tokens: Sequence[Token]) -> list[list[Token]]:
+    """The tokens of one word together: they stay on one line, up to `LONGEST_WORD` letters."""
+    words, letters = [[tokens[0]]], len(tokens[0].text)
+    for before, token in pairwise(tokens):
+        starts = token.text[:1].isspace() or before.text[-1:].isspace()
         letters = len(token.text) + (0 if starts else letters)
         if starts or letters > LONGEST_WORD:
             words.append([])
-        words[-1].append(_token_html(token))
-    html = "".join(f'<span class="word">{"".join(word)}</span>' for word in words)
-    return f'<span class="block" data-from="{begins}">{html}</span>'
-
-
-def _token_html(token: _Token) -> str:
-    text, line_break = _visible(token.text)
-    if not token.when:
-        return (
-            f'<span class="token given" title="{text} · given">{_face(text)}<small> </small></span>'
-            f"{line_break}"
-        )
-    hint = (
-        f"{text} · id {token.id} · position {token.position} · step {token.step + 1} of its block "
-        f"· confidence {token.confidence:.3f}"
-    )
-    return (
-        f'<span class="token" data-when="{token.when}" style="--c:{token.confidence:.3f}" '
-        f'title="{hint}">{_face(text)}<small>{token.order}</small></span>{line_break}'
-    )
-
-
-def _face(text: str) -> str:
-    return f"<span>{text}</span>"
-
-
-def _visible(text: str) -> tuple[str, str]:
-    """The token's text escaped, with signs for what has no shape, and a break after a newline."""
-    signs = {"\n": "↵", "\t": "⇥", "\r": "␍", "\0": "␀"}
-    shown = "".join(signs.get(letter, letter) for letter in text) or "∅"
-    return escape(shown), "<br>" if "\n" in text else ""
-
-
-def _counts(trace: Trace, tokens: list[_Token]) -> str:
-    decided = [token for token in tokens if token.when]
-    mean = sum(token.confidence for token in decided) / len(decided) if decided else 0.0
-    low = sum(token.confidence < 0.1 for token in decided)
-    return (
-        f"{len(decided):,} tokens in {len(trace.steps):,} steps, after "
-        f"{len(trace.prompt_texts):,} given; mean confidence {mean:.2f}, "
-        f"{low:,} of them under 0.1."
-    )
+        words[-1].append(token)
+    return words

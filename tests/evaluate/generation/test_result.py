@@ -17,7 +17,6 @@ from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.mauve_score import mauve_score
 from blockdiffusion.evaluate.generation.metrics import distinct, self_bleu, token_entropy
-from blockdiffusion.evaluate.generation.picture import generation_picture
 from blockdiffusion.evaluate.generation.reference import reference_samples
 from blockdiffusion.evaluate.generation.result import Conditions, evaluate_samples
 from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_score, samples_file
@@ -31,6 +30,7 @@ from blockdiffusion.evaluate.generation.table import (
 )
 from blockdiffusion.evaluate.scorer import CausalScorer, OwnScorer, load_scorer
 from blockdiffusion.reports.numbers import number
+from blockdiffusion.reports.plots import PAPER, generation_figure, svg
 from tests.evaluate.scorers import BYTES, save_gpt2, with_bytes
 from tests.hostile import HOSTILE, check_csv, check_markdown, check_picture
 
@@ -114,16 +114,25 @@ def test_everything_is_written(result, tmp_path):
     assert any(number(result.reference.perplexity) in line for line in lines)
 
 
+def dots(axes):
+    """The places of the dots."""
+    return [tuple(bar.lines[0].get_xydata()[0]) for bar in axes.containers]
+
+
 def test_the_picture_has_a_dot_for_every_result_and_text(result):
     values = result.to_dict()
     other = {**values, "label": "a <second> & more", "lengths": None}
-    picture = ET.fromstring(generation_picture([values, other]))
-    dots = [e for e in picture.iter() if e.tag.endswith("circle")]
-    assert len(dots) == 2 * 3  # the real text once; each in the plot and in the legend
-    assert sum("real" in e.get("class") for e in dots) == 2
-    bars = [e for e in picture.iter() if e.get("class") == "bar"]
-    assert len(bars) == sum(count > 0 for count in values["lengths"]["counts"])
-    words = " ".join(e.text or "" for e in picture.iter())
+    figure = generation_figure([values, other])
+    axes, bars = figure.axes  # the lengths are those of the first alone
+    filled = [bar.lines[0].get_markerfacecolor() != PAPER for bar in axes.containers]
+    assert filled == [True, True, False]  # the real text once, hollow
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "a"]
+    heights = [bar.get_height() for bar in bars.patches]
+    assert heights == values["lengths"]["counts"]
+    assert [bar.get_x() for bar in bars.patches] == values["lengths"]["edges"][:-1]
+    picture = svg(figure)
+    assert picture == svg(generation_figure([values, other]))
+    words = " ".join(e.text or "" for e in ET.fromstring(picture).iter())
     assert "a <second> & more" in words and "33 % ended" not in words and "50 % ended" in words
 
 
@@ -135,7 +144,7 @@ def test_text_from_outside_does_no_harm(result):
     }  # fmt: skip
     check_csv(csv_text([values]))
     check_markdown(markdown_text([values], [HOSTILE]))
-    check_picture(generation_picture([values]))
+    check_picture(svg(generation_figure([values])))
 
 
 def test_dots_stand_at_their_values(result):
@@ -147,11 +156,18 @@ def test_dots_stand_at_their_values(result):
                 "perplexity": perplexity, "interval": None}  # fmt: skip
         return {**values, "text": text, "reference": None}
 
-    picture = ET.fromstring(generation_picture([moved(1, 10), moved(2, 20), moved(3, 40)]))
-    dots = [e for e in picture.iter() if e.tag.endswith("circle")][:3]
-    x, y = ([float(e.get(name)) for e in dots] for name in ("cx", "cy"))
-    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2) and x[1] > x[0]
-    assert y[1] - y[0] == pytest.approx(y[2] - y[1], abs=0.2) and y[1] < y[0]
+    axes = generation_figure([moved(1, 10), moved(2, 20), moved(3, 40)]).axes[0]
+    assert dots(axes) == [(1, 10), (2, 20), (3, 40)]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "log")
+
+
+def test_intervals_are_those_of_95_percent(result):
+    bar = generation_figure([{**result.to_dict(), "lengths": None}]).axes[0].containers[0]
+    text = result.text
+    across, up = (segments.get_segments()[0] for segments in bar.lines[2])
+    reach = 1.959964 * text.entropy.stderr
+    assert across[:, 0] == pytest.approx([text.entropy.value - reach, text.entropy.value + reach])
+    assert up[:, 1] == pytest.approx(text.interval)
 
 
 def test_a_picture_of_one_sample_without_errors(judge):
@@ -159,7 +175,7 @@ def test_a_picture_of_one_sample_without_errors(judge):
         Drawn([sample_of("abc", length=3)], 1, 0), judge, Conditions(label="one")
     )
     assert alone.text.interval is None and alone.text.self_bleu is None and alone.cost is None
-    assert "all samples have 3 tokens" in generation_picture([alone.to_dict()])
+    assert "all samples have 3 tokens" in svg(generation_figure([alone.to_dict()]))
     assert generation_lines(alone.to_dict()) and csv_text([alone.to_dict()])
     assert "±" not in markdown_text([alone.to_dict()])
 
@@ -171,7 +187,8 @@ def test_a_bound_is_marked_everywhere(make_model):
     assert values["judge"]["is_bound"]
     assert sum("<= " in line for line in generation_lines(values)) == 2
     assert "bound on gen. perplexity" in markdown_text([values])
-    assert "| <= " in markdown_text([values]) and "upper bound on" in generation_picture([values])
+    assert "| <= " in markdown_text([values])
+    assert "upper bound on" in svg(generation_figure([values]))
     assert ",True," in csv_text([values])
 
 

@@ -2,16 +2,16 @@
 
 import csv
 import io
-import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_score
 from blockdiffusion.evaluate.generation.samples import DrawOptions
 from blockdiffusion.evaluate.likelihood import likelihood
+from blockdiffusion.reports.plots import MUTED, pareto_figure, svg
 from blockdiffusion.studies.pareto import run as module
-from blockdiffusion.studies.pareto.picture import pareto_picture
 from blockdiffusion.studies.pareto.points import AUTHORS, Point, parse_point, usual_points
 from blockdiffusion.studies.pareto.run import Pareto, dominates, measure_pareto
 from blockdiffusion.studies.pareto.table import csv_text, markdown_text
@@ -105,6 +105,26 @@ def test_a_killed_measurement_keeps_its_samples(measure, monkeypatch):
     assert len(measure(points=POINTS[:1])["points"]) == 1
 
 
+def dots(axes):
+    """The places of the dots with error bars, in the order of the points."""
+    return [tuple(bar.lines[0].get_xydata()[0]) for bar in axes.containers]
+
+
+def test_a_dominated_point_is_hollow_and_an_unknown_cost_is_left_out(measure):
+    result = measure()
+    result["points"][1] |= {"dominated_by": ["x"], "seconds_per_token": None}
+    calls, seconds = pareto_figure(result, "x").axes[:2]
+    filled = [bar.lines[0].get_markerfacecolor() == bar.lines[0].get_color()
+              for bar in calls.containers]  # fmt: skip
+    assert filled == [not point["dominated_by"] for point in result["points"]]
+    assert [text.get_text() for text in seconds.texts] == ["1", "3"]
+    colours = {t.get_text(): t.get_color() for t in calls.texts}
+    assert all(text.get_color() == colours[text.get_text()] for text in seconds.texts)
+    for point in result["points"]:
+        point["seconds_per_token"] = None
+    assert not pareto_figure(result, "x").axes[1].get_visible()
+
+
 def test_tables_and_picture(measure, tmp_path):
     (tmp_path / "real.txt").write_text("It was the best of times, it was the worst. " * 20)
     result = measure(reference=(str(tmp_path / "real.txt"),))
@@ -112,15 +132,35 @@ def test_tables_and_picture(measure, tmp_path):
     assert table.count("\n| ") == 5 and "real text" in table and "confidence:threshold=0.0" in table
     rows = list(csv.DictReader(io.StringIO(csv_text(result))))
     assert [float(row["calls_per_token"]) for row in rows] == [1, 0.5, 0.25]
-    root = ET.fromstring(pareto_picture(result))
-    dots = [n for n in root.iter() if n.tag.endswith("circle") and "dot" in n.get("class", "")]
-    assert len(dots) == 3 * (2 * 3 + 1)  # two costs, three sides, and the legend
-    assert pareto_picture(result).count("real text</text>") == 4
+    figure = pareto_figure(result, "my model")
+    qualities = [
+        lambda point: point["text"]["perplexity"],
+        lambda point: point["text"]["entropy"]["value"],
+        lambda point: point["bound"]["value"],
+    ]
+    assert len(figure.axes) == 2 * len(qualities)
+    for place, axes in enumerate(figure.axes):
+        cost = ("calls_per_token", "seconds_per_token")[place % 2]
+        expected = [(p[cost], qualities[place // 2](p)) for p in result["points"]]
+        assert np.allclose(dots(axes), expected)
+        assert [text.get_text() for text in axes.texts] == ["1", "2", "3"]
+        assert axes.get_xscale() == "log"
+        assert axes.get_yscale() == ("log" if place < 2 else "linear")
+        real = [line.get_ydata()[0] for line in axes.lines if line.get_color() == MUTED]
+        reference = result["reference"]
+        wanted = [reference["perplexity"], reference["entropy"]["value"], None][place // 2]
+        assert real == ([] if wanted is None else [wanted])
+    first = result["points"][0]
+    ((low, high),) = [figure.axes[0].containers[0].lines[2][0].get_segments()[0][:, 1]]
+    assert [low, high] == pytest.approx(first["text"]["interval"])
+    picture = svg(figure)
+    assert picture == svg(pareto_figure(result, "my model")) and "my model" in picture
+    assert all(point["label"] in picture for point in result["points"])
     result |= {"model": HOSTILE, "reference_source": HOSTILE, "warnings": [HOSTILE]}
     result["judge"]["name"] = result["points"][0]["label"] = HOSTILE
     check_csv(csv_text(result))
     check_markdown(markdown_text(result))
-    check_picture(pareto_picture(result))
+    check_picture(svg(pareto_figure(result, f"{HOSTILE} ${HOSTILE}")))
 
 
 def test_the_authors_setting_is_measured_and_marked(measure):
@@ -142,9 +182,9 @@ def test_the_authors_setting_is_measured_and_marked(measure):
         "1",
         "0",
     ]
-    root = ET.fromstring(pareto_picture(result))
-    rings = [n for n in root.iter() if n.tag.endswith("circle") and "ring" in n.get("class", "")]
-    assert len(rings) == 2 * 3 + 1  # two costs, three sides, and the legend
+    for axes in pareto_figure(result, "x").axes:
+        rings = [line for line in axes.lines if line.get_markersize() > 10]
+        assert [line.get_xydata().tolist()[0] for line in rings] == [list(dots(axes)[0])]
 
 
 def test_the_usual_points_have_the_authors_setting_once(make_model, measure, monkeypatch):

@@ -2,8 +2,6 @@
 
 import json
 import math
-import re
-import xml.etree.ElementTree as ET
 
 import pytest
 import torch
@@ -15,9 +13,10 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.prepared import HeldOutText
 from blockdiffusion.reports.numbers import scientific
+from blockdiffusion.reports.plots import ACCENT, WARM, svg, variance_figure
+from blockdiffusion.reports.plots import PAPER as GROUND
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.studies.variance.listing import variance_lines
-from blockdiffusion.studies.variance.picture import variance_picture
 from blockdiffusion.studies.variance.table import (
     DEFAULT_ESTIMATORS,
     EXACT,
@@ -159,7 +158,10 @@ def test_single_tokens_have_no_noise(make_model, random_ids):
     assert pair.estimator == "count" and "one is used" in pair.note
     lines = variance_lines(table, "model on data")
     assert sum(" ∞" in line for line in lines) == 6
-    assert "0 (clipped)" in variance_picture(table, "model on data")
+    axes = variance_figure(table, "model on data").axes
+    assert [[text.get_text() for text in one.texts] for one in axes] == 2 * [
+        ["0 (clipped)", "0", "0"]
+    ]
 
 
 def test_what_does_not_exist_at_a_block_size_is_left_out(make_model, random_ids):
@@ -260,28 +262,35 @@ def test_the_default_list_is_written_as_text_json_and_picture(make_model, random
     for row in table.rows:
         assert any(f"  {row.label} " in line and scientific(row.loss_variance.value) in line
                    for line in lines)  # fmt: skip
-    picture = ET.fromstring(variance_picture(table, "a <model> & its data"))
-    circles = [e.get("class") for e in picture.iter() if e.tag.endswith("circle")]
-    shown = [
-        row for row in table.rows for v in (row.loss_variance, row.gradient_variance) if v.value > 0
-    ]
-    hollow = sum(not row.is_bound for row in shown)
-    assert len(circles) == len(shown) + 3  # the legend's
-    assert sum("hollow" in css for css in circles) == hollow + 1
+    figure = variance_figure(table, "a <model> & its data")
+    assert "a &lt;model&gt; &amp; its data" in svg(figure)
+    assert svg(figure) == svg(variance_figure(table, "a <model> & its data"))
+    titles = [figure.axes[band].get_title("left") for band in (0, 2)]
+    assert titles == ["S = 1", "S = 4 (the model's)"]
+    for band, axes in enumerate(figure.axes):
+        rows, kind = table.at((1, 4)[band // 2]), ("loss", "gradient")[band % 2]
+        drawn = [row for row in rows if getattr(row, f"{kind}_variance").value > 0]
+        markers = [bar.lines[0] for bar in axes.containers]
+        filled = [marker.get_markerfacecolor() != GROUND for marker in markers]
+        assert filled == [row.is_bound for row in drawn]
+        colours = [marker.get_color() for marker in markers]
+        assert colours == [WARM if row.label == PAPER else ACCENT for row in drawn]
+        labels = [label.get_text() for label in figure.axes[band - band % 2].get_yticklabels()]
+        assert labels == [row.label for row in rows]
 
 
-def test_dots_stand_at_their_values(make_model, random_ids):
-    """Positions are linear in the logarithm of the variance at equal compute."""
+def test_dots_stand_at_their_values_with_their_errors(make_model, random_ids):
     table = measure_variance(make_model(), text_of(random_ids(4, 16)),
                              options_of("count", "countx4", "complement"))  # fmt: skip
-    picture = variance_picture(table, "x")
-    for kind, part in zip(("loss", "gradient"), picture.split("<g transform=")[1:], strict=True):
-        places = [float(x) for x in re.findall(r'<circle[^>]* cx="([\d.]+)"', part)][:4]
-        logs = [math.log10(r.at_equal_compute(f"{kind}_variance").value) for r in table.rows]
-        slope = (places[1] - places[0]) / (logs[1] - logs[0])
-        assert slope > 0
-        for place, log in zip(places, logs, strict=True):
-            assert place - places[0] == pytest.approx(slope * (log - logs[0]), abs=1.0)
+    for kind, axes in zip(("loss", "gradient"), variance_figure(table, "x").axes, strict=True):
+        assert axes.get_xscale() == "log"
+        assert len(axes.containers) == len(table.rows) == 4
+        for y, (row, bar) in enumerate(zip(table.rows, axes.containers, strict=True)):
+            found = row.at_equal_compute(f"{kind}_variance")
+            assert bar.lines[0].get_xydata().tolist() == [[found.value, y]]
+            low, high = bar.lines[2][0].get_segments()[0][:, 0]
+            assert high == pytest.approx(found.value + found.stderr)
+            assert low == pytest.approx(max(found.value - found.stderr, found.value / 3))
 
 
 def test_one_batch_has_no_errors_over_batches(make_model, random_ids):
@@ -292,8 +301,9 @@ def test_one_batch_has_no_errors_over_batches(make_model, random_ids):
     assert row.loss_variance.stderr is None and row.loss_gain.stderr is None
     assert row.loss.stderr > 0
     assert "±" not in variance_lines(table, "x")[5].split("bound")[1]
-    check_picture(variance_picture(table, HOSTILE))
-    assert "<circle" in variance_picture(table, "x")
+    figure = variance_figure(table, HOSTILE)
+    check_picture(svg(figure))
+    assert [len(axes.containers) for axes in figure.axes] == [2, 2]
 
 
 def test_progress_reaches_the_total(make_model, random_ids):

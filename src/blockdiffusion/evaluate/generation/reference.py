@@ -14,10 +14,15 @@ from blockdiffusion.data.sources import open_sources
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.samples import Sample, documents_of
-from blockdiffusion.reports.pictures import evenly_spread
 
 DOCUMENT_BYTES = 65_536
 POOL = 20  # pieces of text files that are looked at for each one that is taken
+
+
+def evenly_spread(number: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 .. number - 1, evenly spread, the last one among them."""
+    kept = min(number, most)
+    return [(index + 1) * number // kept - 1 for index in range(kept)]
 
 
 def reference_samples(

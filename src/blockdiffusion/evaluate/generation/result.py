@@ -24,9 +24,8 @@ from blockdiffusion.evaluate.generation.metrics import (
 from blockdiffusion.evaluate.generation.perplexity import score_texts, scorer_features, window_sizes
 from blockdiffusion.evaluate.generation.samples import Drawn, Sample
 from blockdiffusion.evaluate.likelihood import Z95
-from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
+from blockdiffusion.evaluate.measured import Measured, mean_of, perplexity_of, ratio_of
 from blockdiffusion.evaluate.scorer import Scorer, ScorerFacts, ScorerTokens, scorer_facts
-from blockdiffusion.reports.markup import perplexity_of
 from blockdiffusion.runtime.versions import versions
 
 FORMAT = "blockdiffusion-generation-1"

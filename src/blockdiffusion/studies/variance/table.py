@@ -137,6 +137,11 @@ class VarianceRow:
     note: str | None
 
     @property
+    def is_paper(self) -> bool:
+        """Whether it is the estimator that the paper has."""
+        return self.label == PAPER
+
+    @property
     def bias(self) -> Measured | None:
         """`difference` of an estimator that is none of the bound."""
         return None if self.is_bound else self.difference
