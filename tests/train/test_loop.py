@@ -23,10 +23,11 @@ from blockdiffusion.runtime.distributed import ALONE
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
-from blockdiffusion.train.loop import Interrupted, Periodic, accumulate_gradients
+from blockdiffusion.train.loop import Periodic, accumulate_gradients
 from blockdiffusion.train.loss import DiffusionLoss, NextTokenLoss
 from blockdiffusion.train.options import TrainOptions
 from blockdiffusion.train.recipe import build_model, load_recipe, to_dict
+from blockdiffusion.train.session import Interrupted
 from blockdiffusion.train.spread import Spread
 from tests import noise_oracles
 

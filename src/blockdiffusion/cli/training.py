@@ -94,9 +94,9 @@ def train(
 ) -> None:
     """Train a model as a recipe says; goes on where it was stopped with --resume."""
     from blockdiffusion.runtime.distributed import joined
-    from blockdiffusion.train.loop import Interrupted
     from blockdiffusion.train.recipe import load_recipe
     from blockdiffusion.train.run import run_training
+    from blockdiffusion.train.session import Interrupted
 
     with joined() as team:
         parsed = load_recipe(recipe, overrides or [])

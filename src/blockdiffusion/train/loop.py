@@ -11,21 +11,15 @@ Steps count from 1: step n is the n-th update, and checkpoint n holds the weight
 from __future__ import annotations
 
 import math
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
-from torch import nn
 
 from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows, free_tokens
 from blockdiffusion.data.manifest import data_fingerprint
@@ -33,14 +27,13 @@ from blockdiffusion.diffusion.denoiser import is_autoregressive
 from blockdiffusion.diffusion.estimators import for_block_size
 from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
-from blockdiffusion.files.disk import written_aside
 from blockdiffusion.runtime.devices import keep_freed_memory, select_device
-from blockdiffusion.runtime.distributed import ALONE, Team, current, local
+from blockdiffusion.runtime.distributed import ALONE, Team, local
 from blockdiffusion.runtime.seeding import generator, seed_global
 from blockdiffusion.runtime.versions import versions
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
-from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
+from blockdiffusion.train.loggers import Logger
 from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
 from blockdiffusion.train.optim import (
     MovingAverage,
@@ -51,8 +44,10 @@ from blockdiffusion.train.optim import (
     set_learning_rate,
 )
 from blockdiffusion.train.options import ObjectiveOptions, TrainOptions
+from blockdiffusion.train.session import Interrupted, Report, StopSignals, farewell, running
 from blockdiffusion.train.speed import Speed
 from blockdiffusion.train.spread import Spread, spread_over
+from blockdiffusion.train.start import check_fit, check_shares, find_checkpoint, restore
 
 if TYPE_CHECKING:
     from blockdiffusion.checkpoints.card import Card
@@ -75,19 +70,6 @@ class Periodic:
     def due(self, step: int, steps: int) -> bool:
         """Whether it is time after update `step` of `steps`."""
         return step % self.every == 0 or step == steps
-
-
-class Interrupted(Exception):
-    """A signal ended the run after its step was finished and saved.
-
-    Attributes:
-        exit_code: what a shell expects of a process that the signal ended (130, 143).
-    """
-
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
-        self.signal = signal.Signals(number)
-        self.exit_code = 128 + number
 
 
 def train(
@@ -143,150 +125,225 @@ def train(
         Interrupted: SIGINT or SIGTERM came, to any of the processes; the step was finished and
             saved.
     """
-    _check_fit(model, rows, objective)
-    _check_shares(options, team)
-    config = dict(config or {})
-    device = team.claim(select_device(options.device, "train.device"))
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
-    model.to(device)
-    network = model.backbone
-    spread = spread_over(model, team, options.parallel)
-    network.activation_checkpointing = options.activation_checkpointing
-    if options.compile and device.type == "cuda":
-        network.compile_layers()
-    optimizer = make_optimizer(network, optim)
-    average = MovingAverage(network, optim.ema_decay)
-    order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16")
-
-    if options.batch_size > rows.num_rows:
-        notes = [
-            *notes,
-            f"train.batch_size is {options.batch_size}, more than the {rows.num_rows} rows of the "
-            "data: every update reads rows more than once",
-        ]
-    newest = team.from_first(lambda: _find_checkpoint(out, resume))
-    state = TrainState(
-        step=0,
-        seconds=0.0,
-        best_bound=None,
-        config=config,
-        data=data_fingerprint(rows.manifest),
-        threads=torch.get_num_threads(),
-        device=str(device),
-        versions=versions(),
-        processes=team.size,
-    )
-    note = None
-    if newest is not None:
-        state, note = _restore(newest, state, options.steps, network, average, optimizer)
-    clip = objective.clip if state.clip is None else state.clip
-    estimator, estimator_note = None, None  # the next-token loss has none
-    if not is_autoregressive(model):
-        clipped = replace(objective, clip=clip).make_estimator()
-        estimator, estimator_note = for_block_size(clipped, model.config.block_size)
-        estimator = diffusion_of(model.config).fitted(estimator)
-
-    def export(state: TrainState) -> None:
-        with spread.averaged(average) as averaged:
-            if team.is_first:
-                card = None if describe is None else describe(state)
-                checkpoints.export_model(out, averaged, tokenizer, card)
-
-    speed = Speed(model, options, device, rows.manifest.row_bos, team.size)
-    began = time.perf_counter() - state.seconds
-    running = _running(out, loggers, config, state.step + 1, team)
-
-    with running as report, _StopSignals(team) as stop:
-        if estimator_note is not None and objective.estimator is not None:
-            notes = [*notes, estimator_note]
-        for start_note in notes:
-            report(state.step, {"note": start_note})
-        if note is not None:
-            report(state.step, {"note": note})
-            # A kill may have come between the checkpoint and its export, or the end of old ones.
-            export(state)
-            if team.is_first:
-                checkpoints.remove_old(out, checkpoint.keep)
-        if search is not None and clip is not None:
-            report(state.step, {"clip": list(clip)})
-        for step in range(state.step + 1, options.steps + 1):
-            if search is not None and search.due(step):
-                with spread.averaged(average) as averaged:
-                    found = search.run(averaged, step)
-                report(step, found.to_log())
-                state = replace(state, clip=found.clip)
-                estimator = diffusion_of(model.config).fitted(search.estimators[found.clip])
-
-            step_began = time.perf_counter()
-            indices = order.indices(step - 1)
-            batch = rows.rows(indices)
-            free_BL = free_tokens(batch, rows.manifest.row_bos)
-            if estimator is None:
-                batch_loss = NextTokenLoss(batch, free_BL)
-            else:
-                corrupted = estimator(
-                    batch.ids_BL,
-                    free_BL,
-                    model.config.block_size,
-                    model.config.mask_id,
-                    generator(options.seed, "corruption", step),
-                )
-                batch_loss = DiffusionLoss(batch, corrupted)
-
-            model.train()
-            losses = accumulate_gradients(
-                spread, batch_loss, max(1, int(free_BL.sum())), step, options, autocast
-            )
-            norm = clip_gradients(model.parameters(), optim.clip_norm)
-            loss, grad_norm = torch.stack([losses.sum(), norm]).tolist()  # waits for the device
-            loss = team.sum(loss)
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                where = _not_finite_where(losses, loss, indices, spread, options)
-                raise UserError(_not_finite_message(step, where, checkpoints.latest(out)))
-
-            lr = learning_rate(optim, step, options.steps)
-            set_learning_rate(optimizer, lr)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update(step)
-
-            now = time.perf_counter()
-            values = {
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "tokens_per_second": round(_num_tokens(batch) / (now - step_began), 1),
-                **speed.reached(batch_loss, now - step_began),
-                "seconds": round(now - began, 3),
-            }
-            report(step, values)
-
-            best, evaluation = state.best_bound, state.evaluation
+    check_fit(model, rows, objective)
+    check_shares(options, team)
+    training = _Training(model, rows, out, options, objective, optim, search, team)
+    newest = team.from_first(lambda: find_checkpoint(out, resume))
+    resumed = training.begin(newest, dict(config or {}))
+    release = _Release(training, out, checkpoint, tokenizer, describe)
+    first_step = training.state.step + 1
+    run = running(out, loggers, training.state.config, first_step, team)
+    with run as report, StopSignals(team) as stop:
+        for note in (*notes, *training.notes, *resumed):
+            report(training.state.step, {"note": note})
+        if resumed:
+            release.again()
+        if search is not None and training.clip is not None:
+            report(training.state.step, {"clip": list(training.clip)})
+        for step in range(first_step, options.steps + 1):
+            training.search(step, report)
+            training.update(step, report)
             if not stop.seen():  # an interrupted run has no time for these
                 due = [what for what in periodic if what.due(step, options.steps)]
-                for values in _use_average(spread, average, due):
-                    values = dict(values)
-                    if measured := values.pop("evaluation", None):
-                        evaluation = {**measured, "step": step}
-                    report(step, values)
-                    best = _lower(best, values.get("valid_bound"))
-
-            seconds = time.perf_counter() - began
-            state = replace(
-                state, step=step, seconds=seconds, best_bound=best, evaluation=evaluation
-            )
+                training.measure(step, due, report)
             interrupt = stop.seen()
+            training.finish(step)
             if interrupt or step % checkpoint.every == 0 or step == options.steps:
-                keep = checkpoint.keep
-                checkpoints.save(out, state, network, average, optimizer, keep=keep, team=team)
-                export(state)
+                release.save()
             if interrupt:
-                raise Interrupted(interrupt, _farewell(interrupt, state, out, resume_command))
-    return state
+                raise Interrupted(
+                    interrupt, farewell(interrupt, training.state, out, resume_command)
+                )
+    return training.state
+
+
+class _Training:
+    """A network in training: its parameters, what moves them, and how far they have come.
+
+    Attributes:
+        state: after the last update.
+        notes: what to tell about the data and the estimator.
+        clip: of the mask probabilities, in force now.
+    """
+
+    def __init__(
+        self,
+        model: BlockDiffusionModel,
+        rows: TokenRows,
+        out: Path,
+        options: TrainOptions,
+        objective: ObjectiveOptions,
+        optim: OptimOptions,
+        search: ScheduleSearch | None,
+        team: Team,
+    ):
+        self.model, self.rows, self.out, self.options = model, rows, out, options
+        self.objective, self.optim, self.team, self._search = objective, optim, team, search
+        self.device = team.claim(select_device(options.device, "train.device"))
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        model.to(self.device)
+        network = model.backbone
+        self.spread = spread_over(model, team, options.parallel)
+        network.activation_checkpointing = options.activation_checkpointing
+        if options.compile and self.device.type == "cuda":
+            network.compile_layers()
+        self.optimizer = make_optimizer(network, optim)
+        self.average = MovingAverage(network, optim.ema_decay)
+        self.order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
+        self.autocast = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16"
+        )
+        self.speed = Speed(model, options, self.device, rows.manifest.row_bos, team.size)
+
+    def begin(self, newest: Path | None, config: dict[str, Any]) -> list[str]:
+        """Begins anew, or from the checkpoint `newest`; what to tell about that one."""
+        resumed = []
+        self.state = TrainState(
+            step=0,
+            seconds=0.0,
+            best_bound=None,
+            config=config,
+            data=data_fingerprint(self.rows.manifest),
+            threads=torch.get_num_threads(),
+            device=str(self.device),
+            versions=versions(),
+            processes=self.team.size,
+        )
+        if newest is not None:
+            network, steps = self.model.backbone, self.options.steps
+            self.state, note = restore(
+                newest, self.state, steps, network, self.average, self.optimizer
+            )
+            resumed.append(note)
+        self.clip = self.objective.clip if self.state.clip is None else self.state.clip
+        self.notes = []
+        if self.options.batch_size > self.rows.num_rows:
+            self.notes.append(
+                f"train.batch_size is {self.options.batch_size}, more than the "
+                f"{self.rows.num_rows} rows of the data: every update reads rows more than once"
+            )
+        self.estimator = None  # the next-token loss has none
+        if not is_autoregressive(self.model):
+            clipped = replace(self.objective, clip=self.clip).make_estimator()
+            estimator, note = for_block_size(clipped, self.model.config.block_size)
+            self.estimator = diffusion_of(self.model.config).fitted(estimator)
+            if note is not None and self.objective.estimator is not None:
+                self.notes.append(note)
+        self._began = time.perf_counter() - self.state.seconds
+        return resumed
+
+    def search(self, step: int, report: Report) -> None:
+        """Searches for the clip that update `step` and later ones train with, where that is due."""
+        if self._search is None or not self._search.due(step):
+            return
+        with self.spread.averaged(self.average) as averaged:
+            found = self._search.run(averaged, step)
+        report(step, found.to_log())
+        self.state, self.clip = replace(self.state, clip=found.clip), found.clip
+        estimator = self._search.estimators[found.clip]
+        self.estimator = diffusion_of(self.model.config).fitted(estimator)
+
+    def update(self, step: int, report: Report) -> None:
+        """Update `step` of the weights and their average.
+
+        Raises:
+            UserError: the loss or its gradient is not finite; the weights are left as they were.
+        """
+        began, options = time.perf_counter(), self.options
+        indices = self.order.indices(step - 1)
+        batch_loss, num_free = self._batch_loss(step, indices)
+        self.model.train()
+        losses = accumulate_gradients(
+            self.spread, batch_loss, max(1, num_free), step, options, self.autocast
+        )
+        norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
+        loss, grad_norm = torch.stack([losses.sum(), norm]).tolist()  # waits for the device
+        loss = self.team.sum(loss)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            where = _not_finite_where(losses, loss, indices, self.spread, options)
+            raise UserError(_not_finite_message(step, where, checkpoints.latest(self.out)))
+        lr = learning_rate(self.optim, step, options.steps)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(step)
+        now = time.perf_counter()
+        report(step, {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens_per_second": round(_num_tokens(batch_loss.batch) / (now - began), 1),
+            **self.speed.reached(batch_loss, now - began),
+            "seconds": round(now - self._began, 3),
+        })  # fmt: skip
+
+    def _batch_loss(self, step: int, indices: np.ndarray) -> tuple[BatchLoss, int]:
+        """The loss of the rows of update `step`, and how many tokens it is of."""
+        batch = self.rows.rows(indices)
+        free_BL = free_tokens(batch, self.rows.manifest.row_bos)
+        num_free = int(free_BL.sum())
+        if self.estimator is None:
+            return NextTokenLoss(batch, free_BL), num_free
+        config = self.model.config
+        source = generator(self.options.seed, "corruption", step)
+        corrupted = self.estimator(batch.ids_BL, free_BL, config.block_size, config.mask_id, source)
+        return DiffusionLoss(batch, corrupted), num_free
+
+    def measure(self, step: int, due: Sequence[Periodic], report: Report) -> None:
+        """Reports what each of `due` says of the averaged model; the state keeps evaluations."""
+        for what in due:
+            with self.spread.averaged(self.average) as model, torch.no_grad():
+                values = dict(what.run(model.eval()))
+            if measured := values.pop("evaluation", None):
+                self.state = replace(self.state, evaluation={**measured, "step": step})
+            report(step, values)
+            best = _lower(self.state.best_bound, values.get("valid_bound"))
+            self.state = replace(self.state, best_bound=best)
+
+    def finish(self, step: int) -> None:
+        """Update `step` is made, and what was due after it."""
+        self.state = replace(self.state, step=step, seconds=time.perf_counter() - self._began)
+
+
+class _Release:
+    """Checkpoints of a run, and the averaged model, ready to be loaded."""
+
+    def __init__(
+        self,
+        training: _Training,
+        out: Path,
+        options: CheckpointOptions,
+        tokenizer: Path | None,
+        describe: Callable[[TrainState], Card] | None,
+    ):
+        self._training, self._out, self._options = training, out, options
+        self._tokenizer, self._describe = tokenizer, describe
+
+    def save(self) -> None:
+        """Writes a checkpoint of the state, and exports the model."""
+        t = self._training
+        checkpoints.save(
+            self._out, t.state, t.model.backbone, t.average, t.optimizer,
+            keep=self._options.keep, team=t.team,
+        )  # fmt: skip
+        self._export()
+
+    def again(self) -> None:
+        """What comes after a checkpoint: a kill may have come between it and its export, or the end
+        of old ones."""
+        self._export()
+        if self._training.team.is_first:
+            checkpoints.remove_old(self._out, self._options.keep)
+
+    def _export(self) -> None:
+        training = self._training
+        with training.spread.averaged(training.average) as averaged:
+            if training.team.is_first:
+                card = None if self._describe is None else self._describe(training.state)
+                checkpoints.export_model(self._out, averaged, self._tokenizer, card)
 
 
 def accumulate_gradients(
@@ -331,193 +388,6 @@ def _passes(num_rows: int, options: TrainOptions, team: Team) -> dict[int, slice
         first + index: slice(start, min(start + size, share.stop))
         for index, start in enumerate(starts)
     }
-
-
-def _use_average(
-    spread: Spread, average: MovingAverage, due: Sequence[Periodic]
-) -> Iterator[Mapping[str, Any]]:
-    """What each of `due` has to say about the averaged model."""
-    for what in due:
-        with spread.averaged(average) as model, torch.no_grad():
-            values = what.run(model.eval())
-        yield values
-
-
-# --- Starting and resuming ------------------------------------------------------------------------
-
-
-def _check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: ObjectiveOptions) -> None:
-    config = model.full_config()
-    for name, value in objective.of_network.items():
-        of_model = getattr(config, name)
-        if of_model != value:
-            raise UserError(
-                f"objective.name is {objective.name}, but the network's {name} is {of_model}, not "
-                f"{value}; build the model for the objective"
-            )
-    for name in ("seq_len", "vocab_size", "mask_id"):
-        of_model, of_data = getattr(config, name), getattr(rows.manifest, name)
-        if of_model != of_data:
-            raise UserError(
-                f"the model's {name} is {of_model}, but the data's is {of_data}; "
-                "prepare the data for this model, or build the model for the data"
-            )
-
-
-def _check_shares(options: TrainOptions, team: Team) -> None:
-    if options.batch_size % team.size:
-        raise UserError(
-            f"train.batch_size is {options.batch_size}, which {team.size} processes cannot share "
-            f"equally; start another number of processes, or give a multiple of {team.size}"
-        )
-
-
-def _find_checkpoint(out: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if any, once `out` is found to be fit for the run."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out is {out}, which is a file; choose a directory")
-    if resume and not checkpoints.holds_run(out):
-        raise UserError(f"{out} holds no run to resume; check out, or start without --resume")
-    if not resume and checkpoints.holds_run(out):
-        raise UserError(
-            f"{out} already holds a run; go on with it by --resume, or choose another out=..."
-        )
-    return checkpoints.latest(out)
-
-
-def _restore(
-    newest: Path,
-    fresh: TrainState,
-    steps: int,
-    model: nn.Module,
-    average: MovingAverage,
-    optimizer: torch.optim.Optimizer,
-) -> tuple[TrainState, str]:
-    """Loads checkpoint `newest`; returns the state to go on from, and what to tell about it."""
-    has_sums = checkpoints.check_sums(newest) if current().is_first else True
-    saved = checkpoints.read_state(newest)
-    if saved.data != fresh.data:
-        raise UserError(
-            f"the prepared data are not those that the run in {newest.parent.parent} began with; "
-            "resume with the same data, or start a new run in another out=..."
-        )
-    if saved.step > steps:
-        raise UserError(
-            f"train.steps is {steps}, but the run has already made {saved.step} steps; "
-            "give a larger number"
-        )
-    checkpoints.load(newest, model, average, optimizer)
-    note = f"resumed from step {saved.step}"
-    if saved.step == steps:
-        note = f"the run is complete: it has made its {steps} steps"
-    if not has_sums:
-        note += "; its checkpoint has no checksums, so damage would not be seen"
-    for name in ("threads", "device", "versions", "processes"):
-        before, now = getattr(saved, name), getattr(fresh, name)
-        if before != now:
-            note += f"; {name} changed from {before} to {now}: not bit for bit the same"
-    state = replace(
-        fresh,
-        step=saved.step,
-        seconds=saved.seconds,
-        best_bound=saved.best_bound,
-        clip=saved.clip,
-        evaluation=saved.evaluation,
-    )
-    return state, note
-
-
-# --- Reporting and stopping -----------------------------------------------------------------------
-
-
-Report = Callable[[int, Mapping[str, Any]], None]
-
-
-@contextmanager
-def _running(
-    out: Path, loggers: Sequence[Logger], config: Mapping[str, Any], first_step: int, team: Team
-) -> Iterator[Report]:
-    """The run's directory, claimed by the first process, and a function that reports there."""
-    if team.is_first:
-        with checkpoints.claimed(out), _reporting(out, loggers, config, first_step) as report:
-            team.wait()
-            yield report
-        return
-    team.wait()
-    if not (out / "checkpoints").is_dir():
-        raise UserError(
-            f"out is {out}, which process {team.rank} does not see; choose a directory that all "
-            "machines share"
-        )
-    yield lambda step, values: None
-
-
-@contextmanager
-def _reporting(
-    out: Path, loggers: Sequence[Logger], config: Mapping[str, Any], first_step: int
-) -> Iterator[Report]:
-    """A function that logs values to metrics.jsonl and to every logger; saves the configuration."""
-    with written_aside(out / "config.yaml") as file:
-        file.write(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
-    cut_metrics(out / "metrics.jsonl", first_step - 1)
-    everyone = [JsonLines(out / "metrics.jsonl"), *loggers]
-
-    def report(step: int, values: Mapping[str, Any]) -> None:
-        for logger in everyone:
-            logger.log(step, values)
-
-    with ExitStack() as stack:
-        for logger in everyone:
-            logger.start(config, first_step)
-            stack.callback(logger.finish)
-        yield report
-
-
-TWICE = 2.0  # seconds
-
-
-class _StopSignals:
-    """Remembers the first SIGINT or SIGTERM; a second one acts as usual.
-
-    A process of several may get the same one twice, from who stops the job and from torchrun: what
-    comes within `TWICE` is one.
-    """
-
-    def __init__(self, team: Team) -> None:
-        self._team = team
-        self._signal = 0
-        self._again = 0.0  # from when on a signal is a second one
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def seen(self) -> int:
-        """The signal that this process or another one got, 0 for none; all processes ask."""
-        return self._team.largest(self._signal)
-
-    def _remember(self, number: int, _frame: object) -> None:
-        now = time.monotonic()
-        if self._signal == 0:
-            self._signal, self._again = number, now + (TWICE if self._team.size > 1 else 0)
-            if self._team.is_first:
-                # Not print: a handler may run in the middle of another write to the same stream.
-                os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
-        elif now >= self._again:
-            self.__exit__()
-            signal.raise_signal(number)
-
-
-def _farewell(number: int, state: TrainState, out: Path, resume_command: str | None) -> str:
-    message = f"{signal.Signals(number).name}: saved step {state.step} in {out}"
-    return f"{message}; go on with: {resume_command}" if resume_command else message
 
 
 def _not_finite_where(
