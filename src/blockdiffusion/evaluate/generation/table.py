@@ -122,7 +122,7 @@ def _columns(bound: str) -> list[Column]:
         Column("", "text.num_empty", name="num_empty"),
         Column("", "text.num_tokens", name="num_tokens"),
         Column("", "text.nats_per_token", name="nats_per_token"),
-        Column(f"{bound}gen. perplexity (95 %)", perplexity, name="perplexity", bound=is_bound),
+        Column(f"{bound}gen. perplexity (95%)", perplexity, name="perplexity", bound=is_bound),
         Column(
             f"{bound}mean perplexity", "text.mean_perplexity", name="mean_perplexity",
             bound=is_bound,
@@ -141,7 +141,7 @@ def _columns(bound: str) -> list[Column]:
         Column("NFE a sample", "cost.nfe", name="nfe"),
         Column("tokens per forward", "cost.tokens_per_forward", name="tokens_per_forward"),
         Column("tokens/s", "cost.tokens_per_second", name="tokens_per_second"),
-        Column("samples (empty), tokens", _counts),
+        Column("texts (empty), tokens", _counts),
         Column("", "drawn", name="drawn"),
         Column("rejected", "rejected", name="rejected"),
         Column("", lambda row: "; ".join(row.get("warnings", ())) or None, name="warnings"),

@@ -51,7 +51,7 @@ def _columns(bound: str) -> list[Column]:
         Column("calls per token", "calls_per_token", name="calls_per_token"),
         Column("ms per token", _milliseconds),
         Column("", "seconds_per_token", name="seconds_per_token"),
-        Column(f"{bound}gen. perplexity (95 %)", perplexity, name="perplexity"),
+        Column(f"{bound}gen. perplexity (95%)", perplexity, name="perplexity"),
         Column("entropy", "text.entropy", name="entropy"),
         Column("model's bound, nats per token", "bound", name="bound"),
         Column("dominated by", lambda point: len(point.get("dominated_by", ())) or None),
