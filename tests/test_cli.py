@@ -217,7 +217,7 @@ def test_a_plot_without_matplotlib_is_refused_before_the_work(place, tmp_path, m
     plot, results = ("--plot", tmp_path / "a.svg"), tmp_path / "a.json"
     for command in (
         ("variance", place / "run", "--data", place / "data", "--json", results),
-        ("generate-eval", place / "run", "--judge", tmp_path / "none", "--json", results),
+        ("generate-eval", place / "run", "--scorer", tmp_path / "none", "--json", results),
         ("generate-compare", tmp_path / "none.json"),
     ):
         run = blockdiff(*command, *plot)
