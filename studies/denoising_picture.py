@@ -12,7 +12,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.escape import html
-from blockdiffusion.sampling import BlockEvent, StepEvent
+from blockdiffusion.sampling import BlockDone, TokensRevealed
 from blockdiffusion.text import token_text
 
 MODEL = Path(__file__).parents[1] / "pretrained" / "books"
@@ -34,10 +34,10 @@ def draw(path: Path) -> None:
     for event in blockdiffusion.stream(
         model, [PROMPT], max_new_tokens=NEW_TOKENS, top_p=0.9, seed=SEED
     ):
-        if isinstance(event, StepEvent):
+        if isinstance(event, TokensRevealed):
             passes += 1
             shown += [(position, passes) for position in event.positions.tolist()]
-        elif isinstance(event, BlockEvent):
+        elif isinstance(event, BlockDone):
             texts += [token_text(model.tokenizer, token) for token in event.ids[0].tolist()]
             hidden += [max(1, passes - size + 1)] * size
     prompt = len(texts) - len(shown)

@@ -11,8 +11,7 @@ import blockdiffusion
 from blockdiffusion import likelihood
 from blockdiffusion.diffusion.denoiser import masked_loss, masked_nll
 from blockdiffusion.models.inference import sampling_copy
-from blockdiffusion.sampling import Engine, generate
-from blockdiffusion.sampling.engine import Finished
+from blockdiffusion.sampling import Engine, Finished, generate
 from tests.models.hugging_face import FAMILIES, make_hugging_face
 from tests.oracles import mask_by_loops, subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
@@ -170,7 +169,7 @@ def test_the_engine_writes_what_generate_writes():
         engine.submit(prompt, max_new_tokens=9, eos=False, seed=number)
         for number, prompt in enumerate(prompts)
     ]
-    ended = {event.id: event.ids for event in engine.run() if isinstance(event, Finished)}
+    ended = {event.row: event.ids for event in engine.run() if isinstance(event, Finished)}
     for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
         alone = generate(model, [prompt], max_new_tokens=9, eos=False, seed=number)
         assert ended[request] == alone.sequences[0].tolist()
