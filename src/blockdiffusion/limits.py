@@ -88,7 +88,7 @@ def check_limit(name: str, value: Any, label: str | None = None) -> None:
     (check_whole if limit.whole else check_number)(label, value)
     if value != value:
         raise UserError(f"{label} is nan; it must be a number")
-    measured = not limit.whole and value and math.isfinite(value)
+    measured = not limit.whole and value and abs(value) != math.inf
     if measured and not SMALLEST <= abs(value) <= LARGEST:
         raise UserError(
             f"{label} is {shown(value)}; it must be 0, or between {SMALLEST} and {LARGEST} in size"
