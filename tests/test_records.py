@@ -132,7 +132,7 @@ def test_what_has_nothing_now_is_not_waited_for(tmp_path, monkeypatch, read):
     """As the kernel's log, which says that it is a regular file."""
     ours, theirs = os.pipe()
     os.set_blocking(ours, False)
-    monkeypatch.setattr(records, "open_regular", lambda *_, **__: open(ours, "rb"))
+    monkeypatch.setattr(records, "open_regular", lambda *_, **__: os.fdopen(ours, "rb"))
     with pytest.raises(UserError, match=str(tmp_path)):
         read(tmp_path / "file", "write it again")
     os.close(theirs)
