@@ -18,7 +18,7 @@ VALUES = ("0", "-1", "nan", "inf", "-inf", "1e308", "-1e308", "1e-300", "5e-324"
 MOST_SECONDS = 30.0
 # The shortest line of each command that has a number; capitals as in `test_hostile_paths`.
 LINES = {
-    "prepare": "TEXT --out NEW --tokenizer byte --documents blank-line",
+    "prepare": "TEXT --out NEW --tokenizer byte --seq-len 16 --documents blank-line --workers 1",
     "plan": "RECIPE --device h100",
     "report": "RUN --out NEW --num-samples 1 --max-new-tokens 4",
     "eval": "RUN --data DATA --rows 2 --samples 1",

@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 
 from blockdiffusion.errors import UserError
+from blockdiffusion.files import records
 from blockdiffusion.files.records import (
     Damaged,
     build,
@@ -124,6 +125,17 @@ def test_what_never_ends_is_not_read(tmp_path, read, kind):
         path.symlink_to("/dev/zero")
     with pytest.raises(UserError, match="it is a pipe or a device"):
         read(path, "write it again")
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_what_has_nothing_now_is_not_waited_for(tmp_path, monkeypatch, read):
+    """As the kernel's log, which says that it is a regular file."""
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+    monkeypatch.setattr(records, "open_regular", lambda *_, **__: os.fdopen(ours, "rb"))
+    with pytest.raises(UserError, match=str(tmp_path)):
+        read(tmp_path / "file", "write it again")
+    os.close(theirs)
 
 
 def test_lines_that_are_no_objects_are_left_out(tmp_path):

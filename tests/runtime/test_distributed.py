@@ -1,6 +1,7 @@
 """What processes share, and how they end together."""
 
 import socket
+import time
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def test_processes_that_cannot_meet_say_where(monkeypatch):
         met = pytest.raises(UserError, match=f"could not meet at 127.0.0.1:{values[3]} ")
         with met, joined():
             pass
+
+
+def test_processes_do_not_wait_for_ever_for_one_that_is_nowhere(monkeypatch):
+    monkeypatch.setattr(ranks, "SECONDS_TO_MEET", 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in zip(ranks.ENVIRONMENT, ("2", "1", "127.0.0.1", port), strict=True):
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=f"could not meet at 127.0.0.1:{port} "), joined():
+        pass
+    assert time.monotonic() - began < 60
 
 
 def exchange() -> None:

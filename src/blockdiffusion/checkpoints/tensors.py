@@ -39,7 +39,7 @@ def check_header(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     with open_regular(path, may_be_empty=True) as file:
-        length = int.from_bytes(file.read(8), "little")
+        length = int.from_bytes(file.read(8) or b"", "little")
         if length > MOST_HEADER:
             raise Damaged(f"its header has {length:,} bytes; at most {MOST_HEADER:,} are read")
         return as_object(parse_json(file.read(length)))

@@ -21,7 +21,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.files.disk import FOLDER, irregular, open_regular, storage_error
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
-MAX_TEXT_BYTES = 16 * 2**20
+MAX_TEXT_BYTES = 4 * 2**20  # tokenised at once, in some 300 times the memory
 CHUNK_BYTES = 2**20
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -238,7 +238,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         Damaged: it has more.
     """
     with _opened(path) as file:
-        content = file.read(most + 1)
+        content = file.read(most + 1) or b""  # None: nothing now, as from the kernel's log
     if len(content) > most:
         raise Damaged(f"it has more than the {most:,} bytes that are read")
     return content

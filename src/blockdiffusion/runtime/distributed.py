@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from blockdiffusion.errors import Elsewhere, UserError, reason, shown
@@ -30,6 +31,7 @@ T = TypeVar("T")
 ENVIRONMENT = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 MOST_PROCESSES = 10**6
 SECONDS_TO_FIND = 10  # the machine that processes meet at
+SECONDS_TO_MEET = 300  # until the last process has started
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
 SHARED = ("train", "eval", "generate-eval")  # commands whose processes share the work
 SPEAKERS = 2  # ranks that report a lost process: one may be the lost one
@@ -263,10 +265,12 @@ def _meet() -> tuple[int, Any]:
                 ) from error
             time.sleep(1)
     try:
-        store, rank, size = next(dist.rendezvous("env://"))
+        patience = timedelta(seconds=SECONDS_TO_MEET)
+        store, rank, size = next(dist.rendezvous("env://", timeout=patience))
         has_nccl = dist.is_nccl_available() and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        store.set_timeout(dist.constants.default_pg_timeout)  # of what they wait for later
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes could not meet at {':'.join(place)} "
