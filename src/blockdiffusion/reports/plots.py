@@ -215,8 +215,8 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
     )
     legend = figure.legend(
         list(entries.values()), [words.replace("  ", "\xa0 ") for words in entries],
-        loc="outside lower left", title="\n".join(lines), alignment="left", title_fontproperties={"size": 11.5},
-        prop={"family": "monospace", "size": 11},
+        loc="outside lower left", title="\n".join(lines), alignment="left",
+        title_fontproperties={"size": 11.5}, prop={"family": "monospace", "size": 11},
     )  # fmt: skip
     legend.get_title().set_color(MUTED)
     added = 14 * len(lines) + 17 * len(entries) + 50
