@@ -287,7 +287,7 @@ def _small_figure(title: str, width: float, height: float, shown: Curves | Point
         top = 1.06 * float(np.quantile(plots.columns(shown)[1], 0.99, method="nearest"))
         axes.set(xlim=(0, shown[-1][0] * 1.012 or 1), ylim=(0, top or 1))
     axes.set_title(title, loc="left", fontsize=11.5, color=plots.MUTED)
-    plots.ticks(axes, 4, 4)
+    plots.ticks(axes, 4, 5)
     return figure
 
 

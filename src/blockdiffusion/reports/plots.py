@@ -130,7 +130,7 @@ def svg(figure: Figure, inline: str = "") -> str:
         "xmlns": "http://www.w3.org/2000/svg", "width": f"{width:.0f}", "height": f"{height:.0f}",
         "viewBox": f"0 0 {width:.0f} {height:.0f}", "role": "img", "aria-label": str(title),
         "style": "max-width:100%;height:auto;font-family:system-ui,sans-serif;"
-        "stroke-linejoin:round;white-space:pre",
+        "stroke-linejoin:round",
     })  # fmt: skip
     if not inline:
         root.insert(0, _element("style", colours("svg")))
@@ -215,9 +215,9 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
         str(figure.get_label()), x=10 / width, ha="left", fontsize=15, fontweight="bold"
     )
     legend = figure.legend(
-        list(entries.values()), list(entries), loc="outside lower left", title="\n".join(lines),
-        alignment="left", title_fontproperties={"size": 11.5},
-        prop={"family": "monospace", "size": 11},
+        list(entries.values()), [words.replace("  ", "\xa0 ") for words in entries],
+        loc="outside lower left", title="\n".join(lines), alignment="left",
+        title_fontproperties={"size": 11.5}, prop={"family": "monospace", "size": 11},
     )  # fmt: skip
     legend.get_title().set_color(MUTED)
     added = 14 * len(lines) + 17 * len(entries) + 50
