@@ -57,7 +57,7 @@ def recipe_of(case: dict[str, Any], out: str) -> Any:
     """The recipe of a case."""
     import yaml
 
-    from blockdiffusion.config import load_recipe
+    from blockdiffusion.train.recipe import load_recipe
 
     train = {"steps": 1, "batch_size": case["batch"], "micro_batch_size": case.get("micro")}
     tree = {
@@ -84,14 +84,14 @@ def measured_training(recipe: Any, manifest: Any, updates: int) -> dict[str, flo
     """CPU seconds of an update (the best one), and bytes that training holds at most."""
     import torch
 
-    from blockdiffusion.config import build_model
-    from blockdiffusion.corruption import for_block_size
     from blockdiffusion.data.loader import Batch
-    from blockdiffusion.diffusions import diffusion_of
-    from blockdiffusion.ranks import ALONE
+    from blockdiffusion.diffusion.estimators import for_block_size
+    from blockdiffusion.diffusion.objectives import diffusion_of
+    from blockdiffusion.runtime.distributed import ALONE
     from blockdiffusion.train.loop import accumulate_gradients
     from blockdiffusion.train.loss import DiffusionLoss, NextTokenLoss
     from blockdiffusion.train.optim import MovingAverage, clip_gradients, make_optimizer
+    from blockdiffusion.train.recipe import build_model
     from blockdiffusion.train.spread import Spread
 
     draw = torch.Generator().manual_seed(0)
@@ -130,9 +130,9 @@ def measured_sampling(recipe: Any, manifest: Any, tokens: int) -> dict[str, floa
     """CPU seconds of a network call, over a text of `tokens` tokens."""
     import torch
 
-    from blockdiffusion.config import build_model
     from blockdiffusion.models.inference import sampling_copy
     from blockdiffusion.sampling import generate
+    from blockdiffusion.train.recipe import build_model
 
     model = build_model(recipe, manifest).eval()
     draw = torch.Generator().manual_seed(0)
@@ -155,9 +155,9 @@ def compare(name: str, memory_only: bool) -> dict[str, Any]:
     """A case: predicted and measured."""
     import torch
 
-    from blockdiffusion.account import make_account, manifest_of
-    from blockdiffusion.account.sampling import SamplingRequest
-    from blockdiffusion.hardware import GPUS, this_cpu
+    from blockdiffusion.estimate.run import make_account, manifest_of
+    from blockdiffusion.estimate.sampling import SamplingRequest
+    from blockdiffusion.runtime.hardware import GPUS, this_cpu
 
     torch.set_num_threads(1)
     case = CASES[name]
@@ -228,7 +228,7 @@ def child(name: str, what: str, environment: dict[str, str]) -> dict[str, Any]:
 def picture() -> str:
     """Training operations per token of text over L, the paper's network, as one SVG."""
     from benchmarks.charts import named_curves
-    from blockdiffusion.costs import Network, Pass, training_flops
+    from blockdiffusion.estimate.flops import Network, Pass, training_flops
 
     lengths = range(512, 16_384 + 1, 512)
     kinds = {"S = 16, N = 2": (16, 2), "S = 16, N = 1": (16, 1), "S = L": (None, 1)}
@@ -265,7 +265,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(compare(args.names[0], args.child == "memory")))
         return
-    from blockdiffusion.hardware import describe
+    from blockdiffusion.runtime.hardware import describe
 
     print(f"{describe()} (one thread used)\n\n{HEAD}")
     lines = []

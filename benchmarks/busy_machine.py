@@ -40,9 +40,9 @@ def training(large: bool) -> tuple[Callable[[], object], int]:
     import torch
 
     from benchmarks.training_step import generic_model, paper_config
-    from blockdiffusion.corruption import Complement
-    from blockdiffusion.denoiser import masked_loss
-    from blockdiffusion.devices import keep_freed_memory
+    from blockdiffusion.diffusion.denoiser import masked_loss
+    from blockdiffusion.diffusion.estimators import Complement
+    from blockdiffusion.runtime.devices import keep_freed_memory
     from blockdiffusion.train.optim import OptimOptions, make_optimizer
 
     keep_freed_memory()
@@ -139,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         if args.own:
-            from blockdiffusion.devices import spin_briefly_if_busy
+            from blockdiffusion.runtime.devices import spin_briefly_if_busy
 
             spin_briefly_if_busy()
         print(measure(args.measure, args.seconds))

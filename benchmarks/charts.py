@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from blockdiffusion.evaluate.report import pictures
+from blockdiffusion.reports import pictures
 
 COLOURS = ("#34679c", "#bf5b33", "#3f8f63", "#8a5fa8", "#a08a2d", "#5b6b78")
 WIDTH, HEIGHT = 720, 340  # of the frame, without the names

@@ -19,10 +19,10 @@ import torch
 from benchmarks.charts import named_curves
 from benchmarks.machine import describe
 from benchmarks.training_step import VOCAB, Task, generic_model, paper_config, step_flops
-from blockdiffusion.corruption import Corrupted
-from blockdiffusion.denoiser import masked_loss
-from blockdiffusion.devices import keep_freed_memory
+from blockdiffusion.diffusion.denoiser import masked_loss
+from blockdiffusion.diffusion.estimators import Corrupted
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.runtime.devices import keep_freed_memory
 
 BLOCK_SIZE, TOKENS = 16, 2048
 

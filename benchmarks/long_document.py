@@ -61,7 +61,7 @@ def write_document(
     import torch
 
     from benchmarks.machine import describe
-    from blockdiffusion.models.formats import load
+    from blockdiffusion.checkpoints.formats import load
     from blockdiffusion.models.inference import sampling_copy
     from blockdiffusion.sampling import BlockEvent, Event, stream
 
@@ -146,7 +146,7 @@ def only_window(model: str | None) -> int | None:
     """L of a model of one block, which is the window that it slides; None for others."""
     if model is None:
         return None
-    from blockdiffusion.models.formats import load
+    from blockdiffusion.checkpoints.formats import load
     from blockdiffusion.sampling.sliding import has_one_block
 
     network = load(path_of(model))

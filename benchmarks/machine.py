@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from blockdiffusion.hardware import describe, matrix_flops, read_bandwidth
+from blockdiffusion.runtime.hardware import describe, matrix_flops, read_bandwidth
 
 
 def main() -> None:

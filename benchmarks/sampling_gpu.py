@@ -30,8 +30,8 @@ from benchmarks.machine import describe
 from benchmarks.sampling_speed import TOP_P, gpt2, matrix_weights, ours, theirs
 from benchmarks.training_gpu import Place, chosen_place, product_flops
 from benchmarks.training_step import generic_model
-from blockdiffusion.hardware import best_seconds
 from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.runtime.hardware import best_seconds
 
 BYTES = 2  # of a number in bfloat16
 

@@ -35,12 +35,11 @@ import torch.nn.functional as F
 from benchmarks import authors
 from benchmarks.machine import describe
 from benchmarks.training_step import generic_model, paper_config, step_flops
-from blockdiffusion.attention import attend, resolve_backend
-from blockdiffusion.corruption import Corrupted, Count
-from blockdiffusion.denoiser import masked_loss
-from blockdiffusion.hardware import best_seconds, hardware_of_gpu, share_of_peak
-from blockdiffusion.masks import Streams, dense_mask
+from blockdiffusion.diffusion.denoiser import masked_loss
+from blockdiffusion.diffusion.estimators import Corrupted, Count
 from blockdiffusion.models import transformer
+from blockdiffusion.models.attention import attend, resolve_backend
+from blockdiffusion.models.masks import Streams, dense_mask
 from blockdiffusion.models.transformer import (
     BlockDiffusionConfig,
     BlockDiffusionModel,
@@ -49,6 +48,7 @@ from blockdiffusion.models.transformer import (
     rotary_tables,
     split_heads,
 )
+from blockdiffusion.runtime.hardware import best_seconds, hardware_of_gpu, share_of_peak
 
 WARM_UP = 3  # steps that are not timed
 GIB = 2**30

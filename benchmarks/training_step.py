@@ -26,11 +26,11 @@ import torch
 
 from benchmarks import authors
 from benchmarks.machine import describe, matrix_flops
-from blockdiffusion.corruption import Corrupted, Count
-from blockdiffusion.denoiser import masked_loss
-from blockdiffusion.devices import keep_freed_memory
-from blockdiffusion.hardware import share_of_peak
+from blockdiffusion.diffusion.denoiser import masked_loss
+from blockdiffusion.diffusion.estimators import Corrupted, Count
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.runtime.devices import keep_freed_memory
+from blockdiffusion.runtime.hardware import share_of_peak
 from blockdiffusion.train.optim import OptimOptions, make_optimizer
 
 VOCAB, LENGTH = 50258, 1024

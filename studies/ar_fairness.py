@@ -138,8 +138,8 @@ def make_network(name: str, recipe: Any, manifest: Any) -> Any:
     """The network called `name` with its usual initialisation, a function of the recipe's seed."""
     import torch
 
-    from blockdiffusion.config import build_model
-    from blockdiffusion.seeding import seed_global
+    from blockdiffusion.runtime.seeding import seed_global
+    from blockdiffusion.train.recipe import build_model
 
     ours = build_model(recipe, manifest)
     if name == "ours":
@@ -153,14 +153,14 @@ def train_one(job: Job) -> None:
     """Trains the network of `job`, or goes on; leaves the likelihood of every row in its folder."""
     import numpy as np
 
-    from blockdiffusion.config import differences, load_recipe, to_dict
     from blockdiffusion.data.loader import TokenRows
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import likelihood
-    from blockdiffusion.files import written_aside
+    from blockdiffusion.files.disk import written_aside
     from blockdiffusion.train import checkpoint as checkpoints
     from blockdiffusion.train.display import make_display
     from blockdiffusion.train.loop import Periodic, train
+    from blockdiffusion.train.recipe import differences, load_recipe, to_dict
 
     settings = [*job.overrides, f"out={job.out}", f"optim.lr={job.lr}", f"train.seed={job.seed}"]
     recipe = load_recipe(RECIPE, settings)

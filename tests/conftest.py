@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockdiffusion.models.formats import load
+from blockdiffusion.checkpoints.formats import load
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 
 GOLDEN = Path(__file__).parent / "golden"

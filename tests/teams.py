@@ -22,7 +22,7 @@ PRELOADED = [
     "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
-    "blockdiffusion.config",
+    "blockdiffusion.train.recipe",
     "blockdiffusion.cli",
     "blockdiffusion.models.transformer",
     "blockdiffusion.data.tokenizers",

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from studies import ar_fairness as study
 
-from blockdiffusion.config import load_recipe
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.errors import UserError
 from blockdiffusion.train import loop
+from blockdiffusion.train.recipe import load_recipe
+from studies import ar_fairness as study
 
 MANIFEST = SimpleNamespace(
     seq_len=128, vocab_size=2049, mask_id=2048, row_bos=False, bos_id=None, eos_id=0

@@ -16,19 +16,19 @@ import pytest
 import yaml
 
 import blockdiffusion.evaluate.likelihood as likelihood_module
-from blockdiffusion.corruption import EstimatorName
-from blockdiffusion.costs import SampleDtype
+from blockdiffusion.checkpoints.lightning import Weights
+from blockdiffusion.checkpoints.release import Target
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.options import DOCUMENT_RULES, PACKERS
 from blockdiffusion.data.registry import DATA_SETS
+from blockdiffusion.diffusion.estimators import EstimatorName
+from blockdiffusion.diffusion.schedules import SCHEDULES
+from blockdiffusion.estimate.flops import SampleDtype
 from blockdiffusion.evaluate.zero_shot import suite
-from blockdiffusion.hardware import NAMES
-from blockdiffusion.models.lightning import Weights
-from blockdiffusion.release import Target
-from blockdiffusion.reproduce.scales import SCALES
+from blockdiffusion.runtime.hardware import NAMES
 from blockdiffusion.sampling.nucleus import TopPRule
 from blockdiffusion.sampling.processes import _MASKED
-from blockdiffusion.schedules import SCHEDULES
+from blockdiffusion.studies.reproduce.scales import SCALES
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
 from tests.evaluate.judges import save_gpt2
@@ -472,7 +472,7 @@ MISTAKES = {
     "no point": (["pareto", "{run}", "--judge", "{golden}", "--out", "{new}", "--point", "a:k=2"],
                  "there are steps, schedule"),
     "JSON prompt": (["sample", "{run}", "--prompt-file", "a.jsonl"], "is read as one plain text"),
-    "packed prompt": (["sample", "{run}", "--prompt-file", "a.json.gz"], "JSON by its name"),
+    "packed prompt": (["sample", "{run}", "--prompt-file", "a.json.gz"], "named as JSON"),
     "prompt folder": (["sample", "{run}", "--prompt-file", "{folder}"], "is a folder: name a file"),
     "prompt device": (["sample", "{run}", "--prompt-file", "/dev/zero"], "is a device"),
     "template gone": (["infill", "{run}", "--template-file", "{new}"], "does not exist"),

@@ -18,8 +18,8 @@ import yaml
 from safetensors.torch import save_file
 
 import blockdiffusion
+from blockdiffusion.checkpoints.bd3lm import BD3LM_NAMES
 from blockdiffusion.cli import app
-from blockdiffusion.config import Recipe, load_recipe, run_training
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.registry import DATA_SETS
@@ -33,21 +33,21 @@ from blockdiffusion.evaluate.generation.result import (
 )
 from blockdiffusion.evaluate.generation.samples import Sample
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
-from blockdiffusion.evaluate.references.coders import CoderOptions, CoderRow, CoderTable
-from blockdiffusion.evaluate.variance.table import VarianceOptions
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
-from blockdiffusion.hardware import choose_hardware
-from blockdiffusion.models.bd3lm import BD3LM_NAMES
+from blockdiffusion.files.records import convert, describe
 from blockdiffusion.models.transformer import BlockDiffusionConfig
-from blockdiffusion.records import convert, describe
-from blockdiffusion.reproduce.paper import TABLES, find_table
-from blockdiffusion.reproduce.scales import find_scale
+from blockdiffusion.runtime.hardware import choose_hardware
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import PolicySettings
 from blockdiffusion.sampling.processes import make_process
+from blockdiffusion.studies.references.coders import CoderOptions, CoderRow, CoderTable
+from blockdiffusion.studies.reproduce.paper import TABLES, find_table
+from blockdiffusion.studies.reproduce.scales import find_scale
+from blockdiffusion.studies.variance.table import VarianceOptions
+from blockdiffusion.train.recipe import Recipe, load_recipe
+from blockdiffusion.train.run import run_training
+from tests.checkpoints.lightning_files import lightning, save_with_settings, settings
 from tests.evaluate.judges import save_gpt2
-from tests.models.lightning_files import lightning, save_with_settings, settings
-from tests.test_layering import LAYERS, modules
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -315,16 +315,15 @@ def test_the_table_of_prepare_options_is_the_program():
             assert (of_command[option].default or value) == value, option
 
 
-def test_the_table_of_layers_is_the_program():
-    rank = {name: number for number, names in enumerate(LAYERS, 1) for name in names}
-    shown = []
-    for row in table_rows(DOCS / "design.md"):
-        if row[0].isdigit():
-            module = row[1].split("`")[1]
-            assert int(row[0]) == rank[module.split("/")[0].removesuffix(".py")], module
-            shown.append(module)
-    assert shown == sorted(shown, key=lambda module: rank[module.split("/")[0].removesuffix(".py")])
-    assert set(shown) == {str(path) for path, tree in modules() if tree.body}
+def test_the_table_of_rooms_is_the_program():
+    shown = [row for row in table_rows(DOCS / "design.md") if len(row) == 3 and ".py`](" in row[1]]
+    files = [row[1].split("`")[1] for row in shown]
+    rooms = ["top" if "/" not in file else f"`{file.split('/')[0]}/`" for file in files]
+    assert [row[0] for row in shown] == rooms
+    root = ROOT / "src" / "blockdiffusion"
+    written = [path for path in root.rglob("*.py") if path.read_text() and path.parent != root]
+    top = [path for path in root.glob("*.py") if path.name != "__init__.py"]
+    assert sorted(files) == sorted(str(path.relative_to(root)) for path in [*written, *top])
 
 
 def test_everything_that_is_written_is_explained(place):

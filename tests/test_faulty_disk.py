@@ -11,16 +11,16 @@ from types import SimpleNamespace
 import pytest
 
 import blockdiffusion.evaluate.likelihood as likelihood_module
-from blockdiffusion.checksums import NOTES, SUMS
 from blockdiffusion.data import packing
 from blockdiffusion.evaluate.generation import samples
 from blockdiffusion.evaluate.journal import Journal
-from blockdiffusion.reproduce import conductor, paper
-from blockdiffusion.reproduce.scales import SCALES
+from blockdiffusion.files.checksums import NOTES, SUMS
+from blockdiffusion.studies.reproduce import conductor, paper
+from blockdiffusion.studies.reproduce.scales import SCALES
 from blockdiffusion.train.checkpoint import holds_run
 from tests.command import blockdiff
 from tests.faulty_disk import FaultyDisk
-from tests.reproduce.toy import TOY
+from tests.studies.reproduce.toy import TOY
 from tests.tiny import TEXT, write_recipe
 
 TIMES = {"seconds", "search_seconds", "tokens_per_second", "tflops_per_second", "peak_share"}

@@ -8,11 +8,11 @@ from scipy import stats
 
 import blockdiffusion
 from blockdiffusion import Engine
-from blockdiffusion.attention import attend
-from blockdiffusion.denoiser import masked_loss
-from blockdiffusion.masks import Streams
+from blockdiffusion.diffusion.denoiser import masked_loss
+from blockdiffusion.diffusion.losses import exclude_mask_token_
+from blockdiffusion.models.attention import attend
 from blockdiffusion.models.inference import sampling_copy
-from blockdiffusion.objectives import exclude_mask_token_
+from blockdiffusion.models.masks import Streams
 from blockdiffusion.sampling.engine import Finished
 from blockdiffusion.sampling.logits import Filters, draw_tokens, filtered_probs
 from tests.sampling.laws import DRAWS, FALSE_ALARM, law_of, p_value, seeded

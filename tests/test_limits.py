@@ -9,9 +9,9 @@ import pytest
 
 import blockdiffusion
 from blockdiffusion.cli import COMMANDS
-from blockdiffusion.config import Recipe
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import LIMITS, check_limit
+from blockdiffusion.train.recipe import Recipe
 from tests.command import blockdiff
 
 

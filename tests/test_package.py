@@ -20,7 +20,7 @@ for name in names:
     __import__(name)
 for name in blockdiffusion.__all__:
     getattr(blockdiffusion, name)
-from blockdiffusion.evaluate.report.page import _asset
+from blockdiffusion.reports.page import _asset
 _asset("page.css"), _asset("page.js")
 print(len(names))
 """

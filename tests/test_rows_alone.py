@@ -6,9 +6,9 @@ import torch
 import blockdiffusion
 from blockdiffusion import UserError
 from blockdiffusion.data.loader import Batch
-from blockdiffusion.denoiser import causal_nll
-from blockdiffusion.diffusions import diffusion_of
-from blockdiffusion.seeding import seeded
+from blockdiffusion.diffusion.denoiser import causal_nll
+from blockdiffusion.diffusion.objectives import diffusion_of
+from blockdiffusion.runtime.seeding import seeded
 from blockdiffusion.train.loss import DiffusionLoss
 from tests.tiny import NOISES
 

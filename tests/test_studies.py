@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from studies import variance as study
 
-from blockdiffusion.config import load_recipe
+from blockdiffusion.train.recipe import load_recipe
+from studies import variance as study
 
 
 def all_jobs(runs):

@@ -11,14 +11,19 @@ Names are imported when first used, so that `import blockdiffusion` costs nothin
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from blockdiffusion.renamed import MovedModules
 
 __version__ = "0.1.0"
 
+sys.meta_path.insert(0, MovedModules())
+
 if TYPE_CHECKING:
+    from blockdiffusion.checkpoints.formats import load
     from blockdiffusion.errors import UserError
     from blockdiffusion.evaluate.likelihood import Likelihood, likelihood
-    from blockdiffusion.models.formats import load
     from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
     from blockdiffusion.sampling import Engine, Generation, generate, infill, stream
 
@@ -32,7 +37,7 @@ _HOMES = {
     "generate": "blockdiffusion.sampling",
     "infill": "blockdiffusion.sampling",
     "likelihood": "blockdiffusion.evaluate.likelihood",
-    "load": "blockdiffusion.models.formats",
+    "load": "blockdiffusion.checkpoints.formats",
     "stream": "blockdiffusion.sampling",
 }
 

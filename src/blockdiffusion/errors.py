@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 class Elsewhere(Exception):
-    """This process ends because another one of its job did; see `ranks`.
+    """This process ends because another one of its job did; see `distributed`.
 
     Its text, often empty, is what there is left to say.
 

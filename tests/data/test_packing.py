@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blockdiffusion.checksums import NOTES
 from blockdiffusion.data import corpus, packing, parts
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.data.packing import Manifest, PrepareOptions, prepare
 from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.errors import UserError
+from blockdiffusion.files.checksums import NOTES
 from tests.data.corpora import contents, sentences
 
 

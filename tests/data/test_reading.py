@@ -22,7 +22,7 @@ import pytest
 from blockdiffusion.data import reading
 from blockdiffusion.data.reading import TWICE, find, read_lines, read_text, walk
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import open_regular
+from blockdiffusion.files.disk import open_regular
 from tests.data.test_sources import read, write
 
 # Folders
@@ -102,7 +102,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path, monkeypatch, path):
 
 def test_a_file_that_becomes_a_pipe_is_not_waited_for(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr("blockdiffusion.files.check_regular", lambda *arguments: None)
+    monkeypatch.setattr("blockdiffusion.files.disk.check_regular", lambda *arguments: None)
     with open_regular(tmp_path / "fifo") as file:
         assert file.read() == b""
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from blockdiffusion.evaluate.journal import Journal, fingerprint
-from blockdiffusion.evaluate.variance import table
-from blockdiffusion.evaluate.variance.table import measure_variance
-from tests.evaluate.variance.test_table import options_of, text_of
+from blockdiffusion.studies.variance import table
+from blockdiffusion.studies.variance.table import measure_variance
+from tests.studies.variance.test_table import options_of, text_of
 
 
 def test_results_survive_and_a_line_cut_short_does_not(tmp_path):

@@ -5,10 +5,10 @@ import torch
 
 import blockdiffusion
 import blockdiffusion.evaluate.likelihood as likelihood_module
-from blockdiffusion.denoiser import causal_nll
+from blockdiffusion.diffusion.denoiser import causal_nll
+from blockdiffusion.diffusion.exact import exact_blocks
 from blockdiffusion.errors import UserError
-from blockdiffusion.exact import exact_blocks
-from blockdiffusion.terminal import likelihood_lines
+from blockdiffusion.reports.terminal import likelihood_lines
 
 T_MIN = 1e-3
 

@@ -13,7 +13,7 @@ from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.evaluate.generation.samples import DrawOptions, EntropyGuard, draw_samples
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.models.transformer import BlockDiffusionModel
-from blockdiffusion.ranks import joined
+from blockdiffusion.runtime.distributed import joined
 from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
 from tests.teams import assert_ended_well, command, team
 

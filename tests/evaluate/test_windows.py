@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from blockdiffusion.diffusion.exact import exact_blocks
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.scoring import ScoreOptions, score
 from blockdiffusion.evaluate.windows import check_stride, default_stride, document_windows
-from blockdiffusion.exact import exact_blocks
 
 BOS = 11
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from blockdiffusion.denoiser import causal_loss, masked_loss
+from blockdiffusion.diffusion.denoiser import causal_loss, masked_loss
 from blockdiffusion.models.transformer import Layer
 
 KINDS = {

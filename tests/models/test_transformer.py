@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.diffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.models.transformer import (

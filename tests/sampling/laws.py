@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from scipy import stats
 
-from blockdiffusion import seeding
 from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.runtime import seeding
 from blockdiffusion.sampling import Generation
 from blockdiffusion.sampling.streams import RowStreams, row_streams
 

@@ -202,7 +202,7 @@ def test_rows_end_at_a_sampled_eos_and_not_at_the_given_bos(make_ar):
 
 
 def test_the_cache_is_a_ring_of_the_window(make_ar, monkeypatch):
-    from blockdiffusion.cache import BlockCache
+    from blockdiffusion.models.cache import BlockCache
 
     sizes = []
     original = BlockCache.__init__

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import blockdiffusion
-from blockdiffusion.attention import attend_cached
 from blockdiffusion.models import transformer
+from blockdiffusion.models.attention import attend_cached
 from blockdiffusion.sampling import DoneEvent, StepEvent
+from tests.models.test_cache import pattern
 from tests.oracles import network, subs_log_prob
 from tests.sampling.laws import seeded
-from tests.test_cache import pattern
 
 KINDS = {
     "block diffusion": (dict(), 16 + 4),  # the window and the block that is being committed

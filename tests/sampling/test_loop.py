@@ -5,10 +5,10 @@ import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent
 from tests import noise_oracles
+from tests.models.test_cache import pattern
 from tests.oracles import network, subs_log_prob
 from tests.sampling import laws
 from tests.sampling.laws import FALSE_ALARM, SHAPES, seeded
-from tests.test_cache import pattern
 
 DRAWS = 20_000
 
@@ -209,7 +209,7 @@ def test_leaving_a_block_early_keeps_the_law(tiny_law, tiny_law_expected):
 
 
 def test_memory_stays_constant_with_a_window(make_model, monkeypatch):
-    from blockdiffusion.cache import BlockCache
+    from blockdiffusion.models.cache import BlockCache
 
     sizes = []
     original = BlockCache.__init__

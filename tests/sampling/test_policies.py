@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
+from blockdiffusion.diffusion.schedules import SCHEDULES, make_schedule
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.policies import Ancestral, FirstHitting
-from blockdiffusion.schedules import SCHEDULES, make_schedule
 from tests.sampling.laws import streams
 
 

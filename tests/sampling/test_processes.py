@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import blockdiffusion
+from blockdiffusion.diffusion.losses import uniform_reverse
 from blockdiffusion.errors import UserError
-from blockdiffusion.objectives import uniform_reverse
 from blockdiffusion.sampling import BlockEvent, DoneEvent, StepEvent, processes
 from blockdiffusion.sampling.policies import FirstHitting
 from blockdiffusion.sampling.processes import Analytic, Planned, UniformReverse, make_process

@@ -245,7 +245,7 @@ def test_few_passes_with_ancestral_steps(make_mdlm):
 
 
 def test_memory_is_one_frame(make_mdlm, monkeypatch):
-    from blockdiffusion.cache import BlockCache
+    from blockdiffusion.models.cache import BlockCache
 
     sizes = []
     original = BlockCache.__init__

@@ -2,8 +2,8 @@ import pytest
 import torch
 from scipy import stats
 
+from blockdiffusion.runtime.seeding import seeded
 from blockdiffusion.sampling.streams import CHUNK, row_streams
-from blockdiffusion.seeding import seeded
 
 FALSE_ALARM = 1e-4
 ROWS = [[1, 2], [], [1, 2], [7] * 30, []]

@@ -20,12 +20,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from blockdiffusion.checksums import SUMS, differing, read_sums
-from blockdiffusion.config import load_recipe, run_training
 from blockdiffusion.evaluate import likelihood  # noqa: F401 (imported before the forks)
+from blockdiffusion.files.checksums import SUMS, differing, read_sums
 from blockdiffusion.models import transformer  # noqa: F401
 from blockdiffusion.train import display  # noqa: F401
 from blockdiffusion.train.loggers import read_metrics
+from blockdiffusion.train.recipe import load_recipe
+from blockdiffusion.train.run import run_training
 
 
 def start(recipe_path: str, out: Path) -> int:

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from blockdiffusion.checksums import differing, read_sums
 from blockdiffusion.errors import UserError
+from blockdiffusion.files.checksums import differing, read_sums
 from blockdiffusion.train import checkpoint, tensor_files
 from blockdiffusion.train.checkpoint import TrainState, latest, load, read_state, save
 from blockdiffusion.train.optim import MovingAverage, OptimOptions, make_optimizer

@@ -12,19 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockdiffusion import diffusions
-from blockdiffusion.config import build_model, load_recipe, to_dict
-from blockdiffusion.corruption import Bernoulli
-from blockdiffusion.costs import Network, Pass, training_flops
-from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
-from blockdiffusion.denoiser import masked_loss, masked_nll
+from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows, free_tokens
+from blockdiffusion.diffusion import objectives as diffusions
+from blockdiffusion.diffusion.denoiser import masked_loss, masked_nll
+from blockdiffusion.diffusion.estimators import Bernoulli
 from blockdiffusion.errors import UserError
-from blockdiffusion.ranks import ALONE
-from blockdiffusion.seeding import generator
+from blockdiffusion.estimate.flops import Network, Pass, training_flops
+from blockdiffusion.runtime.distributed import ALONE
+from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
-from blockdiffusion.train.loop import Interrupted, Periodic, TrainOptions, accumulate_gradients
+from blockdiffusion.train.loop import Interrupted, Periodic, accumulate_gradients
 from blockdiffusion.train.loss import DiffusionLoss, NextTokenLoss
+from blockdiffusion.train.options import TrainOptions
+from blockdiffusion.train.recipe import build_model, load_recipe, to_dict
 from blockdiffusion.train.spread import Spread
 from tests import noise_oracles
 
@@ -195,7 +196,7 @@ def accumulated(request, recipe_file, prepared):
     ids = rows.rows(BatchOrder(rows.num_rows, 6, 0).indices(0)).ids_BL
     valid = torch.arange(16) < torch.tensor([16, 3, 16, 9, 1, 12])[:, None]
     batch = Batch(ids, valid)
-    free = loop.free_tokens(batch, row_bos=True)
+    free = free_tokens(batch, row_bos=True)
     batch_loss = NextTokenLoss(batch, free)
     if request.param != "ar":
         law = diffusions.diffusion_of(model.config).fitted(Bernoulli())
@@ -245,9 +246,9 @@ def test_masks_do_not_depend_on_the_micro_batches(run, monkeypatch):
 
 def test_given_bos_and_padding_are_not_free():
     ids = torch.zeros(2, 4, dtype=torch.long)
-    assert loop.free_tokens(Batch(ids, None), row_bos=False).all()
+    assert free_tokens(Batch(ids, None), row_bos=False).all()
     valid = torch.tensor([[True, True, True, False], [True, False, False, False]])
-    free = loop.free_tokens(Batch(ids, valid), row_bos=True)
+    free = free_tokens(Batch(ids, valid), row_bos=True)
     assert free.tolist() == [[False, True, True, False], [False] * 4]
     assert valid[0, 0]  # the batch is left as it was
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.ranks import is_sharded, joined, local, whole
+from blockdiffusion.runtime.distributed import is_sharded, joined, local, whole
 from blockdiffusion.train.optim import (
     MovingAverage,
     OptimOptions,

@@ -8,14 +8,15 @@ import yaml
 from safetensors.torch import load_file
 
 import blockdiffusion
-from blockdiffusion.config import build_model, load_recipe, run_training, to_dict
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import likelihood
-from blockdiffusion.evaluate.report.run import report_run
-from blockdiffusion.seeding import generator
+from blockdiffusion.reports.run import report_run
+from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train import checkpoint
 from blockdiffusion.train.loggers import read_metrics
+from blockdiffusion.train.recipe import build_model, load_recipe, to_dict
+from blockdiffusion.train.run import run_training
 
 AR = ["objective.name=ar", "model.cond_dim=128"]  # the recipe's cond_dim is another
 

@@ -9,16 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from blockdiffusion.config import build_model, load_recipe, run_training
-from blockdiffusion.corruption import Bernoulli
 from blockdiffusion.data.loader import TokenRows
-from blockdiffusion.denoiser import masked_nll
+from blockdiffusion.diffusion.denoiser import masked_nll
+from blockdiffusion.diffusion.estimators import Bernoulli
+from blockdiffusion.diffusion.schedules import Clipped, Cosine, Linear
+from blockdiffusion.diffusion.variance import Moments
 from blockdiffusion.errors import UserError
-from blockdiffusion.schedules import Clipped, Cosine, Linear
-from blockdiffusion.seeding import generator, seeded
+from blockdiffusion.runtime.seeding import generator, seeded
 from blockdiffusion.train import checkpoint, schedule_search
 from blockdiffusion.train.loggers import read_metrics
-from blockdiffusion.train.loop import ObjectiveOptions
+from blockdiffusion.train.options import ObjectiveOptions
+from blockdiffusion.train.recipe import build_model, load_recipe
+from blockdiffusion.train.run import run_training
 from blockdiffusion.train.schedule_search import (
     ScheduleSearch,
     SearchOptions,
@@ -26,7 +28,6 @@ from blockdiffusion.train.schedule_search import (
     least_variance,
     variance_of,
 )
-from blockdiffusion.variance import Moments
 
 SMALL = SearchOptions(
     every=4, widths=(0.5, 1.0), offset_step=0.5, rows=5, batch_size=3, replicates=3

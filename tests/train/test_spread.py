@@ -17,11 +17,12 @@ import yaml
 from safetensors.torch import load_file
 
 import blockdiffusion
-from blockdiffusion.config import build_model, load_recipe, run_training, to_dict
 from blockdiffusion.data.loader import TokenRows
-from blockdiffusion.ranks import joined, local
+from blockdiffusion.runtime.distributed import joined, local
 from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
+from blockdiffusion.train.recipe import build_model, load_recipe, to_dict
+from blockdiffusion.train.run import run_training
 from tests.teams import Running, assert_ended_well, command, start_team, team
 
 STEPS = 50

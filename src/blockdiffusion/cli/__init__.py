@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-from blockdiffusion.checksums import Changed
 from blockdiffusion.cli.data import datasets, prepare
 from blockdiffusion.cli.generating import infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
@@ -25,11 +24,12 @@ from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.shared import warn
 from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
-from blockdiffusion.devices import spin_briefly_if_busy
 from blockdiffusion.errors import Elsewhere, UserError, reason
 from blockdiffusion.escape import say
-from blockdiffusion.files import storage_error
-from blockdiffusion.ranks import SHARED, end_with_input, joined, several_processes
+from blockdiffusion.files.checksums import Changed
+from blockdiffusion.files.disk import storage_error
+from blockdiffusion.runtime.devices import spin_briefly_if_busy
+from blockdiffusion.runtime.distributed import SHARED, end_with_input, joined, several_processes
 
 app = typer.Typer(
     name="blockdiff",

@@ -82,7 +82,7 @@ def prepare(
     """Tokenise text and pack it into rows for training; goes on where it was stopped."""
     from blockdiffusion.data.options import PrepareOptions
     from blockdiffusion.data.packing import prepare as run
-    from blockdiffusion.terminal import progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
 
     options = PrepareOptions(
         seq_len=seq_len,

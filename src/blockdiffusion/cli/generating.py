@@ -79,7 +79,7 @@ def sample(
         seed=used_seed,
     )
     if stream:
-        from blockdiffusion.terminal import show_stream
+        from blockdiffusion.reports.terminal import show_stream
 
         show_stream(events, network.tokenizer, prompts[0], text)
         return
@@ -157,7 +157,7 @@ def infill(
 
 def _used(seed: int | None) -> int:
     """Returns the given seed, or a fresh one."""
-    from blockdiffusion.seeding import fresh_seed
+    from blockdiffusion.runtime.seeding import fresh_seed
 
     return fresh_seed() if seed is None else seed
 
@@ -215,7 +215,7 @@ def lengths(
     """How long documents become: tokens until a sampled EOS."""
     from blockdiffusion.evaluate.generation.lengths import document_lengths
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
-    from blockdiffusion.terminal import length_lines, progress_bar
+    from blockdiffusion.reports.terminal import length_lines, progress_bar
 
     check_places(json_file)
     network = load_sampler(model, device, dtype)

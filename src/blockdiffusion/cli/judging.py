@@ -31,7 +31,7 @@ from blockdiffusion.cli.shared import (
     write_json,
 )
 from blockdiffusion.escape import say
-from blockdiffusion.files import write_whole
+from blockdiffusion.files.disk import write_whole
 
 
 @grouped
@@ -86,8 +86,8 @@ def generate_eval(
     from blockdiffusion.evaluate.generation.run import GenerateEval, generate_and_judge
     from blockdiffusion.evaluate.generation.samples import DrawOptions
     from blockdiffusion.evaluate.journal import remove_journal
-    from blockdiffusion.ranks import joined
-    from blockdiffusion.terminal import generation_lines, progress_bar
+    from blockdiffusion.reports.terminal import generation_lines, progress_bar
+    from blockdiffusion.runtime.distributed import joined
 
     check_places(json_file, csv_file, markdown, plot)
     options = GenerateEval(
@@ -180,11 +180,11 @@ def pareto(
 ) -> None:
     """Quality against cost: one model sampled in many ways, to pick an operating point."""
     from blockdiffusion.evaluate.generation.samples import DrawOptions
-    from blockdiffusion.evaluate.pareto.picture import pareto_picture
-    from blockdiffusion.evaluate.pareto.points import parse_point
-    from blockdiffusion.evaluate.pareto.run import Pareto, measure_pareto
-    from blockdiffusion.evaluate.pareto.table import csv_text, markdown_text
-    from blockdiffusion.terminal import progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
+    from blockdiffusion.studies.pareto.picture import pareto_picture
+    from blockdiffusion.studies.pareto.points import parse_point
+    from blockdiffusion.studies.pareto.run import Pareto, measure_pareto
+    from blockdiffusion.studies.pareto.table import csv_text, markdown_text
 
     check_places(out / "pareto.json")
     options = Pareto(

@@ -23,7 +23,7 @@ from blockdiffusion.cli.options import (
 from blockdiffusion.cli.shared import check_places, load_model, write_json
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
-from blockdiffusion.files import write_whole
+from blockdiffusion.files.disk import write_whole
 
 
 def evaluate(
@@ -57,14 +57,14 @@ def evaluate(
     dtype: DTYPE = "auto",
 ) -> None:
     """Likelihood of held-out text: nats per token, perplexity, bits per byte, with error bars."""
+    from blockdiffusion.checkpoints.release import check_card, record_evaluation
     from blockdiffusion.data.manifest import Manifest
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.likelihood import likelihood
     from blockdiffusion.evaluate.prepared import evaluation_facts, read_rows
-    from blockdiffusion.ranks import joined
-    from blockdiffusion.release import check_card, record_evaluation
-    from blockdiffusion.seeding import generator
-    from blockdiffusion.terminal import likelihood_lines, progress_bar
+    from blockdiffusion.reports.terminal import likelihood_lines, progress_bar
+    from blockdiffusion.runtime.distributed import joined
+    from blockdiffusion.runtime.seeding import generator
 
     if per_row and json_file is None:
         raise UserError("--per-row says what --json holds; give --json FILE, too")
@@ -171,7 +171,7 @@ def zero_shot(
         zero_shot_lines,
         zero_shot_markdown,
     )
-    from blockdiffusion.terminal import progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
 
     options = ZeroShotOptions(
         suite=suite,
@@ -239,10 +239,10 @@ def references(
 ) -> None:
     """Bits per byte of n-gram models and compressors on held-out rows, beside a model's."""
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
-    from blockdiffusion.evaluate.references.coders import CoderOptions, compare_coders
-    from blockdiffusion.evaluate.references.table import coders_markdown
     from blockdiffusion.evaluate.scoring import ScoreOptions
-    from blockdiffusion.terminal import progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
+    from blockdiffusion.studies.references.coders import CoderOptions, compare_coders
+    from blockdiffusion.studies.references.table import coders_markdown
 
     options = CoderOptions(
         split=split,
@@ -293,13 +293,13 @@ def variance(
     """Variance of the bound and of its gradient, for many estimators and block sizes."""
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.prepared import read_rows
-    from blockdiffusion.evaluate.variance.picture import variance_picture
-    from blockdiffusion.evaluate.variance.table import (
+    from blockdiffusion.reports.terminal import progress_bar, variance_lines
+    from blockdiffusion.studies.variance.picture import variance_picture
+    from blockdiffusion.studies.variance.table import (
         DEFAULT_ESTIMATORS,
         VarianceOptions,
         measure_variance,
     )
-    from blockdiffusion.terminal import progress_bar, variance_lines
 
     options = VarianceOptions(
         estimators=tuple(estimators or DEFAULT_ESTIMATORS),

@@ -50,8 +50,8 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a checkpoint into a model directory with tokenizer and model card."""
-    from blockdiffusion.models.lightning import LightningOptions
-    from blockdiffusion.release import convert as run
+    from blockdiffusion.checkpoints.lightning import LightningOptions
+    from blockdiffusion.checkpoints.release import convert as run
 
     options = LightningOptions(
         weights=weights,  # type: ignore[arg-type]  # checked there
@@ -85,6 +85,6 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
 ) -> None:
     """Upload a model with its card and tokenizer to the Hugging Face hub."""
-    from blockdiffusion.release import push as run
+    from blockdiffusion.checkpoints.release import push as run
 
     say(run(directory, repo_id, private=private))

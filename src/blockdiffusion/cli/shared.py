@@ -10,7 +10,7 @@ from typing import Any
 
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say
-from blockdiffusion.files import refuse_no_file, storage_error, write_whole
+from blockdiffusion.files.disk import refuse_no_file, storage_error, write_whole
 
 INT8 = "int8"  # besides the types of tensors
 
@@ -21,8 +21,8 @@ def warn(sentence: str) -> None:
 
 
 def device_of(name: str) -> Any:
-    from blockdiffusion.devices import select_device
-    from blockdiffusion.ranks import current
+    from blockdiffusion.runtime.devices import select_device
+    from blockdiffusion.runtime.distributed import current
 
     return current().claim(select_device(name, "--device"))
 
@@ -40,7 +40,7 @@ def _told_to_wait(line: str) -> Iterator[None]:
         return
     from rich.text import Text
 
-    from blockdiffusion.terminal import error_console
+    from blockdiffusion.reports.terminal import error_console
 
     with error_console().status(Text(line), spinner="line"):
         yield
@@ -49,7 +49,7 @@ def _told_to_wait(line: str) -> Iterator[None]:
 def _load(model: str, device: str, dtype: str) -> Any:
     import torch
 
-    from blockdiffusion.models.formats import load
+    from blockdiffusion.checkpoints.formats import load
 
     dtypes = {
         "auto": None,

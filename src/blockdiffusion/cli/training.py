@@ -10,7 +10,7 @@ import typer
 from blockdiffusion.cli.options import choice, one_of
 from blockdiffusion.cli.shared import check_places, write_json
 from blockdiffusion.escape import say
-from blockdiffusion.hardware import NAMES
+from blockdiffusion.runtime.hardware import NAMES
 
 
 def plan(
@@ -58,11 +58,11 @@ def plan(
     ] = None,
 ) -> None:
     """Tell what a recipe costs: memory, operations, time and price, of training and sampling."""
-    from blockdiffusion.account import make_account
-    from blockdiffusion.account.listing import account_lines
-    from blockdiffusion.account.sampling import SamplingRequest
-    from blockdiffusion.config import load_recipe
-    from blockdiffusion.hardware import choose_hardware
+    from blockdiffusion.estimate.listing import account_lines
+    from blockdiffusion.estimate.run import make_account
+    from blockdiffusion.estimate.sampling import SamplingRequest
+    from blockdiffusion.runtime.hardware import choose_hardware
+    from blockdiffusion.train.recipe import load_recipe
 
     check_places(json)
     account = make_account(
@@ -94,9 +94,10 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on with the run in the recipe's out.")] = False,
 ) -> None:
     """Train a model as a recipe says; goes on where it was stopped with --resume."""
-    from blockdiffusion.config import load_recipe, run_training
-    from blockdiffusion.ranks import joined
+    from blockdiffusion.runtime.distributed import joined
     from blockdiffusion.train.loop import Interrupted
+    from blockdiffusion.train.recipe import load_recipe
+    from blockdiffusion.train.run import run_training
 
     with joined() as team:
         parsed = load_recipe(recipe, overrides or [])
@@ -115,8 +116,8 @@ def train(
 
 def recipe_key(option: str, arguments: list[str]) -> str | None:
     """Tells how to give a recipe's key that was written as an `option`; None for other options."""
-    from blockdiffusion.config import Recipe
-    from blockdiffusion.records import dotted_keys
+    from blockdiffusion.files.records import dotted_keys
+    from blockdiffusion.train.recipe import Recipe
 
     wanted = option.lstrip("-").replace("-", "_")
     known = [key for key in dotted_keys(Recipe) if key == wanted or key.endswith(f".{wanted}")]
@@ -136,7 +137,7 @@ def report(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
 ) -> None:
     """Write one self-contained page about a run: curves, mask, trace, samples, numbers."""
-    from blockdiffusion.evaluate.report.run import report_run
+    from blockdiffusion.reports.run import report_run
 
     page = report_run(
         run,
@@ -176,9 +177,9 @@ def reproduce(
     ] = False,
 ) -> None:
     """Rebuild tables of the paper: train, measure and compare; goes on where it was stopped."""
-    from blockdiffusion.reproduce import plan_tables
-    from blockdiffusion.reproduce import reproduce as run
-    from blockdiffusion.reproduce.listing import plan_lines
+    from blockdiffusion.studies.reproduce import plan_tables
+    from blockdiffusion.studies.reproduce import reproduce as run
+    from blockdiffusion.studies.reproduce.listing import plan_lines
 
     place = Path("runs") / f"reproduce-{scale}" if out is None else out
     plan = plan_tables(tables, scale, place, data or (), judge)

@@ -19,8 +19,8 @@ def verify(
     ] = False,
 ) -> None:
     """Compare all files with the checksums that were written with them."""
-    from blockdiffusion.terminal import progress_bar
-    from blockdiffusion.verify import verify as run
+    from blockdiffusion.checkpoints.verify import verify as run
+    from blockdiffusion.reports.terminal import progress_bar
 
     with progress_bar("verify") as report:
         found = run(directory, update=update, report=report)

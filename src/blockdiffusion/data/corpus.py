@@ -14,8 +14,8 @@ from blockdiffusion.data.named import NamedSplit, parse_named
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.sources import Source, open_sources
 from blockdiffusion.errors import UserError, few
-from blockdiffusion.files import GIVEN
-from blockdiffusion.seeding import derive_seed
+from blockdiffusion.files.disk import GIVEN
+from blockdiffusion.runtime.seeding import derive_seed
 
 
 class Corpus:

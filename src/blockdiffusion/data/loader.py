@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blockdiffusion.checksums import Report, check_files, read_sums, silent
 from blockdiffusion.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest
 from blockdiffusion.data.parts import id_dtype
 from blockdiffusion.data.shards import lengths_file
 from blockdiffusion.errors import UserError
-from blockdiffusion.seeding import derive_seed
+from blockdiffusion.files.checksums import Report, check_files, read_sums, silent
+from blockdiffusion.runtime.seeding import derive_seed
 
 REMEDY = "copy it again from where it was whole, or delete the directory and prepare it anew"
 MOST_EPOCHS = 1000  # in one batch; more is a slip of the keyboard, and takes all memory
@@ -167,3 +167,14 @@ class BatchOrder:
             if len(self._epochs) > 2:  # of a large corpus one alone is tens of megabytes
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
+
+
+def free_tokens(batch: Batch, row_bos: bool) -> torch.Tensor:
+    """bool (B, L): the tokens that are masked and scored, so neither padding nor a given BOS."""
+    if batch.valid_BL is None:
+        free_BL = torch.ones_like(batch.ids_BL, dtype=torch.bool)
+    else:
+        free_BL = batch.valid_BL.clone()
+    if row_bos:
+        free_BL[:, 0] = False
+    return free_BL

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.checksums import sha256_of, sums_of, write_sums
 from blockdiffusion.data.shards import PACKERS, Shard, lengths_file
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.files import written_aside
+from blockdiffusion.files.checksums import sha256_of, sums_of, write_sums
+from blockdiffusion.files.disk import written_aside
+from blockdiffusion.files.records import Damaged, build, of_file, read_json
 from blockdiffusion.limits import MOST_COUNT, check_limits
-from blockdiffusion.records import Damaged, build, of_file, read_json
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -140,3 +140,10 @@ class Manifest:
             for shard in split.shards:
                 if shard.rows < 1 or not SHARD_NAME.fullmatch(shard.file):
                     raise Damaged(f"splits.{name} has the shard {shown(shard.file)}")
+
+
+def data_fingerprint(manifest: Manifest, split: str = "train") -> str:
+    """A hash of what the rows are: a run can only go on with the same."""
+    shards = [(shard.rows, shard.sha256) for shard in manifest.splits[split].shards]
+    identity = [manifest.seq_len, manifest.vocab_size, manifest.tokenizer_sha256, shards]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

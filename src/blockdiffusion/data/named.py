@@ -30,7 +30,7 @@ from blockdiffusion.data.sources import (
 )
 from blockdiffusion.data.splits import split_of
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import irregular
+from blockdiffusion.files.disk import irregular
 
 PIECE_CHARACTERS = 65_536
 NO_TEXT = {".md", ".bin", ".len"}  # what is about a set, and what `prepare` writes

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from blockdiffusion.checksums import SUMS
 from blockdiffusion.data.corpus import Corpus
 from blockdiffusion.data.manifest import (
     FORMAT_VERSION,
@@ -34,8 +33,9 @@ from blockdiffusion.data.parts import UNIT_BYTES, Job, PartRules, id_dtype, read
 from blockdiffusion.data.shards import PACKERS, Packer, RowRules, ShardWriter
 from blockdiffusion.data.sources import Source
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.files import locked, storage_error, written_aside
-from blockdiffusion.records import read_json
+from blockdiffusion.files.checksums import SUMS
+from blockdiffusion.files.disk import locked, storage_error, written_aside
+from blockdiffusion.files.records import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -28,7 +28,7 @@ import numpy as np
 
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.files import written_aside
+from blockdiffusion.files.disk import written_aside
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import FOLDER, irregular, open_regular, storage_error
+from blockdiffusion.files.disk import FOLDER, irregular, open_regular, storage_error
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 16 * 2**20

@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from blockdiffusion.files import create, partial_path
+from blockdiffusion.files.disk import create, partial_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

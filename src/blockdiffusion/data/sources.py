@@ -30,8 +30,8 @@ from blockdiffusion.data.reading import (
     walk,
 )
 from blockdiffusion.errors import UserError, few, reason, shown
-from blockdiffusion.files import EMPTY, check_regular
-from blockdiffusion.records import unique
+from blockdiffusion.files.disk import EMPTY, check_regular
+from blockdiffusion.files.records import unique
 
 BUILT_IN = {"python-docs": python_docs, "python-source": python_source}
 DOCUMENT_RULES = ("auto", "file", "line", "blank-line")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.files import append, storage_error
-from blockdiffusion.records import Damaged, json_lines, sealed, unsealed
+from blockdiffusion.files.disk import append, storage_error
+from blockdiffusion.files.records import Damaged, json_lines, sealed, unsealed
 
 
 class Journal:

@@ -1,7 +1,7 @@
 """Likelihood of text under a model, with its two standard errors.
 
 A diffusion likelihood is a bound (NELBO). It is estimated by drawing noise with any unbiased
-estimator of the network's objective (see `diffusions`), or, for masks, enumerated (`exact`, blocks
+estimator of the network's objective (see `objectives`), or, for masks, enumerated (`exact`, blocks
 of up to 8 tokens), which also gives the exact log-likelihood; `orders` gives a tighter bound for
 blocks of any length. The *noise* error says how far the estimate may lie from the value on these
 data, the *data* error how far that may lie from the value on all text of the kind.
@@ -19,8 +19,7 @@ from typing import Any, TypeGuard, cast
 
 import torch
 
-from blockdiffusion.corruption import T_MIN, Bernoulli, Estimator, all_copies
-from blockdiffusion.denoiser import (
+from blockdiffusion.diffusion.denoiser import (
     Denoiser,
     NextTokenModel,
     bos_id,
@@ -28,15 +27,16 @@ from blockdiffusion.denoiser import (
     is_autoregressive,
     row_groups,
 )
-from blockdiffusion.diffusions import diffusion_of
+from blockdiffusion.diffusion.estimators import T_MIN, Bernoulli, Estimator, all_copies
+from blockdiffusion.diffusion.exact import enumeration_is_cheap, exact_blocks, num_subsets
+from blockdiffusion.diffusion.objectives import diffusion_of
+from blockdiffusion.diffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
-from blockdiffusion.exact import enumeration_is_cheap, exact_blocks, num_subsets
 from blockdiffusion.limits import check_limit
-from blockdiffusion.orders import draw_orders, order_bound, order_nll
-from blockdiffusion.ranks import ALONE, Team
+from blockdiffusion.runtime.distributed import ALONE, Team
+from blockdiffusion.runtime.seeding import generator as seeded_generator
 from blockdiffusion.sampling.requests import as_ids
-from blockdiffusion.seeding import generator as seeded_generator
 from blockdiffusion.text import encode_text
 
 MOST_NATS = 700.0  # a token; exp of more is no number
@@ -184,7 +184,7 @@ def likelihood(
         ids: token ids (B, L), or a list of id lists, or a list of texts (needs a tokenizer). Rows
             that do not fill their last block are padded; padding is not seen and not counted.
         estimator: "exact" (enumerates; S <= 8), "orders" (the K-order bound), or a law of masks as
-            `corruption.make_estimator` reads it, not clipped: "count", "complement", "bernoulli",
+            `estimators.make_estimator` reads it, not clipped: "count", "complement", "bernoulli",
             "bernoulli:cosine", ... "auto" is "exact" where that takes no more noisy copies than
             `samples` complement pairs (with the usual 8 up to S = 4), and else the unbiased one
             with the least noise: complement pairs; "timesteps" for D3PM, which has no other.

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from blockdiffusion.checksums import Report, silent
-from blockdiffusion.data.loader import Batch, TokenRows
-from blockdiffusion.data.manifest import Manifest
-from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.checkpoints.card import public_name
+from blockdiffusion.data.loader import Batch, TokenRows, free_tokens
+from blockdiffusion.data.manifest import Manifest, data_fingerprint
+from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import Likelihood
+from blockdiffusion.files.checksums import Report, silent
 from blockdiffusion.limits import check_limit
-from blockdiffusion.models.card import public_name
-from blockdiffusion.train.loop import data_fingerprint, free_tokens
 
 # What a model card keeps of a likelihood.
 MEASURED = (

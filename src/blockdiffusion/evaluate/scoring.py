@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, data_error, likelihood
 from blockdiffusion.evaluate.windows import Window
-from blockdiffusion.seeding import generator
+from blockdiffusion.runtime.seeding import generator
 
 CHUNK_TOKENS = 2**14  # what a kill loses at most: some passes of `likelihood`
 TENSORS = ("nats_per_row", "exact_nats_per_row")

@@ -29,7 +29,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from blockdiffusion.attention import (
+from blockdiffusion.diffusion.denoiser import is_autoregressive
+from blockdiffusion.diffusion.estimators import Transition
+from blockdiffusion.diffusion.schedules import make_schedule
+from blockdiffusion.errors import UserError, shown
+from blockdiffusion.limits import check_limit
+from blockdiffusion.models import fused
+from blockdiffusion.models.attention import (
     Built,
     attend,
     attend_cached,
@@ -38,16 +44,10 @@ from blockdiffusion.attention import (
     ragged_groups,
     resolve_backend,
 )
-from blockdiffusion.cache import BlockCache, held_positions
-from blockdiffusion.corruption import Transition
-from blockdiffusion.denoiser import is_autoregressive
-from blockdiffusion.devices import allow_compilations
-from blockdiffusion.errors import UserError, shown
-from blockdiffusion.limits import check_limit
-from blockdiffusion.masks import Streams, decode_predicate
-from blockdiffusion.models import fused
-from blockdiffusion.recording import Recorder
-from blockdiffusion.schedules import make_schedule
+from blockdiffusion.models.cache import BlockCache, held_positions
+from blockdiffusion.models.cuda_graphs import Recorder
+from blockdiffusion.models.masks import Streams, decode_predicate
+from blockdiffusion.runtime.devices import allow_compilations
 
 NORM_EPS = 1e-5
 ROTARY_BASE = 10_000.0
@@ -497,7 +497,7 @@ class BlockDiffusionModel(PreTrainedModel):
         activation_checkpointing: whether gradients keep only what enters the layers, and compute
             these again: less memory, a third more work, the same numbers.
         records_passes: whether the kernels of passes over a cache are recorded and started
-            together (a CUDA graph; see `recording`). `inference.sampling_copy` decides.
+            together (a CUDA graph; see `cuda_graphs`). `inference.sampling_copy` decides.
     """
 
     config_class = BlockDiffusionConfig

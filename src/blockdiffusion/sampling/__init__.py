@@ -10,8 +10,9 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser, is_autoregressive
+from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
+from blockdiffusion.runtime.seeding import fresh_seed, seeded
 from blockdiffusion.sampling.autoregressive import sample_next_tokens
 from blockdiffusion.sampling.engine import Engine
 from blockdiffusion.sampling.infilling import fill_events, prepare_templates
@@ -35,7 +36,6 @@ from blockdiffusion.sampling.requests import (
     sampling_options,
 )
 from blockdiffusion.sampling.sliding import has_one_block, sample_sliding
-from blockdiffusion.seeding import fresh_seed, seeded
 from blockdiffusion.text import Detokenizer, Given, whole_text
 
 __all__ = [

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from blockdiffusion.denoiser import NextTokenModel, find_bos_id
+from blockdiffusion.diffusion.denoiser import NextTokenModel, find_bos_id
 from blockdiffusion.sampling.context import CachedPast, RecomputedPast
 from blockdiffusion.sampling.logits import draw_tokens
 from blockdiffusion.sampling.loop import (

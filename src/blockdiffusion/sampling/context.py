@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser, NextTokenModel
+from blockdiffusion.diffusion.denoiser import Denoiser, NextTokenModel
 
 PREFILL_TOKENS = 512  # prompt tokens of one pass: bounds the memory of its attention mask
 

@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser, is_autoregressive
+from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limit
+from blockdiffusion.runtime.seeding import fresh_seed, seeded
 from blockdiffusion.sampling.logits import NOT_FINITE, Filters
 from blockdiffusion.sampling.loop import SamplingOptions, check_request, check_room, check_window
 from blockdiffusion.sampling.policies import PolicySettings
@@ -30,7 +31,6 @@ from blockdiffusion.sampling.processes import Course, Setting, as_process
 from blockdiffusion.sampling.requests import given_prompt, prepare_prompts, sampling_options
 from blockdiffusion.sampling.sliding import has_one_block
 from blockdiffusion.sampling.streams import RowStreams, row_streams
-from blockdiffusion.seeding import fresh_seed, seeded
 from blockdiffusion.text import Given, whole_text
 
 # What a request may choose beside its length, BOS and seed.

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser, is_autoregressive
+from blockdiffusion.diffusion.denoiser import Denoiser, is_autoregressive
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.sampling.loop import (
     BlockBatch,

@@ -12,9 +12,9 @@ from typing import get_args
 
 import torch
 
+from blockdiffusion.diffusion.losses import exclude_mask_token_
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.objectives import exclude_mask_token_
-from blockdiffusion.recording import Recorder
+from blockdiffusion.models.cuda_graphs import Recorder
 from blockdiffusion.sampling.nucleus import Nucleus, TopPRule, draw_from_sorted, sorted_nuclei
 
 RECORDED_LOGITS = 2**22  # draws from more take long anyway, and recordings hold memory

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser, NextTokenModel
+from blockdiffusion.diffusion.denoiser import Denoiser, NextTokenModel
 from blockdiffusion.errors import UserError
-from blockdiffusion.hardware import check_memory
+from blockdiffusion.runtime.hardware import check_memory
 from blockdiffusion.sampling.context import CachedContext, RecomputedContext
 from blockdiffusion.sampling.logits import Filters
 from blockdiffusion.sampling.policies import FirstHitting, Policy

@@ -13,10 +13,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from blockdiffusion.diffusion.schedules import Linear, Schedule
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
 from blockdiffusion.sampling.streams import RowStreams
-from blockdiffusion.schedules import Linear, Schedule
 
 
 class Policy(Protocol):

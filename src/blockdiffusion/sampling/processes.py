@@ -22,10 +22,11 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from blockdiffusion.corruption import without_mask
-from blockdiffusion.diffusions import DiscreteTime
+from blockdiffusion.diffusion.estimators import without_mask
+from blockdiffusion.diffusion.losses import exclude_mask_token_, log_rate, uniform_reverse
+from blockdiffusion.diffusion.objectives import DiscreteTime
+from blockdiffusion.diffusion.schedules import Linear, Schedule, make_schedule, noise_level
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.objectives import exclude_mask_token_, log_rate, uniform_reverse
 from blockdiffusion.sampling.logits import (
     Filters,
     draw_columns,
@@ -44,7 +45,6 @@ from blockdiffusion.sampling.policies import (
     in_order,
 )
 from blockdiffusion.sampling.streams import RowStreams
-from blockdiffusion.schedules import Linear, Schedule, make_schedule, noise_level
 
 TIE = 2.0**-10  # uncertainties are told apart by as much; see `MostCertain`
 
@@ -376,7 +376,7 @@ class Analytic:
     """SEDD's analytic sampler on a grid of `steps` times, for masks.
 
     From t to the next earlier s a masked token becomes y with probability (e^(sigma_t - sigma_s) -
-    1) s_y, which is u c_y for u = (p_t - p_s) / p_t and c of `objectives.score_entropy`, and stays
+    1) s_y, which is u c_y for u = (p_t - p_s) / p_t and c of `losses.score_entropy`, and stays
     masked with what is left. Where the scores add up to more than one, nothing is left. The last
     step, to p = 0, reveals all (the authors' denoising step). Filters act on c / sum of c.
 
@@ -438,7 +438,7 @@ class UniformReverse:
     """D3PM's ancestral sampler for uniform noise: T steps of p(x_s | x_t), all tokens in each.
 
     With `steps` = T it is the chain whose bound is measured; with fewer it takes longer steps of
-    the same noise, by the same formula (`objectives.uniform_reverse`), and is another law. Filters
+    the same noise, by the same formula (`losses.uniform_reverse`), and is another law. Filters
     act on p(x_0 | x_t).
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser, bos_id, is_autoregressive
+from blockdiffusion.diffusion.denoiser import Denoiser, bos_id, is_autoregressive
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import check_limit
 from blockdiffusion.sampling.logits import Filters, TopPRule

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling.context import CachedContext
 from blockdiffusion.sampling.loop import (

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 import shutil
@@ -31,14 +30,20 @@ import torch
 from torch import nn
 
 import blockdiffusion
-from blockdiffusion.checksums import SUMS, accept, differing, named, read_sums, sums_of, write_sums
+from blockdiffusion.checkpoints.card import Card, check_evaluation, write_card
+from blockdiffusion.checkpoints.formats import write_model
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.files import FULL_DISK, create, locked, remove, storage_error
-from blockdiffusion.limits import check_limits
-from blockdiffusion.models.card import Card, check_evaluation, write_card
-from blockdiffusion.models.formats import write_model
-from blockdiffusion.ranks import ALONE, Team, is_sharded
-from blockdiffusion.records import (
+from blockdiffusion.files.checksums import (
+    accept,
+    differing,
+    named,
+    read_sums,
+    sums_of,
+    write_sums,
+)
+from blockdiffusion.files.directories import publish_directory, sync, writing
+from blockdiffusion.files.disk import create, locked, remove, storage_error
+from blockdiffusion.files.records import (
     MOST_JSON,
     Damaged,
     as_object,
@@ -46,6 +51,8 @@ from blockdiffusion.records import (
     parse_json,
     read_bytes,
 )
+from blockdiffusion.limits import check_limits
+from blockdiffusion.runtime.distributed import ALONE, Team, is_sharded
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
 
@@ -177,7 +184,7 @@ def save(
         sums: dict[str, str] = {}
         for name, tensors_of_file in tensors.items():
             path, sums[path.name] = save_tensors(tensors_of_file, partial / name, team)
-            _sync(path)
+            sync(path)
         if sharded:  # the others' files
             sums = {name: sha256 for part in team.gather(sums) for name, sha256 in part.items()}
         if not team.is_first:
@@ -224,45 +231,6 @@ def export_model(
             write_card(partial, model.config, card)  # type: ignore
         write_sums(partial, sums_of(partial, sums))
         publish_directory(partial, final)
-
-
-def publish_directory(partial: Path, final: Path) -> None:
-    """Gives the complete directory `partial` the name `final`, once it is on the disk.
-
-    Where there is one, its files are replaced, the checksums last: until then it has none.
-    """
-    for path in partial.iterdir():
-        _sync(path)
-    _sync(partial)
-    if not final.exists():
-        partial.rename(final)
-        try:
-            _sync(final.parent)
-        except OSError:  # told as not written, it must not be there
-            remove(final)
-            raise
-    else:
-        (final / SUMS).unlink(missing_ok=True)
-        for path in sorted(partial.iterdir(), key=lambda path: path.name == SUMS):
-            os.replace(path, final / path.name)
-        partial.rmdir()
-        _sync(final)
-
-
-@contextmanager
-def writing(what: str, partial: Path | None = None, then: str = "resume the run") -> Iterator[None]:
-    """Removes `partial` when writing `what` fails, and tells why in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in FULL_DISK:
-            raise UserError(
-                f"the disk is full: the {what} could not be written; what was written before "
-                f"it is intact: free some space, then {then}"
-            ) from error
-        raise storage_error(error, what) from error
 
 
 # --- Loading --------------------------------------------------------------------------------------
@@ -373,14 +341,3 @@ def _remove_leftovers(out: Path) -> None:
 def _all_checkpoints(out: Path) -> list[Path]:
     found = (out / "checkpoints").glob("step-*")
     return sorted(path for path in found if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def _sync(path: Path) -> None:
-    """Makes the contents of a file, or the names in a directory, survive a power cut."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a directory
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,9 +13,9 @@ from typing import Any, Literal, Protocol
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import markdown_prose
-from blockdiffusion.files import append, written_aside
-from blockdiffusion.records import json_lines
-from blockdiffusion.train.checkpoint import writing
+from blockdiffusion.files.directories import writing
+from blockdiffusion.files.disk import append, written_aside
+from blockdiffusion.files.records import json_lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

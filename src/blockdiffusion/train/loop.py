@@ -10,8 +10,6 @@ Steps count from 1: step n is the n-th update, and checkpoint n holds the weight
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import signal
@@ -20,34 +18,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import yaml
 from torch import nn
 
-from blockdiffusion.corruption import (
-    T_MIN,
-    Estimator,
-    EstimatorName,
-    Stratify,
-    Transition,
-    build_estimator,
-    for_block_size,
-)
-from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows
-from blockdiffusion.data.manifest import Manifest
-from blockdiffusion.denoiser import is_autoregressive
-from blockdiffusion.devices import keep_freed_memory, select_device
-from blockdiffusion.diffusions import diffusion_of
+from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows, free_tokens
+from blockdiffusion.data.manifest import data_fingerprint
+from blockdiffusion.diffusion.denoiser import is_autoregressive
+from blockdiffusion.diffusion.estimators import for_block_size
+from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import written_aside
-from blockdiffusion.limits import check_limits
-from blockdiffusion.ranks import ALONE, Team, current, local
-from blockdiffusion.seeding import generator, seed_global
+from blockdiffusion.files.disk import written_aside
+from blockdiffusion.runtime.devices import keep_freed_memory, select_device
+from blockdiffusion.runtime.distributed import ALONE, Team, current, local
+from blockdiffusion.runtime.seeding import generator, seed_global
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import CheckpointOptions, TrainState
 from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
@@ -60,182 +49,14 @@ from blockdiffusion.train.optim import (
     make_optimizer,
     set_learning_rate,
 )
+from blockdiffusion.train.options import ObjectiveOptions, TrainOptions
 from blockdiffusion.train.speed import Speed
-from blockdiffusion.train.spread import Parallel, Spread, spread_over
+from blockdiffusion.train.spread import Spread, spread_over
 
 if TYPE_CHECKING:
-    from blockdiffusion.models.card import Card
+    from blockdiffusion.checkpoints.card import Card
     from blockdiffusion.models.transformer import BlockDiffusionModel
     from blockdiffusion.train.schedule_search import ScheduleSearch
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveKind:
-    """What an objective's name stands for.
-
-    Attributes:
-        network: what the configuration of such a network says.
-        stored: what it remembers of the options: its name there -> the name of the option.
-        usual_estimator: what `estimator` null means.
-        reads: the options that mean something.
-        why_not: why the others do not.
-    """
-
-    network: Mapping[str, Any]
-    stored: Mapping[str, str] = field(default_factory=dict)
-    usual_estimator: EstimatorName = "complement"
-    reads: tuple[str, ...] = ("estimator", "schedule", "clip", "num_noisy", "t_min", "stratify")
-    why_not: str = "which has no such choice"
-
-
-OBJECTIVES = {
-    "bd3lm": ObjectiveKind(network={"objective": "block_diffusion"}),
-    "mdlm": ObjectiveKind(network={"objective": "block_diffusion"}),
-    "sedd": ObjectiveKind(network={"objective": "score_entropy", "time_conditioning": True}),
-    "d3pm": ObjectiveKind(
-        network={"objective": "d3pm", "time_conditioning": True},
-        stored={
-            "transition": "transition", "timesteps": "timesteps", "noise_schedule": "schedule",
-        },
-        usual_estimator="bernoulli",  # which `Diffusion.fitted` turns into `Timesteps`
-        reads=("schedule", "num_noisy", "stratify", "transition", "timesteps"),
-        why_not="whose time is discrete",
-    ),
-    "ar": ObjectiveKind(  # the baseline has no conditioning
-        network={"objective": "autoregressive", "adaln": False},
-        reads=(),
-        why_not="which draws no masks",
-    ),
-}  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveOptions:
-    """What the network is trained on: which noise, or the next token."""
-
-    name: Literal["bd3lm", "mdlm", "sedd", "d3pm", "ar"] = "bd3lm"
-    """bd3lm: masked diffusion in blocks; mdlm: the same, one block a row; sedd, d3pm: score entropy
-    and discrete time in blocks; ar: the autoregressive baseline. See `OBJECTIVES`."""
-    estimator: EstimatorName | None = None
-    """How masks are drawn, and what they weigh; null: complement. The paper's is bernoulli. See
-    docs/concepts.md."""
-    schedule: str = "linear"
-    """linear, cosine, square, sqrt or log; of bernoulli, resampled, d3pm and clips."""
-    clip: tuple[float, float] | None = None
-    """Mask probabilities are kept in this interval; null: all of (0, 1]."""
-    num_noisy: int | None = None
-    """Noisy copies that share one clean stream; null: 1, and a pair for complement."""
-    t_min: float = T_MIN
-    """Mask probabilities below are left out by bernoulli: 1/t has no finite variance."""
-    stratify: Stratify = "row"
-    """Draws are spread evenly over the batch and each row, over the batch only, or not at all."""
-    transition: Transition = "absorbing"
-    """What noise makes of a token in d3pm: the mask, or a uniform token."""
-    timesteps: int = 1000
-    """T, the time steps of d3pm."""
-
-    def __post_init__(self) -> None:
-        self._refuse_what_is_not_read()
-        if not 0 <= self.t_min < 1:
-            raise UserError(f"objective.t_min is {self.t_min}; it must be in [0, 1)")
-        check_limits(self, "objective.")
-        self.make_estimator()
-        self._refuse_times_where_none_is_drawn()
-        if self.clip is not None and not self.allows_clip:
-            raise UserError(
-                f"objective.clip is {self.clip}, but objective.estimator is {self.used_estimator}, "
-                f"which draws the number of masked tokens before the time that {self.name} reads; "
-                "set objective.clip=null, or objective.estimator=bernoulli"
-            )
-
-    @property
-    def used_estimator(self) -> EstimatorName:
-        """The estimator that masks are drawn with."""
-        return self.estimator or OBJECTIVES[self.name].usual_estimator
-
-    @property
-    def of_network(self) -> dict[str, Any]:
-        """What the configuration of such a network says."""
-        kind = OBJECTIVES[self.name]
-        stored = {name: getattr(self, option) for name, option in kind.stored.items()}
-        return {**kind.network, **stored}
-
-    @property
-    def allows_clip(self) -> bool:
-        """Whether mask probabilities can be kept in an interval."""
-        kind = OBJECTIVES[self.name]
-        times_first = self.used_estimator in ("bernoulli", "resampled")
-        reads_time = kind.network.get("time_conditioning", False)
-        return "clip" in kind.reads and (times_first or not reads_time)
-
-    def _refuse_what_is_not_read(self) -> None:
-        kind = OBJECTIVES[self.name]
-        for item in fields(self):
-            value, default = getattr(self, item.name), item.default
-            if item.name not in ("name", *kind.reads) and value != default:
-                raise UserError(
-                    f"objective.{item.name} is {value}, but objective.name is {self.name}, "
-                    f"{kind.why_not}; set objective.{item.name}="
-                    f"{'null' if default is None else default}"
-                )
-
-    def _refuse_times_where_none_is_drawn(self) -> None:
-        if self.name == "ar" or self.used_estimator not in ("count", "complement"):
-            return
-        for name, value, default in (
-            ("schedule", self.schedule if self.clip is None else "linear", "linear"),
-            ("t_min", self.t_min, T_MIN),
-        ):
-            if value != default:
-                raise UserError(
-                    f"objective.{name} is {value}, but objective.estimator is "
-                    f"{self.used_estimator}, which draws no times; set objective.{name}={default}, "
-                    "or objective.estimator=bernoulli"
-                )
-
-    def make_estimator(self) -> Estimator:
-        """The law of the masks that the options name; `Diffusion.fitted` makes it the network's."""
-        return build_estimator(
-            self.used_estimator,
-            schedule=self.schedule,
-            clip=self.clip,
-            num_noisy=self.num_noisy,
-            t_min=self.t_min,
-            stratify=self.stratify,
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainOptions:
-    """How long, on what and in which precision to train."""
-
-    steps: int
-    """Updates of the weights."""
-    batch_size: int = 512
-    """Rows of the global batch, one update."""
-    micro_batch_size: int | None = None
-    """Rows of one forward and backward pass; null: the whole batch. It saves memory only."""
-    activation_checkpointing: bool = False
-    """Keep only what enters the layers, and compute them again in the backward pass."""
-    compile: bool = False
-    """On GPUs, make few of the layers' small operations (after some twenty seconds)."""
-    seed: int = 0
-    dtype: Literal["float32", "bf16"] = "float32"
-    """bf16 is autocast, in training: weights, average, optimizer and evaluation are float32."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int | None = None
-    """Threads of the CPU operators; null: what PyTorch chooses."""
-    parallel: Parallel = "ddp"
-    """What several processes (torchrun) hold: each all of the network (ddp), or a shard of every
-    tensor (fsdp). One process holds all of it, so that a recipe is good for any number."""
-
-    def __post_init__(self) -> None:
-        check_limits(self, "train.")
-        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
-            raise UserError(
-                f"train.micro_batch_size is {self.micro_batch_size}; it must be at most "
-                f"train.batch_size, which is {self.batch_size}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,7 +111,8 @@ def train(
 ) -> TrainState:
     """Trains `model` in place on the rows of prepared data; writes the run into `out`.
 
-    All processes of a team call it with equal arguments, after they have joined (`ranks.joined`).
+    All processes of a team call it with equal arguments, after they have joined
+    (`distributed.joined`).
 
     Args:
         model: with its initial weights, of the sizes of the data; moved to the device.
@@ -517,24 +339,6 @@ def _use_average(
         with spread.averaged(average) as model, torch.no_grad():
             values = what.run(model.eval())
         yield values
-
-
-def free_tokens(batch: Batch, row_bos: bool) -> torch.Tensor:
-    """bool (B, L): the tokens that are masked and scored, so neither padding nor a given BOS."""
-    if batch.valid_BL is None:
-        free_BL = torch.ones_like(batch.ids_BL, dtype=torch.bool)
-    else:
-        free_BL = batch.valid_BL.clone()
-    if row_bos:
-        free_BL[:, 0] = False
-    return free_BL
-
-
-def data_fingerprint(manifest: Manifest, split: str = "train") -> str:
-    """A hash of what the rows are: a run can only go on with the same."""
-    shards = [(shard.rows, shard.sha256) for shard in manifest.splits[split].shards]
-    identity = [manifest.seq_len, manifest.vocab_size, manifest.tokenizer_sha256, shards]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 # --- Starting and resuming ------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The loss of one update as a sum over the rows of its global batch.
 
-`DiffusionLoss` is that of all objectives with noise; what they differ in is in `diffusions`.
+`DiffusionLoss` is that of all objectives with noise; what they differ in is in `objectives`.
 
 Shape suffixes: B rows, N noisy copies, L tokens.
 """
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from blockdiffusion.corruption import Corrupted
 from blockdiffusion.data.loader import Batch
-from blockdiffusion.denoiser import causal_loss
-from blockdiffusion.diffusions import diffusion_of
+from blockdiffusion.diffusion.denoiser import causal_loss
+from blockdiffusion.diffusion.estimators import Corrupted
+from blockdiffusion.diffusion.objectives import diffusion_of
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionModel

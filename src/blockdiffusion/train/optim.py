@@ -13,7 +13,7 @@ from torch import nn
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
-from blockdiffusion.ranks import first_row, is_sharded, local, whole
+from blockdiffusion.runtime.distributed import first_row, is_sharded, local, whole
 
 MOMENTUM = 0.95
 
@@ -146,7 +146,7 @@ class ShardedMuon(torch.optim.Muon):
     Weights and momentum stay in shards. Of one matrix at a time the direction is put together, in
     the bf16 that Muon rounds it to, and every process makes all of it orthogonal, to keep its rows.
     So an update exchanges 2 bytes for each number of the matrices, and takes every process the
-    operations of one that has them whole (`costs.muon_flops`), as with replicas.
+    operations of one that has them whole (`flops.muon_flops`), as with replicas.
     """
 
     @torch.no_grad()

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from blockdiffusion.corruption import Estimator, for_block_size
-from blockdiffusion.data.loader import TokenRows
+from blockdiffusion.data.loader import TokenRows, free_tokens
+from blockdiffusion.diffusion.estimators import Estimator, for_block_size
+from blockdiffusion.diffusion.variance import Moments, batch_moments
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
-from blockdiffusion.ranks import ALONE, Team
-from blockdiffusion.seeding import generator
-from blockdiffusion.train.loop import OBJECTIVES, ObjectiveOptions, free_tokens
-from blockdiffusion.variance import Moments, batch_moments
+from blockdiffusion.runtime.distributed import ALONE, Team
+from blockdiffusion.runtime.seeding import generator
+from blockdiffusion.train.options import OBJECTIVES, ObjectiveOptions
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionModel

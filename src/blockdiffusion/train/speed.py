@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blockdiffusion.attention import resolve_backend
-from blockdiffusion.costs import Network, Pass, training_flops
-from blockdiffusion.hardware import quick_peak, share_of_peak
+from blockdiffusion.estimate.flops import Network, Pass, training_flops
+from blockdiffusion.models.attention import resolve_backend
+from blockdiffusion.runtime.hardware import quick_peak, share_of_peak
 
 if TYPE_CHECKING:
-    from blockdiffusion.train.loop import TrainOptions
     from blockdiffusion.train.loss import BatchLoss
+    from blockdiffusion.train.options import TrainOptions
 
 
 class Speed:

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from blockdiffusion.ranks import Team, whole
+from blockdiffusion.runtime.distributed import Team, whole
 from blockdiffusion.train.loss import BatchLoss
 from blockdiffusion.train.optim import MovingAverage
+from blockdiffusion.train.options import Parallel
 
 if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionModel
-
-Parallel = Literal["ddp", "fsdp"]
 
 
 class Spread:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from blockdiffusion.checkpoints.tensors import is_finite, write_safetensors
 from blockdiffusion.errors import UserError
-from blockdiffusion.files import check_regular
-from blockdiffusion.models.tensors import is_finite, write_safetensors
-from blockdiffusion.ranks import Team, first_row, is_sharded, local
+from blockdiffusion.files.disk import check_regular
+from blockdiffusion.runtime.distributed import Team, first_row, is_sharded, local
 
 Shape = tuple[int, ...]
 

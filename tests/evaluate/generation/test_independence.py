@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from blockdiffusion.config import load_recipe, run_training
+from blockdiffusion.checkpoints.formats import load
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.independence import check_judge
 from blockdiffusion.evaluate.generation.judge import CausalJudge, load_judge
-from blockdiffusion.models.formats import load
+from blockdiffusion.train.recipe import load_recipe
+from blockdiffusion.train.run import run_training
 from tests.conftest import GOLDEN
 from tests.evaluate.judges import save_gpt2
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from blockdiffusion.data.tokenizers import byte_tokenizer
+from blockdiffusion.diffusion.exact import exact_blocks
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation import judge as judging
 from blockdiffusion.evaluate.generation.judge import (
@@ -22,7 +23,6 @@ from blockdiffusion.evaluate.generation.judge import (
     windows,
 )
 from blockdiffusion.evaluate.likelihood import likelihood
-from blockdiffusion.exact import exact_blocks
 from tests.evaluate.judges import BYTES, save_gpt2, slow_nats, with_bytes
 
 TEXTS = ["", "a", "It was the best of times", "x" * 23, "ab" * 12, "the worst of times, é! " * 5]

@@ -8,7 +8,7 @@ from scipy import stats
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.lengths import DocumentLengths, document_lengths
-from blockdiffusion.terminal import length_lines
+from blockdiffusion.reports.terminal import length_lines
 
 FALSE_ALARM = 1e-4
 

@@ -32,7 +32,7 @@ from blockdiffusion.evaluate.generation.table import (
     read_result,
     with_error,
 )
-from blockdiffusion.terminal import generation_lines
+from blockdiffusion.reports.terminal import generation_lines
 from tests.evaluate.judges import BYTES, save_gpt2, with_bytes
 from tests.hostile import HOSTILE, check_csv, check_markdown, check_picture
 

@@ -14,8 +14,8 @@ from blockdiffusion.evaluate.generation.samples import (
     draw_samples,
     read_samples,
 )
+from blockdiffusion.runtime.seeding import seeded
 from blockdiffusion.sampling import generate
-from blockdiffusion.seeding import seeded
 from tests.evaluate.judges import BYTES, with_bytes
 
 

@@ -13,7 +13,7 @@ import torch
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.judge import Judge
-from blockdiffusion.records import Damaged, build, read_yaml
+from blockdiffusion.files.records import Damaged, build, read_yaml
 from blockdiffusion.train.checkpoint import latest, read_state
 
 

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blockdiffusion.corruption import Complement
+from blockdiffusion.checkpoints.formats import LIGHTNING, PICKLES, load, refuse_missing_path
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
-from blockdiffusion.denoiser import bos_id, is_autoregressive, masked_nll
+from blockdiffusion.diffusion.denoiser import bos_id, is_autoregressive, masked_nll
+from blockdiffusion.diffusion.estimators import Complement
+from blockdiffusion.diffusion.exact import MAX_BLOCK_SIZE, exact_blocks
+from blockdiffusion.diffusion.losses import subs_nll
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.journal import Journal, fingerprint
-from blockdiffusion.exact import MAX_BLOCK_SIZE, exact_blocks
+from blockdiffusion.files.records import read_json
 from blockdiffusion.from_pretrained import from_pretrained
-from blockdiffusion.models.formats import LIGHTNING, PICKLES, load, refuse_missing_path
 from blockdiffusion.models.transformer import BlockDiffusionConfig
-from blockdiffusion.objectives import subs_nll
-from blockdiffusion.records import read_json
-from blockdiffusion.seeding import generator
+from blockdiffusion.runtime.seeding import generator
 
 LOGIT_BYTES = 2**28  # logits of one pass: bounds memory
 MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # of a judge's configuration

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.denoiser import Denoiser
+from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.limits import check_limit
+from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.sampling import generate
-from blockdiffusion.seeding import generator
 
 Progress = Callable[[str, int, int | None], None]
 

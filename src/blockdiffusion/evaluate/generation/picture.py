@@ -17,7 +17,7 @@ from typing import Any
 from blockdiffusion.escape import html as escape
 from blockdiffusion.evaluate.generation.table import conventions, number, real_label
 from blockdiffusion.evaluate.likelihood import Z95
-from blockdiffusion.evaluate.report.pictures import (
+from blockdiffusion.reports.pictures import (
     CHART_STYLE,
     Frame,
     log_ticks,

@@ -14,7 +14,7 @@ from blockdiffusion.data.sources import open_sources
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.samples import Sample, documents_of
-from blockdiffusion.evaluate.report.pictures import evenly_spread
+from blockdiffusion.reports.pictures import evenly_spread
 
 DOCUMENT_BYTES = 65_536
 POOL = 20  # pieces of text files that are looked at for each one that is taken

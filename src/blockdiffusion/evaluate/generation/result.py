@@ -37,7 +37,7 @@ from blockdiffusion.evaluate.generation.samples import Drawn, Sample
 from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.evaluate.likelihood import Z95
 from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
-from blockdiffusion.evaluate.report.markup import perplexity_of
+from blockdiffusion.reports.markup import perplexity_of
 
 FORMAT = "blockdiffusion-generation-1"
 DISTINCT = (1, 2, 3, 4)

@@ -29,7 +29,7 @@ from blockdiffusion.evaluate.generation.samples import (
     read_samples,
 )
 from blockdiffusion.evaluate.journal import journal_beside
-from blockdiffusion.ranks import ALONE, Team
+from blockdiffusion.runtime.distributed import ALONE, Team
 
 
 @dataclass(frozen=True, kw_only=True)

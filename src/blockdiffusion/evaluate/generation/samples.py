@@ -19,20 +19,20 @@ from typing import Any
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.journal import fingerprint
-from blockdiffusion.files import append, storage_error, write_whole
-from blockdiffusion.limits import MOST_COUNT, check_limits
-from blockdiffusion.models.inference import sampling_copy
-from blockdiffusion.ranks import ALONE, Team
-from blockdiffusion.records import (
+from blockdiffusion.files.disk import append, storage_error, write_whole
+from blockdiffusion.files.records import (
     Damaged,
     as_object,
     build,
     byte_lines,
     parse_json,
 )
+from blockdiffusion.limits import MOST_COUNT, check_limits
+from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.runtime.distributed import ALONE, Team
+from blockdiffusion.runtime.seeding import derive_seed, seeded
 from blockdiffusion.sampling import BlockEvent, DoneEvent, collect, prepare_prompts, stream
 from blockdiffusion.sampling.logits import Filters, TopPRule
-from blockdiffusion.seeding import derive_seed, seeded
 from blockdiffusion.text import whole_text
 
 STREAM = "generate-eval"

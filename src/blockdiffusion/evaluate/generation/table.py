@@ -10,7 +10,7 @@ from typing import Any
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import csv_table, markdown, markdown_table
 from blockdiffusion.evaluate.generation.result import DISTINCT, FORMAT, REPETITION, GenerationResult
-from blockdiffusion.records import Damaged, build, not_negative, of_file, read_json
+from blockdiffusion.files.records import Damaged, build, not_negative, of_file, read_json
 
 Result = Mapping[str, Any]  # what `GenerationResult.to_dict` gives
 

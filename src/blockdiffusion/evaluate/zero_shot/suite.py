@@ -26,7 +26,7 @@ from blockdiffusion.data.parts import id_dtype
 from blockdiffusion.data.registry import find_set
 from blockdiffusion.data.shards import RowRules, WrapPacker
 from blockdiffusion.data.tokenizers import encode, vocab_size
-from blockdiffusion.denoiser import Denoiser, bos_id
+from blockdiffusion.diffusion.denoiser import Denoiser, bos_id
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator

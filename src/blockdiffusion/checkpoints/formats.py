@@ -1,0 +1,341 @@
+"""Reading models: our own directories, published `bd3lm` directories, the authors' Lightning files.
+
+Weights are read from safetensors, or from a pickle that is not executed (`unpickling`), so that
+nothing in a file can run, and strictly: a missing, unexpected or misshapen tensor is an error that
+names it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+from transformers.initialization import no_init_weights
+
+from blockdiffusion.checkpoints.bd3lm import MODEL_TYPE as BD3LM
+from blockdiffusion.checkpoints.bd3lm import from_bd3lm
+from blockdiffusion.checkpoints.lightning import LightningFile, LightningOptions, read_lightning
+from blockdiffusion.checkpoints.tensors import check_tensors, read_safetensors, write_safetensors
+from blockdiffusion.errors import UserError, shown
+from blockdiffusion.files import records
+from blockdiffusion.files.checksums import warn_of_changes
+from blockdiffusion.from_pretrained import from_pretrained
+from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+LIGHTNING = ".ckpt"
+PICKLES = (".bin", LIGHTNING, ".pt", ".pth", ".pkl")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
+Format = Literal["blockdiffusion", "bd3lm", "lightning"]
+
+# What the weights of two networks must agree on, to mean the same.
+SAME = (
+    "objective",
+    "transition",
+    "vocab_size",
+    "mask_id",
+    "width",
+    "num_layers",
+    "num_heads",
+    "adaln",
+    "cond_dim",
+    "time_conditioning",
+    "clean_attention",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A model and where it came from.
+
+    Attributes:
+        path: its local directory or file.
+        lightning: what else the file says, where the format is "lightning".
+    """
+
+    model: BlockDiffusionModel
+    format: Format
+    path: Path
+    lightning: LightningFile | None = None
+
+    @property
+    def config(self) -> BlockDiffusionConfig:
+        """The model's."""
+        return self.model.config  # type: ignore  # transformers types it by its base class
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> BlockDiffusionModel:
+    """A model in eval mode, from one of our directories, a published one, or a Lightning file.
+
+    Args:
+        path_or_hub_id: a directory with config.json and model.safetensors (a training run's
+            directory works too); a Hugging Face id such as
+            `kuleshov-group/bd3lm-owt-block_size4`; or a `last.ckpt` of the authors' code, whose
+            moving average is taken and in which nothing is run.
+        device, dtype: where the weights go and in which precision; the file's by default.
+
+    Returns:
+        The model; `.config.block_size`, `.config.mask_id` and `.tokenizer` (None where the
+        directory has none) are set.
+
+    Warns:
+        checksums.Changed: a file of the directory is not what was written.
+
+    Raises:
+        UserError: nothing there, a pickle of another kind, a truncated file, tensors that do not
+            fit, or a Lightning file that does not say all sizes (`blockdiff convert` takes them).
+    """
+    return find_model(path_or_hub_id, device=device, dtype=dtype).model
+
+
+def find_model(
+    path_or_hub_id: str | Path,
+    lightning: LightningOptions | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Found:
+    """As `load`, with what a Lightning file does not say, and telling where the model came from.
+
+    Raises:
+        UserError: see `load`; or options for a Lightning file are given for something else.
+    """
+    path = _find(path_or_hub_id)
+    read: LightningFile | None = None
+    if path.is_file():
+        kind: Format = "lightning"
+        read = read_lightning(path, lightning)
+        config, state, file = read.config, read.state, path
+    elif lightning is not None and lightning.given():
+        raise UserError(
+            f"{path} says everything itself; leave out {', '.join(lightning.given())}, which only "
+            "a Lightning file needs"
+        )
+    else:
+        file = path / WEIGHTS
+        kind, config, state = _read_directory(path)
+    check_tensors(config, state, file, CONFIG if read is None else "its own sizes")
+    with no_init_weights():  # all of them are in the file
+        model = BlockDiffusionModel(config)
+    model.load_state_dict(state)
+    if dtype is None and state:
+        dtype = next(iter(state.values())).dtype
+    model.to(device=device, dtype=dtype)  # type: ignore
+    if read is None:
+        model.tokenizer = _read_tokenizer(path)
+        warn_of_changes(path)  # last: what cannot be read at all is told in one sentence
+    return Found(model=model.eval(), format=kind, path=path, lightning=read)
+
+
+def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None:
+    """Gives `model` the weights of another one, which may have another block size and length.
+
+    Args:
+        path_or_hub_id: as in `load`.
+        model: of the same sizes and conventions (`SAME`, and the given BOS where both say), with
+            its tokenizer, where it has one.
+
+    Raises:
+        UserError: see `load`; or the two differ in what the weights depend on, or in their tokens.
+    """
+    source = load(path_or_hub_id, dtype=model.dtype)
+    for name in SAME:
+        theirs, ours = getattr(source.config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise UserError(
+                f"the weights in {path_or_hub_id} cannot be taken over: {name} is {theirs} there "
+                f"and {ours} here; make both equal, or start from another model"
+            )
+    given, wanted = source.config.bos, model.config.bos
+    if None not in (given, wanted) and given != wanted:
+        with_bos = "with a given BOS at position 0 of every row" if given else "without one"
+        raise UserError(
+            f"the weights in {path_or_hub_id} were trained {with_bos}, and the data here have "
+            f"{'none' if given else 'a given BOS at position 0'}; prepare the data with "
+            f"{'--row-bos' if given else '--no-row-bos'}, or start from another model"
+        )
+    tokenizers = [m.tokenizer for m in (source, model) if m.tokenizer is not None]
+    if len(tokenizers) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise UserError(
+            f"the weights in {path_or_hub_id} cannot be taken over: they were trained with another "
+            "tokenizer; prepare the data with that model's, or start from another model"
+        )
+    model.load_state_dict(source.state_dict())
+
+
+def write_model(model: BlockDiffusionModel, folder: Path) -> dict[str, str]:
+    """Writes config.json and the weights, as `save_pretrained` does.
+
+    Returns:
+        The sha256 of the weights, by the name of their file.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    return {WEIGHTS: write_safetensors(model.state_dict(), folder / WEIGHTS)}
+
+
+# --- Finding --------------------------------------------------------------------------------------
+
+
+def find_directory(path: Path) -> Path | None:
+    """The model directory at `path`: itself, or the `model` in a run's directory; None = neither.
+
+    Raises:
+        UserError: there is a config.json without weights.
+    """
+    for folder in (path, path / "model"):
+        if (folder / CONFIG).is_file():
+            if not (folder / WEIGHTS).is_file():
+                raise UserError(_no_weights(folder))
+            return folder
+    return None
+
+
+def _find(path_or_hub_id: str | Path) -> Path:
+    """The local directory or Lightning file that holds the model; downloads a hub id."""
+    path = Path(path_or_hub_id)
+    if path.is_file():
+        if path.suffix == LIGHTNING:
+            return path
+        if path.suffix in PICKLES:
+            raise UserError(
+                f"{path} is a pickle, which can hold code and is not opened; "
+                f"give a directory with {CONFIG} and {WEIGHTS}, or a Lightning {LIGHTNING}"
+            )
+        raise UserError(f"{path} is a file; give the directory that holds {CONFIG}")
+    folder = find_directory(path)
+    if folder is not None:
+        return folder
+    if path.is_dir():
+        raise UserError(f"{path} holds no {CONFIG}; {_instead(path)}")
+    refuse_missing_path(path_or_hub_id)
+    if not HUB_ID.fullmatch(str(path_or_hub_id)):
+        raise _nowhere(path)
+    return _download(str(path_or_hub_id))
+
+
+def refuse_missing_path(name: str | Path) -> None:
+    """Refuses a local path where nothing is, before a hub is asked for it.
+
+    OWNER/NAME is a path where there is a folder OWNER.
+
+    Raises:
+        UserError: it is one.
+    """
+    text, parent = str(name), Path(name).parent
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise _nowhere(name)
+    if "/" in text and parent.is_dir():
+        raise UserError(
+            f"{name} does not exist: the folder {parent} is here and has no {Path(name).name} in "
+            "it; check the name, or give a Hugging Face id"
+        )
+
+
+def _nowhere(name: str | Path) -> UserError:
+    return UserError(f"{name} does not exist; give a model directory or a Hugging Face id")
+
+
+def _instead(folder: Path) -> str:
+    files = sorted(folder.glob(f"*{LIGHTNING}"))
+    if files:
+        return f"for a Lightning checkpoint give the file itself, such as {files[0]}"
+    return "give a model's or a training run's directory"
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        return (
+            f"{folder} holds {pickles[0]}, a pickle, which can hold code and is not opened; "
+            f"a {WEIGHTS} is needed"
+        )
+    return f"{folder} has a {CONFIG} but no {WEIGHTS}"
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", WEIGHTS, "*.txt"]))
+    except Exception as error:  # the hub client has no common base class for its failures
+        raise UserError(
+            f"{hub_id} is no local directory and could not be had from the hub "
+            f"({type(error).__name__}); check the name and the connection, or give a directory"
+        ) from error
+    # Without a connection what an interrupted download left in the cache is the snapshot.
+    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+        raise UserError(
+            f"{hub_id} is incomplete in the cache: {folder} has no {' and no '.join(missing)}; "
+            "repeat with a connection, or give a directory that has both"
+        )
+    return folder
+
+
+# --- Reading directories --------------------------------------------------------------------------
+
+
+def _read_directory(
+    folder: Path,
+) -> tuple[Format, BlockDiffusionConfig, dict[str, torch.Tensor]]:
+    raw, state = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+    model_type = raw.get("model_type")
+    if model_type == BD3LM:
+        return "bd3lm", *from_bd3lm(raw, state, folder)
+    if model_type == BlockDiffusionConfig.model_type:
+        return "blockdiffusion", read_config(folder / CONFIG, raw), state
+    raise UserError(
+        f"{folder / CONFIG} has model_type {shown(model_type)}; "
+        f"readable are {BlockDiffusionConfig.model_type!r} and {BD3LM!r}"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: it holds something else, or cannot be read.
+    """
+    return records.read_json(path, "copy or download it again")
+
+
+def read_config(path: Path, raw: Mapping[str, Any] | None = None) -> BlockDiffusionConfig:
+    """The configuration in one of our config.json; keys that are not ours are left out.
+
+    Raises:
+        UserError: it cannot be read, or describes no network.
+    """
+    raw = read_json(path) if raw is None else raw
+    hints = get_type_hints(BlockDiffusionConfig.__init__)
+    own = {name: hint for name, hint in hints.items() if name not in ("kwargs", "return")}
+    own |= {"dtype": DtypeName | None, "architectures": list[str] | None}
+    with records.of_file(path, "copy or download it again"):
+        return BlockDiffusionConfig(**records.typed(own, raw))
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    from transformers import PreTrainedTokenizerFast
+
+    return from_pretrained(
+        PreTrainedTokenizerFast,
+        folder,
+        f"the tokenizer in {folder} cannot be read",
+        "copy or download it again",
+    )

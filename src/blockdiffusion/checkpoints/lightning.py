@@ -1,0 +1,306 @@
+"""The authors' Lightning checkpoints (`last.ckpt`), read without running what is pickled in them.
+
+Such a file holds the trained weights (`state_dict`), their moving average (`ema`, a list in the
+order of the parameters), optimizer and loop states, and in `hyper_parameters` the run's omegaconf
+configuration and its tokenizer. The sizes of the network come from the shapes of the tensors, from
+the configuration where it can be read, and from `LightningOptions` for what neither says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+import torch
+
+from blockdiffusion.checkpoints.bd3lm import BD3LM_IGNORED, ROTARY, our_name
+from blockdiffusion.checkpoints.settings import Settings
+from blockdiffusion.checkpoints.unpickling import Archive, StoredTensor
+from blockdiffusion.errors import UserError, shown
+from blockdiffusion.limits import check_limit
+from blockdiffusion.models.transformer import BlockDiffusionConfig, Objective
+
+COMPILED = "_orig_mod."  # in the names of a network that torch.compile wrapped
+Weights = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """What one of the authors' algorithms makes of the network."""
+
+    objective: Objective
+    time_conditioning: bool = False
+    has_blocks: bool = False
+
+
+# The authors' algo.name -> ours.
+KINDS = {
+    "mdlm": Kind(objective="block_diffusion"),
+    "sedd": Kind(objective="score_entropy", time_conditioning=True),
+    "ar": Kind(objective="autoregressive"),
+    "bd3lm": Kind(objective="block_diffusion", has_blocks=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LightningOptions:
+    """Which weights to take, and what a file does not say about its network.
+
+    What a file does say must not be contradicted. See `BlockDiffusionConfig` for the sizes.
+    """
+
+    weights: Weights = "ema"
+    """The moving average, which the authors evaluate, or the weights as trained."""
+    kind: str | None = None
+    """The authors' algo.name: mdlm, sedd, ar or bd3lm."""
+    block_size: int | None = None
+    seq_len: int | None = None
+    num_heads: int | None = None
+    mask_id: int | None = None
+    noise_eps: float | None = None
+    """0.001 for weights that were trained with sigma = -log(1 - 0.999 t), as the published SEDD."""
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("ema", "raw"):
+            raise UserError(f"--weights is {shown(self.weights)}; choose ema or raw")
+        if self.kind is not None and self.kind not in KINDS:
+            raise UserError(f"--kind is {shown(self.kind)}; choose {', '.join(KINDS)}")
+        for name in ("block_size", "seq_len", "num_heads", "mask_id", "noise_eps"):
+            check_limit(name, getattr(self, name), _option(name))
+
+    def given(self) -> list[str]:
+        """The options that are not at their defaults, as the command line calls them."""
+        return [_option(f.name) for f in fields(self) if getattr(self, f.name) != f.default]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightningFile:
+    """What was read from a file.
+
+    Attributes:
+        config: sizes and conventions of the network.
+        state: its tensors, under our names.
+        kind: the authors' algo.name.
+        weights: which of the two sets of weights `state` is.
+        steps: updates made, where the file says so.
+        data: the authors' name of the training data, where the file says so.
+        tokenizer: the tokenizer's JSON, where the file holds one.
+    """
+
+    config: BlockDiffusionConfig
+    state: dict[str, torch.Tensor]
+    kind: str
+    weights: Weights
+    steps: int | None
+    data: str | None
+    tokenizer: str | None
+
+
+def read_lightning(path: Path, options: LightningOptions | None = None) -> LightningFile:
+    """Reads a `last.ckpt` of the authors' code; nothing in it is run.
+
+    Raises:
+        UserError: the file is damaged or no such checkpoint, its average does not fit its weights,
+            or a size can be deduced neither from it nor from the options.
+    """
+    options = options or LightningOptions()
+    with Archive(path) as archive:
+        content = archive.content if isinstance(archive.content, dict) else {}
+        trained = _trained(content.get("state_dict"), path)
+        chosen = _averaged(content, trained, path) if options.weights == "ema" else trained
+        chosen = {our_name(n): stored for n, stored in chosen.items() if n not in BD3LM_IGNORED}
+        settings = Settings(content.get("hyper_parameters"))
+        shapes = {name: stored.shape for name, stored in chosen.items()}
+        rotary = trained[ROTARY].shape if ROTARY in trained else None
+        kind, config = _configuration(shapes, rotary, settings, options, path)
+        state = {name: archive.tensor(stored) for name, stored in chosen.items()}
+    steps = content.get("global_step")
+    return LightningFile(
+        config=config,
+        state=state,
+        kind=kind,
+        weights=options.weights,
+        steps=steps if type(steps) is int else None,
+        data=settings.text("data.train"),
+        tokenizer=settings.tokenizer,
+    )
+
+
+# --- Tensors --------------------------------------------------------------------------------------
+
+
+def _trained(state_dict: Any, path: Path) -> dict[str, StoredTensor]:
+    """The tensors of `state_dict`, buffers included, without the marks of a compiled network."""
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise UserError(
+            f"{path} holds no state_dict, so it is no Lightning checkpoint; "
+            "give the authors' last.ckpt"
+        )
+    found = {}
+    for name, stored in state_dict.items():
+        if not isinstance(name, str) or not _is_tensor(stored):
+            raise UserError(
+                f"{path}: {shown(name)} in its state_dict is no tensor that can be read; "
+                "only plain tensors are"
+            )
+        found[name.replace(COMPILED, "")] = stored
+    return found
+
+
+def _averaged(
+    content: Mapping[str, Any], trained: Mapping[str, StoredTensor], path: Path
+) -> dict[str, StoredTensor]:
+    """The moving average, by the names of the parameters, in whose order it is a list."""
+    average = content.get("ema")
+    averages = average.get("shadow_params") if isinstance(average, dict) else None
+    if not isinstance(averages, list):
+        raise UserError(
+            f"{path} holds no moving average (ema); take the weights as trained by --weights raw"
+        )
+    names = [name for name in trained if name not in BD3LM_IGNORED]
+    if len(averages) != len(names):
+        raise UserError(
+            f"{path}: its moving average has {len(averages)} tensors, but its state_dict has "
+            f"{len(names)} parameters, so it cannot be told which is which; take the weights as "
+            "trained by --weights raw"
+        )
+    for name, stored in zip(names, averages, strict=True):
+        shape = stored.shape if _is_tensor(stored) else None
+        if shape != trained[name].shape:
+            raise UserError(
+                f"{path}: the moving average of {name} has shape {shape}, but the parameter has "
+                f"{trained[name].shape}; take the weights as trained by --weights raw"
+            )
+    return dict(zip(names, averages, strict=True))
+
+
+def _is_tensor(stored: Any) -> TypeGuard[StoredTensor]:
+    return isinstance(stored, StoredTensor) and stored.is_sound()
+
+
+# --- Sizes ----------------------------------------------------------------------------------------
+
+
+def _configuration(
+    shapes: Mapping[str, tuple[int, ...]],
+    rotary: tuple[int, ...] | None,
+    settings: Settings,
+    options: LightningOptions,
+    path: Path,
+) -> tuple[str, BlockDiffusionConfig]:
+    """The kind and the sizes of the network, from everything that says something about them."""
+    sizes = _sizes_of_tensors(shapes, rotary, path)
+    sizes |= _agreed_sizes(sizes, settings, options, path)
+    kind_name = sizes.pop("kind")
+    if kind_name == "ar" and sizes["adaln"]:
+        raise UserError(
+            f"{path} has a time embedding, which the network of ar does not use; its kind is one "
+            f"of {', '.join(name for name in KINDS if name != 'ar')}"
+        )
+    dropout = settings.value("model.dropout")
+    if isinstance(dropout, int | float):
+        sizes["dropout"] = float(dropout)
+    kind = KINDS[kind_name]
+    scaled = settings.flag("algo.mdlm_loss_scale") is True and kind_name == "sedd"
+    config = BlockDiffusionConfig(
+        **sizes,
+        objective=kind.objective,
+        time_conditioning=kind.time_conditioning or settings.flag("algo.time_conditioning") is True,
+        noise_eps=options.noise_eps if options.noise_eps is not None else 1e-3 * scaled,
+        # The authors' AR is given its first token, and so are the others with `ignore_bos`.
+        bos=True if kind_name == "ar" or settings.flag("algo.ignore_bos") else None,
+    )
+    return kind_name, config
+
+
+def _agreed_sizes(
+    seen: Mapping[str, Any], settings: Settings, options: LightningOptions, path: Path
+) -> dict[str, Any]:
+    """The kind and what the shapes may not say, if nobody contradicts another.
+
+    Args:
+        seen: what the shapes say.
+    """
+
+    def agreed(name: str, **others: Any) -> Any:
+        """What the tensors, others and the option say."""
+        said = {
+            "its tensors": seen.get(name),
+            **{f"its {who}": value for who, value in others.items()},
+            _option(name): getattr(options, name),
+        }
+        known = {who: value for who, value in said.items() if value is not None}
+        if len(set(known.values())) > 1:
+            parts = " and ".join(f"{value} by {who}" for who, value in known.items())
+            raise UserError(f"{path}: {name} is {parts}; leave the option out, or correct it")
+        return next(iter(known.values()), None)
+
+    kind_name: str | None = agreed("kind", configuration=settings.text("algo.name"))
+    kind = KINDS.get(kind_name or "")
+    if kind_name is not None and kind is None:
+        raise UserError(
+            f"{path} was trained as {shown(kind_name)}; readable are {', '.join(KINDS)}"
+        )
+    found: dict[str, Any] = {
+        "kind": kind_name,
+        "seq_len": agreed("seq_len", configuration=settings.whole("model.length")),
+        "num_heads": agreed("num_heads", configuration=settings.whole("model.n_heads")),
+    }
+    if kind is not None and kind.has_blocks:
+        configured = settings.whole("block_size")
+        found["block_size"] = agreed("block_size", configuration=configured)
+    elif kind is not None and found["seq_len"] is not None:
+        only = 1 if kind.objective == "autoregressive" else found["seq_len"]
+        found["block_size"] = agreed("block_size", kind=only)
+    missing = [name for name, value in found.items() if value is None]
+    found["mask_id"] = agreed("mask_id", tokenizer=settings.mask_id())
+    tokenizer_name = settings.text("data.tokenizer_name_or_path") or ""
+    if found["mask_id"] is None and "bert" in tokenizer_name:  # has one of its own
+        missing.append("mask_id")
+    if missing:
+        raise UserError(_unknown(missing, path))
+    return found
+
+
+def _sizes_of_tensors(
+    shapes: Mapping[str, tuple[int, ...]], rotary: tuple[int, ...] | None, path: Path
+) -> dict[str, Any]:
+    """What the shapes say. Rotary frequencies are half as many as a head is wide."""
+    embedding = shapes.get("embedding.weight", ())
+    layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d{1,6})\.", name))}
+    if len(embedding) != 2 or 0 in embedding or not layers:
+        raise UserError(
+            f"{path} holds no backbone.vocab_embed.embedding or no backbone.blocks, so it is no "
+            "checkpoint of the authors' transformer; other networks are not readable"
+        )
+    if lost := set(range(len(layers))) - layers:
+        raise UserError(f"{path} lacks backbone.blocks.{min(lost)}; copy or download it again")
+    vocab_size, width = embedding
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "width": width}
+    sizes["num_layers"] = len(layers)
+    condition = shapes.get("time.linear_out.weight", ())
+    sizes["adaln"] = bool(condition)
+    if condition:
+        sizes["cond_dim"] = condition[0]
+    else:  # nothing else in the authors' code goes without time embedding
+        sizes["kind"] = "ar"
+    if rotary and rotary[0] and width % (2 * rotary[0]) == 0:
+        sizes["num_heads"] = width // (2 * rotary[0])
+    return sizes
+
+
+def _unknown(missing: list[str], path: Path) -> str:
+    words = " and ".join(missing)
+    options = " ".join(f"{_option(name)} ..." for name in missing)
+    return (
+        f"{path} does not say what its {words} {'are' if len(missing) > 1 else 'is'}; "
+        f"run blockdiff convert {path} --out DIRECTORY {options}"
+    )
+
+
+def _option(name: str) -> str:
+    """How the command line calls one of `LightningOptions`."""
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,325 @@
+"""Models for others: converted from any format that can be read, described, sent to a hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from blockdiffusion.checkpoints.bd3lm import to_bd3lm
+from blockdiffusion.checkpoints.card import (
+    FACTS,
+    README,
+    Card,
+    is_ours,
+    public_name,
+    read_card,
+    render,
+    write_card,
+)
+from blockdiffusion.checkpoints.formats import (
+    CONFIG,
+    HUB_ID,
+    WEIGHTS,
+    Found,
+    find_directory,
+    find_model,
+    read_config,
+    read_json,
+    write_model,
+)
+from blockdiffusion.checkpoints.lightning import LightningOptions
+from blockdiffusion.checkpoints.tensors import write_safetensors
+from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
+from blockdiffusion.errors import UserError, reason, shown
+from blockdiffusion.files.checksums import sums_of, write_sums
+from blockdiffusion.files.directories import publish_directory, writing
+from blockdiffusion.files.disk import written_aside
+from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Target = Literal["blockdiffusion", "bd3lm"]
+MEASURED_AS_A_BOUND = (
+    "as a bound, by one draw of t and masks (bernoulli, t cut at 0.001), rows of L tokens; "
+    "position 0 of every row is given, whatever token it is, and not counted"
+)
+MEASURED_EXACTLY = "exactly, rows of L tokens; position 0 of every row is given and not counted"
+UPLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja", README]
+
+
+# --- Converting -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What `convert` wrote; `notes` are sentences for the user."""
+
+    model: BlockDiffusionModel
+    out: Path
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Target = "blockdiffusion",
+    lightning: LightningOptions | None = None,
+    tokenizer: str | Path | None = None,
+    bos: bool | None = None,
+) -> Converted:
+    """Writes a model that `load` can read as a new directory `out`, whole or not at all.
+
+    Args:
+        source: a model's or run's directory, a Hugging Face id, or the authors' `last.ckpt`.
+        to: our own format, with a model card; or the published `bd3lm` one.
+        lightning: which weights of a Lightning file to take, and what it does not say.
+        tokenizer: as in `data.tokenizers.load_tokenizer`; by default what the source holds.
+        bos: whether position 0 of a row is a given BOS; None = what the source says.
+
+    Raises:
+        UserError: see `load`; `out` exists or cannot be written; the tokenizer is another model's;
+            or the format cannot describe the model.
+    """
+    if to not in get_args(Target):
+        raise UserError(f"--to is {shown(to)}; choose {' or '.join(get_args(Target))}")
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} already exists; choose another --out, or remove it")
+    found = find_model(source, lightning)
+    model, config = found.model, found.config
+    notes: list[str] = []
+    model.tokenizer = _tokenizer(found, tokenizer, notes)
+    if model.tokenizer is not None:
+        _name_tokens(config, model.tokenizer)
+    if bos is not None:
+        config.bos = bos
+    if bos and config.bos_id is None:
+        raise UserError(
+            "--bos needs a BOS token, and neither the source nor a tokenizer names one; "
+            "give --tokenizer, or leave --bos out"
+        )
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left
+    try:
+        with writing(f"model {out}", partial, "convert again"):
+            partial.mkdir(parents=True)
+            if to == "bd3lm":
+                sums = _write_bd3lm(found, partial)
+            else:
+                sums = write_model(model, partial)
+                write_card(partial, config, _card(found, source, out))
+            if model.tokenizer is not None:
+                save_tokenizer(model.tokenizer, partial)
+            write_sums(partial, sums_of(partial, sums))
+            if out.is_dir():
+                out.rmdir()  # it is empty
+            publish_directory(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Converted(model=model, out=out, notes=tuple(notes))
+
+
+def _tokenizer(
+    found: Found, spec: str | Path | None, notes: list[str]
+) -> PreTrainedTokenizerFast | None:
+    """The tokenizer asked for, or the source's own, if it is the model's."""
+    if spec is not None:
+        tokenizer = load_tokenizer(spec)
+        if why := _misfit(tokenizer, found.config):
+            raise UserError(f"the tokenizer {spec} is not this model's: {why}; give another")
+        return tokenizer
+    if found.model.tokenizer is not None:
+        return found.model.tokenizer
+    if found.lightning is not None and found.lightning.tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "tokenizer.json"
+            file.write_text(found.lightning.tokenizer, encoding="utf-8")
+            tokenizer = load_tokenizer(file)
+        why = _misfit(tokenizer, found.config)
+        if why is None:
+            notes.append("the tokenizer is the one in the file")
+            return tokenizer
+        notes.append(f"the tokenizer in the file was left out: {why}")
+        return None
+    notes.append("no tokenizer: this model works with ids; convert with --tokenizer for text")
+    return None
+
+
+def _misfit(tokenizer: PreTrainedTokenizerFast, config: BlockDiffusionConfig) -> str | None:
+    theirs = (vocab_size(tokenizer), tokenizer.mask_token_id)
+    ours = (config.vocab_size, config.mask_id)
+    if theirs == ours:
+        return None
+    return (
+        f"it has V = {theirs[0]} and mask {theirs[1]}, the model V = {ours[0]} and mask {ours[1]}"
+    )
+
+
+def _name_tokens(config: BlockDiffusionConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where the source does not say which ids BOS and EOS are, the tokenizer does."""
+    if config.bos_id is None:
+        config.bos_id = tokenizer.bos_token_id
+    if config.eos_id is None:
+        config.eos_id = tokenizer.eos_token_id
+
+
+def _write_bd3lm(found: Found, folder: Path) -> dict[str, str]:
+    """Returns the sha256 of the weights, by the name of their file."""
+    raw, tensors = to_bd3lm(found.config, found.model.state_dict())
+    raw["dtype"] = str(found.model.dtype).removeprefix("torch.")
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    return {WEIGHTS: write_safetensors(tensors, folder / WEIGHTS)}
+
+
+def _card(found: Found, source: str | Path, out: Path) -> Card:
+    """The card of converted weights; what a card of ours says stays true of the same weights."""
+    if found.format == "blockdiffusion":
+        return replace(read_card(found.path) or Card(name=out.name), name=out.name)
+    autoregressive = found.config.objective == "autoregressive"
+    facts: dict[str, Any] = {
+        "format": found.format,
+        "converted from": public_name(source),
+        "how its authors measure": MEASURED_EXACTLY if autoregressive else MEASURED_AS_A_BOUND,
+    }
+    if found.lightning is None:
+        return Card(name=out.name, source=facts)
+    average = found.lightning.weights == "ema"
+    facts["kind"] = found.lightning.kind
+    facts["weights"] = "moving average" if average else "as trained"
+    steps = found.lightning.steps
+    return Card(
+        name=out.name,
+        source=facts,
+        training=None if steps is None else {"steps": steps},
+        datasets=None if found.lightning.data is None else [public_name(found.lightning.data)],
+    )
+
+
+# --- Describing -----------------------------------------------------------------------------------
+
+
+def record_evaluation(directory: str | Path, evaluation: dict[str, Any]) -> Path:
+    """Puts a measured perplexity into a model's card; returns the model's directory.
+
+    Args:
+        evaluation: from `evaluate.prepared.evaluation_facts`.
+
+    Raises:
+        UserError: there is no model of our format, or its README.md was written by hand.
+    """
+    folder = check_card(directory)
+    card = read_card(folder) or Card(name=_title(folder))
+    card = replace(card, evaluation=evaluation)
+    with written_aside(folder / FACTS) as file:
+        file.write(card.to_json().encode())
+    refresh_readme(folder)
+    return folder
+
+
+def check_card(directory: str | Path) -> Path:
+    """The model's directory, if its card can be written.
+
+    Raises:
+        UserError: there is no model of our format, or its README.md was written by hand.
+    """
+    folder = _model_directory(Path(directory))
+    if read_json(folder / CONFIG).get("model_type") != BlockDiffusionConfig.model_type:
+        raise UserError(f"{folder} is not in our own format; blockdiff convert gives it a card")
+    if not is_ours(folder):
+        raise UserError(
+            f"{folder / README} was not written by blockdiffusion and is left alone; "
+            "move it away to have a card written"
+        )
+    return folder
+
+
+def refresh_readme(folder: Path) -> None:
+    """Writes README.md anew from config.json and card.json."""
+    config = read_config(folder / CONFIG)
+    card = read_card(folder) or Card(name=_title(folder))
+    with written_aside(folder / README) as file:
+        file.write(render(config, card).encode())
+
+
+def _title(folder: Path) -> str:
+    """A model in a run's directory has the run's name."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
+def _model_directory(path: Path) -> Path:
+    folder = find_directory(path)
+    if folder is None:
+        raise UserError(
+            f"{path} holds no {CONFIG}; give a model's or a training run's directory "
+            "(blockdiff convert makes one of a checkpoint)"
+        )
+    return folder
+
+
+# --- Sending --------------------------------------------------------------------------------------
+
+
+def push(directory: str | Path, repo_id: str, *, private: bool = False) -> str:
+    """Uploads a model directory to the Hugging Face hub, making the repository where needed.
+
+    The model is loaded first, so that what is sent can be read, and its card is written anew.
+
+    Args:
+        directory: a model's or run's directory.
+        repo_id: `owner/name`.
+        private: make the repository private; one that exists and is public is refused.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        UserError: no such model, a bad name, no token, no connection, or the hub refuses.
+    """
+    if not HUB_ID.fullmatch(repo_id):
+        raise UserError(f"the repository is {shown(repo_id)}; give it as owner/name")
+    folder = _model_directory(Path(directory))
+    if find_model(folder).format == "blockdiffusion" and is_ours(folder):
+        refresh_readme(folder)
+    import huggingface_hub
+
+    if huggingface_hub.get_token() is None:
+        raise UserError(
+            "there is no Hugging Face token on this machine; run `hf auth login`, or set HF_TOKEN"
+        )
+    api = huggingface_hub.HfApi()
+    try:
+        address = str(api.create_repo(repo_id, private=private, exist_ok=True))
+        if private and not api.model_info(repo_id).private:
+            raise UserError(
+                f"{repo_id} exists and is public, so nothing was sent; make it private on the hub, "
+                "or choose another name"
+            )
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=UPLOADED,
+            commit_message="Upload a model with blockdiffusion",
+        )
+    except UserError:
+        raise
+    except Exception as error:  # the hub client has no common base class for its failures
+        raise UserError(_hub_failure(repo_id, error)) from error
+    return address
+
+
+def _hub_failure(repo_id: str, error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return (
+            f"the hub refused to write {repo_id} (status {status}); use a token with write access "
+            "(`hf auth login`), and a name that is yours"
+        )
+    why = f"status {status}" if status is not None else f"{type(error).__name__}: {reason(error)}"
+    return f"{repo_id} could not be sent to the hub ({why}); check the connection, then push again"

@@ -1,0 +1,110 @@
+"""The configuration and the tokenizer that a Lightning file carries, dug out of inert placeholders.
+
+The authors' runs pickle an omegaconf configuration: containers hold their items as `_content`,
+leaves their value as `_val`, and `${model.length}` stands for another key's value.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from blockdiffusion.checkpoints.unpickling import Placeholder
+from blockdiffusion.files.records import Damaged, parse_json
+
+DEEPEST = 32  # nested sections; a damaged file may have a section inside itself
+HOPS = 8  # `${...}` that lead to a `${...}`
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+MASKS = ("[MASK]", "<mask>", "[mask]", "<|mask|>")
+
+
+class Settings:
+    """What can be read of a file's `hyper_parameters`; nothing where they are of another kind.
+
+    Attributes:
+        tokenizer: the JSON of the run's fast tokenizer, or None.
+    """
+
+    def __init__(self, hyper_parameters: Any):
+        plain = _plain(hyper_parameters)
+        plain = plain if isinstance(plain, dict) else {}
+        self._tree = plain.get("config", plain)
+        held = hyper_parameters.get("tokenizer") if isinstance(hyper_parameters, dict) else None
+        self.tokenizer = _tokenizer_json(held)
+
+    def value(self, key: str) -> Any:
+        """The plain value of a dotted key, such as `model.length`; None where there is none."""
+        for _ in range(HOPS):
+            place = self._tree
+            for name in key.split("."):
+                place = place.get(name) if isinstance(place, dict) else None
+            reference = REFERENCE.fullmatch(place) if isinstance(place, str) else None
+            if reference is None:
+                return place
+            key = reference.group(1)
+        return None
+
+    def whole(self, key: str) -> int | None:
+        """The same where it is a whole number."""
+        found = self.value(key)
+        return found if type(found) is int else None
+
+    def flag(self, key: str) -> bool | None:
+        """The same where it is true or false."""
+        found = self.value(key)
+        return found if type(found) is bool else None
+
+    def text(self, key: str) -> str | None:
+        """The same where it is a text."""
+        found = self.value(key)
+        return found if isinstance(found, str) else None
+
+    def mask_id(self) -> int | None:
+        """Id of the tokenizer's own mask token, or None; then the mask is appended to it."""
+        if self.tokenizer is None:
+            return None
+        try:
+            added = parse_json(self.tokenizer.encode())["added_tokens"]
+            found = next((t["id"] for t in added if t["content"] in MASKS), None)
+        except (KeyError, TypeError, Damaged):  # no tokenizer's JSON after all
+            return None
+        return found if type(found) is int else None
+
+
+def _plain(value: Any, depth: int = 0, seen: dict[int, Any] | None = None) -> Any:
+    """Dictionaries, lists and values; what is neither becomes None. What is shared stays shared."""
+    seen = {} if seen is None else seen
+    if depth > DEEPEST:
+        return None
+    if isinstance(value, str | int | float | bool):
+        return value
+    if id(value) not in seen:
+        seen[id(value)] = None  # of itself inside itself
+        seen[id(value)] = _plain_container(value, depth + 1, seen)
+    return seen[id(value)]
+
+
+def _plain_container(value: Any, depth: int, seen: dict[int, Any]) -> Any:
+    if isinstance(value, Placeholder):
+        held = value.state if isinstance(value.state, dict) else value.entries
+        inner = next((held[key] for key in ("_content", "_val") if key in held), held)
+        return _plain(inner, depth, seen)
+    if isinstance(value, dict):
+        return {key: _plain(v, depth, seen) for key, v in value.items() if key != "_parent"}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth, seen) for item in value]
+    return None
+
+
+def _tokenizer_json(held: Any) -> str | None:
+    """A fast tokenizer's attributes hold a `tokenizers.Tokenizer`, whose state is its JSON."""
+    attributes = held.state if isinstance(held, Placeholder) else None
+    backend = attributes.get("_tokenizer") if isinstance(attributes, dict) else None
+    content = backend.state if isinstance(backend, Placeholder) else None
+    if not isinstance(content, bytes):
+        return None
+    try:
+        text = content.decode("utf-8")
+        return text if isinstance(parse_json(content)["model"], dict) else None
+    except (ValueError, KeyError, TypeError):
+        return None

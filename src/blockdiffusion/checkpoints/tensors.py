@@ -1,0 +1,121 @@
+"""Tensors by name: read and written as safetensors, and compared with what a network has."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from blockdiffusion.errors import SHOWN, UserError, few
+from blockdiffusion.estimate.flops import Network
+from blockdiffusion.files.disk import check_regular, create
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        UserError: it is missing, truncated or no safetensors file.
+    """
+    try:
+        check_regular(path, may_be_empty=True)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; copy or download it again") from error
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is truncated or no safetensors file ({error}); copy or download it again"
+        ) from error
+
+
+def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Writes a new file, the one that safetensors would write; returns its sha256.
+
+    Its own writer holds no sum, hides from Python what the system said, and makes a whole copy of
+    tensors that are on another device.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        kind, shape = DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with create(path) as file, ThreadPoolExecutor(1) as other:  # to hash while it is written
+
+        def write(content: bytes | memoryview) -> None:
+            hashed = other.submit(digest.update, content)
+            file.write(content)
+            hashed.result()
+
+        write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            if tensors[name].numel():
+                flat = tensors[name].detach().contiguous().cpu().reshape(-1)
+                write(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_tensors(config: Any, given: Mapping[str, torch.Tensor], path: Path, sizes: str) -> None:
+    """Refuses tensors of a file that are not those of a network, before that is built.
+
+    Args:
+        config: of the network.
+        sizes: where the configuration comes from, for the message.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, of another shape, no floats or not finite; it
+            is named.
+    """
+    # No more than can be there: a configuration may claim any number of layers.
+    shapes = Network.of(config).shapes()
+    wanted = dict(islice(shapes, len(given) + 4))
+    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing or unexpected:
+        found = {"lacks": missing, "has the unexpected": unexpected}
+        parts = [
+            f"{what} {few([n[:SHOWN] for n in names])}" for what, names in found.items() if names
+        ]
+        raise UserError(f"{path} {' and '.join(parts)}; it does not fit {sizes}")
+    for name, shape in wanted.items():
+        if given[name].dtype not in FLOATS:
+            raise UserError(f"{path}: {name} holds {given[name].dtype}, which no weights are in")
+        if given[name].shape != shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(given[name].shape)}, but by {sizes} it should "
+                f"have {shape}"
+            )
+        if not is_finite(given[name]):
+            raise UserError(
+                f"{path}: {name} holds numbers that are not finite (nan or infinity), so the "
+                "weights are damaged or have diverged; take an earlier checkpoint, or another copy"
+            )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of floats has neither nan nor infinity."""
+    # A sum reads the tensor once and writes nothing; it is not finite where an element is not.
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())

@@ -1,0 +1,174 @@
+"""Checksums of written files, kept beside them in a format that `sha256sum -c` reads.
+
+A directory without checksums is older or comes from another program; nothing is compared there.
+Hashing takes longer than reading, so a verified file is noted (`NOTES`) with its size, dates and
+inode, and is not read again until one of these changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.files.disk import written_aside
+from blockdiffusion.runtime.distributed import current
+
+SUMS = "SHA256SUMS"
+NOTES = ".verified"
+LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+REWRITTEN = {"README.md", "card.json"}  # for people, who edit them; nothing is computed from them
+MOST_BYTES = 2**24  # of either file: names and sums of 100,000 files
+PIECE = 2**22
+Report = Callable[[str, int, int | None], None]  # as `data.packing.Progress`
+
+
+class Changed(UserWarning):
+    """A file in use differs from what was written."""
+
+
+def silent(stage: str, done: int, total: int | None) -> None:
+    """Reports nothing."""
+
+
+def sha256_of(path: Path, read: Callable[[int], None] = lambda count: None) -> str:
+    """Returns the sha256 of a file, calling `read` with the size of each piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            read(len(piece))
+    return digest.hexdigest()
+
+
+def sums_of(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns the checksums of the files in a folder by name; `known` ones are not read."""
+    known = known or {}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    left_out = {SUMS, *REWRITTEN}
+    return {
+        name: known.get(name) or sha256_of(folder / name)
+        for name in names
+        if name not in left_out and not name.startswith(".")
+    }
+
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Writes `SHA256SUMS` into a folder."""
+    with written_aside(folder / SUMS) as file:
+        file.write("".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()).encode())
+
+
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """Reads `SHA256SUMS` into sums by file name; returns None if there is no such file.
+
+    A line that says nothing about a file in the folder is told as a sum of `SHA256SUMS` itself,
+    which no file has: so it is found to be damaged.
+    """
+    path = folder / SUMS
+    if not path.is_file():
+        return None
+    sums: dict[str, str] = {}
+    with open(path, "rb") as file:
+        lines = file.read(MOST_BYTES).decode(errors="replace").splitlines()
+    for line in lines:
+        found = LINE.fullmatch(line)
+        if found is None or found[2].startswith("/") or ".." in PurePosixPath(found[2]).parts:
+            sums[SUMS] = ""
+        else:
+            sums[found[2]] = found[1].lower()
+    return sums
+
+
+def differing(
+    folder: Path, sums: Mapping[str, str], report: Report = silent, *, remember: bool = False
+) -> list[str]:
+    """Returns the names of the files that are missing or differ from `sums`.
+
+    Args:
+        report: told bytes read, of how many.
+        remember: leave out what was found whole before, and note what is found whole now.
+    """
+    notes = _read_notes(folder) if remember else {}
+    states = {name: _state(folder / name, sums[name]) for name in sums}
+    unread = [name for name, state in states.items() if state and state != notes.get(name)]
+    total, done = sum(states[name][0] for name in unread), 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        report("verify", done, total)
+
+    bad = [name for name, state in states.items() if not state]
+    for name in unread:
+        if sha256_of(folder / name, read) != sums[name]:
+            bad.append(name)
+    whole = {name: states[name] for name in unread if name not in bad}
+    if remember and whole:
+        # Where it cannot be written, they are read each time.
+        with suppress(OSError, UserError), written_aside(folder / NOTES) as file:
+            file.write(json.dumps(notes | whole).encode())
+    return bad
+
+
+def check_files(folder: Path, sums: Mapping[str, str], remedy: str, report: Report) -> None:
+    """Refuses files that differ from `sums`, and remembers those that do not.
+
+    Of several processes the first looks.
+
+    Raises:
+        UserError: one is missing or damaged; it is named.
+    """
+    if current().is_first and (bad := differing(folder, sums, report, remember=True)):
+        raise UserError(f"{named(folder, bad)}; {remedy}")
+
+
+def warn_of_changes(folder: Path) -> None:
+    """Warns about changed files in a model's folder; the user may have meant the change.
+
+    Of several processes the first looks.
+    """
+    sums = read_sums(folder)
+    while sums is not None and current().is_first:
+        bad = differing(folder, sums, remember=True)
+        before, sums = sums, read_sums(folder)
+        if sums == before:  # else a run has written it anew in the meantime
+            if bad:
+                warnings.warn(f"{named(folder, bad)}; {accept(folder)}", Changed, stacklevel=3)
+            return
+
+
+def named(folder: Path, bad: Iterable[str]) -> str:
+    """Returns the beginning of a sentence about damaged files."""
+    first, *more = (str(folder / name) for name in bad)
+    others = f" (and {len(more)} more: {', '.join(more[:3])})" if more else ""
+    return f"{first} is damaged or was changed: it is not what its sha256 says{others}"
+
+
+def accept(folder: Path) -> str:
+    """Returns how a user confirms a change."""
+    return f"if you changed it yourself, say so by `blockdiff verify {folder} --update`"
+
+
+def _state(path: Path, sha256: str) -> list[Any]:
+    """Returns what identifies a file and its sum; an empty list if there is no file."""
+    if not path.is_file():
+        return []
+    status = os.stat(path)
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, sha256]
+
+
+def _read_notes(folder: Path) -> dict[str, Any]:
+    path = folder / NOTES
+    with suppress(OSError, ValueError, RecursionError):
+        if path.is_file() and path.stat().st_size <= MOST_BYTES:
+            notes = json.loads(path.read_bytes())
+            return notes if isinstance(notes, dict) else {}
+    return {}

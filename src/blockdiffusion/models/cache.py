@@ -1,0 +1,186 @@
+"""The cache of keys and values of clean blocks, while sampling.
+
+Keys are stored rotated, in storage that is allocated once. A position p lives in slot
+p % capacity, so that with a sliding window the storage is a ring and memory stays constant. Passes
+write the keys of all their tokens into their slots; only `commit` makes them part of the cache
+(the slots of a block that is still noisy lie beyond `lengths_B` and are overwritten by the next
+pass).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from blockdiffusion.models.cuda_graphs import Recorder
+
+SLOTS = 256  # passes of one kind read as many slots, or a multiple; see `BlockCache.static_used`
+
+
+class Placement(NamedTuple):
+    """Rows and slots of a pass's tokens, on the cache's device; `straight` is the slice of
+    slots where all rows share it, in order."""
+
+    rows_B1: torch.Tensor
+    slots_BT: torch.Tensor
+    straight: slice | None
+    used: int
+
+
+class RaggedPlacement(NamedTuple):
+    """Row, number in the row and slot of each of the P tokens of a pass whose rows have different
+    numbers of them."""
+
+    rows_P: torch.Tensor
+    offsets_P: torch.Tensor
+    slots_P: torch.Tensor
+    used: int
+
+    def to(self, device: torch.device) -> RaggedPlacement:
+        """The same there: once for a pass, not in every layer."""
+        moved = (x.to(device) for x in (self.rows_P, self.offsets_P, self.slots_P))
+        return RaggedPlacement(*moved, used=self.used)
+
+
+class BlockCache:
+    """Keys and values (batch, heads, capacity, head width) of every layer.
+
+    All rows are in use, unless the cache is emptied with `clear`: then rows come and go with
+    `open_row` and `close_row`, and B below is how many there are at the moment.
+
+    Attributes:
+        lengths_B: committed tokens of every row, int64 on the CPU.
+        capacity: tokens a row can hold at a time.
+        recorder: of passes over this storage; None = each pass starts its own kernels.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        head_width: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        recorder: Recorder | None = None,
+    ):
+        shape = (batch, num_heads, capacity, head_width)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.lengths_B = torch.zeros(batch, dtype=torch.long)
+        self.capacity = capacity
+        self.recorder = recorder
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows hold the same number of tokens."""
+        return bool((self.lengths_B == self.lengths_B[0]).all())
+
+    def place(self, num_tokens: int) -> Placement:
+        """Where a pass over the next `num_tokens` positions of every row puts its keys."""
+        slots_BT = (self.lengths_B[:, None] + torch.arange(num_tokens)) % self.capacity
+        first, last = int(slots_BT[0, 0]), int(slots_BT[0, -1])
+        straight = self.uniform and last - first + 1 == num_tokens
+        straight_slice = slice(first, last + 1) if straight else None
+        device = self.keys[0].device
+        rows_B1 = torch.arange(len(slots_BT), device=device)[:, None]
+        return Placement(rows_B1, slots_BT.to(device), straight_slice, self._used(num_tokens))
+
+    def place_ragged(self, tokens_B: torch.Tensor) -> RaggedPlacement:
+        """Where a pass over the next `tokens_B` positions of each row puts its keys; on the CPU."""
+        rows_P = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
+        firsts_B = tokens_B.cumsum(0) - tokens_B
+        offsets_P = torch.arange(len(rows_P)) - firsts_B[rows_P]
+        slots_P = (self.lengths_B[rows_P] + offsets_P) % self.capacity
+        return RaggedPlacement(rows_P, offsets_P, slots_P, self._used(tokens_B))
+
+    def _used(self, num_tokens_B: int | torch.Tensor) -> int:
+        """Slots in use by any row once so many more are written."""
+        return min(self.capacity, int((self.lengths_B + num_tokens_B).max()))
+
+    def static_used(self, num_tokens: int) -> int:
+        """`Placement.used` of a pass over so many tokens of every row, rounded up: the same for
+        many passes."""
+        return min(self.capacity, -(-self._used(num_tokens) // SLOTS) * SLOTS)
+
+    def place_static(self, lengths_B: torch.Tensor, num_tokens: int, used: int) -> Placement:
+        """`place`, from lengths on the cache's device: without a look at their values."""
+        column_T = torch.arange(num_tokens, device=lengths_B.device)
+        rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
+        return Placement(rows_B1, (lengths_B[:, None] + column_T) % self.capacity, None, used)
+
+    def write(
+        self, layer: int, k_BHTE: torch.Tensor, v_BHTE: torch.Tensor, place: Placement
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Puts a pass's keys and values into their slots; returns the layer's used storage."""
+        keys, values = self.keys[layer], self.values[layer]
+        if place.straight is not None:
+            keys[:, :, place.straight] = k_BHTE
+            values[:, :, place.straight] = v_BHTE
+        else:
+            keys[place.rows_B1, :, place.slots_BT] = k_BHTE.transpose(1, 2)
+            values[place.rows_B1, :, place.slots_BT] = v_BHTE.transpose(1, 2)
+        return keys[:, :, : place.used], values[:, :, : place.used]
+
+    def write_ragged(
+        self, layer: int, k_PHE: torch.Tensor, v_PHE: torch.Tensor, place: RaggedPlacement
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`write` for rows of different numbers of tokens, one after another."""
+        rows = len(self.lengths_B)
+        keys, values = self.keys[layer][:rows], self.values[layer][:rows]
+        keys[place.rows_P, :, place.slots_P] = k_PHE
+        values[place.rows_P, :, place.slots_P] = v_PHE
+        return keys[:, :, : place.used], values[:, :, : place.used]
+
+    def positions(self, num_tokens_B: int | torch.Tensor) -> torch.Tensor:
+        """Position held by every used slot, (B, used); -1 where a row's slot is empty.
+
+        Positions are those after the next `num_tokens_B` tokens were written.
+        """
+        return held_positions(
+            self.lengths_B + num_tokens_B, self._used(num_tokens_B), self.capacity
+        )
+
+    def commit(self, num_tokens_B: torch.Tensor | int) -> None:
+        """Makes the first `num_tokens_B` of the tokens just written part of the cache."""
+        self.lengths_B = self.lengths_B + num_tokens_B
+
+    def clear(self) -> None:
+        """Leaves no row in use."""
+        self.lengths_B = self.lengths_B[:0]
+
+    def open_row(self) -> int:
+        """Takes an empty row, the last, into use; returns its index."""
+        rows = len(self.lengths_B)
+        assert rows < len(self.keys[0]), "the cache has no row left"
+        self.lengths_B = torch.cat([self.lengths_B, torch.zeros(1, dtype=torch.long)])
+        return rows
+
+    def close_row(self, row: int) -> None:
+        """Gives a row back; the last one takes its place."""
+        last = len(self.lengths_B) - 1
+        if row != last:
+            held = min(self.capacity, int(self.lengths_B[last]))
+            for stored in (*self.keys, *self.values):
+                stored[row, :, :held] = stored[last, :, :held]
+            self.lengths_B[row] = self.lengths_B[last]
+        self.lengths_B = self.lengths_B[:last]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drops all rows of the batch but `rows` (indices)."""
+        self.keys = [x[rows.to(x.device)] for x in self.keys]
+        self.values = [x[rows.to(x.device)] for x in self.values]
+        self.lengths_B = self.lengths_B[rows]
+        if self.recorder is not None:
+            self.recorder.forget()
+
+
+def held_positions(ends_B: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
+    """Position held by each of the first `used` slots, (B, used), once all before `ends_B` were
+    written; -1 where a row's slot is empty."""
+    slot = torch.arange(used, device=ends_B.device)
+    last_B1 = ends_B[:, None] - 1
+    return (last_B1 - (last_B1 - slot) % capacity).clamp(min=-1)

@@ -1,0 +1,72 @@
+"""A plan in words: its steps, their sizes, and what is there already."""
+
+from __future__ import annotations
+
+import shlex
+
+from blockdiffusion.reports.terminal import amount
+from blockdiffusion.studies.reproduce.conductor import places
+from blockdiffusion.studies.reproduce.kept import Kept
+from blockdiffusion.studies.reproduce.plan import Plan, Run, Step
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """Every step with its command, state, sizes and estimated cost; the sum at the end."""
+    kept, scale, rooms = Kept(plan), plan.scale, places(plan.scale)
+    together = f"{len(rooms)} at a time"
+    if rooms[0].processes > 1:
+        together = f"one at a time, by {rooms[0].processes} processes"
+    names = ", ".join(table.name for table in plan.tables)
+    budget = "; ".join(f"{table.name}: {table.budget}" for table in plan.tables)
+    lines = [
+        f"{names} at the scale {scale.name}: {scale.about}",
+        f"  in the paper    {budget}",
+        f"  everything in   {plan.out}, {together}",
+        "",
+    ]
+    left = 0.0
+    for step in plan.steps:
+        state = kept.state(step)
+        lines.append(f"{step.name}: {_state(kept, step, state)}")
+        if step.run is not None:
+            lines += [f"    {line}" for line in _sizes(step.run, scale.flops)]
+            if state != "done":
+                left += step.run.flops * (1 - kept.progress(step) / step.run.steps)
+        lines.append(f"    {shlex.join(['blockdiff', *step.command])}")
+    done = sum(kept.state(step) == "done" for step in plan.steps)
+    runs = [step.run for step in plan.steps if step.run is not None]
+    lines += [
+        "",
+        f"{len(plan.steps)} steps, {done} done; {len(runs)} runs of "
+        f"{amount(sum(run.tokens for run in runs))} tokens in all",
+        f"training that is left: {left:.2g} FLOP, about "
+        f"{_time(left / scale.flops / sum(room.processes for room in rooms))} ({together}, each at "
+        f"{scale.flops:.2g} FLOP/s); measuring comes besides",
+    ]
+    return lines
+
+
+def _state(kept: Kept, step: Step, state: str) -> str:
+    if state == "interrupted" and step.run is not None:
+        return f"interrupted at step {kept.progress(step):,} of {step.run.steps:,}"
+    return state
+
+
+def _sizes(run: Run, flops: float) -> list[str]:
+    model, objective = run.recipe["model"], run.recipe["objective"]
+    size = "" if "block_size" not in model else f", S = {model['block_size']}"
+    noise = ", ".join(f"{k} {v}" for k, v in objective.items() if k != "name")
+    start = f"; from {model['init_from']}" if "init_from" in model else ""
+    return [
+        f"{objective['name']}{size}{f' ({noise})' if noise else ''}{start}",
+        f"{model['num_layers']} layers, width {model['width']}, {amount(run.parameters)} "
+        f"parameters; {run.steps:,} updates of {run.recipe['train']['batch_size']} rows, "
+        f"{amount(run.tokens)} tokens; {run.flops:.2g} FLOP, about {_time(run.flops / flops)}",
+    ]
+
+
+def _time(seconds: float) -> str:
+    for limit, word in ((2 * 86_400, "days"), (5400, "hours"), (90, "minutes")):
+        if seconds >= limit:
+            return f"{seconds / {'days': 86_400, 'hours': 3600, 'minutes': 60}[word]:,.3g} {word}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,407 @@
+"""Accounts: against the run and the tensors that they are about, by hand, and what is refused."""
+
+import json
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+import yaml
+
+from blockdiffusion.estimate.flops import Network, muon_flops
+from blockdiffusion.estimate.listing import account_lines
+from blockdiffusion.estimate.run import make_account, manifest_of
+from blockdiffusion.estimate.sampling import SamplingRequest
+from blockdiffusion.estimate.training import drawn_rows, largest, optimizer_bytes
+from blockdiffusion.runtime.hardware import find_hardware
+from blockdiffusion.sampling import generate
+from blockdiffusion.train.optim import OptimOptions, make_optimizer
+from blockdiffusion.train.recipe import build_model, load_recipe, network_config
+from tests.command import blockdiff
+
+H100 = find_hardware("h100")
+MODEL = {"num_layers": 2, "width": 32, "num_heads": 2, "cond_dim": 8, "block_size": 4}
+
+
+@pytest.fixture
+def recipe_of(tmp_path):
+    """A recipe of a small network, with the given sections; its data are not prepared."""
+
+    def make(**sections):
+        tree = {
+            "out": str(tmp_path / "run"),
+            "data": {"path": str(tmp_path / "none")},
+            "model": MODEL,
+            "train": {"steps": 10, "batch_size": 8},
+            "eval": {"every": None},
+        }
+        for name, values in sections.items():
+            tree[name] = {**tree.get(name, {}), **values}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return load_recipe(path)
+
+    return make
+
+
+def account_of(recipe, device=H100, **options):
+    return make_account(recipe, device, **{"seq_len": 64, "vocab_size": 50, **options})
+
+
+# --- against what is there --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_memory_of_what_stands_is_that_of_the_tensors(recipe_of, name):
+    recipe = recipe_of(optim={"name": name})
+    model = build_model(recipe, manifest_of(recipe, 64, 50))
+    memory = account_of(recipe).training.memory
+    assert memory.weights == memory.average == sum(p.nbytes for p in model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters())
+    optimizer = make_optimizer(model, OptimOptions(name=name))
+    optimizer.step()
+    held = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
+    assert memory.optimizer == optimizer_bytes(Network.of(model.config), name) == held
+
+
+@pytest.mark.parametrize(
+    ("objective", "share"),
+    [
+        ({"estimator": "count"}, 5 / 8),  # mean of 1, 2, 3, 4 of 4 tokens
+        ({"estimator": "complement"}, 2 * 5 / 8),
+        ({"estimator": "bernoulli"}, 0.5005),
+        ({"estimator": "bernoulli", "clip": [0.6, 0.8]}, 0.7),
+        ({"name": "sedd", "estimator": "count", "num_noisy": 3}, 3 * 5 / 8),
+        ({"name": "d3pm", "transition": "uniform"}, 1),
+    ],
+)
+def test_positions_scored_are_those_of_the_law(recipe_of, objective, share):
+    """65,536 tokens are drawn, stratified: a coin of one half has a standard error of 0.002."""
+    recipe = recipe_of(objective=objective)
+    manifest = manifest_of(recipe, 64, 50)
+    drawn = drawn_rows(recipe, manifest, network_config(recipe, manifest))
+    assert drawn.scored / 64 == pytest.approx(share, abs=0.01)
+
+
+def test_padding_and_a_given_bos_are_not_scored(recipe_of, prepared):
+    recipe = recipe_of(data={"path": str(prepared)}, objective={"estimator": "count"})
+    manifest = manifest_of(recipe, None, None)
+    split = manifest.splits["train"]
+    half = replace(split, tokens=split.rows * manifest.seq_len // 2)
+    other = replace(manifest, row_bos=True, splits={"train": half})
+    drawn = drawn_rows(recipe, other, network_config(recipe, other))
+    # 3 blocks of 4 free tokens and one of 3: means 2.5 and 2.
+    assert drawn.scored == pytest.approx((3 * 2.5 + 2) / 2, rel=0.01)
+    assert drawn.valid == pytest.approx(0.5, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "objective"),
+    [({}, {}), ({"block_size": 16}, {}), ({"block_size": None, "cond_dim": 128}, {"name": "ar"})],
+)
+@pytest.mark.parametrize("tokens", [1, 30, 64])
+def test_calls_are_those_of_the_sampler(recipe_of, model, objective, tokens):
+    recipe = recipe_of(model=model, objective=objective)
+    network = build_model(recipe, manifest_of(recipe, 64, 50)).eval()
+    account = account_of(recipe, sampling=SamplingRequest(max_new_tokens=tokens)).sampling
+    made = generate(
+        network, max_new_tokens=tokens, generator=torch.Generator().manual_seed(0), eos=False
+    )
+    size = network.config.block_size
+    whole = -(-tokens // size) * size  # a row may leave before its last block is whole
+    assert account.calls == whole >= int(made.nfe[0]) > whole - size
+
+
+# --- by hand ------------------------------------------------------------------------------------
+
+
+def test_a_sampling_call_by_hand(recipe_of):
+    account = account_of(recipe_of(), sampling=SamplingRequest(batch=3, max_new_tokens=8)).sampling
+    # Two blocks of 4: calls of 4, 4, 4, 4, then 8 (with the commit), 4, 4, 4 tokens a row.
+    # Of two layers the last makes keys, queries and values of all and finishes the token drawn.
+    layers = 2 * 32**2 * 3 * ((12 + 3) * (4 * 4 + 8 + 4 * 3) + 9 * 8)
+    # The modulation is folded into the weights.
+    attention = 4 * 32 * 2 * 3 * (4 * 4 * 4 + 8 * 8 + 3 * 4 * 8)
+    head = 2 * 32 * 50 * 3 * 8
+    assert account.flops.total * 8 == pytest.approx(layers + attention + head)
+    assert account.cache == 2 * 4 * 2 * 32 * 3 * 8 and account.tokens_per_forward == 1
+    assert account.tokens_per_second == pytest.approx(3 / account.seconds_call)
+
+
+def test_more_tokens_a_step_are_fewer_calls(recipe_of):
+    recipe = recipe_of(model={"block_size": 16})
+    one, four = (
+        account_of(recipe, sampling=SamplingRequest(tokens_per_step=k)).sampling for k in (1, 4)
+    )
+    assert one.calls == 64 and four.calls == 16 and four.tokens_per_forward == 4
+    assert four.tokens_per_second > 3.5 * one.tokens_per_second
+
+
+def test_a_window_bounds_the_cache(recipe_of):
+    wide, narrow = (
+        account_of(
+            recipe_of(), sampling=SamplingRequest(max_new_tokens=4096, window=window)
+        ).sampling
+        for window in (None, 32)
+    )
+    assert narrow.cache == wide.cache * 36 / 4096
+    assert narrow.flops.attention < wide.flops.attention / 30
+
+
+def test_a_bf16_text_reads_half_of_the_bytes(recipe_of):
+    long, short = (
+        account_of(recipe_of(), sampling=SamplingRequest(dtype=dtype)).sampling
+        for dtype in ("float32", "bf16")
+    )
+    assert long.weights == 2 * short.weights and long.cache == 2 * short.cache
+
+
+def test_the_usual_evaluation_enumerates_or_draws_whichever_is_less(recipe_of):
+    def flops(estimator, samples):
+        options = {"every": 5, "rows": 4, "estimator": estimator, "samples": samples}
+        return account_of(recipe_of(eval=options)).training.flops_evaluation
+
+    assert flops("auto", 4) == flops("complement", 4) < flops("exact", 4)
+    assert flops("auto", 8) == flops("exact", 8) < flops("complement", 8)
+
+
+def test_time_is_the_sum_of_its_parts_and_the_price_goes_with_it(recipe_of):
+    recipe = recipe_of(eval={"every": 5, "rows": 4}, optim={"name": "muon"})
+    plain = account_of(recipe).training
+    assert plain.price is None
+    device = replace(H100, flops={"float32": 1e9, "bf16": 1e9}, bandwidth=1e9)
+    account = account_of(recipe, device, price_per_hour=36.0).training
+    shares = device.shares
+    assert account.seconds.products == pytest.approx(
+        (account.flops.layers + account.flops.head) / (1e9 * shares.products)
+    )
+    network = Network.of(network_config(recipe, manifest_of(recipe, 64, 50)))
+    matrices = [s for n, s in network.shapes()
+                if len(s) == 2 and "layers" in n and "modulation" not in n]  # fmt: skip
+    assert sum(map(prod, matrices)) == 2 * 12 * 32**2
+    assert account.seconds.update > muon_flops(matrices) / (1e9 * shares.products)
+    evaluation = account.flops_evaluation / (1e9 * shares.products)
+    assert account.seconds_run == pytest.approx(10 * account.seconds.total + evaluation)
+    assert account.price == pytest.approx(account.seconds_run / 100)
+    assert account.peak_share == pytest.approx(account.flops_per_second / 1e9)
+    assert account.tokens_per_second == pytest.approx(8 * 64 / account.seconds.total)
+
+
+def test_devices_share_the_rows_and_exchange_gradients(recipe_of):
+    recipe = recipe_of(train={"batch_size": 512})
+    one, four = (account_of(recipe, devices=n, price_per_hour=1.0).training for n in (1, 4))
+    assert four.seconds.products == pytest.approx(one.seconds.products / 4, rel=1e-3)
+    assert one.seconds.exchange == 0 < four.seconds.exchange
+    assert four.flops.total == pytest.approx(one.flops.total, rel=1e-4)
+    assert four.largest_micro_batch == 128
+    assert four.price == pytest.approx(4 * four.seconds_run / 3600)
+
+
+def test_shards_hold_a_part(recipe_of):
+    """Of everything that stands; whole are the weights that a pass needs, in turn."""
+    ddp, fsdp = (
+        account_of(recipe_of(train={"batch_size": 8, "parallel": kind}), devices=8).training
+        for kind in ("ddp", "fsdp")
+    )
+    for name in ("weights", "gradients", "optimizer", "average"):
+        assert getattr(fsdp.memory, name) == getattr(ddp.memory, name) / 8
+    assert ddp.memory.gathered == 0
+    network = Network.of(network_config(recipe_of(), manifest_of(recipe_of(), 64, 50)))
+    shapes = dict(network.shapes())
+    away = sum(prod(shape) for name, shape in shapes.items() if name.startswith("layers.1."))
+    assert fsdp.memory.gathered == 2 * 4 * (network.parameters - away)  # one layer of two
+    assert fsdp.memory.activations == ddp.memory.activations
+    assert fsdp.seconds.exchange == pytest.approx(1.5 * ddp.seconds.exchange)
+    assert fsdp.seconds.update == pytest.approx(ddp.seconds.update / 8)
+    # Several micro-batches sum whole gradients.
+    options = {"batch_size": 16, "micro_batch_size": 1, "parallel": "fsdp"}
+    two = account_of(recipe_of(train=options), devices=8).training
+    assert two.memory.gradients == ddp.memory.gradients
+    # Muon's matrices are put together, in bf16, and made orthogonal by every device.
+    ddp, fsdp = (
+        account_of(
+            recipe_of(optim={"name": "muon"}, train={"batch_size": 8, "parallel": kind}), devices=8
+        ).training.seconds
+        for kind in ("ddp", "fsdp")
+    )
+    matrices = [s for n, s in shapes.items()
+                if len(s) == 2 and "layers" in n and "modulation" not in n]  # fmt: skip
+    put_together = 7 / 8 * 2 * sum(map(prod, matrices)) / H100.link
+    assert fsdp.exchange == pytest.approx(1.5 * ddp.exchange + put_together)
+    orthogonal = muon_flops(matrices) / (H100.flops["bf16"] * H100.shares.products)
+    assert fsdp.update - orthogonal == pytest.approx((ddp.update - orthogonal) / 8)
+    # One device has it all, whatever the word.
+    one = [account_of(recipe_of(train={"parallel": kind})).training for kind in ("ddp", "fsdp")]
+    assert one[0] == one[1]
+
+
+def test_shards_leave_room_for_more_rows(recipe_of):
+    many = {"num_layers": 4, "width": 256}
+    ddp, fsdp = (
+        recipe_of(model=many, train={"batch_size": 512, "parallel": kind})
+        for kind in ("ddp", "fsdp")
+    )
+    needed = account_of(
+        recipe_of(model=many, train={"batch_size": 512, "micro_batch_size": 8, "parallel": "ddp"}),
+        devices=8,
+    ).training.memory
+    device = replace(H100, memory=needed.peak)
+    most = [account_of(recipe, device, devices=8).training.largest_micro_batch
+            for recipe in (ddp, fsdp)]  # fmt: skip
+    assert most[0] == 8 < most[1]
+
+
+def test_sampling_in_8_bits(recipe_of):
+    cpu = replace(H100, name="mine", cuda=False)
+    long, short = (
+        account_of(recipe_of(), cpu, sampling=SamplingRequest(dtype=dtype)).sampling
+        for dtype in ("float32", "int8")
+    )
+    assert short.cache == long.cache
+    assert short.weight_bytes_read < 0.35 * long.weight_bytes_read
+    assert short.seconds_reading < long.seconds_reading
+    assert short.seconds_arithmetic == long.seconds_arithmetic
+
+
+def test_the_largest_micro_batch_is_the_last_that_fits(recipe_of):
+    recipe = recipe_of(train={"batch_size": 64})
+    needed = account_of(recipe_of(train={"batch_size": 64, "micro_batch_size": 10})).training.memory
+    for spare, most in ((0, 10), (-1, 9), (1e12, 64)):
+        device = replace(H100, memory=needed.peak + spare)
+        account = account_of(recipe, device).training
+        assert account.largest_micro_batch == account.micro_batch == most
+        assert account.fits == (most == 64)
+    nothing = account_of(recipe, replace(H100, memory=1000)).training
+    assert nothing.largest_micro_batch == 0 and not nothing.fits
+    assert [largest(lambda n, k=k: n <= k, 20) for k in (0, 1, 7, 20, 99)] == [0, 1, 7, 20, 20]
+
+
+def test_the_most_that_fit_are_no_cap(recipe_of):
+    """More rows are looked for where there is more memory, or it is said that none were."""
+    recipe, counts = recipe_of(train={"batch_size": 64}), []
+    for memory in (1e12, 1e15):
+        account = account_of(recipe, replace(H100, memory=memory))
+        words = "\n".join(account_lines(account))
+        assert "all 64 rows that a device has of an update fit at once, or more" in words
+        assert f"{account.sampling.largest_batch:,} rows are the most that fit" in words
+        counts.append(account.sampling.largest_batch)
+    assert counts[1] / counts[0] == pytest.approx(1000, rel=0.01) and counts[1] > 65_536
+    sampling = account.sampling
+    row = sampling.cache + sampling.logits
+    assert sampling.weights + counts[1] * row <= 1e15 < sampling.weights + (counts[1] + 1) * row
+    assert "31 rows are the most that fit; the recipe's" in "\n".join(
+        account_lines(account_of(recipe, replace(H100, memory=_memory_of(recipe_of, 31))))
+    )
+
+
+def _memory_of(recipe_of, rows):
+    recipe = recipe_of(train={"batch_size": 64, "micro_batch_size": rows})
+    return account_of(recipe).training.memory.peak
+
+
+def test_checkpointing_takes_memory_away_and_adds_a_forward_pass(recipe_of):
+    plain, again = (
+        account_of(recipe_of(model={"num_layers": 8}, train={"activation_checkpointing": on}))
+        for on in (False, True)
+    )
+    assert again.training.memory.peak < 0.5 * plain.training.memory.peak
+    assert 1.2 < again.training.flops.layers / plain.training.flops.layers < 4 / 3
+    assert again.training.flops.head == plain.training.flops.head
+
+
+def test_bf16_saves_activations_only(recipe_of):
+    long, short = (
+        account_of(recipe_of(train={"dtype": dtype, "batch_size": 64})).training.memory
+        for dtype in ("float32", "bf16")
+    )
+    assert long.weights == short.weights and long.optimizer == short.optimizer
+    assert short.activations < 0.7 * long.activations and short.copies > long.copies == 0
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_papers_recipe_on_a_device(tmp_path):
+    path = tmp_path / "account.json"
+    ended = blockdiff(
+        "plan", "recipes/owt.yaml", "--device", "h100", "--devices", "8", "--price-per-hour", "2",
+        "--seq-len", "1024", "--vocab-size", "50258", "--sample-dtype", "bf16", "--json", path,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0] == "recipes/owt.yaml on 8 x h100" and max(map(len, lines)) <= 100
+    told = json.loads(path.read_text())
+    assert told["parameters"] == 169_627_218 and told["network"]["block_size"] == 4
+    # 110M parameters in the paper's words; 6 operations for each that a token meets, about.
+    flops = told["training"]["flops"]
+    per_token = (flops["layers"] + flops["head"]) / (512 * 1024)
+    assert per_token == pytest.approx(6 * (2 * 85e6 + 0.5 * 38.6e6), rel=0.05)
+    assert told["training"]["tokens_run"] == 150_000 * 512 * 1024
+    assert told["training"]["seconds"]["exchange"] > 0 and told["training"]["price"] > 0
+
+
+def test_prepared_data_tell_the_sizes(recipe_file):
+    ended = blockdiff("plan", recipe_file, "--device", "l4")
+    assert ended.returncode == 0, ended.stderr
+    assert "L = 16, V = 258" in ended.stdout
+
+
+def test_every_objective_has_an_account(recipe_of):
+    for objective in (
+        {"name": "mdlm"}, {"name": "sedd"}, {"name": "d3pm"}, {"name": "ar"},
+        {"name": "d3pm", "transition": "uniform", "timesteps": 9},
+    ):  # fmt: skip
+        model = {"block_size": None, "cond_dim": 128 if objective["name"] == "ar" else 8}
+        account = account_of(recipe_of(objective=objective, model=model), price_per_hour=1.0)
+        lines = account_lines(account)
+        assert max(map(len, lines)) <= 100 and not any("nan" in line for line in lines)
+        assert account.training.seconds.total > 0 and account.sampling.tokens_per_second > 0
+    assert account.sampling.calls == 9 * 64 // 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--seq-len", "16"],
+            "holds no prepared data to read L and V from; give --seq-len and --vo",
+        ),
+        (["--seq-len", "1", "--vocab-size", "9"], "--seq-len is 1; it must be at least 2"),
+        (
+            ["--devices", "3"],
+            "--devices is 3; it must divide train.batch_size, wh",
+        ),
+        (["--devices", "0"], "--devices is 0; it must be at least 1"),
+        (["--price-per-hour", "-1"], "--price-per-hour is -1; it must not be negative"),
+        (["--device", "h10"], "--device is 'h10'; known are"),
+        (["--tflops", "3"], "a device of your own needs --tflops, --bandwidth and --memory"),
+        (["--tokens-per-step", "5"], "--tokens-per-step is 5, more than the 4 tokens of a block"),
+        (["--tokens-per-step", "0"], "--tokens-per-step is 0; it must be at least 1"),
+        (["--window", "3"], "--window is 3, smaller than a block of 4"),
+        (["--batch", "0"], "--batch is 0; it must be at least 1"),
+        (["--sample-dtype", "int4"], "--sample-dtype is 'int4'; choose float32, bf16 or i"),
+        (["--sample-dtype", "int8"], "--sample-dtype is int8, which is for CPUs, and h100 is none"),
+        (["model.block_size=5"], "model.block_size is 5, which does not divide the 64 tokens"),
+        (
+            ["model.block_size=64", "--max-new-tokens", "65"],
+            "--max-new-tokens is 65, beyond the one",
+        ),
+        (["model.widht=9"], "unknown key model.widht; the nearest known one is model.width"),
+        (["--json", "."], ". is a directory; give the name of a file"),
+    ],
+)
+def test_a_mistake_is_one_sentence(recipe_of, tmp_path, arguments, sentence):
+    recipe_of()
+    sizes = [] if "--seq-len" in arguments else ["--seq-len", "64", "--vocab-size", "50"]
+    device = [] if "--device" in arguments else ["--device", "h100"]
+    ended = blockdiff("plan", tmp_path / "recipe.yaml", *arguments, *sizes, *device)
+    assert ended.returncode == 2 and sentence in ended.stderr
+    assert ended.stderr.count("\n") == 1 and not ended.stdout
+
+
+def test_sizes_that_contradict_the_data_are_refused(recipe_file):
+    ended = blockdiff("plan", recipe_file, "--device", "h100", "--seq-len", "32")
+    assert ended.returncode == 2
+    assert "--seq-len is 32, but the data in" in ended.stderr and "have 16" in ended.stderr

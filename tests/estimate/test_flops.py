@@ -1,0 +1,272 @@
+"""Costs: operations against PyTorch's counter on the real network, bytes against real tensors."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from blockdiffusion.data.loader import Batch
+from blockdiffusion.diffusion.estimators import make_estimator
+from blockdiffusion.diffusion.objectives import diffusion_of
+from blockdiffusion.estimate.flops import (
+    ATTENTION_BACKWARD,
+    Layout,
+    Network,
+    Pass,
+    activation_bytes,
+    attention_pairs,
+    cache_bytes,
+    call_flops,
+    causal_pairs,
+    forward_flops,
+    muon_flops,
+    read_bytes,
+    training_flops,
+    weight_bytes,
+)
+from blockdiffusion.models.attention import _flex_block_mask
+from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.masks import Streams, dense_mask
+from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel, Layer
+from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
+
+SIZES = {"vocab_size": 53, "width": 24, "num_layers": 3, "num_heads": 2, "cond_dim": 8}
+AR = {"objective": "autoregressive", "adaln": False, "block_size": 1}
+SEDD = {"objective": "score_entropy", "time_conditioning": True}
+# (sizes, estimator)
+CASES = [
+    ({"seq_len": 64, "block_size": 4}, "count"),
+    ({"seq_len": 192, "block_size": 16, "dropout": 0.0}, "complement"),
+    ({"seq_len": 320, "block_size": 5}, "countx3"),
+    ({"seq_len": 160, "block_size": 160}, "bernoulli"),
+    ({"seq_len": 48, "block_size": 1}, "count"),
+    ({"seq_len": 96, "block_size": 8, **SEDD}, "count"),
+    ({"seq_len": 192, **AR}, None),
+    ({"seq_len": 64, **AR, "adaln": True, "dropout": 0.0}, None),
+]
+IDS = ["S=4", "S=16 N=2", "S=5 N=3", "S=L", "S=1", "time", "causal", "causal adaLN"]
+
+
+def network(sizes) -> tuple[BlockDiffusionModel, Network]:
+    torch.manual_seed(0)
+    model = BlockDiffusionModel(BlockDiffusionConfig(**{**SIZES, **sizes})).train()
+    return model, Network.of(model.config)
+
+
+def update(model, estimator, rows=2) -> tuple[BatchLoss, Pass]:
+    """A loss of random rows, and the same as a `Pass`."""
+    config = model.config
+    draw = torch.Generator().manual_seed(1)
+    ids_BL = torch.randint(0, config.vocab_size - 1, (rows, config.seq_len), generator=draw)
+    free_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    if estimator is None:
+        loss: BatchLoss = NextTokenLoss(Batch(ids_BL, None), free_BL)
+    else:
+        law = diffusion_of(config).fitted(make_estimator(estimator))
+        drawn = law(ids_BL, free_BL, config.block_size, config.mask_id, draw)
+        loss = DiffusionLoss(Batch(ids_BL, None), drawn)
+    return loss, Pass(rows=rows, scored=loss.num_scored, num_noisy=loss.num_noisy)
+
+
+def counted(function: Callable[[], object]) -> int:
+    """Operations that PyTorch counts. Its counter knows neither `addmm_` nor the CPU's fused
+    attention. That of autoregressive rows is made of plain products here, and that of streams
+    told: two products forward, five backward."""
+
+    def attention(q, k, *_, **__):
+        return 4 * prod(q) * k[-2]
+
+    def attention_backward(_, *inputs, **__):
+        return 5 * attention(*inputs) // 2
+
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    more = {
+        torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1],
+        fused: attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=more) as counter,
+    ):
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("sizes", "estimator"), CASES, ids=IDS)
+def test_parameters_are_those_of_the_network(sizes, estimator):
+    model, sizes_ = network(sizes)
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    assert list(sizes_.shapes()) == shapes
+    assert sizes_.parameters == sum(p.numel() for p in model.parameters())
+    rest = sum(p.numel() for name, p in model.named_parameters()
+               if not name.startswith(("embedding.", "output.")))  # fmt: skip
+    assert sizes_.parameters - sizes_.embedding_parameters == rest
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(("sizes", "estimator"), CASES, ids=IDS)
+def test_operations_of_training_are_those_that_are_counted(sizes, estimator, checkpointing):
+    model, sizes_ = network(sizes)
+    model.activation_checkpointing = checkpointing
+    loss, p = update(model, estimator)
+    again = 0.0
+    if sizes_.autoregressive:  # plain products compute all pairs of a row, and make no score twice
+        p = replace(p, attention="dense")
+        again = (ATTENTION_BACKWARD - 2) * forward_flops(sizes_, p).attention
+    got = counted(lambda: loss.nats(model, slice(0, 2)).backward())
+    whole = training_flops(sizes_, p, checkpointing=checkpointing)
+    assert whole.total - again == got
+    assert whole.attention_needed <= whole.attention
+
+
+@pytest.mark.parametrize(("sizes", "estimator"), CASES[:4], ids=IDS[:4])
+def test_operations_of_a_forward_pass_are_those_that_are_counted(sizes, estimator):
+    model, sizes_ = network(sizes)
+    loss, p = update(model, estimator)
+    corrupted = loss.corrupted
+    clean_BL = loss.batch.ids_BL if sizes_.has_clean else None
+
+    def score():
+        scored_BNL = corrupted.weight_BNL > 0
+        return model.head(model.encode(corrupted.noisy_BNL, clean_BL, scored_BNL=scored_BNL))
+
+    with torch.no_grad():
+        assert counted(score) == forward_flops(sizes_, p).total
+
+
+@pytest.mark.parametrize("kind", ["block", "causal"])
+@pytest.mark.parametrize(
+    ("length", "size", "copies"),
+    [(256, 4, 1), (384, 16, 2), (300, 5, 1), (256, 256, 1), (512, 64, 3)],
+)
+def test_pairs_are_those_of_the_mask(length, size, copies, kind):
+    streams = Streams(length, size, copies, size < length, kind)
+    seen = dense_mask(streams)
+    noisy, clean = seen[: copies * length], seen[copies * length :]
+    assert attention_pairs(streams, "needed") == (int(noisy.sum()), int(clean.sum()))
+    assert sum(attention_pairs(streams, "dense")) == seen.numel()
+    for faster in ("chunked", "flex"):
+        assert sum(attention_pairs(streams, faster)) >= int(seen.sum())
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "copies"), [(256, 4, 1), (384, 16, 2), (256, 256, 1), (512, 64, 3)]
+)
+def test_tiles_are_those_of_flex_attention(length, size, copies):
+    streams = Streams(length, size, copies, size < length)
+    mask = _flex_block_mask(streams, streams.num_tokens, torch.device("cpu"))
+    tiles = int(mask.kv_num_blocks.sum())
+    if mask.full_kv_num_blocks is not None:
+        tiles += int(mask.full_kv_num_blocks.sum())
+    assert sum(attention_pairs(streams, "flex")) == tiles * 128**2
+
+
+def test_pairs_of_a_causal_row():
+    assert causal_pairs(300, "needed") == sum(range(1, 301)) and causal_pairs(300, "dense") == 90000
+    assert causal_pairs(300, "causal") == 128 * 128 + 128 * 256 + 44 * 300
+
+
+@pytest.mark.parametrize("sizes", [{"block_size": 4}, {"block_size": 4, **SEDD}, AR])
+def test_operations_of_a_call_are_those_that_are_counted(sizes):
+    model, sizes_ = network({"seq_len": 64, **sizes})
+    model = sampling_copy(model.double())  # whose products are plain ones in float64
+    size, rows, past, scored = sizes_.block_size, 3, 12, 2
+    ids = torch.zeros(rows, past, dtype=torch.long)
+    with torch.no_grad():
+        cache = model.make_cache(rows, 64)
+        if sizes_.autoregressive:
+            model.decode_causal(ids, cache)
+        else:
+            model.decode(ids, past, cache)
+        cache.commit(past)
+
+        def call():
+            if sizes_.autoregressive:
+                hidden = model.decode_causal(ids[:, :1], cache)
+                return model.head(hidden[:1, -1:].expand(1, scored, -1))
+            both = ids[:, : 2 * size]  # a commit rides on it
+            wanted = (torch.tensor([0, 2]), torch.tensor([size, size + 1]))
+            return model.head(
+                model.decode(both, size, cache, sigma_B=torch.ones(rows), wanted=wanted)
+            )
+
+        tokens = 1 if sizes_.autoregressive else 2 * size
+        expected = call_flops(sizes_, rows, tokens, past + tokens, scored)
+        assert counted(call) == expected.total
+
+
+@pytest.mark.parametrize("sizes", [{}, {"adaln": False}, {"time_conditioning": True}, AR])
+def test_bytes_of_weights_and_cache(sizes):
+    """Those of the copy that samples."""
+    model, sizes_ = network({"seq_len": 32, "block_size": 4, **sizes})
+    copied = sampling_copy(model.double())  # in float64, of which the weights stay as they are
+    for dtype, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        model.to(kind)
+        held = sum(p.numel() * kind.itemsize for p in copied.parameters())
+        # The last norm of a folded copy is the identity, and is read all the same.
+        assert weight_bytes(sizes_, dtype) == held
+        embedding = model.embedding.weight.nbytes
+        assert read_bytes(sizes_, dtype) == weight_bytes(sizes_, dtype) - embedding
+        cache = model.make_cache(5, 20)
+        held = sum(x.nbytes for x in (*cache.keys, *cache.values))
+        assert cache_bytes(sizes_, 5, 20, dtype) == held
+    assert cache_bytes(sizes_, 5, 20, "int8") == cache_bytes(sizes_, 5, 20, "float32")
+    linear = [m.weight for name, m in copied.named_modules()
+              if isinstance(m, torch.nn.Linear) and "time" not in name
+              and "modulation" not in name]  # fmt: skip
+    saved = sum(3 * weight.numel() - 8 * len(weight) for weight in linear)
+    assert read_bytes(sizes_, "int8") == read_bytes(sizes_, "float32") - saved
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("how", ["", "checkpointing", "compiled"])
+@pytest.mark.parametrize(("sizes", "estimator"), CASES, ids=IDS)
+def test_activations_are_those_that_autograd_keeps(sizes, estimator, how, dtype, monkeypatch):
+    """(Of compiled layers those of the same layers before they are.)"""
+    model, sizes_ = network({**sizes, "width": 64})
+    checkpointing = model.activation_checkpointing = how == "checkpointing"
+    if how == "compiled":
+        monkeypatch.setattr(Layer, "_is_plain", lambda self: False)
+    loss, p = update(model, estimator)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        is_logits = tensor.shape[-1:] == (sizes_.vocab_size,)
+        if storage.data_ptr() not in own and not is_logits:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that it stays its own
+        return tensor
+
+    def seen(_, args):
+        pack(args[0])
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"),
+    ):
+        # What enters a checkpointed layer is no saved tensor of autograd's.
+        hooks = [layer.attn_norm.register_forward_pre_hook(seen) for layer in model.layers]
+        loss.nats(model, slice(0, 2))
+    for hook in hooks:
+        hook.remove()
+    held = sum(size for size, _ in kept.values())
+    layout = Layout(dtype=dtype, checkpointing=checkpointing, compiled=how == "compiled")
+    expected = activation_bytes(sizes_, p, layout)
+    got = expected.saved + (0 if checkpointing else expected.copies)
+    assert got == pytest.approx(held, rel=0.1 if checkpointing else 0.05)
+
+
+def test_muon_is_five_rounds_of_three_products():
+    torch.manual_seed(0)
+    shapes = [(16, 48), (48, 16), (16, 16)]
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    got = counted(torch.optim.Muon(matrices).step)
+    assert got == muon_flops(shapes)

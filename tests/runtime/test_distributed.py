@@ -1,0 +1,145 @@
+"""What processes share, and how they end together."""
+
+import socket
+
+import pytest
+import torch
+
+from blockdiffusion.errors import UserError
+from blockdiffusion.runtime import distributed as ranks
+from blockdiffusion.runtime.distributed import ALONE, Team, joined
+from tests.command import blockdiff
+from tests.teams import command, team
+
+
+def test_alone_nothing_is_asked_of_anybody():
+    with joined() as found:
+        assert found is ALONE
+    assert ALONE.share(6) == slice(0, 6) and ALONE.has(3) and ALONE.is_first
+    assert ALONE.gather("a") == ["a"] and ALONE.collect({1: "b", 0: "a"}) == ["a", "b"]
+    assert ALONE.sum(2.5) == 2.5 and ALONE.largest(3) == 3 and ALONE.from_first(lambda: 7) == 7
+
+
+def test_shares_and_pieces_are_dealt_out_once():
+    processes = [Team(rank, 3, rank) for rank in range(3)]
+    assert [i for p in processes for i in range(9)[p.share(9)]] == [*range(9)]
+    assert all(sum(p.has(number) for p in processes) == 1 for number in range(7))
+
+
+def test_devices_are_one_for_each_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    cuda = torch.device("cuda")
+    assert Team(5, 8, 1).claim(cuda) == cuda and chosen == [1]
+    with pytest.raises(UserError, match="2 CUDA devices, too few for its process number 3"):
+        Team(2, 4, 2).claim(cuda)
+    with pytest.raises(UserError, match="several processes cannot train on mps"):
+        Team(0, 2, 0).claim(torch.device("mps"))
+    assert ALONE.claim(torch.device("mps")) == torch.device("mps")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc'"),
+        ({"WORLD_SIZE": "9" * 30}, "WORLD_SIZE is '999"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
+        ({"WORLD_SIZE": None}, "there is no WORLD_SIZE"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "RANK is '1'"),
+        ({"RANK": "2"}, "RANK is '2'; it must be a whole number from 0 to 1"),
+        ({"RANK": "1.0"}, "RANK is '1.0'"),
+        ({"RANK": None}, "there is no RANK"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK is '2'"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT is '65536'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"MASTER_PORT": None}, "there is no MASTER_PORT"),
+        ({"MASTER_ADDR": None}, "there is no MASTER_ADDR"),
+        ({"MASTER_ADDR": ""}, "there is no MASTER_ADDR"),
+        ({"MASTER_ADDR": "no-such-machine.invalid"}, "MASTER_ADDR is 'no-such-machine.invalid'"),
+        ({"MASTER_ADDR": "x" * 300}, "MASTER_ADDR is 'xxx"),
+    ],
+)
+def test_variables_left_over_in_a_shell_are_named(monkeypatch, changed, said):
+    monkeypatch.setattr(ranks, "SECONDS_TO_FIND", 1)
+    whole = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in (whole | changed).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    ended = blockdiff("eval", "no-model", "--data", "no-data")
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert said in ended.stderr and "unset" in ended.stderr
+
+
+def test_a_job_of_one_needs_no_other_variable(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not ranks.several_processes()
+
+
+def test_processes_that_cannot_meet_say_where(monkeypatch):
+    with socket.socket() as other:  # somebody else's port
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        values = ("2", "0", "127.0.0.1", str(other.getsockname()[1]))
+        for name, value in zip(ranks.ENVIRONMENT, values, strict=True):
+            monkeypatch.setenv(name, value)
+        met = pytest.raises(UserError, match=f"could not meet at 127.0.0.1:{values[3]} ")
+        with met, joined():
+            pass
+
+
+def exchange() -> None:
+    with joined() as outer, joined() as processes:
+        assert processes == outer
+        rank = processes.rank
+        assert processes.gather(f"of {rank}") == ["of 0", "of 1", "of 2"]
+        assert processes.collect({5 - rank: rank}) == [2, 1, 0]
+        assert processes.sum(0.1 * (rank + 1)) == (0.1 + 0.2) + 0.1 * 3
+        assert processes.largest(rank * (2 - rank)) == 1
+        assert processes.from_first(lambda: 10 + rank) == 10
+        processes.wait()
+        print(rank)
+
+
+def test_processes_tell_each_other():
+    ended = team(3, exchange)
+    assert [(process.code, process.out) for process in ended] == [(0, f"{r}\n") for r in range(3)]
+
+
+def fail(who: list[int], error: type[Exception]) -> None:
+    from blockdiffusion.cli import main
+
+    def work(*_: object, **__: object) -> None:
+        with joined() as processes:
+            if processes.rank in who:
+                raise error(f"process {processes.rank} is wrong")
+            while True:
+                processes.wait()
+
+    import blockdiffusion.cli
+
+    blockdiffusion.cli.app = work
+    main()
+
+
+@pytest.mark.parametrize("who", [[0], [1], [2], [0, 1, 2]], ids=str)
+def test_one_process_says_what_is_wrong_and_all_exit_with_2(who):
+    ended = team(3, fail, who, UserError)
+    said = "".join(process.err for process in ended)
+    assert said.count("\n") == 1 and "is wrong" in said and "Traceback" not in said
+    assert [process.code for process in ended] == [2, 2, 2]
+
+
+def test_a_fault_of_the_program_shows_its_trace_once():
+    ended = team(3, fail, [1], KeyError)
+    assert "Traceback" in ended[1].err and "process 1 is wrong" in ended[1].err
+    assert "another process of this job was killed or has failed" in ended[0].err
+    assert ended[2].err == "" and all(process.code == 1 for process in ended)
+
+
+def test_a_command_of_one_process_refuses_several():
+    ended = team(2, command, "prepare", "python-docs", "--out", "nowhere")
+    assert sum("but prepare is the work of one; leave torchrun out" in p.err for p in ended) == 1
+    assert [process.code for process in ended] == [2, 2]
