@@ -251,7 +251,7 @@ def run_on_faulty_disk(command, place, folder, fails=0, full=False):
 def each_fault(name, place, tmp_path, finished, part, parts=None):
     """Operations fail in turn, once and from then on; the outcomes are counted.
 
-    Operations are taken from number `part` on in steps of `parts`, by default about four of them.
+    Operations are taken from number `part` on in steps of `parts`, by default about three of them.
     """
     command = COMMANDS[name]
     folder = tmp_path / "disk"
@@ -260,7 +260,7 @@ def each_fault(name, place, tmp_path, finished, part, parts=None):
     expected, pieces = content(folder), finished["pieces"]
     shutil.rmtree(folder)
     outcomes = Counter(operations=whole.count)
-    parts = parts or max(19, whole.count // 4)
+    parts = parts or max(19, whole.count // 3)
     for full in (False, True):
         for number in range(part, whole.count + 1, parts):
             finished.clear()
