@@ -194,7 +194,7 @@ def lengths(
     from blockdiffusion.evaluate.generation.lengths import document_lengths
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.listing import length_lines
-    from blockdiffusion.reports.terminal import length_lines, progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
 
     check_places(json_file)
     network = load_sampler(model, device, dtype)

@@ -77,7 +77,7 @@ def generate_eval(
     from blockdiffusion.evaluate.generation.samples import DrawOptions
     from blockdiffusion.evaluate.generation.table import generation_lines
     from blockdiffusion.evaluate.journal import remove_journal
-    from blockdiffusion.reports.terminal import generation_lines, progress_bar
+    from blockdiffusion.reports.terminal import progress_bar
     from blockdiffusion.runtime.distributed import joined
 
     check_places(json_file, csv_file, markdown, plot)
