@@ -126,6 +126,7 @@ def test_recorded_passes_sample_the_same(make_model, recorded, options):
             2,
             max_new_tokens=29,
             generator=seeded(),
+            optimize=False,
             **{"eos": False, **options},
         )
         texts.append((result.sequences, result.nfe))
@@ -137,7 +138,7 @@ def test_so_do_networks_that_read_the_time(make_model, recorded):
     found = [
         blockdiffusion.generate(
             prepare(make_model(time_conditioning=True)), [[], [1]], max_new_tokens=20,
-            generator=seeded(), eos=False,
+            generator=seeded(), eos=False, optimize=False,
         ).sequences
         for prepare in (lambda model: model, recorded)
     ]  # fmt: skip
@@ -148,9 +149,11 @@ def test_passes_over_a_longer_cache_are_of_another_kind(make_model, recorded, mo
     """A pass reads a multiple of so many slots, and no more than there are."""
     monkeypatch.setattr("blockdiffusion.models.cache.SLOTS", 8)
     model = recorded(make_model())
-    result = blockdiffusion.generate(model, max_new_tokens=22, generator=seeded(), eos=False)
+    result = blockdiffusion.generate(
+        model, max_new_tokens=22, generator=seeded(), eos=False, optimize=False
+    )
     expected = blockdiffusion.generate(
-        make_model(), max_new_tokens=22, generator=seeded(), eos=False
+        make_model(), max_new_tokens=22, generator=seeded(), eos=False, optimize=False
     )
     assert torch.equal(result.sequences, expected.sequences)
     # Two kinds (with and without the block before) for 8, 16 and 24 slots; the first block's alone
@@ -161,7 +164,12 @@ def test_passes_over_a_longer_cache_are_of_another_kind(make_model, recorded, mo
 def test_so_does_the_autoregressive_baseline(make_ar, recorded):
     found = [
         blockdiffusion.generate(
-            prepare(make_ar()), [[], [1, 2]], max_new_tokens=12, generator=seeded(), eos=False
+            prepare(make_ar()),
+            [[], [1, 2]],
+            max_new_tokens=12,
+            generator=seeded(),
+            eos=False,
+            optimize=False,
         ).sequences
         for prepare in (lambda model: model, recorded)
     ]
