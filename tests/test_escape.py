@@ -57,7 +57,7 @@ def test_markdown_has_no_tag_no_link_and_no_line_more():
 @pytest.mark.parametrize(
     "command",
     [["eval", "{}", "--data", "{}"], ["sample", "{}"], ["train", "{}"], ["report", "{}"],
-     ["plan", "{}", "--device", "{}"], ["generate-compare", "{}"], ["convert", "{}", "--out", "x"],
+     ["estimate", "{}", "--device", "{}"], ["generate-compare", "{}"], ["convert", "{}", "--out", "x"],
      ["eval", "x", "--{}"], ["prepare", "{}", "--out", "{}"], ["{}"]],
     ids=" ".join,
 )  # fmt: skip
@@ -72,7 +72,7 @@ def test_a_message_that_quotes_what_was_given_cannot_steer_a_terminal(command, m
 
 
 def test_a_message_is_never_as_long_as_what_was_given():
-    ended = blockdiff("plan", "recipe.yaml", f"--{'x' * 1_000_000}")
+    ended = blockdiff("estimate", "recipe.yaml", f"--{'x' * 1_000_000}")
     assert ended.returncode == 2 and len(ended.stderr) < 3000
 
 

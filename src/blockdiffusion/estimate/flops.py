@@ -75,6 +75,9 @@ class Flops:
         """As computed."""
         return self.layers + self.attention + self.head
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*map(sum, zip(vars(self).values(), vars(other).values(), strict=True)))
+
     def times(self, layers: float, attention: float, head: float) -> Flops:
         """Each part by its factor."""
         return Flops(
@@ -126,7 +129,12 @@ def _pass_pairs(sizes: NetworkSizes, p: Pass, kind: AttentionKind) -> int:
 
 
 def _flops(
-    sizes: NetworkSizes, read: float, finished: float, scored: float, vectors: float, pairs: float,
+    sizes: NetworkSizes,
+    read: float,
+    finished: float,
+    scored: float,
+    vectors: float,
+    pairs: float,
     needed: float,
 ) -> Flops:
     """Of `read` tokens, of which the last layer finishes some: of the others it makes queries, keys
@@ -176,6 +184,4 @@ def call_flops(sizes: NetworkSizes, rows: int, tokens: int, keys: float, scored:
 def muon_flops(shapes: Iterable[tuple[int, ...]], steps: int = 5) -> int:
     """Of Muon's orthogonalisation of matrices, once an update: `steps` rounds of X Xt, its square,
     and that times X, for X with the shorter side first."""
-    return sum(
-        steps * (4 * min(shape) * prod(shape) + 2 * min(shape) ** 3) for shape in shapes
-    )
+    return sum(steps * (4 * min(shape) * prod(shape) + 2 * min(shape) ** 3) for shape in shapes)

@@ -2,15 +2,13 @@
 
 A layer keeps, of every token, the residual stream twice in float32, and what its matrices read and
 make (the sum of their sides) in the type of the products. That is what autograd keeps; layers with
-gradients of their own keep `FUSED` of the second part. docs/results/estimate.md has the model beside
-what was measured.
+gradients of their own keep `FUSED` of the second part. docs/results/estimate.md has what was
+measured beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from typing import Literal
 
 from blockdiffusion.diffusion.losses import CPU_PIECES, GPU_PIECES
@@ -133,15 +131,6 @@ def training_memory(
         working=working,
         peak=2 * weights + state + peak,
     )
-
-
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number of 1..most that fits, if smaller ones do; 0 where none does."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
 
 
 def traffic_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> float:

@@ -2,7 +2,7 @@
 
 The figures of the table are those of the makers' data sheets: dense products (no sparsity) with
 float32 sums, without TF32, which PyTorch leaves off for float32 products. The assumed shares were
-found on one GPU, an H100, and on one CPU, see docs/results/account.md.
+found on one GPU, an H100, and on one CPU, see docs/results/estimate.md.
 """
 
 from __future__ import annotations
