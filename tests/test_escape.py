@@ -57,8 +57,9 @@ def test_markdown_has_no_tag_no_link_and_no_line_more():
 @pytest.mark.parametrize(
     "command",
     [["eval", "{}", "--data", "{}"], ["sample", "{}"], ["train", "{}"], ["report", "{}"],
-     ["estimate", "{}", "--device", "{}"], ["generate-compare", "{}"], ["convert", "{}", "--out", "x"],
-     ["eval", "x", "--{}"], ["prepare", "{}", "--out", "{}"], ["{}"]],
+     ["estimate", "{}", "--device", "{}"], ["generate-compare", "{}"],
+     ["convert", "{}", "--out", "x"], ["eval", "x", "--{}"],
+     ["prepare", "{}", "--out", "{}"], ["{}"]],
     ids=" ".join,
 )  # fmt: skip
 def test_a_message_that_quotes_what_was_given_cannot_steer_a_terminal(command, monkeypatch):

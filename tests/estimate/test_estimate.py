@@ -315,7 +315,7 @@ def test_checkpointing_takes_memory_away_and_adds_a_forward_pass(recipe_of):
         for on in (False, True)
     )
     assert again.training.memory.peak < 0.5 * plain.training.memory.peak
-    assert 1.2 < again.training.flops.layers / plain.training.flops.layers < 4 / 3
+    assert 1.2 < again.training.flops.layers / plain.training.flops.layers <= 4 / 3
     assert again.training.flops.head == plain.training.flops.head
 
 
@@ -334,7 +334,8 @@ def test_bf16_saves_activations_only(recipe_of):
 def test_the_papers_recipe_on_a_device(tmp_path):
     path = tmp_path / "estimate.json"
     ended = blockdiff(
-        "estimate", "recipes/owt.yaml", "--device", "h100", "--devices", "8", "--price-per-hour", "2",
+        "estimate", "recipes/owt.yaml", "--device", "h100", "--devices", "8",
+        "--price-per-hour", "2",
         "--seq-len", "1024", "--vocab-size", "50258", "--sample-dtype", "bf16", "--json", path,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr

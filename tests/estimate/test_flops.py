@@ -30,7 +30,7 @@ from blockdiffusion.models.masks import Streams, dense_mask
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
 
-SIZES = {"vocab_size": 53, "width": 64, "num_layers": 3, "num_heads": 2, "cond_dim": 8}
+SIZES = {"vocab_size": 53, "width": 96, "num_layers": 3, "num_heads": 2, "cond_dim": 8}
 AR = {"objective": "autoregressive", "adaln": False, "block_size": 1}
 SEDD = {"objective": "score_entropy", "time_conditioning": True}
 # (sizes, estimator)
@@ -105,7 +105,7 @@ def test_a_network_without_storage_has_the_same_sizes(sizes, estimator):
     rest = sum(p.numel() for name, p in model.named_parameters()
                if not name.startswith(("embedding.", "output.")))  # fmt: skip
     assert sizes_.parameters - sizes_.embedding_parameters == rest
-    assert sizes_.layer_numbers == 12 * 64**2
+    assert sizes_.layer_numbers == 12 * 96**2
 
 
 def close(sizes_, got, expected) -> bool:

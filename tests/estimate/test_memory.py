@@ -11,18 +11,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaModel
 
 from benchmarks.estimate import recipe_of, updates
 from blockdiffusion.estimate.flops import Pass
 from blockdiffusion.estimate.memory import Execution, pass_bytes
 from blockdiffusion.estimate.run import estimate_recipe, manifest_of
 from blockdiffusion.estimate.sizes import NetworkSizes
-from blockdiffusion.models.transformer import Layer
+from blockdiffusion.models.transformer import BlockDiffusionConfig, Layer
 from blockdiffusion.runtime.hardware import find_hardware
 
 CPU = replace(find_hardware("h100"), cuda=False)
 MODEL = {"num_layers": 4, "width": 128, "num_heads": 4, "cond_dim": 32, "block_size": 16}
+PLAIN = {key: MODEL[key] for key in ("num_layers", "width", "num_heads")}
 ROW = {"block_size": 256}
 # What differs from training MODEL by AdamW in float32, all four rows at once.
 CASES = {
@@ -33,8 +34,7 @@ CASES = {
     "checkpointing": {"train": {"activation_checkpointing": True}},
     "bf16": {"train": {"dtype": "bf16"}},
     "Muon": {"optim": {"name": "muon"}},
-    "next token": {"objective": {"name": "ar"},
-                   "model": {k: v for k, v in MODEL.items() if k not in ("block_size", "cond_dim")}},
+    "next token": {"objective": {"name": "ar"}, "model": PLAIN},
     "time": {"objective": {"name": "sedd"}},
     "uniform": {"objective": {"name": "d3pm", "transition": "uniform", "timesteps": 9}},
     "layers by autograd": {"train": {"compile": True}},
@@ -80,5 +80,31 @@ def test_the_peak_is_that_of_the_tensors(name, tmp_path, monkeypatch):
     with Held() as held:
         for _ in updates(recipe, manifest_of(recipe, 256, 1024), 2):
             pass
-    print(name, found.memory.peak / held.most)
     assert found.memory.peak == pytest.approx(held.most, rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_activations_of_a_network_of_another_kind(dtype):
+    """A Llama with shared key-value heads, RMSNorm and a gated MLP; its gradients are autograd's."""
+    layers, rows, length = 4, 2, 128
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    model = LlamaModel(config)
+    shapes = [tuple(p.shape) for p in model.layers[0].parameters() if p.ndim == 2]
+    ours = BlockDiffusionConfig(
+        vocab_size=64, seq_len=length, width=128, num_layers=layers, num_heads=4, adaln=False,
+        objective="autoregressive", block_size=1,
+    )  # fmt: skip
+    sizes = replace(
+        NetworkSizes.of_config(ours), layer_matrices=tuple(shapes), num_kv_heads=2,
+        fused_layers=False,
+    )  # fmt: skip
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    with Held() as held, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        out = model(ids, use_cache=False).last_hidden_state.sum()
+        kept = held.now - (2 * layers * sizes.layer_numbers if dtype == "bf16" else 0)  # copies
+    assert out.requires_grad
+    estimated, _ = pass_bytes(sizes, Pass(rows=rows, scored=0), Execution(dtype=dtype))
+    assert estimated == pytest.approx(kept, rel=0.2)
