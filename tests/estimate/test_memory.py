@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from benchmarks.estimate import recipe_of, updates
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaModel
 
-from benchmarks.estimate import recipe_of, updates
 from blockdiffusion.estimate.flops import Pass
 from blockdiffusion.estimate.memory import Execution, pass_bytes
 from blockdiffusion.estimate.run import estimate_recipe, manifest_of
@@ -85,7 +85,7 @@ def test_the_peak_is_that_of_the_tensors(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 def test_activations_of_a_network_of_another_kind(dtype):
-    """A Llama with shared key-value heads, RMSNorm and a gated MLP; its gradients are autograd's."""
+    """A Llama: shared key-value heads, RMSNorm, a gated MLP; all gradients are autograd's."""
     layers, rows, length = 4, 2, 128
     config = LlamaConfig(
         hidden_size=128, intermediate_size=352, num_hidden_layers=layers, num_attention_heads=4,

@@ -1,10 +1,8 @@
 """Bytes of training and sampling: one model for every network.
 
-A layer keeps, of every token, the residual stream twice in float32, and what its matrices read and
-make (the sum of their sides) in the type of the products. That is what autograd keeps; layers with
-gradients of their own keep `FUSED` of the second part. The backward pass of a layer needs `WORKING`
-of what autograd keeps besides. docs/results/estimate.md has what was
-measured beside it.
+Of every token a layer keeps the residual stream twice, in float32, and a share of what its matrices
+read and make (the sum of their sides), in the type of the products. The shares are calibrated on
+CPUs; docs/results/estimate.md has what was measured beside the estimates.
 """
 
 from __future__ import annotations
@@ -20,7 +18,8 @@ Dtype = Literal["float32", "bf16"]
 SampleDtype = Literal["float32", "bf16", "int8"]
 
 BYTES = {"float32": 4, "bf16": 2, "int8": 4}  # int8: of what is no matrix
-FUSED, WORKING = 0.55, 0.75  # calibrated on a CPU, see there
+AUTOGRAD, FUSED = 1.1, 0.55  # shares that are kept: by autograd, and by layers' own gradients
+WORKING = 0.75  # of what passes through a layer, in its backward pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +67,7 @@ class Memory:
 
 
 def token_bytes(sizes: NetworkSizes, dtype: Dtype, share: float = 1.0) -> float:
-    """What a layer keeps of a token."""
+    """What a layer keeps of a token; with the share 1, about all that passes through it."""
     matrices = sizes.layer_matrices + (sizes.modulation if sizes.time_conditioning else ())
     return 8 * sizes.width + share * BYTES[dtype] * sum(map(sum, matrices))
 
@@ -82,7 +81,7 @@ def token_layers(sizes: NetworkSizes, p: Pass) -> float:
 def pass_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> tuple[float, float]:
     """Activations that a pass keeps, and the most that is needed besides at a time."""
     read, fused = p.rows * p.tokens(sizes), sizes.fused_layers and not how.compiled
-    own = token_bytes(sizes, how.dtype, FUSED if fused else 1.0)
+    own = token_bytes(sizes, how.dtype, FUSED if fused else AUTOGRAD)
     kept = token_layers(sizes, p) * own
     working = WORKING * read * token_bytes(sizes, how.dtype)
     if how.checkpointing:
@@ -136,8 +135,8 @@ def training_memory(
 
 
 def traffic_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> float:
-    """What the operations between the products read and write, forward and backward, about: twice
-    what autograd would keep, in each of three passes; and eight times the logits."""
+    """What the operations between the products read and write, forward and backward, about: all
+    that passes through the layers, twice in each of three passes; and eight times the logits."""
     layers = 2 * (3 + how.checkpointing) * token_layers(sizes, p) * token_bytes(sizes, how.dtype)
     return layers + 8 * 4 * p.scored * sizes.vocab_size
 
