@@ -351,6 +351,14 @@ def test_the_papers_recipe_on_a_device(tmp_path):
     assert told["training"]["seconds"]["exchange"] > 0 and told["training"]["price"] > 0
 
 
+def test_the_old_name_of_the_command_works_and_warns(recipe_file):
+    new, old = (blockdiff(name, recipe_file, "--device", "l4") for name in ("estimate", "plan"))
+    assert old.returncode == 0 and old.stdout == new.stdout and not new.stderr
+    assert "plan is now called estimate" in old.stderr and old.stderr.count("\n") == 1
+    listed = blockdiff("--help").stdout
+    assert " estimate " in listed and " plan " not in listed
+
+
 def test_prepared_data_tell_the_sizes(recipe_file):
     ended = blockdiff("estimate", recipe_file, "--device", "l4")
     assert ended.returncode == 0, ended.stderr
