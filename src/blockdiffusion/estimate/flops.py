@@ -76,7 +76,12 @@ class Flops:
         return self.layers + self.attention + self.head
 
     def __add__(self, other: Flops) -> Flops:
-        return Flops(*map(sum, zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Flops(
+            self.layers + other.layers,
+            self.attention + other.attention,
+            self.attention_needed + other.attention_needed,
+            self.head + other.head,
+        )
 
     def times(self, layers: float, attention: float, head: float) -> Flops:
         """Each part by its factor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -62,14 +63,14 @@ class NetworkSizes:
         ends = {name: s for name, s in shapes.items() if name.startswith(("embedding.", "output."))}
         layer = {name: shapes[name] for name in first}
         hidden = {name: s for name, s in layer.items() if is_hidden_matrix(name, len(s))}
-        matrices = sum(prod(s) for name, s in shapes.items() if len(s) == 2 and name not in ends)
+        matrices = _numbers(s for name, s in shapes.items() if len(s) == 2 and name not in ends)
         return cls(
-            parameters=sum(map(prod, shapes.values())),
-            embedding_parameters=sum(map(prod, ends.values())),
-            layer_parameters=sum(map(prod, layer.values())),
+            parameters=_numbers(shapes.values()),
+            embedding_parameters=_numbers(ends.values()),
+            layer_parameters=_numbers(layer.values()),
             layer_matrices=tuple(hidden.values()),
             modulation=tuple(s for n, s in layer.items() if len(s) == 2 and n not in hidden),
-            conditioning=matrices - config.num_layers * sum(map(prod, hidden.values())),
+            conditioning=matrices - config.num_layers * _numbers(hidden.values()),
             num_layers=config.num_layers,
             width=config.width,
             num_heads=config.num_heads,
@@ -88,7 +89,7 @@ class NetworkSizes:
     @property
     def layer_numbers(self) -> int:
         """Numbers in the matrices of a layer."""
-        return sum(map(prod, self.layer_matrices))
+        return _numbers(self.layer_matrices)
 
     @property
     def has_clean(self) -> bool:
@@ -105,3 +106,7 @@ class NetworkSizes:
         return Streams(
             self.seq_len, self.block_size, num_noisy, self.has_clean, self.clean_attention
         )
+
+
+def _numbers(shapes: Iterable[tuple[int, ...]]) -> int:
+    return sum(prod(shape) for shape in shapes)

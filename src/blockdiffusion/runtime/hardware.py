@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 CONTEXT_SHARE = 0.08  # of a GPU's memory: its context, and what allocation in pieces loses
-LINK = 25e9  # bytes/s between devices that no table knows: PCIe 4.0 x16, each way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class Hardware:
         flops: dtype ("float32", "bf16") -> peak of matrix products, FLOP/s.
         bandwidth: of memory, bytes/s.
         memory: bytes that a program can use.
-        link: bytes/s to another device, each way.
+        link: bytes/s to another device, each way; where no table knows, that of PCIe 4.0 x16.
         cuda: whether it is a GPU.
         measured: whether the peaks were measured here, and not taken from a data sheet.
     """
@@ -80,7 +79,7 @@ class Hardware:
     flops: Mapping[str, float]
     bandwidth: float
     memory: float
-    link: float = LINK
+    link: float = 25e9
     shares: Shares = GPU
     cuda: bool = True
     measured: bool = False
@@ -92,7 +91,7 @@ def _gpu(
     float32: float,
     bandwidth: float,
     memory: float,
-    link: float = LINK / 1e9,
+    link: float = 25.0,
 ) -> Hardware:
     """From TFLOP/s, GB/s and GB."""
     return Hardware(
