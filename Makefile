@@ -55,7 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.sampling_speed --tokens-per-step 1 4 --batches 8 16 --dtypes bfloat16
 	$(BIN)/python -m benchmarks.engine_speed
 	$(BIN)/python -m benchmarks.length_scaling
-	$(BIN)/python -m benchmarks.account
+	$(BIN)/python -m benchmarks.estimate
 
 # On a GPU: training steps, and sampling.
 bench-gpu: $(STAMP)

@@ -23,7 +23,7 @@ from blockdiffusion.data.options import DOCUMENT_RULES, PACKERS
 from blockdiffusion.data.registry import DATA_SETS
 from blockdiffusion.diffusion.estimators import EstimatorName
 from blockdiffusion.diffusion.schedules import SCHEDULES
-from blockdiffusion.estimate.flops import SampleDtype
+from blockdiffusion.estimate.memory import SampleDtype
 from blockdiffusion.evaluate.zero_shot import suite
 from blockdiffusion.runtime.hardware import NAMES
 from blockdiffusion.sampling.choosing import _MASKED
@@ -589,7 +589,7 @@ def test_signals_save_and_tell_how_to_go_on(place, tmp_path):
         (["--batch_size"], "write search.batch_size=VALUE or train.batch_size=VALUE,"),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "plan"])
+@pytest.mark.parametrize("command", ["train", "estimate"])
 def test_an_option_that_is_a_key_of_the_recipe_says_how_it_is_written(command, given, written):
     ended = blockdiff(command, "recipes/demo.yaml", *given)
     assert ended.returncode == 2 and written in ended.stderr and ended.stderr.count("\n") == 1

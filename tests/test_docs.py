@@ -198,7 +198,7 @@ def test_a_command_line_is_understood(page, words):
         if recipe.name == "config.yaml":  # a run's own
             recipe = Path("recipes/demo.yaml")
         load_recipe(ROOT / recipe, values["overrides"] or [])
-    elif name == "plan":
+    elif name == "estimate":
         load_recipe(ROOT / values["recipe"], values["overrides"] or [])
         numbers = {key: values[key] for key in ("tflops", "bandwidth", "memory")}
         if values["device"] != "cpu":  # which would be measured

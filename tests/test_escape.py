@@ -94,8 +94,9 @@ def test_the_line_while_a_model_loads_cannot_steer_a_terminal(monkeypatch):
 @pytest.mark.parametrize(
     "command",
     [["eval", "{}", "--data", "{}"], ["sample", "{}"], ["train", "{}"], ["report", "{}"],
-     ["plan", "{}", "--device", "{}"], ["generate-compare", "{}"], ["convert", "{}", "--out", "x"],
-     ["eval", "x", "--{}"], ["prepare", "{}", "--out", "{}"], ["{}"]],
+     ["estimate", "{}", "--device", "{}"], ["generate-compare", "{}"],
+     ["convert", "{}", "--out", "x"], ["eval", "x", "--{}"],
+     ["prepare", "{}", "--out", "{}"], ["{}"]],
     ids=" ".join,
 )  # fmt: skip
 def test_a_message_that_quotes_what_was_given_cannot_steer_a_terminal(command, monkeypatch):
@@ -109,7 +110,7 @@ def test_a_message_that_quotes_what_was_given_cannot_steer_a_terminal(command, m
 
 
 def test_a_message_is_never_as_long_as_what_was_given():
-    ended = blockdiff("plan", "recipe.yaml", f"--{'x' * 1_000_000}")
+    ended = blockdiff("estimate", "recipe.yaml", f"--{'x' * 1_000_000}")
     assert ended.returncode == 2 and len(ended.stderr) < 3000
 
 

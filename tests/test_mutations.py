@@ -51,7 +51,7 @@ SAMPLE = ("sample", "{p}/run", "--max-new-tokens", "4", "--seed", "1")
 EVAL = ("eval", "{p}/run", "--data", "{p}/data", "--limit", "4", "--mc-samples", "2")
 REPORT = ("report", "{p}/run", "--num-samples", "1", "--max-new-tokens", "4")
 RESUME = ("train", "{p}/run/config.yaml", "--resume", "out={p}/run")
-PLAN = ("plan", "{p}/recipe.yaml", "--device", "h100")
+ESTIMATE = ("estimate", "{p}/recipe.yaml", "--device", "h100")
 JUDGE = ("generate-eval", "{p}/run", "--scorer", "{p}/judge", "--num-samples", "2", "--batch-size",
          "2", "--max-new-tokens", "4", "--json", "{p}/judged.json")  # fmt: skip
 TARGETS = {
@@ -69,7 +69,7 @@ TARGETS = {
     "metrics.jsonl, resumed": Target("run/metrics.jsonl", RESUME, kind="lines"),
     "config.yaml": Target("run/config.yaml", REPORT, kind="yaml"),
     "config.yaml, resumed": Target("run/config.yaml", RESUME, kind="yaml"),
-    "recipe": Target("recipe.yaml", PLAN, kind="yaml"),
+    "recipe": Target("recipe.yaml", ESTIMATE, kind="yaml"),
     "eval.json": Target("run/eval.json", REPORT),
     "journal": Target(
         "eval.json.journal", (*EVAL, "--estimator", "count", "--json", "{p}/eval.json"),

@@ -1,4 +1,4 @@
-"""Costs: operations against PyTorch's counter on the real network, bytes against real tensors."""
+"""Operations against PyTorch's counter on the real network; sizes against its parameters."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,27 +14,23 @@ from blockdiffusion.diffusion.estimators import make_estimator
 from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.estimate.flops import (
     ATTENTION_BACKWARD,
-    Layout,
-    Network,
     Pass,
-    activation_bytes,
     attention_pairs,
-    cache_bytes,
     call_flops,
     causal_pairs,
     forward_flops,
     muon_flops,
-    read_bytes,
     training_flops,
-    weight_bytes,
 )
+from blockdiffusion.estimate.memory import cache_bytes, weight_bytes
+from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.models.attention import _flex_block_mask
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.models.masks import Streams, dense_mask
-from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel, Layer
+from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
 
-SIZES = {"vocab_size": 53, "width": 24, "num_layers": 3, "num_heads": 2, "cond_dim": 8}
+SIZES = {"vocab_size": 53, "width": 96, "num_layers": 3, "num_heads": 2, "cond_dim": 8}
 AR = {"objective": "autoregressive", "adaln": False, "block_size": 1}
 SEDD = {"objective": "score_entropy", "time_conditioning": True}
 # (sizes, estimator)
@@ -45,16 +41,17 @@ CASES = [
     ({"seq_len": 160, "block_size": 160}, "bernoulli"),
     ({"seq_len": 48, "block_size": 1}, "count"),
     ({"seq_len": 96, "block_size": 8, **SEDD}, "count"),
+    ({"seq_len": 96, "block_size": 8, "adaln": False}, "count"),
     ({"seq_len": 192, **AR}, None),
     ({"seq_len": 64, **AR, "adaln": True, "dropout": 0.0}, None),
 ]
-IDS = ["S=4", "S=16 N=2", "S=5 N=3", "S=L", "S=1", "time", "causal", "causal adaLN"]
+IDS = ["S=4", "S=16 N=2", "S=5 N=3", "S=L", "S=1", "time", "no adaLN", "causal", "causal adaLN"]
 
 
-def network(sizes) -> tuple[BlockDiffusionModel, Network]:
+def network(sizes) -> tuple[BlockDiffusionModel, NetworkSizes]:
     torch.manual_seed(0)
     model = BlockDiffusionModel(BlockDiffusionConfig(**{**SIZES, **sizes})).train()
-    return model, Network.of(model.full_config())
+    return model, NetworkSizes.of(model)
 
 
 def update(model, estimator, rows=2) -> tuple[BatchLoss, Pass]:
@@ -98,14 +95,22 @@ def counted(function: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize(("sizes", "estimator"), CASES, ids=IDS)
-def test_parameters_are_those_of_the_network(sizes, estimator):
+def test_a_network_without_storage_has_the_same_sizes(sizes, estimator):
     model, sizes_ = network(sizes)
-    shapes = [(name, tuple(p.shape)) for name, p in model.backbone.named_parameters()]
-    assert list(sizes_.shapes()) == shapes
+    state = torch.get_rng_state()
+    assert NetworkSizes.of_config(model.full_config()) == sizes_
+    assert torch.equal(torch.get_rng_state(), state)  # drawing it would shift what follows
     assert sizes_.parameters == sum(p.numel() for p in model.parameters())
+    assert sizes_.layer_parameters == sum(p.numel() for p in model.backbone.layers[1].parameters())
     rest = sum(p.numel() for name, p in model.backbone.named_parameters()
                if not name.startswith(("embedding.", "output.")))  # fmt: skip
     assert sizes_.parameters - sizes_.embedding_parameters == rest
+    assert sizes_.layer_numbers == 12 * 96**2
+
+
+def close(sizes_, got, expected) -> bool:
+    """Equal, or within 1 % where vectors of a conditioning pass through matrices of their own."""
+    return got == expected if not sizes_.conditioning else got == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -120,7 +125,7 @@ def test_operations_of_training_are_those_that_are_counted(sizes, estimator, che
         again = (ATTENTION_BACKWARD - 2) * forward_flops(sizes_, p).attention
     got = counted(lambda: loss.nats(model, slice(0, 2)).backward())
     whole = training_flops(sizes_, p, checkpointing=checkpointing)
-    assert whole.total - again == got
+    assert close(sizes_, got, whole.total - again)
     assert whole.attention_needed <= whole.attention
 
 
@@ -136,7 +141,7 @@ def test_operations_of_a_forward_pass_are_those_that_are_counted(sizes, estimato
         return model.head(model.encode(corrupted.noisy_BNL, clean_BL, scored_BNL=scored_BNL))
 
     with torch.no_grad():
-        assert counted(score) == forward_flops(sizes_, p).total
+        assert close(sizes_, counted(score), forward_flops(sizes_, p).total)
 
 
 @pytest.mark.parametrize("kind", ["block", "causal"])
@@ -197,69 +202,32 @@ def test_operations_of_a_call_are_those_that_are_counted(sizes):
 
         tokens = 1 if sizes_.autoregressive else 2 * size
         expected = call_flops(sizes_, rows, tokens, past + tokens, scored)
-        assert counted(call) == expected.total
+        got = counted(call)
+        assert got == expected.total or (
+            sizes_.time_conditioning and got == pytest.approx(expected.total, rel=0.01)
+        )
 
 
 @pytest.mark.parametrize("sizes", [{}, {"adaln": False}, {"time_conditioning": True}, AR])
 def test_bytes_of_weights_and_cache(sizes):
-    """Those of the copy that samples."""
+    """Those of the copy that samples; norms and biases that are folded away are less than 1 %."""
     model, sizes_ = network({"seq_len": 32, "block_size": 4, **sizes})
     copied = sampling_copy(model.double())  # in float64, of which the weights stay as they are
     for dtype, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         model.to(kind)
         held = sum(p.numel() * kind.itemsize for p in copied.parameters())
-        # The last norm of a folded copy is the identity, and is read all the same.
-        assert weight_bytes(sizes_, dtype) == held
-        embedding = model.backbone.embedding.weight.nbytes
-        assert read_bytes(sizes_, dtype) == weight_bytes(sizes_, dtype) - embedding
+        whole, read = weight_bytes(sizes_, dtype)
+        assert whole == pytest.approx(held, rel=0.01)
+        assert whole - read == model.backbone.embedding.weight.nbytes
         cache = model.make_cache(5, 20)
         held = sum(x.nbytes for x in (*cache.keys, *cache.values))
-        assert cache_bytes(sizes_, 5, 20, dtype) == held
-    assert cache_bytes(sizes_, 5, 20, "int8") == cache_bytes(sizes_, 5, 20, "float32")
+        assert 5 * 20 * cache_bytes(sizes_, dtype) == held
+    assert cache_bytes(sizes_, "int8") == cache_bytes(sizes_, "float32")
     linear = [m.weight for name, m in copied.named_modules()
               if isinstance(m, torch.nn.Linear) and "time" not in name
               and "modulation" not in name]  # fmt: skip
-    saved = sum(3 * weight.numel() - 8 * len(weight) for weight in linear)
-    assert read_bytes(sizes_, "int8") == read_bytes(sizes_, "float32") - saved
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bf16"])
-@pytest.mark.parametrize("how", ["", "checkpointing", "compiled"])
-@pytest.mark.parametrize(("sizes", "estimator"), CASES, ids=IDS)
-def test_activations_are_those_that_autograd_keeps(sizes, estimator, how, dtype, monkeypatch):
-    """(Of compiled layers those of the same layers before they are.)"""
-    model, sizes_ = network({**sizes, "width": 64})
-    checkpointing = model.backbone.activation_checkpointing = how == "checkpointing"
-    if how == "compiled":
-        monkeypatch.setattr(Layer, "_is_plain", lambda self: False)
-    loss, p = update(model, estimator)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        is_logits = tensor.shape[-1:] == (sizes_.vocab_size,)
-        if storage.data_ptr() not in own and not is_logits:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive, so that it stays its own
-        return tensor
-
-    def seen(_, args):
-        pack(args[0])
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"),
-    ):
-        # What enters a checkpointed layer is no saved tensor of autograd's.
-        hooks = [layer.attn_norm.register_forward_pre_hook(seen) for layer in model.backbone.layers]
-        loss.nats(model, slice(0, 2))
-    for hook in hooks:
-        hook.remove()
-    held = sum(size for size, _ in kept.values())
-    layout = Layout(dtype=dtype, checkpointing=checkpointing, compiled=how == "compiled")
-    expected = activation_bytes(sizes_, p, layout)
-    got = expected.saved + (0 if checkpointing else expected.copies)
-    assert got == pytest.approx(held, rel=0.1 if checkpointing else 0.05)
+    saved = sum(3 * weight.numel() for weight in linear)
+    assert weight_bytes(sizes_, "int8")[1] == weight_bytes(sizes_, "float32")[1] - saved
 
 
 def test_muon_is_five_rounds_of_three_products():

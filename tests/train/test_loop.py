@@ -18,7 +18,8 @@ from blockdiffusion.diffusion import objectives as diffusions
 from blockdiffusion.diffusion.denoiser import masked_loss, masked_nll
 from blockdiffusion.diffusion.estimators import Bernoulli
 from blockdiffusion.errors import UserError
-from blockdiffusion.estimate.flops import Network, Pass, training_flops
+from blockdiffusion.estimate.flops import Pass, training_flops
+from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.runtime.distributed import ALONE
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train import checkpoint, loop
@@ -114,7 +115,7 @@ def test_the_first_step_is_adamw_on_the_papers_loss(run, recipe_file, prepared):
     assert line["lr"] == 1e-2 / 4
     update = Pass(rows=6, scored=int((drawn.weight_BNL > 0).sum()))
     seconds = batch.ids_BL.numel() / line["tokens_per_second"]
-    rate = training_flops(Network.of(model.full_config()), update).total / seconds / 1e12
+    rate = training_flops(NetworkSizes.of(model), update).total / seconds / 1e12
     assert line["tflops_per_second"] == pytest.approx(rate, rel=2e-3)
     assert 0 < line.get("peak_share", 0.5) < 1  # none where the machine was busy before
     for name, parameter in model.backbone.named_parameters():

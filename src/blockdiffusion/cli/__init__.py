@@ -20,8 +20,8 @@ from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
 from blockdiffusion.cli.options import new_names, within_limits
 from blockdiffusion.cli.releasing import convert, push
-from blockdiffusion.cli.shared import warn
-from blockdiffusion.cli.training import plan, recipe_key, report, reproduce, train
+from blockdiffusion.cli.shared import renamed, warn
+from blockdiffusion.cli.training import estimate, recipe_key, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
 from blockdiffusion.errors import Elsewhere, UserError, reason
 from blockdiffusion.escape import mend_standard_streams, say
@@ -43,7 +43,7 @@ app = typer.Typer(
 COMMANDS = {
     "prepare": prepare,
     "datasets": datasets,
-    "plan": plan,
+    "estimate": estimate,
     "train": train,
     "report": report,
     "eval": evaluate,
@@ -63,6 +63,8 @@ COMMANDS = {
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(within_limits(_command))
+# Old names, for one version.
+app.command("plan", hidden=True)(renamed(within_limits(estimate), "plan", "estimate"))
 
 
 # An unknown option or a missing argument; newer typer versions carry their own click.
@@ -135,7 +137,7 @@ def main() -> None:
 def _as_recipe_key(error: Any) -> str | None:
     """Tells how to write a recipe's key that was given as an option; None for other options."""
     option, command = getattr(error, "option_name", None), getattr(error.ctx, "info_name", None)
-    if option is None or command not in ("plan", "train"):
+    if option is None or command not in ("estimate", "plan", "train"):
         return None
     key = recipe_key(option, sys.argv)
     if key is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,17 @@ INT8 = "int8"  # besides the types of tensors
 def warn(sentence: str) -> None:
     """Prints a warning; the command continues."""
     say(f"blockdiff: warning: {sentence}", err=True)
+
+
+def renamed(command: Callable[..., None], old: str, new: str) -> Callable[..., None]:
+    """The command under its old name, which warns."""
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        warn(f"{old} is now called {new}; the next version will not know the old name")
+        command(**values)
+
+    return call
 
 
 def device_of(name: str) -> Any:

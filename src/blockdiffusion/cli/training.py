@@ -1,4 +1,4 @@
-"""Commands that plan, train, look at a run, and rebuild the paper's tables."""
+"""Commands that estimate, train, look at a run, and rebuild the paper's tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blockdiffusion.escape import say
 from blockdiffusion.runtime.hardware import NAMES
 
 
-def plan(
+def estimate(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or a run's config.yaml.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value, as often as you like.")
@@ -54,18 +54,18 @@ def plan(
         choice("Sampling: float32, bf16 or int8.", "float32 bf16 int8"),
     ] = "float32",
     json: Annotated[
-        Path | None, typer.Option("--json", help="Write the account here, too.")
+        Path | None, typer.Option("--json", help="Write the estimate here, too.")
     ] = None,
 ) -> None:
-    """Tell what a recipe costs: memory, operations, time and price, of training and sampling."""
-    from blockdiffusion.estimate.listing import account_lines
-    from blockdiffusion.estimate.run import make_account
+    """Estimate what a recipe costs: memory, operations, time, price, of training and sampling."""
+    from blockdiffusion.estimate.listing import estimate_lines
+    from blockdiffusion.estimate.run import estimate_recipe
     from blockdiffusion.estimate.sampling import SamplingRequest
     from blockdiffusion.runtime.hardware import choose_hardware
     from blockdiffusion.train.recipe import load_recipe
 
     check_places(json)
-    account = make_account(
+    found = estimate_recipe(
         load_recipe(recipe, overrides or []),
         choose_hardware(device, tflops=tflops, bandwidth=bandwidth, memory=memory),
         name=str(recipe),
@@ -81,8 +81,8 @@ def plan(
             dtype=sample_dtype,  # type: ignore[arg-type]  # it is checked there
         ),
     )
-    say("\n".join(account_lines(account)))
-    write_json(json, account.to_dict())
+    say("\n".join(estimate_lines(found)))
+    write_json(json, found.to_dict())
 
 
 def train(

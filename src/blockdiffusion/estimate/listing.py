@@ -1,115 +1,111 @@
-"""An account in words."""
+"""An estimate in words: what `blockdiff estimate` prints."""
 
 from __future__ import annotations
 
-from blockdiffusion.estimate.run import Account
-from blockdiffusion.estimate.sampling import SamplingAccount
-from blockdiffusion.estimate.training import TrainingAccount
+from blockdiffusion.estimate.run import Estimate
+from blockdiffusion.estimate.sampling import SamplingEstimate
+from blockdiffusion.estimate.training import TrainingEstimate
 from blockdiffusion.reports.numbers import count as amount
-from blockdiffusion.runtime.hardware import Hardware, Shares
+from blockdiffusion.runtime.hardware import Hardware
+
+PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+# From which on a unit of time is used, its seconds, and its name.
+TIMES = ((172_800, 86_400, "days"), (5400, 3600, "hours"), (90, 60, "minutes"), (1, 1, "s"),
+         (1e-3, 1e-3, "ms"))  # fmt: skip
 
 
-def account_lines(account: Account) -> list[str]:
-    """What `blockdiff plan` prints."""
-    network, device = account.network, account.device
+def estimate_lines(estimate: Estimate) -> list[str]:
+    """The lines of an estimate."""
+    network, device = estimate.network, estimate.device
     kind = "autoregressive" if network.autoregressive else f"S = {network.block_size:,}"
-    rest = account.parameters - account.embedding_parameters
-    many = f"{account.devices} x " if account.devices > 1 else ""
+    many = f"{estimate.devices} x " if estimate.devices > 1 else ""
     return [
-        f"{account.recipe} on {many}{device.name}",
-        _line("network", f"{network.num_layers} layers, width {network.width}, {kind}, "
-                         f"L = {network.seq_len:,}, V = {network.vocab_size:,}"),
-        _line("parameters", f"{amount(account.parameters)}, without input embedding and output "
-                            f"{amount(rest)}"),
-        *_device_lines(device),
+        f"{estimate.recipe} on {many}{device.name}",
+        *_section({
+            "network": [f"{network.num_layers} layers, width {network.width}, {kind}, "
+                     f"L = {network.seq_len:,}, V = {network.vocab_size:,}"],
+            "parameters": [f"{amount(estimate.parameters)}, without input embedding and output "
+                        f"{amount(estimate.parameters - estimate.embedding_parameters)}"],
+            **_device(device),
+        }),
         "",
-        *_training_lines(account.training, account.devices),
+        *_training_lines(estimate.training, estimate.devices),
         "",
-        *_sampling_lines(account.sampling),
+        *_sampling_lines(estimate.sampling),
     ]  # fmt: skip
 
 
-def _device_lines(device: Hardware) -> list[str]:
-    source = "measured just now" if device.measured else "of the data sheet"
-    peaks = ", ".join(f"{name} {_rate(flops)}" for name, flops in device.flops.items())
-    shares = device.shares
+def _section(lines: dict[str, list[str]]) -> list[str]:
+    """Lines by name, which stands before the first one."""
     return [
-        _line(
-            "device",
-            f"{peaks}; {device.bandwidth / 1e9:,.4g} GB/s; {_bytes(device.memory)} to use; "
-            f"{source}",
-        ),
-        _line(
-            "assumed",
-            f"{shares.products:.0%} of the peak in products, {shares.attention:.0%} in attention; "
-            f"of the bandwidth {_traffic(shares)}",
-        ),
-        _line(
-            "",
-            f"between them; in sampling {shares.call_products:.0%} of the peak; of the bandwidth "
-            f"{shares.reading:.0%} for weights,",
-        ),
-        _line(
-            "",
-            f"{shares.call_rows:.0%} for the rest; {_time(shares.layer_seconds)} to start a layer",
-        ),
+        f"  {'' if index else name:<13}{text}"
+        for name, texts in lines.items()
+        for index, text in enumerate(texts)
     ]
 
 
-def _traffic(shares: Shares) -> str:
-    """Compiled layers only where they are others."""
-    plain, compiled = shares.traffic, shares.traffic_compiled
-    return f"{plain:.0%}" + (f" (compiled {compiled:.0%})" if compiled != plain else "")
+def _device(device: Hardware) -> dict[str, list[str]]:
+    source = "measured just now" if device.measured else "of the data sheet"
+    peaks = ", ".join(f"{name} {_in(flops, 'FLOP/s')}" for name, flops in device.flops.items())
+    shares = device.shares
+    between = f"{shares.traffic:.0%}"
+    if shares.traffic_compiled != shares.traffic:
+        between += f" (compiled {shares.traffic_compiled:.0%})"
+    return {
+        "device": [f"{peaks}; {device.bandwidth / 1e9:,.4g} GB/s; {_in(device.memory)} to use; "
+                   f"{source}"],
+        "assumed": [
+            f"{shares.products:.0%} of the peak in products, {shares.attention:.0%} in attention; "
+            f"of the bandwidth {between}",
+            f"between them; in sampling {shares.call_products:.0%} of the peak; of the bandwidth "
+            f"{shares.reading:.0%} for weights,",
+            f"{shares.call_rows:.0%} for the rest; {_time(shares.layer_seconds)} to start a layer",
+        ],
+    }  # fmt: skip
 
 
-def _training_lines(a: TrainingAccount, devices: int) -> list[str]:
-    memory, seconds = a.memory, a.seconds
-    flops, total = a.flops, a.flops.total
-    lines = [
+def _training_lines(a: TrainingEstimate, devices: int) -> list[str]:
+    memory, flops, total = a.memory, a.flops, a.flops.total
+    parts = [(name, part / a.seconds.total) for name, part in vars(a.seconds).items()]
+    time = [
+        f"{_time(a.seconds_run)} in all; an update {_time(a.seconds_update)}",
+        ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005),
+    ]
+    if extra := a.flops_evaluation + a.flops_search:
+        time.append(
+            f"evaluation and search take {_in(extra, 'FLOP')} besides (samples not counted)"
+        )
+    gathered = f"; whole while needed {_in(memory.gathered)}" if memory.gathered else ""
+    return [
         f"training in {a.dtype}: {a.steps:,} updates of {a.batch_size:,} rows, "
         f"{amount(a.tokens_run)} tokens of text",
-        _line("a row", f"{a.tokens_read:,} tokens read (N = {a.num_noisy}), "
-                       f"{a.tokens_scored:,.0f} positions scored"),
-        _line("operations", f"{_flop(a.flops_per_token)} a token, {_flop(total)} an update, "
-                            f"{_flop(a.flops_run)} in all"),
-        _line("", f"layers {flops.layers / total:.0%}, attention {flops.attention / total:.0%} "
-                  f"(the mask asks for {flops.attention_needed / total:.0%}), "
-                  f"output {flops.head / total:.0%}"),
-        _line("memory", f"weights {_bytes(memory.weights)}, gradients {_bytes(memory.gradients)}, "
-                        f"optimizer {_bytes(memory.optimizer)}, moving average "
-                        f"{_bytes(memory.average)}"),
-        *([_line("", f"whole while they are needed {_bytes(memory.gathered)}")]
-          if memory.gathered else []),
-        _line("", f"a micro-batch of {a.micro_batch}: activations {_bytes(memory.activations)}, "
-                  f"weights in bf16 {_bytes(memory.copies)},"),
-        _line("", f"logits and output's gradient {_bytes(memory.loss)}, backward pass of a layer "
-                  f"{_bytes(memory.working)}"),
-        _line("", f"at most {_bytes(memory.peak)} at a time, of {_bytes(a.memory_of_device)}"),
-        _line("micro-batch", _fit(a, devices)),
-        _line("time", f"{_time(a.seconds_run)} in all; an update {_time(seconds.total)}"),
-        _line("", _shares(a)),
+        *_section({
+            "a row": [f"{a.tokens_read:,} tokens read (N = {a.num_noisy}), "
+                   f"{a.tokens_scored:,.0f} positions scored"],
+            "operations": [
+                f"{_in(a.flops_per_token, 'FLOP')} a token, {_in(total, 'FLOP')} an update, "
+                f"{_in(a.flops_run, 'FLOP')} in all",
+                f"layers {flops.layers / total:.0%}, attention {flops.attention / total:.0%} "
+                f"(the mask asks for {flops.attention_needed / total:.0%}), "
+                f"output {flops.head / total:.0%}",
+            ],
+            "memory": [
+                f"weights {_in(memory.weights)}, gradients {_in(memory.gradients)}, optimizer "
+                f"{_in(memory.optimizer)}, moving average {_in(memory.average)}{gathered}",
+                f"a micro-batch of {a.micro_batch}: activations {_in(memory.activations)}, "
+                f"working space {_in(memory.working)}",
+                f"at most {_in(memory.peak)} at a time, of {_in(a.memory_of_device)}",
+            ],
+            "micro-batch": [_fit(a, devices)],
+            "time": time,
+            "speed": [f"{a.tokens_per_second:,.3g} tokens of text a second; "
+                   f"{_in(a.flops_per_second, 'FLOP/s')} a device, {a.peak_share:.0%} of its peak"],
+            "price": [] if a.price is None else [f"{a.price:,.2f}"],
+        }),
     ]  # fmt: skip
-    extra = a.flops_evaluation + a.flops_search
-    if extra:
-        lines.append(
-            _line("", f"evaluation and search take {_flop(extra)} besides (samples not counted)")
-        )
-    lines.append(
-        _line("speed", f"{a.tokens_per_second:,.3g} tokens of text a second; "
-                       f"{_rate(a.flops_per_second)} a device, {a.peak_share:.0%} of its peak")
-    )  # fmt: skip
-    if a.price is not None:
-        lines.append(_line("price", f"{a.price:,.2f}"))
-    return lines
 
 
-def _shares(a: TrainingAccount) -> str:
-    kinds = ("products", "attention", "traffic", "update", "exchange", "starting")
-    parts = [(name, getattr(a.seconds, name) / a.seconds.total) for name in kinds]
-    return ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
-
-
-def _fit(a: TrainingAccount, devices: int) -> str:
+def _fit(a: TrainingEstimate, devices: int) -> str:
     rows = a.batch_size // devices
     if a.largest_micro_batch == 0:
         return (
@@ -122,70 +118,40 @@ def _fit(a: TrainingAccount, devices: int) -> str:
     return most if a.fits else f"{most}; the recipe's train.micro_batch_size does not"
 
 
-def _sampling_lines(a: SamplingAccount) -> list[str]:
-    request = a.request
-    slowest = max(
-        ("reading", a.seconds_reading),
-        ("arithmetic", a.seconds_arithmetic),
-        ("starting", a.seconds_starting),
-        key=lambda item: item[1],
-    )[0]
-    lines = [
-        f"sampling in {request.dtype}: {request.batch} x {a.new_tokens:,} tokens, "
+def _sampling_lines(a: SamplingEstimate) -> list[str]:
+    parts = {
+        "reading": a.seconds_reading,
+        "arithmetic": a.seconds_arithmetic,
+        "starting": a.seconds_starting,
+    }
+    price = a.price_per_million
+    return [
+        f"sampling in {a.request.dtype}: {a.request.batch} x {a.new_tokens:,} tokens, "
         f"{a.tokens_per_forward:.3g} a call",
-        _line("calls", f"{a.calls:,}; one reads {_bytes(a.bytes_read)} (weights "
-                       f"{_bytes(a.weight_bytes_read)}) and takes {_flop(a.flops.total)}"),
-        _line("time", f"a call {_time(a.seconds_call)}, mostly {slowest}"),
-        _line("", f"reading {_time(a.seconds_reading)}, arithmetic "
-                  f"{_time(a.seconds_arithmetic)}, starting {_time(a.seconds_starting)}"),
-        _line("speed", f"{a.tokens_per_second:,.3g} tokens a second; "
-                       f"a text {_time(a.seconds_row)}"),
-        _line("memory", f"weights {_bytes(a.weights)}, cache {_bytes(a.cache)}, logits "
-                        f"{_bytes(a.logits)}; {a.largest_batch:,} rows are the most that fit"),
+        *_section({
+            "calls": [f"{a.calls:,}; one reads {_in(a.bytes_read)} (weights "
+                   f"{_in(a.weight_bytes_read)}) and takes {_in(a.flops.total, 'FLOP')}"],
+            "time": [
+                f"a call {_time(a.seconds_call)}, mostly {max(parts, key=lambda n: parts[n])}",
+                ", ".join(f"{name} {_time(seconds)}" for name, seconds in parts.items()),
+            ],
+            "speed": [f"{a.tokens_per_second:,.3g} tokens a second; a text {_time(a.seconds_row)}"],
+            "memory": [f"weights {_in(a.weights)}, cache {_in(a.cache)}, logits {_in(a.logits)}; "
+                    f"{a.largest_batch:,} rows are the most that fit"],
+            "price": [] if price is None else [f"{price:,.2f} a million tokens"],
+        }),
     ]  # fmt: skip
-    if a.price_per_million is not None:
-        lines.append(_line("price", f"{a.price_per_million:,.2f} a million tokens"))
-    return lines
 
 
-def _line(name: str, text: str) -> str:
-    return f"  {name:<13}{text}"
-
-
-def _scaled(number: float, unit: str) -> str:
-    for limit, letter in (
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-    ):
+def _in(number: float, unit: str = "B") -> str:
+    for limit, letter in PREFIXES:
         if number >= limit:
             return f"{number / limit:.3g} {letter}{unit}"
     return f"{number:.3g} {unit}"
 
 
-def _bytes(number: float) -> str:
-    return _scaled(number, "B")
-
-
-def _flop(number: float) -> str:
-    return _scaled(number, "FLOP")
-
-
-def _rate(number: float) -> str:
-    return _scaled(number, "FLOP/s")
-
-
 def _time(seconds: float) -> str:
-    for limit, length, word in (
-        (2 * 86_400, 86_400, "days"),
-        (5400, 3600, "hours"),
-        (90, 60, "minutes"),
-        (1, 1, "s"),
-        (1e-3, 1e-3, "ms"),
-    ):
+    for limit, length, word in TIMES:
         if seconds >= limit:
             return f"{seconds / length:,.3g} {word}"
     return f"{seconds * 1e6:.3g} us"

@@ -1,7 +1,7 @@
-"""An account of a recipe before it runs: sizes, memory, operations, time and price on a device.
+"""What a recipe costs before it runs: sizes, memory, operations, time and price on a device.
 
-Nothing is downloaded, trained or allocated: the formulas are those of `flops`, the devices those of
-`hardware`. What is expected of a device is its peaks times the shares that `hardware.Shares` says.
+Nothing is downloaded, trained or allocated. What is expected of a device is its peaks
+(`runtime.hardware`) times the shares of them that `hardware.Shares` says.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 
 from blockdiffusion.data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
 from blockdiffusion.errors import UserError
-from blockdiffusion.estimate.flops import Network
-from blockdiffusion.estimate.sampling import SamplingAccount, SamplingRequest, sampling_account
-from blockdiffusion.estimate.training import TrainingAccount, training_account
+from blockdiffusion.estimate.sampling import SamplingEstimate, SamplingRequest, estimate_sampling
+from blockdiffusion.estimate.sizes import NetworkSizes
+from blockdiffusion.estimate.training import TrainingEstimate, estimate_training
 from blockdiffusion.limits import check_limit
 from blockdiffusion.runtime.hardware import Hardware
 from blockdiffusion.train.recipe import Recipe, network_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Account:
+class Estimate:
     """What a recipe costs on a device.
 
     Attributes:
@@ -35,18 +35,18 @@ class Account:
     recipe: str
     device: Hardware
     devices: int
-    network: Network
+    network: NetworkSizes
     parameters: int
     embedding_parameters: int
-    training: TrainingAccount
-    sampling: SamplingAccount
+    training: TrainingEstimate
+    sampling: SamplingEstimate
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; seconds, bytes, FLOP and FLOP/s."""
         return _plain(asdict(self))
 
 
-def make_account(
+def estimate_recipe(
     recipe: Recipe,
     device: Hardware,
     *,
@@ -56,8 +56,8 @@ def make_account(
     devices: int = 1,
     price_per_hour: float | None = None,
     sampling: SamplingRequest | None = None,
-) -> Account:
-    """The account of a recipe.
+) -> Estimate:
+    """What a recipe costs.
 
     Args:
         seq_len, vocab_size: L and V (with the mask) of data that are not prepared yet.
@@ -72,36 +72,36 @@ def make_account(
         raise UserError(f"--price-per-hour is {price_per_hour:g}; it must not be negative")
     manifest = manifest_of(recipe, seq_len, vocab_size)
     config = network_config(recipe, manifest)
-    network = Network.of(config)
-    return Account(
+    sizes, request = NetworkSizes.of_config(config), sampling or SamplingRequest()
+    return Estimate(
         recipe=name,
         device=device,
         devices=devices,
-        network=network,
-        parameters=network.parameters,
-        embedding_parameters=network.embedding_parameters,
-        training=training_account(recipe, manifest, config, device, devices, price_per_hour),
-        sampling=sampling_account(config, device, sampling or SamplingRequest(), price_per_hour),
+        network=sizes,
+        parameters=sizes.parameters,
+        embedding_parameters=sizes.embedding_parameters,
+        training=estimate_training(
+            recipe, manifest, config, sizes, device, devices, price_per_hour
+        ),
+        sampling=estimate_sampling(config, sizes, device, request, price_per_hour),
     )
 
 
 def manifest_of(recipe: Recipe, seq_len: int | None, vocab_size: int | None) -> Manifest:
     """The manifest of the recipe's data, or one that says as much as is given."""
-    for option, value in (("--seq-len", seq_len), ("--vocab-size", vocab_size)):
-        check_limit(option[2:].replace("-", "_"), value, option)
+    place, given = Path(recipe.data.path), {"seq_len": seq_len, "vocab_size": vocab_size}
+    manifest = Manifest.load(place) if (place / MANIFEST_FILE).exists() else None
+    for key, value in given.items():
+        option = f"--{key.replace('_', '-')}"
+        check_limit(key, value, option)
         if value is not None and value < 2:
             raise UserError(f"{option} is {value}; it must be at least 2")
-    if (Path(recipe.data.path) / MANIFEST_FILE).exists():
-        manifest = Manifest.load(recipe.data.path)
-        for option, value, own in (
-            ("--seq-len", seq_len, manifest.seq_len),
-            ("--vocab-size", vocab_size, manifest.vocab_size),
-        ):
-            if value not in (None, own):
-                raise UserError(
-                    f"{option} is {value}, but the data in {recipe.data.path} have {own}; leave it "
-                    "out, or give another data.path=..."
-                )
+        if manifest is not None and value not in (None, own := getattr(manifest, key)):
+            raise UserError(
+                f"{option} is {value}, but the data in {recipe.data.path} have {own}; leave it "
+                "out, or give another data.path=..."
+            )
+    if manifest is not None:
         return manifest
     if seq_len is None or vocab_size is None:
         raise UserError(
@@ -109,23 +109,11 @@ def manifest_of(recipe: Recipe, seq_len: int | None, vocab_size: int | None) -> 
             "--vocab-size (with the mask: 50258 for gpt2), or prepare the data first"
         )
     return Manifest(
-        format_version=FORMAT_VERSION,
-        seq_len=seq_len,
-        packing="wrap",
-        row_bos=False,
-        row_eos=False,
-        document_eos=True,
-        vocab_size=vocab_size,
-        mask_id=vocab_size - 1,
-        bos_id=None,
-        eos_id=None,
-        pad_id=0,
-        tokenizer="",
-        tokenizer_sha256="",
-        sources=(),
-        options={},
-        splits={},
-    )
+        format_version=FORMAT_VERSION, seq_len=seq_len, packing="wrap", row_bos=False,
+        row_eos=False, document_eos=True, vocab_size=vocab_size, mask_id=vocab_size - 1,
+        bos_id=None, eos_id=None, pad_id=0, tokenizer="", tokenizer_sha256="", sources=(),
+        options={}, splits={},
+    )  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

@@ -1,23 +1,19 @@
-"""The account of sampling."""
+"""What sampling costs: network calls, operations, bytes, time, price."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from blockdiffusion.diffusion.objectives import DiscreteTime, ScoreEntropy, diffusion_of
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.estimate.flops import (
-    DRAW_BYTES,
-    Flops,
-    Network,
-    SampleDtype,
-    cache_bytes,
-    call_flops,
-    read_bytes,
-    weight_bytes,
-)
+from blockdiffusion.estimate.flops import Flops, call_flops
+from blockdiffusion.estimate.memory import SampleDtype, cache_bytes, weight_bytes
+from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.limits import check_limit
 from blockdiffusion.runtime.hardware import Hardware
+
+DRAW_BYTES = 32  # read and written for each logit of a drawn token: softmax, filters, sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +42,7 @@ class SamplingRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingAccount:
+class SamplingEstimate:
     """What sampling costs.
 
     Attributes:
@@ -85,58 +81,63 @@ class SamplingAccount:
     price_per_million: float | None
 
 
-def sampling_account(
-    config: Any, device: Hardware, request: SamplingRequest, price_per_hour: float | None
-) -> SamplingAccount:
-    """The account of sampling `request` on one device, every row from its beginning.
+@dataclass(frozen=True, kw_only=True)
+class _Calls:
+    """Network calls of a kind: tokens and keys that each reads of a row, positions with logits."""
+
+    count: int
+    tokens: int
+    keys: float
+    scored: float
+
+
+def estimate_sampling(
+    config: Any,
+    sizes: NetworkSizes,
+    device: Hardware,
+    request: SamplingRequest,
+    price_per_hour: float | None,
+) -> SamplingEstimate:
+    """What sampling `request` costs on one device, every row from its beginning.
 
     Raises:
         UserError: the request does not fit the network.
     """
-    network = Network.of(config)
-    length = request.max_new_tokens or network.seq_len
-    _check(network, request, length)
-    if request.dtype == "int8" and device.cuda:
-        raise UserError(
-            f"--sample-dtype is int8, which is for CPUs, and {device.name} is none; take "
-            "float32 or bf16"
-        )
-    course = _course(config, network, request, length)
-    dtype, shares = request.dtype, device.shares
-    rows = request.batch
+    length = request.max_new_tokens or sizes.seq_len
+    _check(sizes, device, request, length)
+    kinds = _calls(config, sizes, request, length)
+    dtype, shares, rows = request.dtype, device.shares, request.batch
+    calls = sum(kind.count for kind in kinds)
 
-    flops = Flops(layers=0, attention=0, attention_needed=0, head=0)
-    keys_read = 0.0
-    for tokens, keys, scored, times in course:
-        call = call_flops(network, rows, tokens, keys, scored * rows)
-        flops += call.times(times)
-        keys_read += times * keys
-    calls = sum(times for *_, times in course)
-    drawn = sum(scored * times for _, _, scored, times in course) / calls
-    weights_read = read_bytes(network, dtype)
-    of_rows = cache_bytes(network, rows, 1, dtype) * keys_read / calls
-    of_rows += DRAW_BYTES * rows * drawn * network.vocab_size
+    def mean(of: str) -> float:
+        return sum(kind.count * getattr(kind, of) for kind in kinds) / calls
+
+    flops = Flops(0, 0, 0, 0)
+    for kind in kinds:
+        share = kind.count / calls
+        call = call_flops(sizes, rows, kind.tokens, kind.keys, kind.scored * rows)
+        flops += call.times(share, share, share)
+    weights, weights_read = weight_bytes(sizes, dtype)
+    cached, drawn = cache_bytes(sizes, dtype), DRAW_BYTES * sizes.vocab_size
+    of_rows = rows * (cached * mean("keys") + drawn * mean("scored"))
     weights_seconds = weights_read / (device.bandwidth * shares.reading)
     rows_seconds = of_rows / (device.bandwidth * shares.call_rows)
     # Products of 8 bits are not measured; they are not slower than those of float32.
     peak = device.flops["float32" if dtype == "int8" else dtype]
-    arithmetic = flops.total / calls / (peak * shares.call_products)
-    starting = network.num_layers * shares.layer_seconds
-    both = (max if device.cuda else _sum)(weights_seconds, starting)
+    arithmetic = flops.total / (peak * shares.call_products)
+    starting = sizes.num_layers * shares.layer_seconds
+    both = max(weights_seconds, starting) if device.cuda else weights_seconds + starting
     seconds = both + rows_seconds + arithmetic
     speed = rows * length / (calls * seconds)
-
-    weights = weight_bytes(network, dtype)
-    capacity = _capacity(network, request, length)
-    cache = cache_bytes(network, 1, capacity, dtype)
-    logits = DRAW_BYTES * max(scored for _, _, scored, _ in course) * network.vocab_size
-    return SamplingAccount(
+    cache = cached * _capacity(sizes, request, length)
+    logits = drawn * max(kind.scored for kind in kinds)
+    return SamplingEstimate(
         request=request,
         new_tokens=length,
         calls=calls,
         tokens_per_forward=length / calls,
-        flops=flops.times(1 / calls),
-        flops_per_token=flops.total / (rows * length),
+        flops=flops,
+        flops_per_token=flops.total * calls / (rows * length),
         bytes_read=weights_read + of_rows,
         weight_bytes_read=weights_read,
         seconds_call=seconds,
@@ -154,12 +155,8 @@ def sampling_account(
     )
 
 
-def _sum(*parts: float) -> float:
-    return sum(parts)
-
-
-def _check(network: Network, request: SamplingRequest, length: int) -> None:
-    size, window = network.block_size, request.window
+def _check(sizes: NetworkSizes, device: Hardware, request: SamplingRequest, length: int) -> None:
+    size, window = sizes.block_size, request.window
     if request.tokens_per_step > size:
         raise UserError(
             f"--tokens-per-step is {request.tokens_per_step}, more than the {size} tokens of a "
@@ -169,41 +166,48 @@ def _check(network: Network, request: SamplingRequest, length: int) -> None:
         raise UserError(
             f"--window is {window}, smaller than a block of {size}; give at least one block"
         )
-    one_block = not network.autoregressive and not network.has_clean
-    if one_block and length > network.seq_len:
+    if not sizes.autoregressive and not sizes.has_clean and length > sizes.seq_len:
         raise UserError(
             f"--max-new-tokens is {length}, beyond the one block of {size} tokens, which then "
-            "slides over the text; plan for at most one block"
+            "slides over the text; give at most one block"
+        )
+    if request.dtype == "int8" and device.cuda:
+        raise UserError(
+            f"--sample-dtype is int8, which is for CPUs, and {device.name} is none; take "
+            "float32 or bf16"
         )
 
 
-def _capacity(network: Network, request: SamplingRequest, length: int) -> int:
+def _capacity(sizes: NetworkSizes, request: SamplingRequest, length: int) -> int:
     """Slots of the cache for a row."""
-    longest = -(-length // network.block_size) * network.block_size
+    longest = -(-length // sizes.block_size) * sizes.block_size
     if request.window is None:
         return longest
-    return min(longest, request.window + network.block_size)
+    return min(longest, request.window + sizes.block_size)
 
 
-def _course(
-    config: Any, network: Network, request: SamplingRequest, length: int
-) -> list[tuple[int, float, float, int]]:
-    """The calls of a row: tokens read, keys seen, positions with logits, how many such calls."""
-    size, limit = network.block_size, _capacity(network, request, length)
-    if network.autoregressive:
+def _calls(config: Any, sizes: NetworkSizes, request: SamplingRequest, length: int) -> list[_Calls]:
+    """The calls of a row. The first call of a block also commits the block before it."""
+    size, limit = sizes.block_size, _capacity(sizes, request, length)
+    if sizes.autoregressive:
         seen = sum(min(position + 1, limit) for position in range(length))
-        return [(1, seen / length, 1.0, length)]
-    calls, scored = -(-size // request.tokens_per_step), float(request.tokens_per_step)
-    if config.objective == "score_entropy":  # every token that is still masked
+        return [_Calls(count=length, tokens=1, keys=seen / length, scored=1.0)]
+    per_block, scored = -(-size // request.tokens_per_step), float(request.tokens_per_step)
+    diffusion = diffusion_of(config)
+    if isinstance(diffusion, ScoreEntropy):  # every token that is still masked
         scored = (size + 1) / 2
-    elif config.objective == "d3pm" and config.transition == "uniform":  # all tokens, all steps
-        calls, scored = config.timesteps, float(size)
+    elif isinstance(diffusion, DiscreteTime) and config.transition == "uniform":  # all, always
+        per_block, scored = config.timesteps, float(size)
     blocks = -(-length // size)
     keys = [min((block + 1) * size, limit) for block in range(blocks)]
-    # The first call of a block also commits the block before it.
-    course = [(size, float(keys[0]), scored, 1)]
-    if blocks > 1:
-        course.append((2 * size, sum(keys[1:]) / (blocks - 1), scored, blocks - 1))
-    if calls > 1:
-        course.append((size, sum(keys) / blocks, scored, blocks * (calls - 1)))
-    return course
+    kinds = [
+        _Calls(count=1, tokens=size, keys=keys[0], scored=scored),
+        _Calls(
+            count=blocks - 1,
+            tokens=2 * size,
+            keys=sum(keys[1:]) / max(1, blocks - 1),
+            scored=scored,
+        ),
+        _Calls(count=blocks * (per_block - 1), tokens=size, keys=sum(keys) / blocks, scored=scored),
+    ]
+    return [kind for kind in kinds if kind.count]

@@ -2,7 +2,7 @@
 
 The figures of the table are those of the makers' data sheets: dense products (no sparsity) with
 float32 sums, without TF32, which PyTorch leaves off for float32 products. The assumed shares were
-found on one GPU, an H100, and on one CPU, see docs/results/account.md.
+found on one GPU, an H100, and on one CPU, see docs/results/estimate.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 CONTEXT_SHARE = 0.08  # of a GPU's memory: its context, and what allocation in pieces loses
-LINK = 25e9  # bytes/s between devices that no table knows: PCIe 4.0 x16, each way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +52,11 @@ class Shares:
 
 
 GPU = Shares(
-    products=0.6, attention=0.25, traffic=0.38, traffic_compiled=0.6, reading=0.6,
+    products=0.6, attention=0.25, traffic=0.4, traffic_compiled=0.63, reading=0.6,
     call_products=0.31, call_rows=0.12, layer_seconds=100e-6,
 )  # fmt: skip
 CPU = Shares(
-    products=1.0, attention=0.8, traffic=0.23, traffic_compiled=0.23, reading=0.9,
+    products=1.0, attention=0.75, traffic=0.23, traffic_compiled=0.23, reading=0.9,
     call_products=1.0, call_rows=0.9, layer_seconds=0.65e-3,
 )  # fmt: skip
 
@@ -71,7 +70,7 @@ class Hardware:
         flops: dtype ("float32", "bf16") -> peak of matrix products, FLOP/s.
         bandwidth: of memory, bytes/s.
         memory: bytes that a program can use.
-        link: bytes/s to another device, each way.
+        link: bytes/s to another device, each way; where no table knows, that of PCIe 4.0 x16.
         cuda: whether it is a GPU.
         measured: whether the peaks were measured here, and not taken from a data sheet.
     """
@@ -80,14 +79,19 @@ class Hardware:
     flops: Mapping[str, float]
     bandwidth: float
     memory: float
-    link: float = LINK
+    link: float = 25e9
     shares: Shares = GPU
     cuda: bool = True
     measured: bool = False
 
 
 def _gpu(
-    name: str, bf16: float, float32: float, bandwidth: float, memory: float, link: float
+    name: str,
+    bf16: float,
+    float32: float,
+    bandwidth: float,
+    memory: float,
+    link: float = 25.0,
 ) -> Hardware:
     """From TFLOP/s, GB/s and GB."""
     return Hardware(
@@ -124,21 +128,26 @@ def choose_hardware(
 ) -> Hardware:
     """The device called `name`, or another one that the three numbers describe.
 
+    Args:
+        tflops: peak of dense products in the precision that is asked about, TFLOP/s.
+        bandwidth: GB/s. memory: GB.
+
     Raises:
-        UserError: see `find_hardware` and `other_hardware`; or some of the numbers are missing.
+        UserError: see `find_hardware`; or a number is missing or not positive.
     """
     numbers = {"tflops": tflops, "bandwidth": bandwidth, "memory": memory}
-    given = {option: value for option, value in numbers.items() if value is not None}
-    if not given:
+    if not any(value is not None for value in numbers.values()):
         return find_hardware(name)
-    if len(given) < len(numbers):
-        missing = ", ".join(f"--{option}" for option in numbers if option not in given)
+    if missing := ", ".join(f"--{option}" for option, value in numbers.items() if value is None):
         raise UserError(
             f"a device of your own needs --tflops, --bandwidth and --memory, and {missing} is "
             "missing; give all three, or a device by name"
         )
-    known = name in NAMES
-    return other_hardware("own device" if known else name, **given)
+    assert tflops is not None and bandwidth is not None and memory is not None
+    for option, value in zip(numbers, (tflops, bandwidth, memory), strict=True):
+        if not 0 < value < math.inf:
+            raise UserError(f"--{option} is {value:g}; it must be a positive number")
+    return _gpu("own device" if name in NAMES else name, tflops, tflops, bandwidth, memory)
 
 
 def find_hardware(name: str) -> Hardware:
@@ -159,31 +168,11 @@ def find_hardware(name: str) -> Hardware:
     )
 
 
-def other_hardware(name: str, tflops: float, bandwidth: float, memory: float) -> Hardware:
-    """A GPU that the table does not know.
-
-    Args:
-        tflops: peak of dense products in the precision that is asked about, TFLOP/s.
-        bandwidth: GB/s. memory: GB.
-
-    Raises:
-        UserError: one of them is not positive.
-    """
-    for option, value in (("tflops", tflops), ("bandwidth", bandwidth), ("memory", memory)):
-        if not 0 < value < math.inf:
-            raise UserError(f"--{option} is {value:g}; it must be a positive number")
-    return _gpu(name, tflops, tflops, bandwidth, memory, LINK / 1e9)
-
-
 def hardware_of_gpu(gpu_name: str) -> Hardware | None:
     """The device of the table that a driver calls `gpu_name`, such as "NVIDIA H100 80GB HBM3"."""
     words = gpu_name.lower().replace("-", " ").split()
-    known = [gpu for gpu in GPUS if set(_words(gpu.name)) <= set(words)]
+    known = [gpu for gpu in GPUS if set(gpu.name.split("-")) <= set(words)]
     return max(known, key=lambda gpu: len(gpu.name), default=None)
-
-
-def _words(name: str) -> list[str]:
-    return name.replace("-", " ").split()
 
 
 # --- this machine, measured -----------------------------------------------------------------------
@@ -247,12 +236,11 @@ def this_cpu(clock: Callable[[], float] = time.perf_counter) -> Hardware:
     """This machine's processor with as many threads as PyTorch uses now; takes some seconds."""
     import torch
 
-    dtypes = {"float32": torch.float32, "bf16": torch.bfloat16}
     return Hardware(
         name="cpu",
         flops={
-            name: matrix_flops(dtype, 2048 if name == "float32" else 256, clock)
-            for name, dtype in dtypes.items()
+            "float32": matrix_flops(torch.float32, clock=clock),
+            "bf16": matrix_flops(torch.bfloat16, 256, clock),
         },
         bandwidth=read_bandwidth(clock),
         memory=machine_memory(),

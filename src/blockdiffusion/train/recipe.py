@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.estimate.flops import Network
 from blockdiffusion.evaluate.options import MC_SAMPLES, LikelihoodOptions
 from blockdiffusion.files.records import Typed, build, of_file, read_yaml
 from blockdiffusion.limits import check_limits
@@ -248,11 +247,13 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     """
     import torch
 
+    from blockdiffusion.models.meta import meta_model
     from blockdiffusion.models.transformer import BlockDiffusionModel
     from blockdiffusion.runtime.seeding import seed_global
 
     config = network_config(recipe, manifest)
-    weights, ids = Network.of(config).parameters, recipe.train.batch_size * config.seq_len
+    weights = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    ids = recipe.train.batch_size * config.seq_len
     check_memory(
         4.0 * weights + 8.0 * ids,  # the least there is: shards may leave the rest to others
         f"training {weights:,} parameters on {ids:,} tokens an update",

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blockdiffusion.estimate.flops import Network, Pass, training_flops
+from blockdiffusion.estimate.flops import Pass, training_flops
+from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.models.attention import resolve_backend
 from blockdiffusion.runtime.hardware import quick_peak, share_of_peak
 
@@ -31,9 +32,9 @@ class Speed:
         row_bos: bool,
         processes: int = 1,
     ):
-        self.network, self.options, self.row_bos = Network.of(model.full_config()), options, row_bos
+        self.sizes, self.options, self.row_bos = NetworkSizes.of(model), options, row_bos
         self.attention: Any = "causal"
-        if not self.network.autoregressive:
+        if not self.sizes.autoregressive:
             self.attention = resolve_backend(model.attention_backend, device)
         peak = quick_peak(str(device), options.dtype, torch.get_num_threads())
         self.peak = None if peak is None else peak * processes
@@ -48,7 +49,7 @@ class Speed:
             attention=self.attention,
         )
         checkpointing = self.options.activation_checkpointing
-        flops = training_flops(self.network, whole, checkpointing=checkpointing).total / seconds
+        flops = training_flops(self.sizes, whole, checkpointing=checkpointing).total / seconds
         values = {"tflops_per_second": float(f"{flops / 1e12:.4g}")}
         share = None if self.peak is None else share_of_peak(flops, self.peak)
         if share is None:

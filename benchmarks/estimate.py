@@ -1,9 +1,9 @@
-"""The account of `blockdiff plan` against what really happens: CPU time of one thread, and memory.
+"""What `blockdiff estimate` says against what really happens: CPU time of one thread, and memory.
 
-python -m benchmarks.account [NAME ...] [--json FILE]
-python -m benchmarks.account --plot FILE   (operations per token over L, as SVG; measures nothing)
+python -m benchmarks.estimate [NAME ...] [--json FILE]
+python -m benchmarks.estimate --plot FILE   (operations per token over L, as SVG; measures nothing)
 
-Every network is planned for this machine's CPU, measured with one thread, then trained for a few
+Every network is estimated for this machine's CPU, measured with one thread, then trained for a few
 updates and sampled from, in a process of its own. Time is that of the processor, not of the clock,
 so that other work on the machine matters less; memory is the growth of the resident set to its
 peak, in another process where the C library gives freed memory back at once (and, last column, in
@@ -20,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +82,8 @@ def resident(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def measured_training(recipe: Any, manifest: Any, updates: int) -> dict[str, float]:
-    """CPU seconds of an update (the best one), and bytes that training holds at most."""
+def updates(recipe: Any, manifest: Any, count: int) -> Iterator[None]:
+    """Trains a new network on random rows, update by update."""
     import torch
 
     from blockdiffusion.data.loader import Batch
@@ -98,8 +100,6 @@ def measured_training(recipe: Any, manifest: Any, updates: int) -> dict[str, flo
     shape = (recipe.train.batch_size, manifest.seq_len)
     ids_BL = torch.randint(0, manifest.vocab_size - 1, shape, generator=draw)
     free_BL = torch.ones_like(ids_BL, dtype=torch.bool)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident set so far
-    before = resident("VmRSS")
     model = build_model(recipe, manifest).train()
     model.backbone.activation_checkpointing = recipe.train.activation_checkpointing
     for parameter in model.parameters():  # zeros would let kernels cheat
@@ -111,22 +111,31 @@ def measured_training(recipe: Any, manifest: Any, updates: int) -> dict[str, flo
     if recipe.objective.name == "ar":
         loss: Any = NextTokenLoss(Batch(ids_BL, None), free_BL)
     else:
-        law, _ = for_block_size(recipe.objective.make_estimator(), model.config.block_size)
-        law = diffusion_of(model.config).fitted(law)
+        estimator, _ = for_block_size(recipe.objective.make_estimator(), model.config.block_size)
+        estimator = diffusion_of(model.config).fitted(estimator)
         config = model.config
-        drawn = law(ids_BL, free_BL, config.block_size, config.mask_id, draw)
+        drawn = estimator(ids_BL, free_BL, config.block_size, config.mask_id, draw)
         loss = DiffusionLoss(Batch(ids_BL, None), drawn)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.train.dtype == "bf16")
-    spread, times = Spread(model, ALONE), []
-    for step in range(1, updates + 2):
-        start = time.process_time()
+    spread = Spread(model, ALONE)
+    for step in range(1, count + 1):
         accumulate_gradients(spread, loss, free_BL.sum().item(), step, recipe.train, autocast)
         clip_gradients(model.parameters(), recipe.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.update(step)
-        times.append(time.process_time() - start)
-    return {"seconds": min(times[1:]), "bytes": resident("VmHWM") - before}
+        yield
+
+
+def measured_training(recipe: Any, manifest: Any, count: int) -> dict[str, float]:
+    """CPU seconds of an update (the best one), and bytes that training holds at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident set so far
+    before = resident("VmRSS")
+    times = [time.process_time()]
+    for _ in updates(recipe, manifest, count + 1):
+        times.append(time.process_time())
+    seconds = [end - start for start, end in pairwise(times)]
+    return {"seconds": min(seconds[1:]), "bytes": resident("VmHWM") - before}
 
 
 def measured_sampling(recipe: Any, manifest: Any, tokens: int) -> dict[str, float]:
@@ -158,7 +167,7 @@ def compare(name: str, memory_only: bool) -> dict[str, Any]:
     """A case: predicted and measured."""
     import torch
 
-    from blockdiffusion.estimate.run import make_account, manifest_of
+    from blockdiffusion.estimate.run import estimate_recipe, manifest_of
     from blockdiffusion.estimate.sampling import SamplingRequest
     from blockdiffusion.runtime.hardware import GPUS, this_cpu
 
@@ -170,25 +179,26 @@ def compare(name: str, memory_only: bool) -> dict[str, Any]:
     tokens = min(64, case["L"])
     cpu = GPUS[0] if memory_only else this_cpu(time.process_time)
     cpu = replace(cpu, cuda=False)
-    account = make_account(recipe, cpu, sampling=SamplingRequest(max_new_tokens=tokens), **sizes)
+    request = SamplingRequest(max_new_tokens=tokens)
+    found = estimate_recipe(recipe, cpu, sampling=request, **sizes)
     manifest = manifest_of(recipe, **sizes)
-    updates = 1 if memory_only else case.get("updates", 2)
-    training = measured_training(recipe, manifest, updates)
+    count = 1 if memory_only else case.get("updates", 2)
+    training = measured_training(recipe, manifest, count)
     if memory_only:
         return training
-    one_block = not account.network.autoregressive and not account.network.has_clean
+    one_block = not found.network.autoregressive and not found.network.has_clean
     sampling = None if one_block else measured_sampling(recipe, manifest, tokens)
     return {
         "name": name,
         "gflops": cpu.flops["float32"] / 1e9,
         "gb_per_second": cpu.bandwidth / 1e9,
-        "tflop": account.training.flops.total / 1e12,
-        "predicted_seconds": account.training.seconds.total,
-        "parts": vars(account.training.seconds),
+        "tflop": found.training.flops.total / 1e12,
+        "predicted_seconds": found.training.seconds.total,
+        "parts": vars(found.training.seconds),
         "measured_seconds": training["seconds"],
-        "predicted_bytes": account.training.memory.peak,
+        "predicted_bytes": found.training.memory.peak,
         "held_bytes": training["bytes"],
-        "predicted_call": account.sampling.seconds_call,
+        "predicted_call": found.sampling.seconds_call,
         "measured_call": None if sampling is None else sampling["seconds"],
     }
 
@@ -221,7 +231,7 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 
 def child(name: str, what: str, environment: dict[str, str]) -> dict[str, Any]:
     """What a process of its own finds."""
-    command = [sys.executable, "-m", "benchmarks.account", name, "--child", what]
+    command = [sys.executable, "-m", "benchmarks.estimate", name, "--child", what]
     ended = subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | environment
     )
@@ -231,7 +241,9 @@ def child(name: str, what: str, environment: dict[str, str]) -> dict[str, Any]:
 def picture() -> str:
     """Training operations per token of text over L, the paper's network, as one SVG."""
     from benchmarks.charts import named_curves
-    from blockdiffusion.estimate.flops import Network, Pass, training_flops
+    from blockdiffusion.estimate.flops import Pass, training_flops
+    from blockdiffusion.estimate.sizes import NetworkSizes
+    from blockdiffusion.models.transformer import BlockDiffusionConfig
 
     lengths = range(512, 16_384 + 1, 512)
     kinds = {"S = 16, N = 2": (16, 2), "S = 16, N = 1": (16, 1), "S = L": (None, 1)}
@@ -239,12 +251,12 @@ def picture() -> str:
     for name, (size, copies) in kinds.items():
         points = []
         for length in lengths:
-            network = Network(
-                vocab_size=50258, seq_len=length, block_size=size or length, width=768,
-                num_layers=12, num_heads=12, cond_dim=128, dropout=0.1,
-            )  # fmt: skip
+            config = BlockDiffusionConfig(
+                vocab_size=50258, seq_len=length, block_size=size or length, **PAPER
+            )
             p = Pass(rows=1, scored=copies * length / 2, num_noisy=copies, attention="flex")
-            points.append((length, training_flops(network, p).total / length / 1e9))
+            flops = training_flops(NetworkSizes.of_config(config), p).total
+            points.append((length, flops / length / 1e9))
         curves[name] = points
     return named_curves(
         curves,

@@ -1,0 +1,164 @@
+"""Bytes of training and sampling: one model for every network.
+
+Of every token a layer keeps the residual stream twice, in float32, and a share of what its matrices
+read and make (the sum of their sides), in the type of the products. The shares are calibrated on
+CPUs; docs/results/estimate.md has what was measured beside the estimates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from blockdiffusion.diffusion.losses import CPU_PIECES, GPU_PIECES
+from blockdiffusion.estimate.flops import Pass
+from blockdiffusion.estimate.sizes import NetworkSizes
+
+Dtype = Literal["float32", "bf16"]
+SampleDtype = Literal["float32", "bf16", "int8"]
+
+BYTES = {"float32": 4, "bf16": 2, "int8": 4}  # int8: of what is no matrix
+AUTOGRAD, FUSED = 1.1, 0.55  # shares that are kept: by autograd, and by layers' own gradients
+WORKING = 0.75  # of what passes through a layer, in its backward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How a training pass is computed.
+
+    Attributes:
+        dtype: "bf16" is autocast: the residual stream and all sums stay float32.
+        cuda: whether on a GPU, which makes more logits at a time.
+        checkpointing: whether only the inputs of the layers are kept.
+        compiled: whether layers are compiled, which leaves their gradients to autograd.
+        cross_entropy: whether the gradient of the logits is made at once.
+    """
+
+    dtype: Dtype = "float32"
+    cuda: bool = False
+    checkpointing: bool = False
+    compiled: bool = False
+    cross_entropy: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of training on one device.
+
+    Attributes:
+        weights, gradients, optimizer, average: of all parameters, in float32; with
+            `train.parallel: fsdp` a device's share (of gradients that several micro-batches are
+            summed in, all).
+        gathered: with fsdp, weights and gradients that are whole while a pass needs them.
+        activations: kept from forward to backward, for one micro-batch.
+        working: the most that is needed besides at a time: the backward pass of a layer, or logits
+            and the gradient of the output.
+        peak: the most at a time; not all kinds exist together.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+    gathered: float
+    activations: float
+    working: float
+    peak: float
+
+
+def token_bytes(sizes: NetworkSizes, dtype: Dtype, share: float = 1.0) -> float:
+    """What a layer keeps of a token; with the share 1, about all that passes through it."""
+    matrices = sizes.layer_matrices + (sizes.modulation if sizes.time_conditioning else ())
+    return 8 * sizes.width + share * BYTES[dtype] * sum(map(sum, matrices))
+
+
+def token_layers(sizes: NetworkSizes, p: Pass) -> float:
+    """Tokens of all layers; those that the last one does not finish count half there."""
+    read = p.rows * p.tokens(sizes)
+    return (sizes.num_layers - 0.5) * read + 0.5 * p.finished(sizes)
+
+
+def pass_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> tuple[float, float]:
+    """Activations that a pass keeps, and the most that is needed besides at a time."""
+    read, fused = p.rows * p.tokens(sizes), sizes.fused_layers and not how.compiled
+    own = token_bytes(sizes, how.dtype, FUSED if fused else AUTOGRAD)
+    kept = token_layers(sizes, p) * own
+    working = WORKING * read * token_bytes(sizes, how.dtype)
+    if how.checkpointing:
+        kept, working = 4 * sizes.width * sizes.num_layers * read, working + read * own
+    # Logits, and the gradient of the output; rounded, too.
+    rounded = how.dtype == "bf16"
+    most_logits = (GPU_PIECES if how.cuda else CPU_PIECES).most_logits
+    per_logit = (8 if rounded else 4) if how.cross_entropy else 16
+    logits = per_logit * min(most_logits, p.scored * sizes.vocab_size)
+    output = (10 if rounded else 4) * sizes.vocab_size * sizes.width
+    return kept, max(working, logits + output)
+
+
+def optimizer_bytes(sizes: NetworkSizes, name: str) -> float:
+    """AdamW: two moments; Muon: one for the matrices of the layers."""
+    muon = sizes.num_layers * sizes.layer_numbers if name == "muon" else 0
+    return 8 * sizes.parameters - 4 * muon
+
+
+def training_memory(
+    sizes: NetworkSizes, p: Pass, how: Execution, optimizer: str, *, shards: int, one_pass: bool
+) -> Memory:
+    """Of a device that has one of `shards` parts of every tensor; 1: all.
+
+    Args:
+        one_pass: whether the pass is all of the device's update: then gradients come as activations
+            go, and with shards a device sums its part of them only.
+    """
+    whole = 4 * sizes.parameters
+    weights, state = whole / shards, optimizer_bytes(sizes, optimizer) / shards
+    gradients = weights if one_pass else whole
+    # Of a unit at a time: a layer, or what is in none.
+    outside = sizes.parameters - sizes.num_layers * sizes.layer_parameters
+    gathered = 8 * (outside + sizes.layer_parameters) if shards > 1 else 0
+    kept, working = pass_bytes(sizes, p, how)
+    peak = gradients + gathered + kept + working
+    if shards > 1:
+        peak = max(peak, whole)  # an evaluation puts the averaged weights together
+    elif one_pass:
+        peak = max(kept, gradients) + working
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
+        average=weights,
+        gathered=gathered,
+        activations=kept,
+        working=working,
+        peak=2 * weights + state + peak,
+    )
+
+
+def traffic_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> float:
+    """What the operations between the products read and write, forward and backward, about: all
+    that passes through the layers, twice in each of three passes; and eight times the logits."""
+    layers = 2 * (3 + how.checkpointing) * token_layers(sizes, p) * token_bytes(sizes, how.dtype)
+    return layers + 8 * 4 * p.scored * sizes.vocab_size
+
+
+def update_bytes(sizes: NetworkSizes, optimizer: str) -> float:
+    """What clipping, optimizer and moving average read and write in an update: the gradient four
+    times, weights and average five times in all, the optimizer's state once each way."""
+    return 4 * 9 * sizes.parameters + 2 * optimizer_bytes(sizes, optimizer)
+
+
+def weight_bytes(sizes: NetworkSizes, dtype: SampleDtype) -> tuple[float, float]:
+    """Weights of the copy that samples (adaLN is folded away where the network reads no time): all,
+    and those that a call reads, which takes only rows of the input embedding. With int8 a number of
+    a matrix is a byte, but those of the input embedding."""
+    table = sizes.vocab_size * sizes.width
+    kept = sizes.parameters - (0 if sizes.time_conditioning else sizes.conditioning)
+    held = BYTES[dtype] * kept
+    if dtype == "int8":
+        held -= 3 * (sizes.num_layers * sizes.layer_numbers + table)
+    return held, held - (0 if sizes.tied else BYTES[dtype] * table)
+
+
+def cache_bytes(sizes: NetworkSizes, dtype: SampleDtype) -> int:
+    """Keys and values of a token in all layers."""
+    return BYTES[dtype] * sizes.num_layers * sizes.cache_width
