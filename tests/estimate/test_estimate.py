@@ -13,9 +13,10 @@ from blockdiffusion.estimate.listing import estimate_lines
 from blockdiffusion.estimate.run import estimate_recipe, manifest_of
 from blockdiffusion.estimate.sampling import SamplingRequest
 from blockdiffusion.estimate.training import drawn_rows, largest
+from blockdiffusion.models.transformer import is_hidden_matrix
 from blockdiffusion.runtime.hardware import find_hardware
 from blockdiffusion.sampling import generate
-from blockdiffusion.train.optim import OptimOptions, is_hidden_matrix, make_optimizer
+from blockdiffusion.train.optim import OptimOptions, make_optimizer
 from blockdiffusion.train.recipe import build_model, load_recipe, network_config
 from tests.command import blockdiff
 
@@ -51,7 +52,7 @@ def estimate_of(recipe, device=H100, **options):
 def matrices_of(recipe):
     """Shapes of the matrices that Muon takes."""
     model = build_model(recipe, manifest_of(recipe, 64, 50))
-    return [p.shape for n, p in model.named_parameters() if is_hidden_matrix(n, p.ndim)]
+    return [p.shape for n, p in model.backbone.named_parameters() if is_hidden_matrix(n, p.ndim)]
 
 
 # --- against what is there --------------------------------------------------------------------
@@ -216,8 +217,10 @@ def test_shards_hold_a_part(recipe_of):
         assert getattr(fsdp.memory, name) == getattr(ddp.memory, name) / 8
     assert ddp.memory.gathered == 0
     network = build_model(recipe_of(), manifest_of(recipe_of(), 64, 50))
-    away = network.layers[1].parameters()
-    there = network.num_parameters() - sum(p.numel() for p in away)  # one layer of two
+    away = network.backbone.layers[1].parameters()
+    there = sum(p.numel() for p in network.parameters()) - sum(
+        p.numel() for p in away
+    )  # one layer of two
     assert fsdp.memory.gathered == 2 * 4 * there
     assert fsdp.memory.activations == ddp.memory.activations
     assert fsdp.seconds.exchange == pytest.approx(1.5 * ddp.seconds.exchange)

@@ -247,12 +247,12 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     """
     import torch
 
-    from blockdiffusion.models.meta import meta_model
+    from blockdiffusion.models.meta import count_parameters
     from blockdiffusion.models.transformer import BlockDiffusionModel
     from blockdiffusion.runtime.seeding import seed_global
 
     config = network_config(recipe, manifest)
-    weights = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    weights = count_parameters(config)
     ids = recipe.train.batch_size * config.seq_len
     check_memory(
         4.0 * weights + 8.0 * ids,  # the least there is: shards may leave the rest to others
