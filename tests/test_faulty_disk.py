@@ -88,7 +88,7 @@ COMMANDS = {
         f"pareto {{p}}/run {JUDGED} --out {{o}}/pareto --point first-hitting "
         "--point confidence:tokens_per_step=2"
     ),
-    "plan": Command("plan {p}/recipe.yaml --device h100 --json {o}/a.json"),
+    "estimate": Command("estimate {p}/recipe.yaml --device h100 --json {o}/a.json"),
     "report": Command("report {p}/run --num-samples 1 --max-new-tokens 4 --out {o}/a.html"),
     "reproduce": Command(
         "reproduce T3 --scale toy --out {o}/tables --data wikitext2={p}/pages", parts=16

@@ -18,9 +18,9 @@ prepare {} --out NEW --tokenizer byte
 prepare TEXT --out {} --tokenizer byte
 prepare TEXT --out NEW --tokenizer {}
 prepare TEXT --out NEW --tokenizer byte --valid {}
-plan {}
-plan RECIPE --json {}
-plan RECIPE data.path={}
+estimate {}
+estimate RECIPE --json {}
+estimate RECIPE data.path={}
 train {}
 train RECIPE out={}
 train RECIPE out=NEW data.path={}
@@ -77,7 +77,7 @@ MAY_BE_A_FOLDER = {  # of any content
     "prepare {} --out NEW --tokenizer byte",
     "prepare TEXT --out NEW --tokenizer byte --valid {}",
     "train RECIPE out={}",
-    "plan RECIPE data.path={}",
+    "estimate RECIPE data.path={}",
     "generate-eval RUN --scorer JUDGE --num-samples 2 --reference {}",
     "pareto RUN --scorer JUDGE --out {}",
     "reproduce T1 --scale tiny --data wikitext2={}",

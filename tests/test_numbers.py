@@ -19,7 +19,7 @@ MOST_SECONDS = 30.0
 # The shortest line of each command that has a number; capitals as in `test_hostile_paths`.
 LINES = {
     "prepare": "TEXT --out NEW --tokenizer byte --seq-len 16 --documents blank-line --workers 1",
-    "plan": "RECIPE --device h100",
+    "estimate": "RECIPE --device h100",
     "report": "RUN --out NEW --num-samples 1 --max-new-tokens 4",
     "eval": "RUN --data DATA --rows 2 --samples 1",
     "zero-shot": "RUN --only ptb --local ptb=TEXT --rows 2 --samples 1",
@@ -58,7 +58,7 @@ def cases():
 
 def check(folder, command, option, value):
     given = f"--{option.replace('_', '-')}={value}"
-    beside = "" if command == "plan" and option == "tokens_per_step" else BESIDE.get(option, "")
+    beside = "" if command == "estimate" and option == "tokens_per_step" else BESIDE.get(option, "")
     line = f"{command} {LINES[command]} {beside}"
     began = time.monotonic()
     ended = blockdiff(*words(line, folder, ""), given)  # the last of two counts
