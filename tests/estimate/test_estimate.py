@@ -340,6 +340,7 @@ def test_the_papers_recipe_on_a_device(tmp_path):
         "estimate", "recipes/owt.yaml", "--device", "h100", "--devices", "8",
         "--price-per-hour", "2",
         "--seq-len", "1024", "--vocab-size", "50258", "--sample-dtype", "bf16", "--json", path,
+        "train.parallel=fsdp",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()

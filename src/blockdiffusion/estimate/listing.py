@@ -75,7 +75,7 @@ def _training_lines(a: TrainingEstimate, devices: int) -> list[str]:
         time.append(
             f"evaluation and search take {_in(extra, 'FLOP')} besides (samples not counted)"
         )
-    gathered = f"; whole while needed {_in(memory.gathered)}" if memory.gathered else ""
+    whole = [f"whole while needed {_in(memory.gathered)}"] if memory.gathered else []
     return [
         f"training in {a.dtype}: {a.steps:,} updates of {a.batch_size:,} rows, "
         f"{amount(a.tokens_run)} tokens of text",
@@ -91,7 +91,8 @@ def _training_lines(a: TrainingEstimate, devices: int) -> list[str]:
             ],
             "memory": [
                 f"weights {_in(memory.weights)}, gradients {_in(memory.gradients)}, optimizer "
-                f"{_in(memory.optimizer)}, moving average {_in(memory.average)}{gathered}",
+                f"{_in(memory.optimizer)}, moving average {_in(memory.average)}",
+                *whole,
                 f"a micro-batch of {a.micro_batch}: activations {_in(memory.activations)}, "
                 f"working space {_in(memory.working)}",
                 f"at most {_in(memory.peak)} at a time, of {_in(a.memory_of_device)}",

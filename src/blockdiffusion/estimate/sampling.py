@@ -114,9 +114,8 @@ def estimate_sampling(
 
     flops = Flops(0, 0, 0, 0)
     for kind in kinds:
-        share = kind.count / calls
         call = call_flops(sizes, rows, kind.tokens, kind.keys, kind.scored * rows)
-        flops += call.times(share, share, share)
+        flops += call.times(*[kind.count / calls] * 3)
     weights, weights_read = weight_bytes(sizes, dtype)
     cached, drawn = cache_bytes(sizes, dtype), DRAW_BYTES * sizes.vocab_size
     of_rows = rows * (cached * mean("keys") + drawn * mean("scored"))
@@ -126,11 +125,10 @@ def estimate_sampling(
     peak = device.flops["float32" if dtype == "int8" else dtype]
     arithmetic = flops.total / (peak * shares.call_products)
     starting = sizes.num_layers * shares.layer_seconds
-    both = max(weights_seconds, starting) if device.cuda else weights_seconds + starting
-    seconds = both + rows_seconds + arithmetic
+    seconds = weights_seconds + starting + rows_seconds + arithmetic
+    seconds -= min(weights_seconds, starting) if device.cuda else 0
     speed = rows * length / (calls * seconds)
-    cache = cached * _capacity(sizes, request, length)
-    logits = drawn * max(kind.scored for kind in kinds)
+    cache, logits = cached * _capacity(sizes, request, length), drawn * max(k.scored for k in kinds)
     return SamplingEstimate(
         request=request,
         new_tokens=length,

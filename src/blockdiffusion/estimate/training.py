@@ -177,34 +177,25 @@ def estimate_training(
     Raises:
         UserError: the rows cannot be shared evenly.
     """
-    options = recipe.train
-    check_limit("devices", devices, "--devices")
-    if options.batch_size % devices:
-        raise UserError(
-            f"--devices is {devices}; it must divide train.batch_size, which is "
-            f"{options.batch_size}"
-        )
-    rows, drawn = options.batch_size // devices, drawn_rows(recipe, manifest, config)
+    options, rows = recipe.train, _rows_of_device(recipe, devices)
+    drawn = drawn_rows(recipe, manifest, config)
     update = _Update(
         recipe=recipe, sizes=sizes, device=device, devices=devices, rows=rows,
-        how=Execution(
-            dtype=options.dtype, cuda=device.cuda, checkpointing=options.activation_checkpointing,
-            compiled=options.compile, cross_entropy=_is_cross_entropy(config, sizes),
-        ),
+        how=_execution(recipe, config, device),
         row=Pass(rows=1, scored=drawn.scored, num_noisy=drawn.num_noisy, given_bos=manifest.row_bos,
                  attention=_attention(sizes, device)),
     )  # fmt: skip
     wanted = min(options.micro_batch_size or rows, rows)
     most = largest(lambda count: update.memory(count).peak <= device.memory, rows)
     micro = min(wanted, most) or 1
-    seconds, own = update.seconds(micro), update.flops
+    seconds, flops = update.seconds(micro), update.flops.times(devices, devices, devices)
     evaluation = _evaluation(recipe, config, sizes)
     search = _search(recipe, sizes, update.row)
+    rate = flops.total / devices / seconds.total
     # Evaluations are in float32, and on one device.
     slow = device.flops["float32"] * device.shares.products
     total = options.steps * seconds.total + (evaluation + search) / slow
     text = options.steps * options.batch_size * sizes.seq_len * drawn.valid
-    flops, rate = own.times(devices, devices, devices), own.total / seconds.total
     return TrainingEstimate(
         steps=options.steps,
         batch_size=options.batch_size,
@@ -233,6 +224,14 @@ def estimate_training(
     )
 
 
+def _rows_of_device(recipe: Recipe, devices: int) -> int:
+    check_limit("devices", devices, "--devices")
+    size = recipe.train.batch_size
+    if size % devices:
+        raise UserError(f"--devices is {devices}; it must divide train.batch_size, which is {size}")
+    return size // devices
+
+
 def largest(fits: Callable[[int], bool], most: int) -> int:
     """The largest number of 1..most that fits, if smaller ones do; 0 where none does."""
     low, high = 0, most
@@ -242,11 +241,19 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _is_cross_entropy(config: Any, sizes: NetworkSizes) -> bool:
-    """Whether the loss is that of next or masked tokens, whose gradient is made at once."""
-    if sizes.autoregressive:
-        return True
-    return config.transition != "uniform" and not isinstance(diffusion_of(config), ScoreEntropy)
+def _execution(recipe: Recipe, config: Any, device: Hardware) -> Execution:
+    """How passes are computed. The loss of next or masked tokens makes its gradient at once."""
+    options = recipe.train
+    other_loss = config.objective != "autoregressive" and (
+        config.transition == "uniform" or isinstance(diffusion_of(config), ScoreEntropy)
+    )
+    return Execution(
+        dtype=options.dtype,
+        cuda=device.cuda,
+        checkpointing=options.activation_checkpointing,
+        compiled=options.compile,
+        cross_entropy=not other_loss,
+    )
 
 
 def _attention(sizes: NetworkSizes, device: Hardware) -> Any:
