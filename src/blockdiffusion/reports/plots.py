@@ -214,7 +214,7 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
         str(figure.get_label()), x=10 / width, ha="left", fontsize=15, fontweight="bold"
     )
     legend = figure.legend(
-        list(entries.values()), [words.replace("  ", 2 * "\xa0").replace("\xa0 ", 2 * "\xa0") for words in entries],
+        list(entries.values()), [words.replace("  ", "\xa0\xa0") for words in entries],
         loc="outside lower left", title="\n".join(lines), alignment="left",
         title_fontproperties={"size": 11.5}, prop={"family": "monospace", "size": 11},
     )  # fmt: skip
