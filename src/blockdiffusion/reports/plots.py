@@ -193,7 +193,7 @@ def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[fl
     return [x for x, _ in points], [y for _, y in points]
 
 
-def ticks(axes: Axes, x: int = 6, y: int = 6) -> None:
+def ticks(axes: Axes, x: int = 6, y: int = 7) -> None:
     """About so many round values, written plainly; on logarithmic axes powers of ten, or more."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -215,7 +215,7 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
         str(figure.get_label()), x=10 / width, ha="left", fontsize=15, fontweight="bold"
     )
     legend = figure.legend(
-        list(entries.values()), [words.replace("  ", "\xa0 ") for words in entries],
+        list(entries.values()), [words.replace("  ", "\xa0\xa0") for words in entries],
         loc="outside lower left", title="\n".join(lines), alignment="left",
         title_fontproperties={"size": 11.5}, prop={"family": "monospace", "size": 11},
     )  # fmt: skip
