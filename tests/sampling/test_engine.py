@@ -381,7 +381,6 @@ def test_a_model_of_one_block_writes_one_block(make_model):
 def test_autoregressive_requests_are_those_of_one_alone(make_ar, monkeypatch, bos, window):
     """With the start symbol, and with a BOS in its place; long prompts are read in parts."""
     model = make_ar(eos_id=5, bos_id=3, bos=bos)
-    monkeypatch.setattr(type(model), "_require", lambda self, **kind: None)
     monkeypatch.setattr("blockdiffusion.sampling.engine.PREFILL_TOKENS", 8)
     wanted = [
         (prompt, options | {"bos": options["seed"] % 2 == 0})

@@ -260,7 +260,6 @@ class BlockDiffusion(nn.Module):
             window, sigma_B: as for `decode`.
             wanted_M: the tokens of `ids_P` whose states are returned, as (M, D); None = all.
         """
-        self._require(autoregressive=False)
         sizes = self.backbone.attention
         ids_P = cache.delayed_ragged(ids_P, tokens_B)
         place = cache.place_ragged(tokens_B)
