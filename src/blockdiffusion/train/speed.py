@@ -32,11 +32,8 @@ class Speed:
         row_bos: bool,
         processes: int = 1,
     ):
-        self.sizes, self.options, self.row_bos = (
-            NetworkSizes.of_config(model.full_config()),
-            options,
-            row_bos,
-        )
+        self.sizes = NetworkSizes.of_config(model.full_config())
+        self.options, self.row_bos = options, row_bos
         self.attention: Any = "causal"
         if not self.sizes.autoregressive:
             self.attention = resolve_backend(model.attention_backend, device)
