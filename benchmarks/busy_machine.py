@@ -79,7 +79,8 @@ def demo_config():
     from blockdiffusion.models.transformer import BlockDiffusionConfig
 
     return BlockDiffusionConfig(
-        vocab_size=2050, seq_len=128, block_size=4, width=128, num_layers=4, num_heads=4,
+        vocab_size=2050, seq_len=128, block_size=4, hidden_size=128, num_hidden_layers=4,
+        num_attention_heads=4,
         cond_dim=64, dropout=0.0,
     )  # fmt: skip
 

@@ -26,11 +26,29 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-SMALL = {"num_layers": 4, "width": 128, "num_heads": 4, "cond_dim": 64, "block_size": 4,
-         "dropout": 0.0}  # fmt: skip
-MEDIUM = {"num_layers": 6, "width": 384, "num_heads": 6, "cond_dim": 128, "block_size": 16,
-          "dropout": 0.1}  # fmt: skip
-PAPER = {"num_layers": 12, "width": 768, "num_heads": 12, "cond_dim": 128, "dropout": 0.1}
+SMALL = {
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "cond_dim": 64,
+    "block_size": 4,
+    "dropout": 0.0,
+}
+MEDIUM = {
+    "num_hidden_layers": 6,
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "cond_dim": 128,
+    "block_size": 16,
+    "dropout": 0.1,
+}
+PAPER = {
+    "num_hidden_layers": 12,
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "cond_dim": 128,
+    "dropout": 0.1,
+}
 # name -> L, V, rows of an update and of a pass, model, objective, other sections
 CASES: dict[str, dict[str, Any]] = {
     "demo": {"L": 128, "V": 2049, "batch": 4, "model": SMALL},
@@ -44,7 +62,8 @@ CASES: dict[str, dict[str, Any]] = {
     "medium, micro-batches": {"L": 512, "V": 8192, "batch": 4, "micro": 1, "model": MEDIUM},
     "medium, checkpointing": {"L": 512, "V": 8192, "batch": 4, "model": MEDIUM,
                               "train": {"activation_checkpointing": True}},
-    "medium, bf16": {"L": 512, "V": 8192, "batch": 4, "model": MEDIUM, "train": {"dtype": "bf16"}},
+    "medium, bf16": {"L": 512, "V": 8192, "batch": 4, "model": MEDIUM,
+                     "train": {"dtype": "bfloat16"}},
     "demo, Muon": {"L": 128, "V": 2049, "batch": 4, "model": SMALL, "optim": {"name": "muon"}},
     "medium, autoregressive": {"L": 512, "V": 8192, "batch": 4, "objective": {"name": "ar"},
                                "model": {k: v for k, v in MEDIUM.items()
@@ -89,12 +108,12 @@ def updates(recipe: Any, manifest: Any, count: int) -> Iterator[None]:
     from blockdiffusion.data.loader import Batch
     from blockdiffusion.diffusion.estimators import for_block_size
     from blockdiffusion.diffusion.objectives import diffusion_of
-    from blockdiffusion.runtime.distributed import ALONE
+    from blockdiffusion.runtime.distributed import SINGLE
     from blockdiffusion.train.loop import accumulate_gradients
     from blockdiffusion.train.loss import DiffusionLoss, NextTokenLoss
     from blockdiffusion.train.optim import MovingAverage, clip_gradients, make_optimizer
+    from blockdiffusion.train.parallel import Parallelism
     from blockdiffusion.train.recipe import build_model
-    from blockdiffusion.train.spread import Spread
 
     draw = torch.Generator().manual_seed(0)
     shape = (recipe.train.batch_size, manifest.seq_len)
@@ -116,10 +135,10 @@ def updates(recipe: Any, manifest: Any, count: int) -> Iterator[None]:
         config = model.config
         drawn = estimator(ids_BL, free_BL, config.block_size, config.mask_id, draw)
         loss = DiffusionLoss(Batch(ids_BL, None), drawn)
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.train.dtype == "bf16")
-    spread = Spread(model, ALONE)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.train.dtype == "bfloat16")
+    parallelism = Parallelism(model, SINGLE)
     for step in range(1, count + 1):
-        accumulate_gradients(spread, loss, free_BL.sum().item(), step, recipe.train, autocast)
+        accumulate_gradients(parallelism, loss, free_BL.sum().item(), step, recipe.train, autocast)
         clip_gradients(model.parameters(), recipe.optim.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -110,7 +110,8 @@ def demo_network():
     torch.manual_seed(0)
     model = BlockDiffusionModel(
         BlockDiffusionConfig(
-            vocab_size=2049, seq_len=128, block_size=4, width=128, num_layers=4, num_heads=4,
+            vocab_size=2049, seq_len=128, block_size=4, hidden_size=128, num_hidden_layers=4,
+            num_attention_heads=4,
             cond_dim=64, dropout=0.0,
         )
     )  # fmt: skip

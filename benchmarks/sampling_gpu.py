@@ -98,7 +98,7 @@ class Table:
         """Seconds of a call at least."""
         config, number = model.full_config(), matrix_weights(model)
         head = model.output.weight.numel()
-        cached = 2 * config.num_layers * config.width * batch * self.tokens / 2
+        cached = 2 * config.num_hidden_layers * config.hidden_size * batch * self.tokens / 2
         reading = BYTES * (number + cached) / self.bandwidth
         places = batch * (number - head) * config.block_size
         products = 2 * (places + batch * head * tokens_per_step) / self.flops

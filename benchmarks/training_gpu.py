@@ -115,7 +115,7 @@ class Gpu:
 
     def data_sheet(self) -> float:
         known = hardware_of_gpu(self.name)
-        return 0.0 if known is None else known.flops["bf16"]
+        return 0.0 if known is None else known.flops["bfloat16"]
 
     def begin(self, batch: int) -> None:
         gc.collect()
@@ -141,8 +141,9 @@ class Rehearsal:
 
     def config(self, block_size: int) -> BlockDiffusionConfig:
         return BlockDiffusionConfig(
-            vocab_size=300, seq_len=64, block_size=min(block_size, 64), width=64, num_layers=2,
-            num_heads=2,
+            vocab_size=300, seq_len=64, block_size=min(block_size, 64), hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
         )  # fmt: skip
 
     def describe(self) -> str:
@@ -241,9 +242,9 @@ class TwoPasses:
     ) -> torch.Tensor:
         """Hidden states (M, D) at the scored positions."""
         model, device, length = self.model, noisy_BNL.device, clean_BL.shape[1]
-        head_width = self.config.width // self.config.num_heads
+        head_dim = self.config.hidden_size // self.config.num_attention_heads
         positions = torch.arange(length, device=device)
-        rotary = rotary_tables(positions, head_width, model.dtype)
+        rotary = rotary_tables(positions, head_dim, model.dtype)
         cond = model.backbone.time(torch.zeros(1, 1, device=device))
         clean = self._clean_pass(clean_BL, cond, rotary)
         streams = Streams(length, self.config.block_size)
@@ -295,7 +296,8 @@ def authors_network(
     """Their network in these sizes, with layers in the place's type."""
     network = authors.authors_network(
         checkout, config.block_size, config.vocab_size, config.seq_len, attn_backend=attention,
-        hidden_dim=config.width, n_blocks=config.num_layers, n_heads=config.num_heads,
+        hidden_dim=config.hidden_size, n_blocks=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
     )  # fmt: skip
     network.backbone.precision = place.dtype
     return network

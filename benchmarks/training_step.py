@@ -39,8 +39,9 @@ VOCAB, LENGTH = 50258, 1024
 def paper_config(block_size: int) -> BlockDiffusionConfig:
     """The sizes of the paper's network: 110M parameters, 170M with both embeddings."""
     return BlockDiffusionConfig(
-        vocab_size=VOCAB, seq_len=LENGTH, block_size=block_size, width=768, num_layers=12,
-        num_heads=12, cond_dim=128, dropout=0.1,
+        vocab_size=VOCAB, seq_len=LENGTH, block_size=block_size, hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12, cond_dim=128, dropout=0.1,
     )  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def step_flops(
     `masked` tokens of the batch have logits. Where one block is the whole sequence there is no
     clean stream.
     """
-    width, layers, length = config.width, config.num_layers, config.seq_len
+    width, layers, length = config.hidden_size, config.num_hidden_layers, config.seq_len
     has_clean = config.block_size < length
     streams = num_noisy + has_clean
     tokens = batch * streams * length

@@ -98,9 +98,9 @@ def gpt2(config: Any) -> Any:
                 GPT2Config(
                     vocab_size=config.vocab_size,
                     n_positions=config.seq_len,
-                    n_embd=config.width,
-                    n_layer=config.num_layers,
-                    n_head=config.num_heads,
+                    n_embd=config.hidden_size,
+                    n_layer=config.num_hidden_layers,
+                    n_head=config.num_attention_heads,
                     resid_pdrop=config.dropout,
                     embd_pdrop=0.0,
                     attn_pdrop=0.0,

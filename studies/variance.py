@@ -27,9 +27,9 @@ from pathlib import Path
 RECIPE = Path(__file__).with_name("variance.yaml")
 BASE_STEPS = 1000  # as in the recipe
 FULL_SIZE = (
-    "model.num_layers=6",
-    "model.width=192",
-    "model.num_heads=6",
+    "model.num_hidden_layers=6",
+    "model.hidden_size=192",
+    "model.num_attention_heads=6",
     "model.cond_dim=128",
 )
 

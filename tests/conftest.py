@@ -52,7 +52,8 @@ def make_model() -> Callable[..., BlockDiffusionModel]:
 
     def make(**overrides) -> BlockDiffusionModel:
         sizes = dict(
-            vocab_size=13, seq_len=16, block_size=4, width=16, num_layers=2, num_heads=2,
+            vocab_size=13, seq_len=16, block_size=4, hidden_size=16, num_hidden_layers=2,
+            num_attention_heads=2,
             cond_dim=8, dropout=0.0,
         )  # fmt: skip
         model = BlockDiffusionModel(BlockDiffusionConfig(**{**sizes, **overrides}))

@@ -36,8 +36,8 @@ def network(model, ids, positions, mask, cond=None, remember=None, past=None):
     keys and values before this sequence's own, with `mask` (T, past + T).
     """
     net, config = model.backbone, model.backbone.config
-    heads = config.num_heads
-    half = config.width // heads // 2
+    heads = config.num_attention_heads
+    half = config.hidden_size // heads // 2
     angle = positions.double()[:, None] * 10_000.0 ** (-torch.arange(half).double() / half)
     cos, sin = angle.cos(), angle.sin()
 
@@ -53,8 +53,8 @@ def network(model, ids, positions, mask, cond=None, remember=None, past=None):
         """Shifts, scales and gates; without adaLN they change nothing."""
         if module is None:
             zero, one = (
-                torch.zeros(config.width),
-                torch.ones(config.width),
+                torch.zeros(config.hidden_size),
+                torch.ones(config.hidden_size),
             )
             return [zero, zero, one, zero, zero, one][:count]
         return (cond @ module.weight.T + module.bias).chunk(count, dim=-1)

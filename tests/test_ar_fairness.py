@@ -29,8 +29,9 @@ def overrides(tmp_path_factory):
     options = PrepareOptions(seq_len=16, tokenizer="byte", documents="blank-line", num_workers=1)
     prepare([str(folder / "text.txt")], folder / "data", options)
     return (
-        f"data.path={folder / 'data'}", "model.num_layers=1", "model.width=16",
-        "model.num_heads=2", "train.steps=6", "train.batch_size=4", "optim.warmup_steps=2",
+        f"data.path={folder / 'data'}", "model.num_hidden_layers=1", "model.hidden_size=16",
+        "model.num_attention_heads=2", "train.steps=6", "train.batch_size=4",
+        "optim.warmup_steps=2",
         "eval.every=3", "eval.rows=8", "checkpoint.every=2",
     )  # fmt: skip
 
@@ -81,8 +82,10 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(overrides, tmp_path, monkeypa
     assert len(calls) == 7 and result(stopped) == result(whole)
     study.train_one(stopped)
     assert len(calls) == 7  # a finished run is left alone
-    with pytest.raises(UserError, match=r"another model\.width"):
-        study.train_one(study.Job(stopped.runs, network, 1e-2, 1, (*overrides, "model.width=32")))
+    with pytest.raises(UserError, match=r"another model\.hidden_size"):
+        study.train_one(
+            study.Job(stopped.runs, network, 1e-2, 1, (*overrides, "model.hidden_size=32"))
+        )
 
 
 def test_the_networks_have_equal_sizes():

@@ -36,7 +36,13 @@ from tests.tiny import stop_at_third_group
 
 TEXT = "The quick brown fox jumps over the lazy dog; it was not the first time.\n\n" * 300
 RECIPE = {
-    "model": {"num_layers": 1, "width": 16, "num_heads": 2, "cond_dim": 8, "dropout": 0.0},
+    "model": {
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "cond_dim": 8,
+        "dropout": 0.0,
+    },
     "train": {"steps": 6, "batch_size": 4, "threads": 1},
     "optim": {"warmup_steps": 2},
     "eval": {"every": 3, "rows": 4, "mc_samples": 2},
@@ -628,8 +634,8 @@ def test_the_shell_completes_values_to_those_that_there_are(monkeypatch):
         "sample x --schedule": SCHEDULES,
         "sample x --top-p-rule": get_args(TopPRule),
         "sample x --device": ("auto", "cpu", "cuda", "mps"),
-        "sample x --dtype": ("auto", "float32", "float64", "bf16", "int8"),
-        "eval x --dtype": ("auto", "float32", "float64", "bf16"),
+        "sample x --dtype": ("auto", "float32", "float64", "bfloat16", "int8"),
+        "eval x --dtype": ("auto", "float32", "float64", "bfloat16"),
         "variance x --estimators": get_args(EstimatorName),
         "zero-shot x --packing": suite.PACKINGS,
         "zero-shot x --frame": suite.FRAMES,

@@ -96,7 +96,7 @@ def place(tmp_path_factory):
     (folder / "text.txt").write_text(text)
     options = PrepareOptions(seq_len=32, tokenizer="byte", document_bytes=500, num_workers=1)
     smaller = [
-        "train.steps=2", "train.batch_size=2", "model.num_layers=1", "model.width=32",
+        "train.steps=2", "train.batch_size=2", "model.num_hidden_layers=1", "model.hidden_size=32",
         "eval.rows=2", "sample.max_new_tokens=8",
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -107,7 +107,12 @@ def place(tmp_path_factory):
     save_gpt2(folder / "judge")
     tokenizer_like_gpt2(folder / "gpt2")
     small = blockdiffusion.BlockDiffusionConfig(
-        vocab_size=258, seq_len=16, width=16, num_layers=1, num_heads=2, cond_dim=8
+        vocab_size=258,
+        seq_len=16,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        cond_dim=8,
     )
     model = blockdiffusion.BlockDiffusionModel(small)
     save_with_settings(folder / "whole.ckpt", lightning(model), settings("bd3lm", model), None)
@@ -127,7 +132,12 @@ def tokenizer_like_gpt2(folder):
 def published_model(folder):
     """A directory in the published format: GPT-2's ids, otherwise tiny."""
     config = blockdiffusion.BlockDiffusionConfig(
-        vocab_size=50258, seq_len=1024, width=16, num_layers=1, num_heads=2, cond_dim=8
+        vocab_size=50258,
+        seq_len=1024,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        cond_dim=8,
     )
     state = {}
     for name, tensor in blockdiffusion.BlockDiffusionModel(config).backbone.state_dict().items():

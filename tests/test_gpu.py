@@ -63,7 +63,10 @@ def test_flex_attention_equals_the_dense_oracle(length, block_size, dtype):
 
 @torch.no_grad()
 def test_padding_changes_no_logits(make_model, random_ids):
-    model, ids = make_model(seq_len=128, width=64, num_layers=3).float(), random_ids(2, 128)
+    model, ids = (
+        make_model(seq_len=128, hidden_size=64, num_hidden_layers=3).float(),
+        random_ids(2, 128),
+    )
     noisy = ids[:, None].masked_fill(ids[:, None] % 3 == 0, model.config.mask_id)
     valid = torch.arange(128)[None] < torch.tensor([[128], [90]])
     model.attention_backend = "dense"
@@ -161,7 +164,7 @@ def test_the_autoregressive_baseline_samples_what_a_cpu_samples(make_ar):
 
 def test_compiled_layers_have_the_same_gradients(make_model, random_ids):
     """In float32, and with flex attention in both."""
-    model = make_model(width=64, num_layers=3, seq_len=128).float().cuda().train()
+    model = make_model(hidden_size=64, num_hidden_layers=3, seq_len=128).float().cuda().train()
     clean = random_ids(2, 128).cuda()
     noisy = clean[:, None].masked_fill(clean[:, None] % 3 == 0, model.config.mask_id)
     weight = torch.rand(2, 1, 128, generator=seeded()).cuda()

@@ -1,9 +1,11 @@
 """Options have one description each, and are read by the names of the version before."""
 
 import inspect
+import json
 import warnings
 
 import pytest
+import torch
 
 import blockdiffusion
 from blockdiffusion.cli import COMMANDS
@@ -49,6 +51,32 @@ def test_draws_by_their_old_name(make_model, random_ids, tmp_path):
         assert load_recipe(recipe_of(tmp_path, mc_samples=3)).eval.mc_samples == 3
     with pytest.raises(UserError, match=r"eval\.samples is eval\.mc_samples by its old name"):
         load_recipe(recipe_of(tmp_path, samples=3), ["eval.mc_samples=2"])
+
+
+def test_sizes_and_types_by_their_old_names(make_model, tmp_path):
+    model = make_model(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    old = {"width": 8, "num_layers": 1, "num_heads": 2}
+    new = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.warns(Renamed, match="width is now hidden_size"):
+        config = blockdiffusion.BlockDiffusionConfig(**old)
+    assert config.to_diff_dict() == blockdiffusion.BlockDiffusionConfig(**new).to_diff_dict()
+    model.save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    raw = json.loads(path.read_text())
+    for before, now in zip(old, new, strict=True):
+        raw[before] = raw.pop(now)
+    path.write_text(json.dumps(raw))
+    (tmp_path / "model" / "SHA256SUMS").unlink(missing_ok=True)
+    with pytest.warns(Renamed, match="num_layers is now num_hidden_layers"):
+        again = blockdiffusion.load(tmp_path / "model")
+    state = again.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
+    recipe = write_recipe(tmp_path / "r.yaml", tmp_path, tmp_path / "run", model={**new, **old})
+    with pytest.raises(UserError, match=r"model\.\w+ is model\.\w+ by its old name"):
+        load_recipe(recipe)
+    overrides = ["train.dtype=bf16", "train.steps=3"]
+    with pytest.warns(Renamed, match=r"train\.dtype bf16 is now bfloat16"):
+        assert load_recipe(recipe_of(tmp_path), overrides).train.dtype == "bfloat16"
 
 
 def test_recipes_name_the_section_of_what_is_refused(tmp_path):

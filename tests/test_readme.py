@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 SMALLER = {
     "prepare": ["--tokenizer", "bpe:300", "--document-bytes", "4000"],
     "train": [
-        "train.steps=4", "train.batch_size=4", "model.num_layers=1", "model.width=32",
+        "train.steps=4", "train.batch_size=4", "model.num_hidden_layers=1", "model.hidden_size=32",
         "eval.rows=2", "sample.max_new_tokens=8",
     ],
     "eval": ["--limit", "2"],

@@ -28,7 +28,13 @@ def write_recipe(
     recipe = {
         "out": str(out),
         "data": {"path": str(data)},
-        "model": {"num_layers": 1, "width": 8, "num_heads": 1, "cond_dim": 4, "dropout": 0.0},
+        "model": {
+            "num_hidden_layers": 1,
+            "hidden_size": 8,
+            "num_attention_heads": 1,
+            "cond_dim": 4,
+            "dropout": 0.0,
+        },
         "train": {"steps": steps, "batch_size": 2, "threads": 1},
         "optim": {"warmup_steps": 1},
         "eval": {"every": None},

@@ -18,7 +18,7 @@ class UserError(ValueError):
     """
 
 
-class Elsewhere(Exception):
+class PeerFailure(Exception):
     """This process ends because another one of its job did; see `distributed`.
 
     Its text, often empty, is what there is left to say.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field, fields, replace
 from typing import Any, TypeVar
 
 from blockdiffusion.errors import UserError, shown
 
 T = TypeVar("T")
+OLD_WORDS = {"bf16": "bfloat16"}  # values of options, as the version before named them
 
 
 class Renamed(FutureWarning):
@@ -38,12 +39,31 @@ def with_new_names(kind: Any, values: Mapping[str, Any], prefix: str = "") -> di
         UserError: one is given by both of its names.
     """
     now = {item.metadata["was"]: item.name for item in fields(kind) if item.metadata.get("was")}
-    for old in now.keys() & values.keys():
+    return renamed(values, now, prefix)
+
+
+def renamed(values: Mapping[str, Any], now: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
+    """`values` with the names that `now` gives for old ones.
+
+    Raises:
+        UserError: one is given by both of its names.
+    """
+    for old in (name for name in now if name in values):
         if now[old] in values:
             raise UserError(f"{prefix}{old} is {prefix}{now[old]} by its old name; give one")
         message = f"{prefix}{old} is now {prefix}{now[old]}; the next version will not read it"
-        warnings.warn(message, Renamed, stacklevel=3)
+        warnings.warn(message, Renamed, stacklevel=4)
     return {now.get(name, name): value for name, value in values.items()}
+
+
+def current_word(value: str, allowed: Iterable[str], name: str) -> str:
+    """`value`, by the word that is among the `allowed` ones for it now."""
+    now = OLD_WORDS.get(value, value)
+    if now == value or now not in allowed or value in allowed:
+        return value
+    message = f"{name} {value} is now {now}; the next version will not read it"
+    warnings.warn(message, Renamed, stacklevel=3)
+    return now
 
 
 def changed(options: T, changes: Mapping[str, Any]) -> T:

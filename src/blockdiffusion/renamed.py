@@ -49,6 +49,7 @@ MOVED = {
     "schedules": "diffusion.schedules",
     "seeding": "runtime.seeding",
     "terminal": "reports.terminal",
+    "train.spread": "train.parallel",
     "variance": "diffusion.variance",
     "verify": "checkpoints.verify",
 }

@@ -18,7 +18,7 @@ from blockdiffusion.models.transformer import BlockDiffusionModel
 
 def authors_tensors(model: BlockDiffusionModel) -> OrderedDict[str, torch.Tensor]:
     """The model's tensors under the authors' names and in their order, with their buffer."""
-    width = model.backbone.config.width // model.backbone.config.num_heads
+    width = model.backbone.config.hidden_size // model.backbone.config.num_attention_heads
     tensors = OrderedDict(
         (their_name(n), t.detach().float()) for n, t in model.backbone.state_dict().items()
     )
@@ -88,10 +88,10 @@ def settings(kind: str, model: BlockDiffusionModel) -> dict[str, Any]:
         },
         "model": {
             "length": config.seq_len,
-            "hidden_size": config.width,
+            "hidden_size": config.hidden_size,
             "cond_dim": config.cond_dim,
-            "n_blocks": config.num_layers,
-            "n_heads": config.num_heads,
+            "n_blocks": config.num_hidden_layers,
+            "n_heads": config.num_attention_heads,
             "dropout": 0.25,
         },
         "block_size": config.block_size if kind == "bd3lm" else "${model.length}",

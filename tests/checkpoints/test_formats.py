@@ -175,7 +175,13 @@ def test_weights_go_to_another_block_size_length_and_dropout(make_model, tmp_pat
     source = make_model()
     source.save_pretrained(tmp_path)
     config = BlockDiffusionConfig(
-        vocab_size=13, seq_len=32, block_size=16, width=16, num_layers=2, num_heads=2, cond_dim=8
+        vocab_size=13,
+        seq_len=32,
+        block_size=16,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        cond_dim=8,
     )
     model = BlockDiffusionModel(config)
     copy_weights(tmp_path, model)
@@ -199,9 +205,12 @@ def test_weights_come_from_the_published_format_too(bd3lm):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (dict(width=32), "width is 16 there and 32 here"),
-        (dict(num_layers=3, num_heads=4), "num_layers is 2 there and 3 here"),
-        (dict(num_heads=4), "num_heads is 2 there and 4 here"),
+        (dict(hidden_size=32), "hidden_size is 16 there and 32 here"),
+        (
+            dict(num_hidden_layers=3, num_attention_heads=4),
+            "num_hidden_layers is 2 there and 3 here",
+        ),
+        (dict(num_attention_heads=4), "num_attention_heads is 2 there and 4 here"),
         (dict(cond_dim=4), "cond_dim is 8 there and 4 here"),
         (dict(vocab_size=14), "vocab_size is 13 there and 14 here"),
         (dict(mask_id=3), "mask_id is 12 there and 3 here"),
@@ -242,13 +251,13 @@ def ours(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("num_layers", 10**12, "num_layers is 1000000000000; it must be at most"),
-        ("num_layers", 9_999, r"lacks layers\.\d"),
-        ("width", 131_072, "has shape"),
+        ("num_hidden_layers", 10**12, "num_hidden_layers is 1000000000000; it must be at most"),
+        ("num_hidden_layers", 9_999, r"lacks layers\.\d"),
+        ("hidden_size", 131_072, "has shape"),
         ("vocab_size", 2**24, "has shape"),
         ("vocab_size", "abc", "vocab_size is 'abc'; it must be a whole number"),
         ("vocab_size", None, "vocab_size is null"),
-        ("width", 0.5, r"width is 0\.5; it must be a whole number"),
+        ("hidden_size", 0.5, r"hidden_size is 0\.5; it must be a whole number"),
         ("seq_len", -1, "seq_len is -1; it must be at least 1"),
         ("cond_dim", 10**30, "cond_dim is 10*; it must be at most"),
         ("mask_id", 99_999, "mask_id 99999 lies outside the vocabulary"),

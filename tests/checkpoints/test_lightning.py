@@ -37,7 +37,7 @@ def golden(kind, **options):
         folder / "last.ckpt", LightningOptions(kind=kind, seq_len=sizes["length"], **options)
     )
     config = found.config
-    assert (config.width, config.num_layers, config.num_heads) == (64, 2, 4)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (64, 2, 4)
     assert (config.vocab_size, config.mask_id) == (101, sizes["mask_index"])
     assert (config.block_size, config.seq_len) == (sizes["block_size"], sizes["length"])
     return found.model, load_file(folder / "expected.safetensors")
@@ -82,7 +82,8 @@ def test_the_end_of_a_sedd_networks_noise(tmp_path):
         options = LightningOptions(kind="sedd", seq_len=32, noise_eps=eps)
         assert find_model(golden_file, options).config.noise_eps == (eps or 0)
     config = BlockDiffusionConfig(
-        vocab_size=11, seq_len=16, block_size=16, width=16, num_layers=1, num_heads=2, cond_dim=8,
+        vocab_size=11, seq_len=16, block_size=16, hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, cond_dim=8,
         objective="score_entropy", time_conditioning=True,
     )  # fmt: skip
     model = BlockDiffusionModel(config)
@@ -120,7 +121,10 @@ def test_what_a_golden_file_does_not_say_is_asked_for():
     [
         (dict(kind="ar"), "has a time embedding.*one of mdlm, sedd, bd3lm"),
         (dict(kind="mdlm", block_size=4), "block_size is 32 by its kind and 4 by --block-size"),
-        (dict(kind="mdlm", num_heads=8), "num_heads is 4 by its tensors and 8 by --num-heads"),
+        (
+            dict(kind="mdlm", num_attention_heads=8),
+            "num_attention_heads is 4 by its tensors and 8 by --num-attention-heads",
+        ),
         (dict(kind="bd3lm", block_size=5), "not a multiple of the block size"),
         (dict(kind="mdlm", mask_id=101), "outside the vocabulary"),
     ],
@@ -131,7 +135,8 @@ def test_options_must_not_contradict_a_file(options, message):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(weights="best"), dict(kind="dit"), dict(seq_len=0), dict(num_heads=-1)]
+    "options",
+    [dict(weights="best"), dict(kind="dit"), dict(seq_len=0), dict(num_attention_heads=-1)],
 )
 def test_impossible_options_are_refused(options):
     with pytest.raises(UserError, match="--"):
@@ -167,7 +172,14 @@ def test_a_whole_file_needs_no_options(make_model, tmp_path, kind):
     again = blockdiffusion.load(path)
     assert equal_weights(model, again) and not again.training
     config, expected = again.full_config(), model.full_config()
-    for name in ("seq_len", "block_size", "num_heads", "cond_dim", "adaln", "time_conditioning"):
+    for name in (
+        "seq_len",
+        "block_size",
+        "num_attention_heads",
+        "cond_dim",
+        "adaln",
+        "time_conditioning",
+    ):
         assert getattr(config, name) == getattr(expected, name), name
     assert config.bos is True and config.dropout == 0.25
     read = read_lightning(path)
@@ -225,7 +237,7 @@ def test_values_of_another_type_are_not_settings(model, tmp_path, nonsense):
     with pytest.raises(UserError, match="does not say what its seq_len is"):
         blockdiffusion.load(path)
     found = find_model(path, LightningOptions(seq_len=16))
-    assert (found.config.num_heads, found.config.dropout) == (2, 0.1)
+    assert (found.config.num_attention_heads, found.config.dropout) == (2, 0.1)
 
 
 def test_plain_dictionaries_are_settings_too(model, tmp_path):
@@ -291,7 +303,7 @@ def test_tensors_that_do_not_fit_are_named(model, tmp_path, how, message):
         blockdiffusion.load(path)
     assert "last.ckpt" in str(caught.value)
     if "raw" in message:
-        assert find_model(path, LightningOptions(weights="raw")).config.width == 16
+        assert find_model(path, LightningOptions(weights="raw")).config.hidden_size == 16
 
 
 def test_unreadable_kinds_and_contradictions_are_refused(model, tmp_path):
@@ -304,7 +316,9 @@ def test_unreadable_kinds_and_contradictions_are_refused(model, tmp_path):
     said = settings("bd3lm", model)
     said["model"]["n_heads"] = 4
     save_with_settings(path, lightning(model), said, None)
-    with pytest.raises(UserError, match="num_heads is 2 by its tensors and 4 by its configuration"):
+    with pytest.raises(
+        UserError, match="num_attention_heads is 2 by its tensors and 4 by its configuration"
+    ):
         blockdiffusion.load(path)
 
 

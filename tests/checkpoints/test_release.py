@@ -173,7 +173,8 @@ def test_a_run_starts_from_a_lightning_file(whole_file, prepared_bytes, tmp_path
     path, _ = whole_file
     overrides = [
         f"out={tmp_path / 'run'}", f"data.path={prepared_bytes}", f"model.init_from={path}",
-        "model.num_layers=2", "model.width=16", "model.num_heads=2", "model.cond_dim=8",
+        "model.num_hidden_layers=2", "model.hidden_size=16", "model.num_attention_heads=2",
+        "model.cond_dim=8",
         "model.block_size=8", "train.steps=2", "train.batch_size=2", "eval.every=null",
         "sample.every=null",
     ]  # fmt: skip
@@ -214,8 +215,8 @@ def test_mistakes_of_convert_leave_nothing(whole_file, tmp_path):
         ([golden, *out, "--kind", "mdlm", "--seq-len", 32, "--tokenizer", "byte"],
          "it has V = 258 and mask 257, the model V = 101 and mask 100"),
         ([golden, *out, "--kind", "mdlm", "--seq-len", 32, "--bos"], "needs a BOS token"),
-        ([GOLDEN / "bd3lm-hf", *out, "--kind", "mdlm", "--num-heads", 4],
-         "leave out --kind, --num-heads"),
+        ([GOLDEN / "bd3lm-hf", *out, "--kind", "mdlm", "--num-attention-heads", 4],
+         "leave out --kind, --num-attention-heads"),
         ([truncated, *out], "truncated"),
         ([tmp_path / "full", *out], "config.json"),
     ]  # fmt: skip
@@ -248,8 +249,9 @@ def run(tmp_path_factory, prepared_bytes):
     """A run whose last export comes two steps after its last evaluation but one."""
     out = tmp_path_factory.mktemp("run") / "small"
     overrides = [
-        f"out={out}", f"data.path={prepared_bytes}", "model.num_layers=1", "model.width=16",
-        "model.num_heads=2", "model.cond_dim=8", "train.steps=4", "train.batch_size=2",
+        f"out={out}", f"data.path={prepared_bytes}", "model.num_hidden_layers=1",
+        "model.hidden_size=16",
+        "model.num_attention_heads=2", "model.cond_dim=8", "train.steps=4", "train.batch_size=2",
         "eval.every=2", "eval.rows=3", "eval.mc_samples=2", "sample.every=null",
         "checkpoint.every=2",
     ]  # fmt: skip

@@ -61,7 +61,7 @@ def test_moments_have_the_enumerated_values_as_expectation(make_model, random_id
     """One row of two blocks: all pairs of mask sets are enumerated, with the loss and gradient of
     each. 48 estimates of 12 replicates are unbiased: each mean lies within 4.5 of its standard
     errors, estimated with 47 degrees of freedom (false alarm 5e-5 each, 8 comparisons)."""
-    model = make_model(block_size=size, seq_len=2 * size, num_layers=1)
+    model = make_model(block_size=size, seq_len=2 * size, num_hidden_layers=1)
     clean = random_ids(1, 2 * size)
     free = torch.ones_like(clean, dtype=torch.bool)
     free[0, given] = False
@@ -102,7 +102,7 @@ def test_moments_have_the_enumerated_values_as_expectation(make_model, random_id
 @pytest.mark.parametrize("spec", ["bernoulli", "count", "complement", "bernoulli[0.3,0.8]x2"])
 def test_moments_are_those_of_a_list_of_gradients(make_model, random_ids, spec, monkeypatch):
     """The same draws, kept whole, and `torch.cov` of them. In one pass and in several."""
-    model, clean = make_model(width=8, num_layers=1, cond_dim=4), random_ids(5, 16)
+    model, clean = make_model(hidden_size=8, num_hidden_layers=1, cond_dim=4), random_ids(5, 16)
     free = torch.ones_like(clean, dtype=torch.bool)
     free[:, 0] = False
     estimator = make_estimator(spec)
@@ -164,7 +164,7 @@ def test_independent_copies_divide_the_variance(make_model, random_ids):
     """Four independent copies: a quarter, within a factor 1.7 (ratio of two chi-squares with 249
     degrees of freedom: false alarm 5e-5; the losses are sums over 32 blocks, nearly normal).
     Complement pairs do better than two independent copies."""
-    model, clean = make_model(num_layers=1), random_ids(8, 16)
+    model, clean = make_model(num_hidden_layers=1), random_ids(8, 16)
     one, four, two, pair = (
         moments_of(model, clean, law, 250).loss_variance
         for law in (

@@ -21,7 +21,13 @@ from blockdiffusion.train.recipe import build_model, load_recipe, network_config
 from tests.command import blockdiff
 
 H100 = find_hardware("h100")
-MODEL = {"num_layers": 2, "width": 32, "num_heads": 2, "cond_dim": 8, "block_size": 4}
+MODEL = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "cond_dim": 8,
+    "block_size": 4,
+}
 
 
 @pytest.fixture
@@ -163,7 +169,7 @@ def test_a_window_bounds_the_cache(recipe_of):
 def test_a_bf16_text_reads_half_of_the_bytes(recipe_of):
     long, short = (
         estimate_of(recipe_of(), sampling=SamplingRequest(dtype=dtype)).sampling
-        for dtype in ("float32", "bf16")
+        for dtype in ("float32", "bfloat16")
     )
     assert long.weights == 2 * short.weights and long.cache == 2 * short.cache
 
@@ -181,7 +187,7 @@ def test_time_is_the_sum_of_its_parts_and_the_price_goes_with_it(recipe_of):
     recipe = recipe_of(eval={"every": 5, "rows": 4}, optim={"name": "muon"})
     plain = estimate_of(recipe).training
     assert plain.price is None
-    device = replace(H100, flops={"float32": 1e9, "bf16": 1e9}, bandwidth=1e9)
+    device = replace(H100, flops={"float32": 1e9, "bfloat16": 1e9}, bandwidth=1e9)
     estimate = estimate_of(recipe, device, price_per_hour=36.0).training
     shares = device.shares
     assert estimate.seconds.products == pytest.approx(
@@ -239,7 +245,7 @@ def test_shards_hold_a_part(recipe_of):
     matrices = matrices_of(recipe_of())
     put_together = 7 / 8 * 2 * sum(map(prod, matrices)) / H100.link
     assert fsdp.exchange == pytest.approx(1.5 * ddp.exchange + put_together)
-    orthogonal = muon_flops(matrices) / (H100.flops["bf16"] * H100.shares.products)
+    orthogonal = muon_flops(matrices) / (H100.flops["bfloat16"] * H100.shares.products)
     assert fsdp.update - orthogonal == pytest.approx((ddp.update - orthogonal) / 8)
     # One device has it all, whatever the word.
     one = [estimate_of(recipe_of(train={"parallel": kind})).training for kind in ("ddp", "fsdp")]
@@ -247,7 +253,7 @@ def test_shards_hold_a_part(recipe_of):
 
 
 def test_shards_leave_room_for_more_rows(recipe_of):
-    many = {"num_layers": 4, "width": 256}
+    many = {"num_hidden_layers": 4, "hidden_size": 256}
     ddp, fsdp = (
         recipe_of(model=many, train={"batch_size": 512, "parallel": kind})
         for kind in ("ddp", "fsdp")
@@ -314,7 +320,9 @@ def _memory_of(recipe_of, rows):
 
 def test_checkpointing_takes_memory_away_and_adds_a_forward_pass(recipe_of):
     plain, again = (
-        estimate_of(recipe_of(model={"num_layers": 8}, train={"activation_checkpointing": on}))
+        estimate_of(
+            recipe_of(model={"num_hidden_layers": 8}, train={"activation_checkpointing": on})
+        )
         for on in (False, True)
     )
     assert again.training.memory.peak < 0.5 * plain.training.memory.peak
@@ -325,7 +333,7 @@ def test_checkpointing_takes_memory_away_and_adds_a_forward_pass(recipe_of):
 def test_bf16_saves_activations_only(recipe_of):
     long, short = (
         estimate_of(recipe_of(train={"dtype": dtype, "batch_size": 64})).training.memory
-        for dtype in ("float32", "bf16")
+        for dtype in ("float32", "bfloat16")
     )
     assert long.weights == short.weights and long.optimizer == short.optimizer
     assert short.activations < 0.7 * long.activations
@@ -339,7 +347,7 @@ def test_the_papers_recipe_on_a_device(tmp_path):
     ended = blockdiff(
         "estimate", "recipes/owt.yaml", "--device", "h100", "--devices", "8",
         "--price-per-hour", "2",
-        "--seq-len", "1024", "--vocab-size", "50258", "--sample-dtype", "bf16", "--json", path,
+        "--seq-len", "1024", "--vocab-size", "50258", "--sample-dtype", "bfloat16", "--json", path,
         "train.parallel=fsdp",
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -402,14 +410,14 @@ def test_every_objective_has_an_estimate(recipe_of):
         (["--tokens-per-step", "0"], "--tokens-per-step is 0; it must be at least 1"),
         (["--window", "3"], "--window is 3, smaller than a block of 4"),
         (["--batch", "0"], "--batch is 0; it must be at least 1"),
-        (["--sample-dtype", "int4"], "--sample-dtype is 'int4'; choose float32, bf16 or i"),
+        (["--sample-dtype", "int4"], "--sample-dtype is 'int4'; choose float32, bfloat16 or i"),
         (["--sample-dtype", "int8"], "--sample-dtype is int8, which is for CPUs, and h100 is none"),
         (["model.block_size=5"], "model.block_size is 5, which does not divide the 64 tokens"),
         (
             ["model.block_size=64", "--max-new-tokens", "65"],
             "--max-new-tokens is 65, beyond the one",
         ),
-        (["model.widht=9"], "unknown key model.widht; the nearest known one is model.width"),
+        (["model.widht=9"], "unknown key model.widht; the nearest known one is model.hidden_size"),
         (["--json", "."], ". is a directory; give the name of a file"),
     ],
 )

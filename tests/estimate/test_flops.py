@@ -30,7 +30,13 @@ from blockdiffusion.models.masks import Streams, dense_mask
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
 
-SIZES = {"vocab_size": 53, "width": 96, "num_layers": 3, "num_heads": 2, "cond_dim": 8}
+SIZES = {
+    "vocab_size": 53,
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "cond_dim": 8,
+}
 AR = {"objective": "autoregressive", "adaln": False, "block_size": 1}
 SEDD = {"objective": "score_entropy", "time_conditioning": True}
 # (sizes, estimator)
@@ -213,7 +219,7 @@ def test_bytes_of_weights_and_cache(sizes):
     """Those of the copy that samples; norms and biases that are folded away are less than 1 %."""
     model, sizes_ = network({"seq_len": 32, "block_size": 4, **sizes})
     copied = sampling_copy(model.double())  # in float64, of which the weights stay as they are
-    for dtype, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+    for dtype, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model.to(kind)
         held = sum(p.numel() * kind.itemsize for p in copied.parameters())
         whole, read = weight_bytes(sizes_, dtype)

@@ -22,8 +22,14 @@ from blockdiffusion.models.transformer import BlockDiffusionConfig, Layer
 from blockdiffusion.runtime.hardware import find_hardware
 
 CPU = replace(find_hardware("h100"), cuda=False)
-MODEL = {"num_layers": 4, "width": 128, "num_heads": 4, "cond_dim": 32, "block_size": 16}
-PLAIN = {key: MODEL[key] for key in ("num_layers", "width", "num_heads")}
+MODEL = {
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "cond_dim": 32,
+    "block_size": 16,
+}
+PLAIN = {key: MODEL[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")}
 ROW = {"block_size": 256}
 # What differs from training MODEL by AdamW in float32, all four rows at once.
 CASES = {
@@ -32,7 +38,7 @@ CASES = {
     "S = L": {"model": MODEL | ROW, "objective": {"estimator": "bernoulli"}},
     "micro-batches": {"micro": 1},
     "checkpointing": {"train": {"activation_checkpointing": True}},
-    "bf16": {"train": {"dtype": "bf16"}},
+    "bfloat16": {"train": {"dtype": "bfloat16"}},
     "Muon": {"optim": {"name": "muon"}},
     "next token": {"objective": {"name": "ar"}, "model": PLAIN},
     "time": {"objective": {"name": "sedd"}},
@@ -83,7 +89,7 @@ def test_the_peak_is_that_of_the_tensors(name, tmp_path, monkeypatch):
     assert found.memory.peak == pytest.approx(held.most, rel=0.2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_activations_of_a_network_of_another_kind(dtype):
     """A Llama: shared key-value heads, RMSNorm, a gated MLP; all gradients are autograd's."""
     layers, rows, length = 4, 2, 128
@@ -94,17 +100,18 @@ def test_activations_of_a_network_of_another_kind(dtype):
     model = LlamaModel(config)
     shapes = [tuple(p.shape) for p in model.layers[0].parameters() if p.ndim == 2]
     ours = BlockDiffusionConfig(
-        vocab_size=64, seq_len=length, width=128, num_layers=layers, num_heads=4, adaln=False,
+        vocab_size=64, seq_len=length, hidden_size=128, num_hidden_layers=layers,
+        num_attention_heads=4, adaln=False,
         objective="autoregressive", block_size=1,
     )  # fmt: skip
     sizes = replace(
-        NetworkSizes.of_config(ours), layer_matrices=tuple(shapes), num_kv_heads=2,
+        NetworkSizes.of_config(ours), layer_matrices=tuple(shapes), num_key_value_heads=2,
         fused_layers=False,
     )  # fmt: skip
     ids = torch.zeros(rows, length, dtype=torch.long)
-    with Held() as held, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+    with Held() as held, torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         out = model(ids, use_cache=False).last_hidden_state.sum()
-        kept = held.now - (2 * layers * sizes.layer_numbers if dtype == "bf16" else 0)  # copies
+        kept = held.now - (2 * layers * sizes.layer_numbers if dtype == "bfloat16" else 0)  # copies
     assert out.requires_grad
     estimated, _ = pass_bytes(sizes, Pass(rows=rows, scored=0), Execution(dtype=dtype))
     assert estimated == pytest.approx(kept, rel=0.2)

@@ -137,7 +137,7 @@ def test_a_padded_pass_builds_its_block_masks_once(make_model, random_ids, monke
     monkeypatch.setattr(
         module, "create_block_mask", lambda *a, **k: made.append(a[3]) or original(*a, **k)
     )
-    model, ids = make_model(num_layers=4), random_ids(2, 16)
+    model, ids = make_model(num_hidden_layers=4), random_ids(2, 16)
     noisy = ids[:, None].masked_fill(ids[:, None] % 3 == 0, model.config.mask_id)
     results = []
     for backend, length in (("flex", 9), ("flex", 12), ("dense", 9), ("dense", 12)):

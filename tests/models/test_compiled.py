@@ -28,7 +28,7 @@ def test_layers_are_not_compiled_unless_asked(make_model):
 def test_losses_and_gradients_are_the_same(make_model, random_ids, kind):
     """With the number of masked tokens, which differs from pass to pass, nothing is compiled again:
     the last layer's masked tokens go through it as it is."""
-    model = make_model(**KINDS[kind], num_layers=3).train()
+    model = make_model(**KINDS[kind], num_hidden_layers=3).train()
     seen = []
     for seed, share in ((0, 2), (1, 3)):
         clean = random_ids(2, 16, seed=seed)

@@ -31,7 +31,7 @@ def loss_and_gradients(model, noisy, clean, *, plain, monkeypatch, autocast=Fals
 def test_gradients_are_those_of_the_plain_layer(
     sizes, checkpointing, make_model, random_ids, monkeypatch
 ):
-    model = make_model(num_layers=2, **sizes).train()
+    model = make_model(num_hidden_layers=2, **sizes).train()
     model.backbone.activation_checkpointing = checkpointing
     clean = random_ids(2, 16)
     noisy = torch.stack([clean, clean], 1)
@@ -46,7 +46,7 @@ def test_gradients_are_those_of_the_plain_layer(
 
 def test_under_autocast_they_agree_within_the_rounding_of_bf16(make_model, random_ids, monkeypatch):
     """Both against float64: the fused gradient is as near as the plain one, or nearer than 1 %."""
-    model = make_model(num_layers=2, dropout=0.0).train()
+    model = make_model(num_hidden_layers=2, dropout=0.0).train()
     clean = random_ids(2, 16)
     noisy = clean[:, None].clone()
     noisy[:, 0, ::2] = model.config.mask_id

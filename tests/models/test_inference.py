@@ -141,7 +141,7 @@ def test_a_network_in_bf16_gives_logits_in_float32(make_model, random_ids):
 @pytest.mark.parametrize("kind", KINDS)
 def test_int8_is_near(make_model, random_ids, kind):
     """Logits differ by a few percent of their spread; every linear layer is in 8 bits."""
-    sizes = dict(width=64, num_layers=3, num_heads=2) | KINDS[kind]
+    sizes = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2) | KINDS[kind]
     model = make_model(**sizes).float()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -204,6 +204,6 @@ def test_only_what_is_wanted_is_finished(make_model, random_ids, kind, folded):
         )  # fmt: skip
     assert torch.allclose(some, whole[rows, columns], atol=1e-12)
     assert torch.allclose(flat, whole[rows, columns], atol=1e-12)
-    assert nothing.shape == (0, model.backbone.config.width)
+    assert nothing.shape == (0, model.backbone.config.hidden_size)
     stored = [torch.stack([*cache.keys, *cache.values]) for cache in caches]
     assert all(torch.allclose(stored[0], found, atol=1e-12) for found in stored[1:])

@@ -168,7 +168,7 @@ def test_a_token_changes_exactly_what_the_mask_allows(
     model.attention_backend = backend
     noisy = torch.stack([half_masked(clean, 12, s) for s in range(copies)], dim=1)
     mask = mask_by_loops(length, size, copies).double()
-    reach = torch.linalg.matrix_power(mask, model.backbone.config.num_layers) > 0
+    reach = torch.linalg.matrix_power(mask, model.backbone.config.num_hidden_layers) > 0
     before = model.encode(noisy, clean).flatten(1, 2)[0]
     for token in range((copies + 1) * length):
         ids = torch.cat([noisy.flatten(), clean.flatten()])
@@ -270,7 +270,9 @@ def test_save_and_load_give_identical_logits(make_model, random_ids, tmp_path):
 
 def test_a_new_model_starts_at_the_uniform_distribution(random_ids):
     """Modulations and the output layer start at zero, as in the paper."""
-    model = BlockDiffusionModel(BlockDiffusionConfig(vocab_size=13, width=24, num_layers=2)).eval()
+    model = BlockDiffusionModel(
+        BlockDiffusionConfig(vocab_size=13, hidden_size=24, num_hidden_layers=2)
+    ).eval()
     clean = random_ids(2, 16)
     nll = masked_nll(
         model, torch.full((2, 1, 16), 12), clean, torch.ones(2, 1, 16, dtype=torch.bool)
@@ -300,9 +302,9 @@ def test_rotary_angles_stay_exact_far_out():
 @pytest.mark.parametrize(("overrides", "message"), [
     (dict(seq_len=10, block_size=4), "multiple of the block size"),
     (dict(mask_id=13), "outside the vocabulary"),
-    (dict(width=18, num_heads=2), "multiple of 2"),
+    (dict(hidden_size=18, num_attention_heads=2), "multiple of 2"),
     (dict(clean_attention="full"), "block or causal"),
-    (dict(num_layers=0), "num_layers"),
+    (dict(num_hidden_layers=0), "num_hidden_layers"),
     (dict(adaln=False, time_conditioning=True), "adaln"),
     (dict(dropout=1.0), r"dropout is 1.0; it must be in \[0, 1\)"),
     (dict(objective="ar"), "choose block_diffusion or score_entropy or d3pm or"),
@@ -315,7 +317,9 @@ def test_rotary_angles_stay_exact_far_out():
 ])  # fmt: skip
 def test_impossible_configurations_are_refused(overrides, message):
     with pytest.raises(UserError, match=message):
-        BlockDiffusionConfig(**{**dict(vocab_size=13, width=16, num_heads=2), **overrides})
+        BlockDiffusionConfig(
+            **{**dict(vocab_size=13, hidden_size=16, num_attention_heads=2), **overrides}
+        )
 
 
 def test_sequences_that_do_not_fit_are_refused(make_model, random_ids):

@@ -8,23 +8,23 @@ import torch
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.runtime import distributed as ranks
-from blockdiffusion.runtime.distributed import ALONE, Team, joined
+from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup, process_group
 from tests.command import blockdiff
-from tests.teams import command, team
+from tests.launch import command, launch
 
 
 def test_alone_nothing_is_asked_of_anybody():
-    with joined() as found:
-        assert found is ALONE
-    assert ALONE.share(6) == slice(0, 6) and ALONE.has(3) and ALONE.is_first
-    assert ALONE.gather("a") == ["a"] and ALONE.collect({1: "b", 0: "a"}) == ["a", "b"]
-    assert ALONE.sum(2.5) == 2.5 and ALONE.largest(3) == 3 and ALONE.from_first(lambda: 7) == 7
+    with process_group() as found:
+        assert found is SINGLE
+    assert SINGLE.share(6) == slice(0, 6) and SINGLE.is_mine(3) and SINGLE.is_first
+    assert SINGLE.gather("a") == ["a"] and SINGLE.collect({1: "b", 0: "a"}) == ["a", "b"]
+    assert SINGLE.sum(2.5) == 2.5 and SINGLE.max(3) == 3 and SINGLE.broadcast(lambda: 7) == 7
 
 
 def test_shares_and_pieces_are_dealt_out_once():
-    processes = [Team(rank, 3, rank) for rank in range(3)]
+    processes = [ProcessGroup(rank, 3, rank) for rank in range(3)]
     assert [i for p in processes for i in range(9)[p.share(9)]] == [*range(9)]
-    assert all(sum(p.has(number) for p in processes) == 1 for number in range(7))
+    assert all(sum(p.is_mine(number) for p in processes) == 1 for number in range(7))
 
 
 def test_devices_are_one_for_each_process(monkeypatch):
@@ -32,12 +32,12 @@ def test_devices_are_one_for_each_process(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     cuda = torch.device("cuda")
-    assert Team(5, 8, 1).claim(cuda) == cuda and chosen == [1]
+    assert ProcessGroup(5, 8, 1).set_device(cuda) == cuda and chosen == [1]
     with pytest.raises(UserError, match="2 CUDA devices, too few for its process number 3"):
-        Team(2, 4, 2).claim(cuda)
+        ProcessGroup(2, 4, 2).set_device(cuda)
     with pytest.raises(UserError, match="several processes cannot train on mps"):
-        Team(0, 2, 0).claim(torch.device("mps"))
-    assert ALONE.claim(torch.device("mps")) == torch.device("mps")
+        ProcessGroup(0, 2, 0).set_device(torch.device("mps"))
+    assert SINGLE.set_device(torch.device("mps")) == torch.device("mps")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_processes_that_cannot_meet_say_where(monkeypatch):
         for name, value in zip(ranks.ENVIRONMENT, values, strict=True):
             monkeypatch.setenv(name, value)
         met = pytest.raises(UserError, match=f"could not meet at 127.0.0.1:{values[3]} ")
-        with met, joined():
+        with met, process_group():
             pass
 
 
@@ -99,26 +99,26 @@ def test_processes_do_not_wait_for_ever_for_one_that_is_nowhere(monkeypatch):
     for name, value in zip(ranks.ENVIRONMENT, ("2", "1", "127.0.0.1", port), strict=True):
         monkeypatch.setenv(name, value)
     began = time.monotonic()
-    with pytest.raises(UserError, match=f"could not meet at 127.0.0.1:{port} "), joined():
+    with pytest.raises(UserError, match=f"could not meet at 127.0.0.1:{port} "), process_group():
         pass
     assert time.monotonic() - began < 60
 
 
 def exchange() -> None:
-    with joined() as outer, joined() as processes:
+    with process_group() as outer, process_group() as processes:
         assert processes == outer
         rank = processes.rank
         assert processes.gather(f"of {rank}") == ["of 0", "of 1", "of 2"]
         assert processes.collect({5 - rank: rank}) == [2, 1, 0]
         assert processes.sum(0.1 * (rank + 1)) == (0.1 + 0.2) + 0.1 * 3
-        assert processes.largest(rank * (2 - rank)) == 1
-        assert processes.from_first(lambda: 10 + rank) == 10
-        processes.wait()
+        assert processes.max(rank * (2 - rank)) == 1
+        assert processes.broadcast(lambda: 10 + rank) == 10
+        processes.barrier()
         print(rank)
 
 
 def test_processes_tell_each_other():
-    ended = team(3, exchange)
+    ended = launch(3, exchange)
     assert [(process.code, process.out) for process in ended] == [(0, f"{r}\n") for r in range(3)]
 
 
@@ -126,11 +126,11 @@ def fail(who: list[int], error: type[Exception]) -> None:
     from blockdiffusion.cli import main
 
     def work(*_: object, **__: object) -> None:
-        with joined() as processes:
+        with process_group() as processes:
             if processes.rank in who:
                 raise error(f"process {processes.rank} is wrong")
             while True:
-                processes.wait()
+                processes.barrier()
 
     import blockdiffusion.cli
 
@@ -140,20 +140,20 @@ def fail(who: list[int], error: type[Exception]) -> None:
 
 @pytest.mark.parametrize("who", [[0], [1], [2], [0, 1, 2]], ids=str)
 def test_one_process_says_what_is_wrong_and_all_exit_with_2(who):
-    ended = team(3, fail, who, UserError)
+    ended = launch(3, fail, who, UserError)
     said = "".join(process.err for process in ended)
     assert said.count("\n") == 1 and "is wrong" in said and "Traceback" not in said
     assert [process.code for process in ended] == [2, 2, 2]
 
 
 def test_a_fault_of_the_program_shows_its_trace_once():
-    ended = team(3, fail, [1], KeyError)
+    ended = launch(3, fail, [1], KeyError)
     assert "Traceback" in ended[1].err and "process 1 is wrong" in ended[1].err
     assert "another process of this job was killed or has failed" in ended[0].err
     assert ended[2].err == "" and all(process.code == 1 for process in ended)
 
 
 def test_a_command_of_one_process_refuses_several():
-    ended = team(2, command, "prepare", "python-docs", "--out", "nowhere")
+    ended = launch(2, command, "prepare", "python-docs", "--out", "nowhere")
     assert sum("but prepare is the work of one; leave torchrun out" in p.err for p in ended) == 1
     assert [process.code for process in ended] == [2, 2]

@@ -23,7 +23,7 @@ from blockdiffusion.runtime.hardware import (
 def test_the_table_holds_plausible_numbers():
     assert len({gpu.name for gpu in GPUS}) == len(GPUS)
     for gpu in GPUS:
-        assert 1e13 < gpu.flops["float32"] < gpu.flops["bf16"] < 1e16
+        assert 1e13 < gpu.flops["float32"] < gpu.flops["bfloat16"] < 1e16
         assert 1e11 < gpu.bandwidth < 1e13 and 1e10 < gpu.memory < 1e12
         assert gpu.cuda and not gpu.measured
 
@@ -57,7 +57,7 @@ def test_names_are_written_as_one_likes():
 def test_a_device_of_ones_own_is_what_is_said():
     own = choose_hardware("mine", tflops=2.5, bandwidth=100, memory=16)
     assert own.name == "mine" and own.bandwidth == 1e11
-    assert own.flops == {"bf16": 2.5e12, "float32": 2.5e12}
+    assert own.flops == {"bfloat16": 2.5e12, "float32": 2.5e12}
     assert own.memory == pytest.approx(16e9 * (1 - hardware.CONTEXT_SHARE))
     assert choose_hardware("cpu", tflops=1, bandwidth=1, memory=1).name == "own device"
 
@@ -124,7 +124,7 @@ def test_the_quick_peak_is_quick_and_left_out_where_it_is_not(monkeypatch):
     assert time.process_time() - began < 5  # under a second by itself
     quick_peak.cache_clear()
     monkeypatch.setattr(hardware, "matrix_flops", lambda dtype, rows: 1e8)
-    assert quick_peak("cpu", "bf16", 1) is None and quick_peak("mps", "float32", 1) is None
+    assert quick_peak("cpu", "bfloat16", 1) is None and quick_peak("mps", "float32", 1) is None
     quick_peak.cache_clear()
 
 

@@ -218,17 +218,17 @@ def test_a_thousand_requests_in_flat_memory(make_stopping):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [
-    ("float64", 0), ("float32", 2), ("bf16", 24), ("int8", 112),
+    ("float64", 0), ("float32", 2), ("bfloat16", 24), ("int8", 112),
 ])  # fmt: skip
 def test_how_many_requests_rounding_changes(make_model, kind, most):
     """Of 112, by seven policies, through eight rows; the documentation tells what is printed here.
     In 8 bits there is no promise; the test only sees that there are results."""
-    model = make_model(vocab_size=200, width=32, seq_len=64)
+    model = make_model(vocab_size=200, hidden_size=32, seq_len=64)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.75)
     if kind != "float64":
-        model = model.bfloat16() if kind == "bf16" else model.float()
+        model = model.bfloat16() if kind == "bfloat16" else model.float()
     if kind == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("no 8-bit products here")
     model = sampling_copy(model, int8=kind == "int8")

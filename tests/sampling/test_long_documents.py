@@ -24,7 +24,7 @@ def test_what_a_pass_reads_and_what_an_event_holds_stays_the_same(
     make_model, monkeypatch, kind, prompts
 ):
     sizes, capacity = KINDS[kind]
-    model = make_model(num_layers=1, bos=False, **sizes)
+    model = make_model(num_hidden_layers=1, bos=False, **sizes)
     passes, told = [], []
 
     def remember(q, k, v, mask, sizes):

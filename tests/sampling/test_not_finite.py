@@ -95,6 +95,6 @@ def test_nor_one_whose_perplexity_is_no_number(make_ar, random_ids):
 
 def test_the_command_line_tells_it(make_model, tmp_path):
     overflowing(make_model()).save_pretrained(tmp_path)
-    for more in ((), ("--top-p", 0.9), ("--json",), ("--dtype", "bf16")):
+    for more in ((), ("--top-p", 0.9), ("--json",), ("--dtype", "bfloat16")):
         run = blockdiff("sample", tmp_path, "--max-new-tokens", 8, "--seed", 1, *more)
         assert run.returncode == 2 and run.stdout == "" and "not finite" in run.stderr

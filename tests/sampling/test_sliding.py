@@ -20,7 +20,11 @@ def make_mdlm(make_model):
 
     def make(length=4, vocab_size=3, **overrides):
         model = make_model(
-            seq_len=length, block_size=length, vocab_size=vocab_size, num_layers=1, **overrides
+            seq_len=length,
+            block_size=length,
+            vocab_size=vocab_size,
+            num_hidden_layers=1,
+            **overrides,
         )
         with torch.no_grad():  # what is added to every prediction alike
             for constant in (model.output.bias, *model.backbone.final_modulation.parameters()):

@@ -30,7 +30,13 @@ def recipe_file(prepared, tmp_path) -> Path:
     tree = {
         "out": str(tmp_path / "run"),
         "data": {"path": str(prepared)},
-        "model": {"num_layers": 2, "width": 16, "num_heads": 2, "cond_dim": 8, "block_size": 4},
+        "model": {
+            "num_hidden_layers": 2,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "cond_dim": 8,
+            "block_size": 4,
+        },
         "train": {"steps": 12, "batch_size": 6, "device": "cpu", "threads": 1},
         "optim": {"lr": 1e-2, "warmup_steps": 4},
         "eval": {"every": None},

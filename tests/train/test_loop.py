@@ -20,16 +20,16 @@ from blockdiffusion.diffusion.estimators import Bernoulli
 from blockdiffusion.errors import UserError
 from blockdiffusion.estimate.flops import Pass, training_flops
 from blockdiffusion.estimate.sizes import NetworkSizes
-from blockdiffusion.runtime.distributed import ALONE
+from blockdiffusion.runtime.distributed import SINGLE
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
 from blockdiffusion.train.loop import Periodic, accumulate_gradients
 from blockdiffusion.train.loss import DiffusionLoss, NextTokenLoss
 from blockdiffusion.train.options import TrainOptions
+from blockdiffusion.train.parallel import Parallelism
 from blockdiffusion.train.recipe import build_model, load_recipe, to_dict
 from blockdiffusion.train.session import Interrupted
-from blockdiffusion.train.spread import Spread
 from tests import noise_oracles
 
 AR = ["objective.name=ar", "model.cond_dim=128"]  # the recipe's cond_dim is another
@@ -210,7 +210,7 @@ def accumulated(request, recipe_file, prepared):
         model.zero_grad()
         options = TrainOptions(steps=1, batch_size=6, micro_batch_size=micro_batch_size)
         losses = accumulate_gradients(
-            Spread(model, ALONE), batch_loss, int(free.sum()), 1, options, nullcontext()
+            Parallelism(model, SINGLE), batch_loss, int(free.sum()), 1, options, nullcontext()
         )
         return losses, {n: p.grad.clone() for n, p in model.backbone.named_parameters()}
 
@@ -293,7 +293,7 @@ def test_muon_learns_and_resumes_bit_for_bit(run):
 
 
 def test_bf16_autocast_keeps_float32_state_and_trains(run):
-    model, _ = run("train.dtype=bf16", "train.steps=20")
+    model, _ = run("train.dtype=bfloat16", "train.steps=20")
     full, _ = run("train.steps=20", "out=full")
     assert model.output.weight.dtype == torch.float32
     assert not torch.equal(model.output.weight, full.output.weight)

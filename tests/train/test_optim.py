@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.runtime.distributed import is_sharded, joined, local, whole
+from blockdiffusion.runtime.distributed import is_sharded, local, process_group, whole
 from blockdiffusion.train.optim import (
     MovingAverage,
     OptimOptions,
@@ -17,7 +17,7 @@ from blockdiffusion.train.optim import (
     make_optimizer,
     set_learning_rate,
 )
-from tests.teams import assert_ended_well, team
+from tests.launch import assert_ended_well, launch
 
 
 def rates(steps, **options):
@@ -149,7 +149,7 @@ def update_shards_and_whole_matrices(rows: list[list[int]]) -> None:
     model = Hidden()
     model.layers[0].mlp_out = nn.Linear(7, 5)
     options = OptimOptions(name="muon", lr=0.01, weight_decay=0.5)
-    with joined() as processes:
+    with process_group() as processes:
         mesh = init_device_mesh("cpu", (processes.size,))
         sharded = fully_shard(deepcopy(model), mesh=mesh)
         optimizers = [make_optimizer(network, options) for network in (sharded, model)]
@@ -173,7 +173,7 @@ def update_shards_and_whole_matrices(rows: list[list[int]]) -> None:
 def test_muon_of_shards_makes_the_numbers_of_whole_matrices():
     """Bit for bit, of a tall and of a wide matrix, where a process holds fewer rows or none."""
     rows = [[2, 2, 2, 0], [2, 2, 1, 0]]
-    assert_ended_well(team(4, update_shards_and_whole_matrices, rows))
+    assert_ended_well(launch(4, update_shards_and_whole_matrices, rows))
 
 
 def test_clipping_returns_the_norm_and_scales_to_the_limit():

@@ -30,7 +30,11 @@ def test_defaults_are_the_papers(write):
         (0.9, 0.999),
         2500,
     )
-    assert (recipe.model.num_layers, recipe.model.width, recipe.model.dropout) == (12, 768, 0.1)
+    assert (recipe.model.num_hidden_layers, recipe.model.hidden_size, recipe.model.dropout) == (
+        12,
+        768,
+        0.1,
+    )
     assert recipe.train.batch_size == 512
 
 
@@ -82,7 +86,7 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("optim.lr=true", r"optim\.lr is True; it must be a number"),
         ("optim.clip_norm=x", r"optim\.clip_norm is 'x'; it must be a number or null"),
         ("optim.betas=[0.9]", r"optim\.betas is \[0\.9\]; it must be a list of 2"),
-        ("train.dtype=fp16", r"train\.dtype is 'fp16'; it must be float32 or bf16"),
+        ("train.dtype=fp16", r"train\.dtype is 'fp16'; it must be float32 or bfloat16"),
         ("log.loggers=[csv]", r"log\.loggers is .*; it must be a list of: tensorboard or wandb"),
         ("optim=3", r"optim is '3'; it is a section"),
         ("optim.lr.x=3", r"lr is a value, not a section"),
@@ -91,7 +95,10 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("train.micro_batch_size=600", r"train\.micro_batch_size is 600; it must be at most"),
         ("optim.lr=-1", r"optim\.lr is -1\.0; it must be positive"),
         ("optim.lr=.nan", r"optim\.lr is nan; it must be positive"),
-        ("model.width=100", r"model\.width is 100; it must be a multiple of 2 \* model\.num_heads"),
+        (
+            "model.hidden_size=100",
+            r"model\.hidden_size is 100; it must be a multiple of 2 \* model\.num_attention_heads",
+        ),
         ("model.dropout=1", r"model\.dropout is 1\.0; it must be in"),
         ("eval.every=0", r"eval\.every is 0"),
         ("sample.num=0", r"sample\.num is 0"),

@@ -44,9 +44,9 @@ CONFIG_KEYS = {
     "vocab_size": "vocab_size",
     "seq_len": "model_length",
     "block_size": "block_size",
-    "width": "hidden_dim",
-    "num_layers": "n_blocks",
-    "num_heads": "n_heads",
+    "hidden_size": "hidden_dim",
+    "num_hidden_layers": "n_blocks",
+    "num_attention_heads": "n_heads",
     "cond_dim": "cond_dim",
     "dropout": "dropout",
 }
@@ -128,7 +128,7 @@ def to_bd3lm(
     if config.mask_id != config.vocab_size - 1:
         raw["mask_id"] = config.mask_id
     tensors = {their_name(name): tensor for name, tensor in state.items()}
-    width = config.width // config.num_heads
+    width = config.hidden_size // config.num_attention_heads
     exponent = torch.arange(0, width, 2).float() / width
     tensors[ROTARY] = 1.0 / (ROTARY_BASE**exponent)
     tensors |= {name: torch.tensor(value) for name, value in CLIP.items()}

@@ -24,7 +24,8 @@ from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files import records
 from blockdiffusion.files.checksums import warn_of_changes
 from blockdiffusion.from_pretrained import from_pretrained
-from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.models.transformer import OLD_SIZES, BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.options import renamed
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -40,9 +41,9 @@ SAME = (
     "transition",
     "vocab_size",
     "mask_id",
-    "width",
-    "num_layers",
-    "num_heads",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
     "adaln",
     "cond_dim",
     "time_conditioning",
@@ -324,7 +325,7 @@ def read_config(path: Path, raw: Mapping[str, Any] | None = None) -> BlockDiffus
     own = {name: hint for name, hint in hints.items() if name not in ("kwargs", "return")}
     own |= {"dtype": DtypeName | None, "architectures": list[str] | None}
     with records.of_file(path, "copy or download it again"):
-        return BlockDiffusionConfig(**records.typed(own, raw))
+        return BlockDiffusionConfig(**records.typed(own, renamed(raw, OLD_SIZES)))
 
 
 def _read_tokenizer(folder: Path) -> Any:

@@ -59,7 +59,7 @@ class LightningOptions:
     """The authors' algo.name: mdlm, sedd, ar or bd3lm."""
     block_size: int | None = None
     seq_len: int | None = None
-    num_heads: int | None = None
+    num_attention_heads: int | None = None
     mask_id: int | None = None
     noise_eps: float | None = None
     """0.001 for weights that were trained with sigma = -log(1 - 0.999 t), as the published SEDD."""
@@ -69,7 +69,7 @@ class LightningOptions:
             raise UserError(f"--weights is {shown(self.weights)}; choose ema or raw")
         if self.kind is not None and self.kind not in KINDS:
             raise UserError(f"--kind is {shown(self.kind)}; choose {', '.join(KINDS)}")
-        for name in ("block_size", "seq_len", "num_heads", "mask_id", "noise_eps"):
+        for name in ("block_size", "seq_len", "num_attention_heads", "mask_id", "noise_eps"):
             check_limit(name, getattr(self, name), _option(name))
 
     def given(self) -> list[str]:
@@ -248,7 +248,9 @@ def _agreed_sizes(
     found: dict[str, Any] = {
         "kind": kind_name,
         "seq_len": agreed("seq_len", configuration=settings.whole("model.length")),
-        "num_heads": agreed("num_heads", configuration=settings.whole("model.n_heads")),
+        "num_attention_heads": agreed(
+            "num_attention_heads", configuration=settings.whole("model.n_heads")
+        ),
     }
     if kind is not None and kind.has_blocks:
         configured = settings.whole("block_size")
@@ -280,8 +282,8 @@ def _sizes_of_tensors(
     if lost := set(range(len(layers))) - layers:
         raise UserError(f"{path} lacks backbone.blocks.{min(lost)}; copy or download it again")
     vocab_size, width = embedding
-    sizes: dict[str, Any] = {"vocab_size": vocab_size, "width": width}
-    sizes["num_layers"] = len(layers)
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": width}
+    sizes["num_hidden_layers"] = len(layers)
     condition = shapes.get("time.linear_out.weight", ())
     sizes["adaln"] = bool(condition)
     if condition:
@@ -289,7 +291,7 @@ def _sizes_of_tensors(
     else:  # nothing else in the authors' code goes without time embedding
         sizes["kind"] = "ar"
     if rotary and rotary[0] and width % (2 * rotary[0]) == 0:
-        sizes["num_heads"] = width // (2 * rotary[0])
+        sizes["num_attention_heads"] = width // (2 * rotary[0])
     return sizes
 
 

@@ -111,7 +111,7 @@ def check_tensors(config: Any, given: Mapping[str, torch.Tensor], path: Path, si
     """
     # No more layers than can be there, and one: a configuration may claim any number.
     config = copy.deepcopy(config)
-    config.num_layers = min(config.num_layers, len(given) + 1)
+    config.num_hidden_layers = min(config.num_hidden_layers, len(given) + 1)
     wanted = {name: tuple(x.shape) for name, x in meta_model(config).backbone.state_dict().items()}
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:

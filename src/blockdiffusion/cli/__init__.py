@@ -23,13 +23,18 @@ from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.shared import renamed, warn
 from blockdiffusion.cli.training import estimate, recipe_key, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
-from blockdiffusion.errors import Elsewhere, UserError, reason
+from blockdiffusion.errors import PeerFailure, UserError, reason
 from blockdiffusion.escape import mend_standard_streams, say
 from blockdiffusion.files.checksums import Changed
 from blockdiffusion.files.disk import storage_error
 from blockdiffusion.options import Renamed
 from blockdiffusion.runtime.devices import spin_briefly_if_busy
-from blockdiffusion.runtime.distributed import SHARED, end_with_input, joined, several_processes
+from blockdiffusion.runtime.distributed import (
+    SHARED,
+    end_with_input,
+    process_group,
+    several_processes,
+)
 
 app = typer.Typer(
     name="blockdiff",
@@ -90,7 +95,7 @@ def _options(
     ] = False,
 ) -> None:
     if several_processes() and context.invoked_subcommand not in SHARED:
-        with joined():
+        with process_group():
             raise UserError(
                 f"torchrun started several processes, but {context.invoked_subcommand} is the work "
                 f"of one; leave torchrun out (it is for {', '.join(SHARED)})"
@@ -114,7 +119,7 @@ def main() -> None:
         _fail(str(error))
     except USAGE_ERROR as error:
         _fail(_as_recipe_key(error) or error.format_message())
-    except Elsewhere as end:
+    except PeerFailure as end:
         if str(end):
             say(f"blockdiff: error: {end}", err=True)
         sys.exit(end.exit_code)

@@ -78,7 +78,7 @@ def generate_eval(
     from blockdiffusion.evaluate.generation.table import generation_lines
     from blockdiffusion.evaluate.journal import remove_journal
     from blockdiffusion.reports.terminal import progress_bar
-    from blockdiffusion.runtime.distributed import joined
+    from blockdiffusion.runtime.distributed import process_group
 
     check_places(json_file, csv_file, markdown, plot)
     check_plot(plot)
@@ -93,14 +93,17 @@ def generate_eval(
         **reading.arguments(),
         label=label,
     )
-    with joined() as team, progress_bar("generate-eval", quiet=not team.is_first) as report:
+    with (
+        process_group() as processes,
+        progress_bar("generate-eval", quiet=not processes.is_first) as report,
+    ):
         result = generate_and_score(
             options,
             load_model=lambda name: load_unquantised(name, device, dtype),
             device=device_of(device),
             beside=json_file,
             progress=report,
-            team=team,
+            processes=processes,
         )
     if result is None:
         return

@@ -50,7 +50,7 @@ def evaluate(
     from blockdiffusion.evaluate.listing import likelihood_lines
     from blockdiffusion.evaluate.prepared import evaluation_facts, read_rows
     from blockdiffusion.reports.terminal import progress_bar
-    from blockdiffusion.runtime.distributed import joined
+    from blockdiffusion.runtime.distributed import process_group
     from blockdiffusion.runtime.seeding import generator
 
     if per_row and json_file is None:
@@ -59,7 +59,7 @@ def evaluate(
     if card:
         check_card(model)
     journal = journal_beside(json_file)
-    with joined() as team, progress_bar("eval", quiet=not team.is_first) as report:
+    with process_group() as processes, progress_bar("eval", quiet=not processes.is_first) as report:
         network = load_model(model, device, dtype)
         text = read_rows(data, split, network, limit, bos, report)
         result = likelihood(
@@ -71,10 +71,10 @@ def evaluate(
             num_bytes=text.num_bytes,
             generator=generator(seed, "likelihood"),
             progress=lambda done, total: report(how.estimator, done, total),
-            team=team,
+            processes=processes,
             journal=journal,
         )
-    if not team.is_first:
+    if not processes.is_first:
         return
     if json_file is not None:
         values = result.to_dict(rows=per_row)

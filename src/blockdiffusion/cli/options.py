@@ -31,15 +31,16 @@ def choice(help: str, values: str) -> Any:
     return typer.Option(help=help, autocompletion=one_of(*values.split()))
 
 
-WEIGHTS = "auto float32 float64 bf16"
+WEIGHTS = "auto float32 float64 bfloat16"
 
 MODEL = Annotated[str, typer.Argument(help="Model or run directory, or a Hugging Face id.")]
 DEVICE = Annotated[str, choice("auto, cpu, cuda or mps.", "auto cpu cuda mps")]
-DTYPE = Annotated[str, choice("Weights: auto (as saved), float32, float64 or bf16.", WEIGHTS)]
+DTYPE = Annotated[str, choice("Weights: auto (as saved), float32, float64 or bfloat16.", WEIGHTS)]
 SAMPLING_DTYPE = Annotated[
     str,
     choice(
-        "Weights: auto (as saved), float32, float64, bf16 or int8 (approximate).", f"{WEIGHTS} int8"
+        "Weights: auto (as saved), float32, float64, bfloat16 or int8 (approximate).",
+        f"{WEIGHTS} int8",
     ),
 ]
 LAWS = "complement count bernoulli resampled"
@@ -155,6 +156,7 @@ OLD_NAMES = {
     "--only": "--tasks",
     "--judge": "--scorer",
     "--policy": "--sampler",
+    "--num-heads": "--num-attention-heads",
 }
 
 

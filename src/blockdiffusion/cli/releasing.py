@@ -32,7 +32,7 @@ def convert(
         int | None, typer.Option(help="S, of a bd3lm .ckpt that does not say.")
     ] = None,
     seq_len: Annotated[int | None, typer.Option(help="L, of a .ckpt that does not say.")] = None,
-    num_heads: Annotated[
+    num_attention_heads: Annotated[
         int | None, typer.Option(help="Heads, of a .ckpt that does not say.")
     ] = None,
     mask_id: Annotated[
@@ -58,7 +58,7 @@ def convert(
         kind=kind,
         block_size=block_size,
         seq_len=seq_len,
-        num_heads=num_heads,
+        num_attention_heads=num_attention_heads,
         mask_id=mask_id,
         noise_eps=noise_eps,
     )

@@ -12,6 +12,7 @@ from typing import Any
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.escape import say, terminal
 from blockdiffusion.files.disk import refuse_no_file, storage_error, write_whole
+from blockdiffusion.options import current_word
 
 INT8 = "int8"  # besides the types of tensors
 
@@ -34,9 +35,9 @@ def renamed(command: Callable[..., None], old: str, new: str) -> Callable[..., N
 
 def device_of(name: str) -> Any:
     from blockdiffusion.runtime.devices import select_device
-    from blockdiffusion.runtime.distributed import current
+    from blockdiffusion.runtime.distributed import current_group
 
-    return current().claim(select_device(name, "--device"))
+    return current_group().set_device(select_device(name, "--device"))
 
 
 def load_model(model: str, device: str, dtype: str) -> Any:
@@ -67,8 +68,9 @@ def _load(model: str, device: str, dtype: str) -> Any:
         "auto": None,
         "float32": torch.float32,
         "float64": torch.float64,
-        "bf16": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
     }
+    dtype = current_word(dtype, dtypes, "--dtype")
     if dtype not in dtypes:
         raise UserError(f"--dtype is {shown(dtype)}; choose one of {', '.join(dtypes)}")
     return load(model, device=device_of(device), dtype=dtypes[dtype])

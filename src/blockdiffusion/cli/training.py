@@ -51,7 +51,7 @@ def estimate(
     window: Annotated[int | None, typer.Option(help="Sampling: tokens that a token sees.")] = None,
     sample_dtype: Annotated[
         str,
-        choice("Sampling: float32, bf16 or int8.", "float32 bf16 int8"),
+        choice("Sampling: float32, bfloat16 or int8.", "float32 bfloat16 int8"),
     ] = "float32",
     json: Annotated[
         Path | None, typer.Option("--json", help="Write the estimate here, too.")
@@ -93,20 +93,20 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on with the run in the recipe's out.")] = False,
 ) -> None:
     """Train a model as a recipe says; goes on where it was stopped with --resume."""
-    from blockdiffusion.runtime.distributed import joined
+    from blockdiffusion.runtime.distributed import process_group
     from blockdiffusion.train.recipe import load_recipe
     from blockdiffusion.train.run import run_training
     from blockdiffusion.train.session import Interrupted
 
-    with joined() as team:
+    with process_group() as processes:
         parsed = load_recipe(recipe, overrides or [])
         try:
             state = run_training(parsed, resume=resume)
         except Interrupted as stop:
-            if team.is_first:
+            if processes.is_first:
                 say(str(stop), err=True)
             raise typer.Exit(stop.exit_code) from None
-    if team.is_first:
+    if processes.is_first:
         say(
             f"{parsed.out}: {state.step} steps in {state.seconds:.0f} s; model in "
             f"{parsed.out}/model"

@@ -128,9 +128,9 @@ def causal_pairs(tokens: int, kind: AttentionKind) -> int:
 def _pass_pairs(sizes: NetworkSizes, p: Pass, kind: AttentionKind) -> int:
     """Pairs of one row and head in all layers; the last one has no clean queries."""
     if sizes.autoregressive:
-        return sizes.num_layers * causal_pairs(p.tokens(sizes), kind)
+        return sizes.num_hidden_layers * causal_pairs(p.tokens(sizes), kind)
     noisy, clean = attention_pairs(sizes.streams(p.num_noisy), kind)
-    return sizes.num_layers * noisy + (sizes.num_layers - 1) * clean
+    return sizes.num_hidden_layers * noisy + (sizes.num_hidden_layers - 1) * clean
 
 
 def _flops(
@@ -144,16 +144,16 @@ def _flops(
 ) -> Flops:
     """Of `read` tokens, of which the last layer finishes some: of the others it makes queries, keys
     and values. Pairs are those of all rows and layers, in one head; `vectors` are conditioned."""
-    heads = sizes.width * (sizes.num_heads * sizes.head_dim + sizes.cache_width)
-    numbers = read * (sizes.num_layers - 1) * sizes.layer_numbers
+    heads = sizes.hidden_size * (sizes.num_attention_heads * sizes.head_dim + sizes.cache_width)
+    numbers = read * (sizes.num_hidden_layers - 1) * sizes.layer_numbers
     numbers += read * heads + finished * (sizes.layer_numbers - heads)
     numbers += sizes.conditioning * vectors
-    per_pair = 4 * sizes.num_heads * sizes.head_dim
+    per_pair = 4 * sizes.num_attention_heads * sizes.head_dim
     return Flops(
         layers=2 * numbers,
         attention=per_pair * pairs,
         attention_needed=per_pair * needed,
-        head=2 * sizes.width * sizes.vocab_size * scored,
+        head=2 * sizes.hidden_size * sizes.vocab_size * scored,
     )
 
 
@@ -180,7 +180,7 @@ def call_flops(sizes: NetworkSizes, rows: int, tokens: int, keys: float, scored:
     included), with logits at `scored` positions over all rows, which are what the last layer
     finishes (an autoregressive network finishes all)."""
     new = rows * tokens
-    pairs = sizes.num_layers * new * keys
+    pairs = sizes.num_hidden_layers * new * keys
     finished = new if sizes.autoregressive else scored
     vectors = new if sizes.time_conditioning else 0  # elsewhere it is in the weights
     return _flops(sizes, new, finished, scored, vectors, pairs, pairs)

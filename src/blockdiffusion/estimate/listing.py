@@ -22,7 +22,7 @@ def estimate_lines(estimate: Estimate) -> list[str]:
     return [
         f"{estimate.recipe} on {many}{device.name}",
         *_section({
-            "network": [f"{network.num_layers} layers, width {network.width}, {kind}, "
+            "network": [f"{network.num_hidden_layers} layers, width {network.hidden_size}, {kind}, "
                      f"L = {network.seq_len:,}, V = {network.vocab_size:,}"],
             "parameters": [f"{amount(estimate.parameters)}, without input embedding and output "
                         f"{amount(estimate.parameters - estimate.embedding_parameters)}"],

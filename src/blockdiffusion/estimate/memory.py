@@ -14,10 +14,10 @@ from blockdiffusion.diffusion.losses import CPU_PIECES, GPU_PIECES
 from blockdiffusion.estimate.flops import Pass
 from blockdiffusion.estimate.sizes import NetworkSizes
 
-Dtype = Literal["float32", "bf16"]
-SampleDtype = Literal["float32", "bf16", "int8"]
+Dtype = Literal["float32", "bfloat16"]
+SampleDtype = Literal["float32", "bfloat16", "int8"]
 
-BYTES = {"float32": 4, "bf16": 2, "int8": 4}  # int8: of what is no matrix
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}  # int8: of what is no matrix
 AUTOGRAD, FUSED = 1.1, 0.55  # shares that are kept: by autograd, and by layers' own gradients
 WORKING = 0.75  # of what passes through a layer, in its backward pass
 
@@ -27,7 +27,7 @@ class Execution:
     """How a training pass is computed.
 
     Attributes:
-        dtype: "bf16" is autocast: the residual stream and all sums stay float32.
+        dtype: "bfloat16" is autocast: the residual stream and all sums stay float32.
         cuda: whether on a GPU, which makes more logits at a time.
         checkpointing: whether only the inputs of the layers are kept.
         compiled: whether layers are compiled, which leaves their gradients to autograd.
@@ -69,13 +69,13 @@ class Memory:
 def token_bytes(sizes: NetworkSizes, dtype: Dtype, share: float = 1.0) -> float:
     """What a layer keeps of a token; with the share 1, about all that passes through it."""
     matrices = sizes.layer_matrices + (sizes.modulation if sizes.time_conditioning else ())
-    return 8 * sizes.width + share * BYTES[dtype] * sum(map(sum, matrices))
+    return 8 * sizes.hidden_size + share * BYTES[dtype] * sum(map(sum, matrices))
 
 
 def token_layers(sizes: NetworkSizes, p: Pass) -> float:
     """Tokens of all layers; those that the last one does not finish count half there."""
     read = p.rows * p.tokens(sizes)
-    return (sizes.num_layers - 0.5) * read + 0.5 * p.finished(sizes)
+    return (sizes.num_hidden_layers - 0.5) * read + 0.5 * p.finished(sizes)
 
 
 def pass_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> tuple[float, float]:
@@ -85,19 +85,19 @@ def pass_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> tuple[float, flo
     kept = token_layers(sizes, p) * own
     working = WORKING * read * token_bytes(sizes, how.dtype)
     if how.checkpointing:
-        kept, working = 4 * sizes.width * sizes.num_layers * read, working + read * own
+        kept, working = 4 * sizes.hidden_size * sizes.num_hidden_layers * read, working + read * own
     # Logits, and the gradient of the output; rounded, too.
-    rounded = how.dtype == "bf16"
+    rounded = how.dtype == "bfloat16"
     most_logits = (GPU_PIECES if how.cuda else CPU_PIECES).most_logits
     per_logit = (8 if rounded else 4) if how.cross_entropy else 16
     logits = per_logit * min(most_logits, p.scored * sizes.vocab_size)
-    output = (10 if rounded else 4) * sizes.vocab_size * sizes.width
+    output = (10 if rounded else 4) * sizes.vocab_size * sizes.hidden_size
     return kept, max(working, logits + output)
 
 
 def optimizer_bytes(sizes: NetworkSizes, name: str) -> float:
     """AdamW: two moments; Muon: one for the matrices of the layers."""
-    muon = sizes.num_layers * sizes.layer_numbers if name == "muon" else 0
+    muon = sizes.num_hidden_layers * sizes.layer_numbers if name == "muon" else 0
     return 8 * sizes.parameters - 4 * muon
 
 
@@ -114,7 +114,7 @@ def training_memory(
     weights, state = whole / shards, optimizer_bytes(sizes, optimizer) / shards
     gradients = weights if one_pass else whole
     # Of a unit at a time: a layer, or what is in none.
-    outside = sizes.parameters - sizes.num_layers * sizes.layer_parameters
+    outside = sizes.parameters - sizes.num_hidden_layers * sizes.layer_parameters
     gathered = 8 * (outside + sizes.layer_parameters) if shards > 1 else 0
     kept, working = pass_bytes(sizes, p, how)
     peak = gradients + gathered + kept + working
@@ -151,14 +151,14 @@ def weight_bytes(sizes: NetworkSizes, dtype: SampleDtype) -> tuple[float, float]
     """Weights of the copy that samples (adaLN is folded away where the network reads no time): all,
     and those that a call reads, which takes only rows of the input embedding. With int8 a number of
     a matrix is a byte, but those of the input embedding."""
-    table = sizes.vocab_size * sizes.width
+    table = sizes.vocab_size * sizes.hidden_size
     kept = sizes.parameters - (0 if sizes.time_conditioning else sizes.conditioning)
     held = BYTES[dtype] * kept
     if dtype == "int8":
-        held -= 3 * (sizes.num_layers * sizes.layer_numbers + table)
+        held -= 3 * (sizes.num_hidden_layers * sizes.layer_numbers + table)
     return held, held - (0 if sizes.tied else BYTES[dtype] * table)
 
 
 def cache_bytes(sizes: NetworkSizes, dtype: SampleDtype) -> int:
     """Keys and values of a token in all layers."""
-    return BYTES[dtype] * sizes.num_layers * sizes.cache_width
+    return BYTES[dtype] * sizes.num_hidden_layers * sizes.cache_width

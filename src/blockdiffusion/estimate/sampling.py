@@ -38,7 +38,9 @@ class SamplingRequest:
         for name in ("batch", "tokens_per_step", "max_new_tokens", "window"):
             check_limit(name, getattr(self, name), "--" + name.replace("_", "-"))
         if self.dtype not in get_args(SampleDtype):
-            raise UserError(f"--sample-dtype is {shown(self.dtype)}; choose float32, bf16 or int8")
+            raise UserError(
+                f"--sample-dtype is {shown(self.dtype)}; choose float32, bfloat16 or int8"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ def estimate_sampling(
     # Products of 8 bits are not measured; they are not slower than those of float32.
     peak = device.flops["float32" if dtype == "int8" else dtype]
     arithmetic = flops.total / (peak * shares.call_products)
-    starting = sizes.num_layers * shares.layer_seconds
+    starting = sizes.num_hidden_layers * shares.layer_seconds
     seconds = weights_seconds + starting + rows_seconds + arithmetic
     seconds -= min(weights_seconds, starting) if device.cuda else 0
     speed = rows * length / (calls * seconds)
@@ -172,7 +174,7 @@ def _check(sizes: NetworkSizes, device: Hardware, request: SamplingRequest, leng
     if request.dtype == "int8" and device.cuda:
         raise UserError(
             f"--sample-dtype is int8, which is for CPUs, and {device.name} is none; take "
-            "float32 or bf16"
+            "float32 or bfloat16"
         )
 
 

@@ -36,10 +36,10 @@ class NetworkSizes:
     layer_matrices: Shapes
     modulation: Shapes
     conditioning: int
-    num_layers: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
     vocab_size: int
     tied: bool
@@ -71,12 +71,12 @@ class NetworkSizes:
             layer_parameters=_numbers(layer.values()),
             layer_matrices=tuple(hidden.values()),
             modulation=tuple(s for n, s in layer.items() if len(s) == 2 and n not in hidden),
-            conditioning=matrices - config.num_layers * _numbers(hidden.values()),
-            num_layers=config.num_layers,
-            width=config.width,
-            num_heads=attention.num_heads,
-            num_kv_heads=attention.num_kv_heads,
-            head_dim=attention.head_width,
+            conditioning=matrices - config.num_hidden_layers * _numbers(hidden.values()),
+            num_hidden_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            num_attention_heads=attention.num_attention_heads,
+            num_key_value_heads=attention.num_key_value_heads,
+            head_dim=attention.head_dim,
             vocab_size=config.vocab_size,
             tied=config.tie_word_embeddings,
             fused_layers=not config.time_conditioning,
@@ -100,7 +100,7 @@ class NetworkSizes:
     @property
     def cache_width(self) -> int:
         """Numbers that a layer keeps of a cached token: its key and its value."""
-        return 2 * self.num_kv_heads * self.head_dim
+        return 2 * self.num_key_value_heads * self.head_dim
 
     def streams(self, num_noisy: int) -> Streams:
         """The layout of a training row with so many noisy copies."""

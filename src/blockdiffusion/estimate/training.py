@@ -148,11 +148,13 @@ class _Update:
         # out for the forward and the backward pass of every micro-batch.
         exchanged = 4 * sizes.parameters * (2 if self.shards == 1 else 1 + 2 * count)
         if name == "muon":
-            matrices = sizes.num_layers * muon_flops(sizes.layer_matrices)
-            update += matrices / (device.flops["bf16"] * shares.products)
+            matrices = sizes.num_hidden_layers * muon_flops(sizes.layer_matrices)
+            update += matrices / (device.flops["bfloat16"] * shares.products)
             if self.shards > 1:  # each puts the matrices together, in bf16
-                exchanged += 2 * sizes.num_layers * sizes.layer_numbers
-        starts = count * (3 + self.how.checkpointing) * sizes.num_layers * shares.layer_seconds
+                exchanged += 2 * sizes.num_hidden_layers * sizes.layer_numbers
+        starts = (
+            count * (3 + self.how.checkpointing) * sizes.num_hidden_layers * shares.layer_seconds
+        )
         return Seconds(
             products=products,
             attention=attention,

@@ -36,7 +36,7 @@ from blockdiffusion.evaluate.replicates import (
 )
 from blockdiffusion.evaluate.windows import rectangle
 from blockdiffusion.options import changed
-from blockdiffusion.runtime.distributed import ALONE, Team
+from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup
 from blockdiffusion.runtime.seeding import generator as seeded_generator
 from blockdiffusion.sampling.requests import as_ids
 from blockdiffusion.text import encode_text
@@ -169,7 +169,7 @@ def likelihood(
     t_min: float = T_MIN,
     num_bytes: float | None = None,
     progress: Progress | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE,
     journal: Path | None = None,
     **changes: Any,
 ) -> Likelihood:
@@ -190,11 +190,11 @@ def likelihood(
         t_min: mask probabilities below are left out by "bernoulli" (relative bias below 0.1 %).
         num_bytes: UTF-8 bytes of the counted text, for bits per byte; known for texts.
         progress: called with (done, total) units of work.
-        team: processes that call this alike and share the rows, group by group. All of them draw
+        processes: those that call this alike and share the rows, group by group. All of them draw
             all masks, and return what one process would.
         journal: file that keeps finished groups of rows, so that the same call resumes after a
-            kill, in a team of any size, to the same result but for `seconds`. The caller removes
-            it.
+            kill, with any number of processes, to the same result but for `seconds`. The caller
+            removes it.
 
     Raises:
         UserError: for ids outside the vocabulary, a clipped schedule, blocks too long to
@@ -206,7 +206,7 @@ def likelihood(
     text = _Text.of(model, ids, bos, valid, given, num_bytes)
     tensors = (text.clean_BL, text.free_BL, text.valid_BL)
     kept = Journal.of(journal, model, *tensors, method[0], options.orders, t_min)
-    rows = Rows(model, *tensors, team, kept)
+    rows = Rows(model, *tensors, processes, kept)
     generator = seeded_generator(0, "likelihood") if generator is None else generator
     found = _estimate(rows, method, options, generator, text.num_tokens, progress)
     return _result(found, method, options, text, t_min, model.config, start)

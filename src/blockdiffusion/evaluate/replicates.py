@@ -21,7 +21,7 @@ from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.diffusion.orders import draw_orders, order_bound, order_nll
 from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.options import LikelihoodOptions
-from blockdiffusion.runtime.distributed import Team
+from blockdiffusion.runtime.distributed import ProcessGroup
 
 PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
 COPIES = 8  # noisy copies that share one clean stream
@@ -85,7 +85,7 @@ class Rows:
     clean_BL: torch.Tensor
     free_BL: torch.Tensor
     valid_BL: torch.Tensor
-    team: Team
+    processes: ProcessGroup
     journal: Journal
 
     def groups(self, streams: int) -> list[slice]:
@@ -112,7 +112,7 @@ class Rows:
         for index, rows in enumerate(groups):
             tensors = (self.clean_BL[rows], self.free_BL[rows], self.valid_BL[rows])
             clean, free, valid = (tensor.to(self.model.device) for tensor in tensors)
-            is_own, key = self.team.has(index), name(rows)
+            is_own, key = self.processes.is_mine(index), name(rows)
             found = self.journal.get(key) if is_own else None
             if is_own and found is None:
                 own[index] = estimate(clean, free, None if bool(valid.all()) else valid)
@@ -121,7 +121,7 @@ class Rows:
             pass_over(clean, free)
             if is_own:
                 own[index] = [torch.tensor(values, dtype=torch.float64) for values in found or ()]
-        return [torch.cat(parts) for parts in zip(*self.team.collect(own), strict=True)]
+        return [torch.cat(parts) for parts in zip(*self.processes.collect(own), strict=True)]
 
 
 @torch.no_grad()

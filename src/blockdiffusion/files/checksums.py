@@ -19,7 +19,7 @@ from typing import Any
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.disk import written_aside
-from blockdiffusion.runtime.distributed import current
+from blockdiffusion.runtime.distributed import current_group
 
 SUMS = "SHA256SUMS"
 NOTES = ".verified"
@@ -126,7 +126,7 @@ def check_files(folder: Path, sums: Mapping[str, str], remedy: str, report: Repo
     Raises:
         UserError: one is missing or damaged; it is named.
     """
-    if current().is_first and (bad := differing(folder, sums, report, remember=True)):
+    if current_group().is_first and (bad := differing(folder, sums, report, remember=True)):
         raise UserError(f"{named(folder, bad)}; {remedy}")
 
 
@@ -136,7 +136,7 @@ def warn_of_changes(folder: Path) -> None:
     Of several processes the first looks.
     """
     sums = read_sums(folder)
-    while sums is not None and current().is_first:
+    while sums is not None and current_group().is_first:
         bad = differing(folder, sums, remember=True)
         before, sums = sums, read_sums(folder)
         if sums == before:  # else a run has written it anew in the meantime

@@ -26,7 +26,7 @@ import yaml
 
 from blockdiffusion.errors import SHOWN, WIDEST, UserError, reason, shown
 from blockdiffusion.files.disk import open_regular
-from blockdiffusion.options import with_new_names
+from blockdiffusion.options import current_word, with_new_names
 
 T = TypeVar("T")
 MOST_JSON = 2**28  # bytes of a file, or of a line of one
@@ -391,8 +391,8 @@ def convert(kind: Any, value: Any, key: str = "", strict: bool = True) -> Any:
         if isinstance(value, Mapping):
             return _build(kind, value, f"{key}.", strict)
     elif origin is Literal:
-        if value in arguments and type(value) is str:
-            return value
+        if type(value) is str and (now := current_word(value, arguments, key)) in arguments:
+            return now
     elif origin in (tuple, list):
         if isinstance(value, list | tuple):
             several = origin is list or (len(arguments) == 2 and arguments[1] is Ellipsis)

@@ -19,17 +19,17 @@ class AttentionSizes:
     """The attention of a network's layers.
 
     Attributes:
-        num_kv_heads: heads of keys and values, each shared by equally many query heads.
+        num_key_value_heads: heads of keys and values, each shared by equally many query heads.
         scale: of the scores; None = 1/sqrt(head width).
         softcap: scores x become softcap * tanh(x / softcap); None = they stay.
         windows: for each layer, how many of the last positions a query sees, its own included;
             None = all.
     """
 
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_width: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
     scale: float | None = None
     softcap: float | None = None
     windows: tuple[int | None, ...] = ()

@@ -203,10 +203,10 @@ class BlockDiffusion(nn.Module):
         """An empty cache for `batch` rows of at most `capacity` tokens at a time."""
         sizes = self.backbone.attention
         return BlockCache(
-            sizes.num_layers,
+            sizes.num_hidden_layers,
             batch,
-            sizes.num_kv_heads,
-            sizes.head_width,
+            sizes.num_key_value_heads,
+            sizes.head_dim,
             capacity,
             dtype=self.dtype,
             device=self.device,

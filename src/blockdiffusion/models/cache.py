@@ -62,7 +62,7 @@ class BlockCache:
         self,
         num_layers: int,
         batch: int,
-        num_kv_heads: int,
+        num_key_value_heads: int,
         head_width: int,
         capacity: int,
         *,
@@ -71,7 +71,7 @@ class BlockCache:
         recorder: Recorder | None = None,
         start_id: int | None = None,
     ):
-        shape = (batch, num_kv_heads, capacity, head_width)
+        shape = (batch, num_key_value_heads, capacity, head_width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.lengths_B = torch.zeros(batch, dtype=torch.long)

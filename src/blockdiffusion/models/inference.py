@@ -75,7 +75,7 @@ class FoldedLayer(nn.Module):
 
     def __init__(self, layer: Layer, cond: torch.Tensor | None):
         super().__init__()
-        self.num_heads = layer.num_heads
+        self.num_attention_heads = layer.num_attention_heads
         modulation = (m.double().flatten() for m in layer.modulate(cond))
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = modulation
         self.attn_qkv = _behind_norm(
@@ -94,7 +94,7 @@ class FoldedLayer(nn.Module):
         outputs: Outputs = ALL,
     ) -> torch.Tensor:
         """See `Layer`; `cond` is in the weights."""
-        qkv = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_heads, rotary)
+        qkv = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_attention_heads, rotary)
         x_BTD = _plus(outputs.take(x_BTD), self.attn_out, attended(qkv, read, outputs))
         return _plus(x_BTD, self.mlp_out, self.mlp_in(_normed(x_BTD)))
 

@@ -20,6 +20,6 @@ def count_parameters(config: Any) -> int:
     """Parameters of the network of a configuration, which may claim any number of layers."""
     few = copy.deepcopy(config)
     counts = []
-    for few.num_layers in (1, 2):
+    for few.num_hidden_layers in (1, 2):
         counts.append(sum(parameter.numel() for parameter in meta_model(few).parameters()))
-    return counts[0] + (config.num_layers - 1) * (counts[1] - counts[0])
+    return counts[0] + (config.num_hidden_layers - 1) * (counts[1] - counts[0])

@@ -33,12 +33,21 @@ from blockdiffusion.limits import check_limit
 from blockdiffusion.models import fused
 from blockdiffusion.models.backbone import ALL, AttentionSizes, Outputs, Read
 from blockdiffusion.models.block_diffusion import BlockDiffusion
+from blockdiffusion.options import renamed
 from blockdiffusion.runtime.devices import allow_compilations
 
 NORM_EPS = 1e-5
 ROTARY_BASE = 10_000.0
 FREQUENCIES = 256  # features of the time embedding
 FEW_ROWS, SPLIT = 32, 8  # see Linear; measured best on two cores
+
+
+# Sizes by the names of the version before.
+OLD_SIZES = {
+    "width": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+}
 
 
 class BlockDiffusionConfig(PretrainedConfig):
@@ -49,7 +58,8 @@ class BlockDiffusionConfig(PretrainedConfig):
         seq_len, block_size, mask_id, clean_attention, objective, transition, timesteps,
             noise_schedule, noise_eps, bos, bos_id, eos_id: see `DiffusionConfig`; mask_id None is
             V - 1.
-        width, num_layers, num_heads, cond_dim, dropout: the network (paper: 768, 12, 12, 128, 0.1).
+        hidden_size, num_hidden_layers, num_attention_heads, cond_dim, dropout: the network
+            (paper: 768, 12, 12, 128, 0.1).
         adaln: whether layers are modulated by the conditioning (no for the AR baseline).
         time_conditioning: whether the network reads sigma; a BD3-LM does not.
     """
@@ -62,9 +72,9 @@ class BlockDiffusionConfig(PretrainedConfig):
         seq_len: int = 128,
         block_size: int = 4,
         mask_id: int | None = None,
-        width: int = 192,
-        num_layers: int = 6,
-        num_heads: int = 6,
+        hidden_size: int = 192,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 6,
         cond_dim: int = 128,
         dropout: float = 0.1,
         adaln: bool = True,
@@ -80,13 +90,14 @@ class BlockDiffusionConfig(PretrainedConfig):
         eos_id: int | None = None,
         **kwargs: Any,
     ):
+        kwargs = renamed(kwargs, OLD_SIZES)
         self.vocab_size = vocab_size
         self.seq_len = seq_len
         self.block_size = block_size
         self.mask_id = vocab_size - 1 if mask_id is None else mask_id
-        self.width = width
-        self.num_layers = num_layers
-        self.num_heads = num_heads
+        self.hidden_size = kwargs.pop("hidden_size", hidden_size)
+        self.num_hidden_layers = kwargs.pop("num_hidden_layers", num_hidden_layers)
+        self.num_attention_heads = kwargs.pop("num_attention_heads", num_attention_heads)
         self.cond_dim = cond_dim
         self.dropout = dropout
         self.adaln = adaln
@@ -113,12 +124,19 @@ class BlockDiffusionConfig(PretrainedConfig):
         return DiffusionConfig(**{name: getattr(self, name) for name in CONVENTIONS})
 
     def _check(self) -> None:
-        for name in ("width", "num_layers", "num_heads", "cond_dim", "dropout"):
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "cond_dim",
+            "dropout",
+        ):
             check_limit(name, getattr(self, name))
         self.diffusion()
-        if self.width % (2 * self.num_heads):
+        if self.hidden_size % (2 * self.num_attention_heads):
             raise UserError(
-                f"width {self.width} must be a multiple of 2 * num_heads = {2 * self.num_heads}"
+                f"hidden_size {self.hidden_size} must be a multiple of 2 * num_attention_heads = "
+                f"{2 * self.num_attention_heads}"
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; it must be in [0, 1)")
@@ -143,13 +161,13 @@ class Rotary(NamedTuple):
     sin: torch.Tensor
 
 
-def rotary_tables(positions: torch.Tensor, head_width: int, dtype: torch.dtype) -> Rotary:
+def rotary_tables(positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> Rotary:
     """Of positions (..., T); computed in float64.
 
     In float32 the angles at position 100,000 would already shift logits by 7e-4.
     """
-    half = torch.arange(head_width // 2, device=positions.device, dtype=torch.float64)
-    frequency = ROTARY_BASE ** (-2 * half / head_width)
+    half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
+    frequency = ROTARY_BASE ** (-2 * half / head_dim)
     angle = positions[..., None, None].to(torch.float64) * frequency
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return Rotary(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
@@ -291,8 +309,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: BlockDiffusionConfig):
         super().__init__()
-        width = config.width
-        self.num_heads = config.num_heads
+        width = config.hidden_size
+        self.num_attention_heads = config.num_attention_heads
         self.dropout = config.dropout
         self.attn_norm = Norm(width)
         self.attn_qkv = Linear(width, 3 * width, bias=False)
@@ -344,7 +362,7 @@ class Layer(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """What attention reads; see `split_heads`."""
         return split_heads(
-            self.attn_qkv(self.attn_norm(x_BTD, shift, scale)), self.num_heads, rotary
+            self.attn_qkv(self.attn_norm(x_BTD, shift, scale)), self.num_attention_heads, rotary
         )
 
     def _behind(
@@ -376,7 +394,7 @@ class Layer(nn.Module):
         """`_heads` for one modulation, with the gradient of `fused`."""
         weight, bias = self.attn_norm.affine(shift, scale)
         return fused.norm_heads(
-            x_BTD, weight, bias, self.attn_qkv.weight, NORM_EPS, *rotary, self.num_heads
+            x_BTD, weight, bias, self.attn_qkv.weight, NORM_EPS, *rotary, self.num_attention_heads
         )
 
     def _behind_fused(
@@ -430,14 +448,14 @@ class DiT(PreTrainedModel):
     def __init__(self, config: BlockDiffusionConfig):
         super().__init__(config)
         self.activation_checkpointing = False
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.time = TimeEmbedding(config.cond_dim) if config.adaln else None
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))  # type: ignore
-        self.final_norm = Norm(config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))  # type: ignore
+        self.final_norm = Norm(config.hidden_size)
         self.final_modulation = (
-            Modulation(config.cond_dim, config.width, 2) if config.adaln else None
+            Modulation(config.cond_dim, config.hidden_size, 2) if config.adaln else None
         )
-        self.output = Linear(config.width, config.vocab_size)
+        self.output = Linear(config.hidden_size, config.vocab_size)
         self.output.starts_at_zero = True
         self.post_init()
 
@@ -472,8 +490,13 @@ class DiT(PreTrainedModel):
     def attention(self) -> AttentionSizes:
         """The sizes of its attention."""
         config = self.config
-        head_width = config.width // config.num_heads
-        return AttentionSizes(config.num_layers, config.num_heads, config.num_heads, head_width)
+        head_dim = config.hidden_size // config.num_attention_heads
+        return AttentionSizes(
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_attention_heads,
+            head_dim,
+        )
 
     def forward(
         self,
@@ -488,7 +511,7 @@ class DiT(PreTrainedModel):
         The last layer computes for the other tokens what attention needs of them, and no more.
         """
         x_BTD = self.embedding(ids_BT)
-        rotary = rotary_tables(positions_BT, self.attention.head_width, x_BTD.dtype)
+        rotary = rotary_tables(positions_BT, self.attention.head_dim, x_BTD.dtype)
         cond = self._condition(sigma_BT)
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):

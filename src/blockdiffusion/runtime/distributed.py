@@ -2,7 +2,7 @@
 
 `torchrun` starts a command N times and gives each process its number, the rank. They all do the
 same, but each a share of the work, and what has to be said, shown or written is said, shown and
-written by the first. Without `torchrun` there is one process, `ALONE`, and nothing here does
+written by the first. Without `torchrun` there is one process, `SINGLE`, and nothing here does
 anything.
 
 What the processes tell each other here is small and goes through the CPU (gloo), also where their
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from blockdiffusion.errors import Elsewhere, UserError, reason, shown
+from blockdiffusion.errors import PeerFailure, UserError, reason, shown
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +38,10 @@ SPEAKERS = 2  # ranks that report a lost process: one may be the lost one
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """The processes of a job, as one of them sees them.
 
-    What is marked as *common* has to be called by all of them, in the same order.
+    What is marked as *collective* has to be called by all of them, in the same order.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -59,17 +59,17 @@ class Team:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` things, which the size of the team divides."""
+        """This process's part of `count` things, which the number of processes divides."""
         assert count % self.size == 0
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def has(self, number: int) -> bool:
+    def is_mine(self, number: int) -> bool:
         """Whether piece `number` (from 0) of work that is dealt out in turn is this process's."""
         return number % self.size == self.rank
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; common."""
+        """The values of all processes, by rank; collective."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -79,14 +79,14 @@ class Team:
         return values
 
     def collect(self, values: dict[int, T]) -> list[T]:
-        """The numbered pieces that the processes have, all of them, in order; common."""
+        """The numbered pieces that the processes have, all of them, in order; collective."""
         pieces = {n: piece for part in self.gather(values) for n, piece in part.items()}
         return [pieces[number] for number in sorted(pieces)]
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives the first process, to all of them; common.
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """What `make` gives the first process, to all of them; collective.
 
-        Where it fails there, the other processes end with `Elsewhere`.
+        Where it fails there, the other processes end with `PeerFailure`.
         """
         if self.size == 1:
             return make()
@@ -97,15 +97,15 @@ class Team:
         return values[0]  # type: ignore[return-value]
 
     def sum(self, value: float) -> float:
-        """The sum of a number over the processes, added up by rank; common."""
+        """The sum of a number over the processes, added up by rank; collective."""
         return sum(self._numbers(value))
 
-    def largest(self, value: int) -> int:
-        """The largest of a number; common."""
+    def max(self, value: int) -> int:
+        """The largest of a number; collective."""
         return int(max(self._numbers(value)))
 
-    def wait(self) -> None:
-        """Returns when all processes are here; common."""
+    def barrier(self) -> None:
+        """Returns when all processes have called it; collective."""
         self._numbers(0)
 
     def _numbers(self, value: float) -> list[float]:
@@ -118,7 +118,7 @@ class Team:
         dist.all_gather(values, torch.tensor(value, dtype=torch.float64))
         return [number.item() for number in values]
 
-    def claim(self, device: torch.device) -> torch.device:
+    def set_device(self, device: torch.device) -> torch.device:
         """Makes this process's own of the machine's devices of this kind the current one.
 
         Raises:
@@ -143,7 +143,7 @@ class Team:
         return device
 
 
-ALONE = Team()
+SINGLE = ProcessGroup()
 ENDS_WITH_INPUT = "BLOCKDIFFUSION_ENDS_WITH_INPUT"  # an environment variable
 
 
@@ -197,47 +197,49 @@ def _variable(name: str, least: int, most: int) -> int:
     return int(text)
 
 
-def current() -> Team:
-    """The team that this process has joined, or `ALONE`."""
+def current_group() -> ProcessGroup:
+    """The processes that this process has joined, or `SINGLE`."""
     if not several_processes():
-        return ALONE
+        return SINGLE
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        return ALONE
-    return Team(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        return SINGLE
+    return ProcessGroup(
+        dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
+    )
 
 
 @contextmanager
-def joined() -> Iterator[Team]:
-    """The team of this process, met with and left again; inside another one, that one's.
+def process_group() -> Iterator[ProcessGroup]:
+    """Joins the processes of this job for the context; within another such context, the same ones.
 
-    Of the processes that fail by a `UserError` one says so: the others end with `Elsewhere`,
+    Of the processes that fail by a `UserError` one says so: the others end with `PeerFailure`,
     whether they failed too or lost contact with the one that did.
 
     Raises:
-        Elsewhere: another process ended; it has an exit code, and a sentence where nobody else says
-            what happened.
+        PeerFailure: another process ended; it has an exit code, and a sentence where nobody else
+            says what happened.
     """
-    if not several_processes() or current() is not ALONE:
-        yield current()
+    if not several_processes() or current_group() is not SINGLE:
+        yield current_group()
         return
     import torch.distributed as dist
 
     rank, notes = _meet()
     try:
-        yield current()
+        yield current_group()
     except UserError:
         if _told_before(notes, this=True):
-            raise Elsewhere("", exit_code=2) from None
+            raise PeerFailure("", exit_code=2) from None
         raise
     except (RuntimeError, ConnectionError) as error:
         if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
             raise
         if _told_before(notes, this=False):
-            raise Elsewhere("", exit_code=2) from None
+            raise PeerFailure("", exit_code=2) from None
         said = f"{LOST_SENTENCE} (noticed by process {rank}: {reason(error)})"
-        raise Elsewhere(said if rank < SPEAKERS else "", exit_code=1) from error
+        raise PeerFailure(said if rank < SPEAKERS else "", exit_code=1) from error
     # Not after a failure: the others may never come to part.
     dist.destroy_process_group()
 
@@ -302,7 +304,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that the processes may hold in shards; common."""
+    """All of a tensor that the processes may hold in shards; collective."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
 
 

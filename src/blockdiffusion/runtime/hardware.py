@@ -67,7 +67,7 @@ class Hardware:
 
     Attributes:
         name: as `--device` takes it.
-        flops: dtype ("float32", "bf16") -> peak of matrix products, FLOP/s.
+        flops: dtype ("float32", "bfloat16") -> peak of matrix products, FLOP/s.
         bandwidth: of memory, bytes/s.
         memory: bytes that a program can use.
         link: bytes/s to another device, each way; where no table knows, that of PCIe 4.0 x16.
@@ -96,7 +96,7 @@ def _gpu(
     """From TFLOP/s, GB/s and GB."""
     return Hardware(
         name=name,
-        flops={"bf16": bf16 * 1e12, "float32": float32 * 1e12},
+        flops={"bfloat16": bf16 * 1e12, "float32": float32 * 1e12},
         bandwidth=bandwidth * 1e9,
         memory=memory * 1e9 * (1 - CONTEXT_SHARE),
         link=link * 1e9,
@@ -240,7 +240,7 @@ def this_cpu(clock: Callable[[], float] = time.perf_counter) -> Hardware:
         name="cpu",
         flops={
             "float32": matrix_flops(torch.float32, clock=clock),
-            "bf16": matrix_flops(torch.bfloat16, 256, clock),
+            "bfloat16": matrix_flops(torch.bfloat16, 256, clock),
         },
         bandwidth=read_bandwidth(clock),
         memory=machine_memory(),
@@ -257,8 +257,9 @@ def quick_peak(device: str, dtype: str, threads: int) -> float | None:
     On a GPU that of the table; on a CPU it is measured where that takes a second or so.
 
     Args:
-        device: as PyTorch names it. dtype: "float32" or "bf16". threads: in use; for the memory of
-            this function only.
+        device: as PyTorch names it.
+        dtype: "float32" or "bfloat16".
+        threads: in use; for the memory of this function only.
     """
     import torch
 
@@ -268,7 +269,7 @@ def quick_peak(device: str, dtype: str, threads: int) -> float | None:
         return None if found is None else found.flops[dtype]
     if kind != "cpu":
         return None
-    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
+    torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     guess = matrix_flops(torch_dtype, rows=16)  # of few rows: lower than the peak
     seconds = 3 * 7 * 2 * 256 * 768 * 3072 / guess  # three shapes, each a few times
     return matrix_flops(torch_dtype, rows=256) if seconds < 2 else None

@@ -224,7 +224,7 @@ def check_room(
     bytes a number) and the logits of a block."""
     config, sizes = model.config, model.backbone.attention
     held = tokens if window is None else min(tokens, window + config.block_size)
-    cached = 4 * sizes.num_layers * sizes.num_kv_heads * sizes.head_width
+    cached = 4 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
     needed = rows * (8.0 * tokens + cached * held + 4.0 * config.block_size * config.vocab_size)
     what = f"sampling {counted(rows, 'row')} of {counted(tokens, 'token')}"
     check_memory(needed, what, lower, model.device)

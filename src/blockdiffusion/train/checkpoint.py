@@ -51,7 +51,7 @@ from blockdiffusion.files.records import (
 )
 from blockdiffusion.limits import check_limits
 from blockdiffusion.models.transformer import BlockDiffusionModel
-from blockdiffusion.runtime.distributed import ALONE, Team, is_sharded
+from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup, is_sharded
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
 
@@ -144,11 +144,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     *,
     keep: int,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> Path:
     """Writes checkpoint `state.step` of the run in `out` and removes all but the last `keep`.
 
-    All processes of `team` call it. Each writes its shards; what is not sharded the first writes.
+    All `processes` call it. Each writes its shards, and the first what is not sharded.
 
     Raises:
         UserError: it cannot be written; nothing is left of the new checkpoint (of one in shards,
@@ -162,20 +162,22 @@ def save(
         OPTIMIZER: _optimizer_tensors(model, optimizer),
     }
     sharded = any(map(is_sharded, tensors[WEIGHTS].values()))
-    if not (sharded or team.is_first):
+    if not (sharded or processes.is_first):
         return final
     with writing(f"checkpoint {final}", None if sharded else partial):
-        if team.is_first:
+        if processes.is_first:
             partial.mkdir(parents=True)
         if sharded:
-            team.wait()  # for the directory
+            processes.barrier()  # for the directory
         sums: dict[str, str] = {}
         for name, tensors_of_file in tensors.items():
-            path, sums[path.name] = save_tensors(tensors_of_file, partial / name, team)
+            path, sums[path.name] = save_tensors(tensors_of_file, partial / name, processes)
             sync(path)
         if sharded:  # the others' files
-            sums = {name: sha256 for part in team.gather(sums) for name, sha256 in part.items()}
-        if not team.is_first:
+            sums = {
+                name: sha256 for part in processes.gather(sums) for name, sha256 in part.items()
+            }
+        if not processes.is_first:
             return final
         text = json.dumps({"format": FORMAT, **asdict(state)}, indent=2)
         with create(partial / STATE) as file:

@@ -28,7 +28,7 @@ from blockdiffusion.diffusion.estimators import for_block_size
 from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.runtime.devices import keep_freed_memory, select_device
-from blockdiffusion.runtime.distributed import ALONE, Team, local
+from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup, local
 from blockdiffusion.runtime.seeding import generator, seed_global
 from blockdiffusion.runtime.versions import versions
 from blockdiffusion.train import checkpoint as checkpoints
@@ -44,9 +44,9 @@ from blockdiffusion.train.optim import (
     set_learning_rate,
 )
 from blockdiffusion.train.options import ObjectiveOptions, TrainOptions
+from blockdiffusion.train.parallel import Parallelism, parallelize
 from blockdiffusion.train.session import Interrupted, Report, StopSignals, farewell, running
 from blockdiffusion.train.speed import Speed
-from blockdiffusion.train.spread import Spread, spread_over
 from blockdiffusion.train.start import check_fit, check_shares, find_checkpoint, restore
 
 if TYPE_CHECKING:
@@ -90,12 +90,11 @@ def train(
     notes: Sequence[str] = (),
     resume: bool = False,
     resume_command: str | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> TrainState:
     """Trains `model` in place on the rows of prepared data; writes the run into `out`.
 
-    All processes of a team call it with equal arguments, after they have joined
-    (`distributed.joined`).
+    All processes of a job call it with equal arguments, within `distributed.process_group`.
 
     Args:
         model: with its initial weights, of the sizes of the data; moved to the device.
@@ -112,7 +111,7 @@ def train(
         notes: sentences to log at the start.
         resume: go on from the newest checkpoint in `out` (from the start when there is none yet).
         resume_command: the shell command that resumes this run, quoted when it is interrupted.
-        team: the processes that share every batch; the first of them logs and writes.
+        processes: the processes that share every batch; the first of them logs and writes.
 
     Returns:
         The state of the last checkpoint. `model` holds the last weights, not their average; the
@@ -126,14 +125,14 @@ def train(
             saved.
     """
     check_fit(model, rows, objective)
-    check_shares(options, team)
-    training = _Training(model, rows, out, options, objective, optim, search, team)
-    newest = team.from_first(lambda: find_checkpoint(out, resume))
+    check_shares(options, processes)
+    training = _Training(model, rows, out, options, objective, optim, search, processes)
+    newest = processes.broadcast(lambda: find_checkpoint(out, resume))
     resumed = training.begin(newest, dict(config or {}))
     release = _Release(training, out, checkpoint, tokenizer, describe)
     first_step = training.state.step + 1
-    run = running(out, loggers, training.state.config, first_step, team)
-    with run as report, StopSignals(team) as stop:
+    run = running(out, loggers, training.state.config, first_step, processes)
+    with run as report, StopSignals(processes) as stop:
         for note in (*notes, *training.notes, *resumed):
             report(training.state.step, {"note": note})
         if resumed:
@@ -175,18 +174,23 @@ class _Training:
         objective: ObjectiveOptions,
         optim: OptimOptions,
         search: ScheduleSearch | None,
-        team: Team,
+        processes: ProcessGroup,
     ):
         self.model, self.rows, self.out, self.options = model, rows, out, options
-        self.objective, self.optim, self.team, self._search = objective, optim, team, search
-        self.device = team.claim(select_device(options.device, "train.device"))
+        self.objective, self.optim, self.processes, self._search = (
+            objective,
+            optim,
+            processes,
+            search,
+        )
+        self.device = processes.set_device(select_device(options.device, "train.device"))
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         if self.device.type == "cpu":
             keep_freed_memory()
         model.to(self.device)
         network = model.backbone
-        self.spread = spread_over(model, team, options.parallel)
+        self.parallelism = parallelize(model, processes, options.parallel)
         network.activation_checkpointing = options.activation_checkpointing
         if options.compile and self.device.type == "cuda":
             network.compile_layers()
@@ -194,9 +198,9 @@ class _Training:
         self.average = MovingAverage(network, optim.ema_decay)
         self.order = BatchOrder(rows.num_rows, options.batch_size, options.seed)
         self.autocast = torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=options.dtype == "bf16"
+            self.device.type, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16"
         )
-        self.speed = Speed(model, options, self.device, rows.manifest.row_bos, team.size)
+        self.speed = Speed(model, options, self.device, rows.manifest.row_bos, processes.size)
 
     def begin(self, newest: Path | None, config: dict[str, Any]) -> list[str]:
         """Begins anew, or from the checkpoint `newest`; what to tell about that one."""
@@ -210,7 +214,7 @@ class _Training:
             threads=torch.get_num_threads(),
             device=str(self.device),
             versions=versions(),
-            processes=self.team.size,
+            processes=self.processes.size,
         )
         if newest is not None:
             network, steps = self.model.backbone, self.options.steps
@@ -239,7 +243,7 @@ class _Training:
         """Searches for the clip that update `step` and later ones train with, where that is due."""
         if self._search is None or not self._search.due(step):
             return
-        with self.spread.averaged(self.average) as averaged:
+        with self.parallelism.ema_weights(self.average) as averaged:
             found = self._search.run(averaged, step)
         report(step, found.to_log())
         self.state, self.clip = replace(self.state, clip=found.clip), found.clip
@@ -257,13 +261,13 @@ class _Training:
         batch_loss, num_free = self._batch_loss(step, indices)
         self.model.train()
         losses = accumulate_gradients(
-            self.spread, batch_loss, max(1, num_free), step, options, self.autocast
+            self.parallelism, batch_loss, max(1, num_free), step, options, self.autocast
         )
         norm = clip_gradients(self.model.parameters(), self.optim.clip_norm)
         loss, grad_norm = torch.stack([losses.sum(), norm]).tolist()  # waits for the device
-        loss = self.team.sum(loss)
+        loss = self.processes.sum(loss)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            where = _not_finite_where(losses, loss, indices, self.spread, options)
+            where = _not_finite_where(losses, loss, indices, self.parallelism, options)
             raise UserError(_not_finite_message(step, where, checkpoints.latest(self.out)))
         lr = learning_rate(self.optim, step, options.steps)
         set_learning_rate(self.optimizer, lr)
@@ -295,7 +299,7 @@ class _Training:
     def measure(self, step: int, due: Sequence[Periodic], report: Report) -> None:
         """Reports what each of `due` says of the averaged model; the state keeps evaluations."""
         for what in due:
-            with self.spread.averaged(self.average) as model, torch.no_grad():
+            with self.parallelism.ema_weights(self.average) as model, torch.no_grad():
                 values = dict(what.run(model.eval()))
             if measured := values.pop("evaluation", None):
                 self.state = replace(self.state, evaluation={**measured, "step": step})
@@ -327,7 +331,7 @@ class _Release:
         t = self._training
         checkpoints.save(
             self._out, t.state, t.model.backbone, t.average, t.optimizer,
-            keep=self._options.keep, team=t.team,
+            keep=self._options.keep, processes=t.processes,
         )  # fmt: skip
         self._export()
 
@@ -335,19 +339,19 @@ class _Release:
         """What comes after a checkpoint: a kill may have come between it and its export, or the end
         of old ones."""
         self._export()
-        if self._training.team.is_first:
+        if self._training.processes.is_first:
             checkpoints.remove_old(self._out, self._options.keep)
 
     def _export(self) -> None:
         training = self._training
-        with training.spread.averaged(training.average) as averaged:
-            if training.team.is_first:
+        with training.parallelism.ema_weights(training.average) as averaged:
+            if training.processes.is_first:
                 card = None if self._describe is None else self._describe(training.state)
                 checkpoints.export_model(self._out, averaged, self._tokenizer, card)
 
 
 def accumulate_gradients(
-    spread: Spread,
+    parallelism: Parallelism,
     batch_loss: BatchLoss,
     num_free: int,
     step: int,
@@ -362,28 +366,28 @@ def accumulate_gradients(
     Returns:
         What each micro-batch of this process contributes to the loss; the sum is the loss.
     """
-    passes = _passes(len(batch_loss.batch.ids_BL), options, spread.team)
+    passes = _passes(len(batch_loss.batch.ids_BL), options, parallelism.processes)
     losses = []
     for number, rows in passes.items():
         # Dropout draws from PyTorch's global stream, which evaluation and samples use too.
         seed_global(options.seed, "dropout", step, number)
-        with spread.last_pass(len(losses) == len(passes) - 1):
+        with parallelism.last_pass(len(losses) == len(passes) - 1):
             with autocast:
-                loss = spread.nats(batch_loss, rows) / num_free
-            spread.backward(loss)
+                loss = parallelism.nats(batch_loss, rows) / num_free
+            parallelism.backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses)
 
 
-def _passes(num_rows: int, options: TrainOptions, team: Team) -> dict[int, slice]:
+def _passes(num_rows: int, options: TrainOptions, processes: ProcessGroup) -> dict[int, slice]:
     """The micro-batches of this process: their number in the whole batch -> their rows.
 
     Where `micro_batch_size` divides the processes' shares, they are those of one process.
     """
-    share = team.share(num_rows)
+    share = processes.share(num_rows)
     size = options.micro_batch_size or num_rows
     starts = range(share.start, share.stop, size)
-    first = team.rank * len(starts)
+    first = processes.rank * len(starts)
     return {
         first + index: slice(start, min(start + size, share.stop))
         for index, start in enumerate(starts)
@@ -391,29 +395,38 @@ def _passes(num_rows: int, options: TrainOptions, team: Team) -> dict[int, slice
 
 
 def _not_finite_where(
-    losses: torch.Tensor, total: float, indices: np.ndarray, spread: Spread, options: TrainOptions
+    losses: torch.Tensor,
+    total: float,
+    indices: np.ndarray,
+    parallelism: Parallelism,
+    options: TrainOptions,
 ) -> str:
     """Which micro-batch, or else which parameter, a non-finite number is first seen in.
 
     All processes ask; each looks at its own.
     """
-    found = _first_not_finite(losses, total, indices, spread, options)
-    return min(spread.team.gather(found))[1]
+    found = _first_not_finite(losses, total, indices, parallelism, options)
+    return min(parallelism.processes.gather(found))[1]
 
 
 def _first_not_finite(
-    losses: torch.Tensor, total: float, indices: np.ndarray, spread: Spread, options: TrainOptions
+    losses: torch.Tensor,
+    total: float,
+    indices: np.ndarray,
+    parallelism: Parallelism,
+    options: TrainOptions,
 ) -> tuple[int, str]:
     """The same for one process, and a place in the order of micro-batches and parameters."""
-    passes = _passes(len(indices), options, spread.team)
+    passes = _passes(len(indices), options, parallelism.processes)
     for loss, (number, share) in zip(losses.tolist(), passes.items(), strict=True):
         if not math.isfinite(loss):
             numbers = indices[share].tolist()
             rows = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-            where = f"micro-batch {number + 1} of {len(passes) * spread.team.size} (rows {rows})"
+            count = len(passes) * parallelism.processes.size
+            where = f"micro-batch {number + 1} of {count} (rows {rows})"
             return number, f"the loss is {loss} in {where}"
     for place, (name, parameter) in enumerate(
-        spread.model.backbone.named_parameters(), len(indices)
+        parallelism.model.backbone.named_parameters(), len(indices)
     ):
         if parameter.grad is not None and not local(parameter.grad).isfinite().all():
             return place, f"the loss is {total:.4g} but the gradient of {name} is not finite"

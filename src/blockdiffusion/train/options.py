@@ -171,8 +171,8 @@ class TrainOptions:
     compile: bool = False
     """On GPUs, make few of the layers' small operations (after some twenty seconds)."""
     seed: int = 0
-    dtype: Literal["float32", "bf16"] = "float32"
-    """bf16 is autocast, in training: weights, average, optimizer and evaluation are float32."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is autocast, in training: weights, average, optimizer and evaluation are float32."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int | None = None
     """Threads of the CPU operators; null: what PyTorch chooses."""

@@ -43,9 +43,9 @@ class DataOptions:
 class ModelOptions:
     """The network; the defaults are the paper's. See `BlockDiffusionConfig`."""
 
-    num_layers: int = 12
-    width: int = 768
-    num_heads: int = 12
+    num_hidden_layers: int = option(12, "layers", was="num_layers")
+    hidden_size: int = option(768, "width of the layers", was="width")
+    num_attention_heads: int = option(12, "attention heads of a layer", was="num_heads")
     cond_dim: int = 128
     block_size: int | None = None
     """S, tokens of a diffusion block; it divides the data's L. null: 4, and L for `mdlm`, whose
@@ -57,10 +57,10 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_limits(self, "model.")
-        if self.width % (2 * self.num_heads):
+        if self.hidden_size % (2 * self.num_attention_heads):
             raise UserError(
-                f"model.width is {self.width}; it must be a multiple of 2 * model.num_heads, "
-                f"which is {2 * self.num_heads}"
+                f"model.hidden_size is {self.hidden_size}; it must be a multiple of 2 * "
+                f"model.num_attention_heads, which is {2 * self.num_attention_heads}"
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1)")
@@ -257,7 +257,7 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     check_memory(
         4.0 * weights + 8.0 * ids,  # the least there is: shards may leave the rest to others
         f"training {weights:,} parameters on {ids:,} tokens an update",
-        "lower model.width, model.num_layers or train.batch_size",
+        "lower model.hidden_size, model.num_hidden_layers or train.batch_size",
     )
     with torch.random.fork_rng(devices=[]):
         seed_global(recipe.train.seed, "weights")

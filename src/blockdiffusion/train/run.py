@@ -18,7 +18,7 @@ from blockdiffusion.evaluate.likelihood import choose_estimator, likelihood
 from blockdiffusion.evaluate.prepared import evaluation_facts
 from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.reports.terminal import progress_bar
-from blockdiffusion.runtime.distributed import Team, joined
+from blockdiffusion.runtime.distributed import ProcessGroup, process_group
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.sampling import generate
 from blockdiffusion.train.checkpoint import TrainState, latest
@@ -60,16 +60,16 @@ def run_training(
         UserError: see `train.loop.train`; and the recipe is not the one of the run to resume.
         Elsewhere: another process of the job ended.
     """
-    with joined() as team:
-        return _run_training(recipe, team, resume, resume_command)
+    with process_group() as processes:
+        return _run_training(recipe, processes, resume, resume_command)
 
 
 def _run_training(
-    recipe: Recipe, team: Team, resume: bool, resume_command: str | None
+    recipe: Recipe, processes: ProcessGroup, resume: bool, resume_command: str | None
 ) -> TrainState:
 
     out, data = Path(recipe.out), Path(recipe.data.path)
-    with progress_bar("data", quiet=not team.is_first) as report:
+    with progress_bar("data", quiet=not processes.is_first) as report:
         rows = TokenRows(data, "train", report)
     recipe = with_block_size(recipe, rows.manifest)
     if resume:
@@ -90,19 +90,19 @@ def _run_training(
         objective=recipe.objective,
         optim=recipe.optim,
         checkpoint=recipe.checkpoint,
-        search=_search(recipe, data, rows.manifest, model.config.block_size, team),
+        search=_search(recipe, data, rows.manifest, model.config.block_size, processes),
         periodic=[
-            *_evaluation(recipe, data, rows.manifest, model.config, team),
-            *_sampling(recipe, team),
+            *_evaluation(recipe, data, rows.manifest, model.config, processes),
+            *_sampling(recipe, processes),
         ],
-        loggers=loggers if team.is_first else [],
+        loggers=loggers if processes.is_first else [],
         tokenizer=tokenizer,
         describe=lambda state: _card(recipe, rows.manifest, state),
         config=to_dict(recipe),
         notes=notes,
         resume=resume,
         resume_command=resume_command or f"blockdiff train {saved} --resume",
-        team=team,
+        processes=processes,
     )
 
 
@@ -134,7 +134,7 @@ def _refuse_changes(recipe: Recipe, saved: Path) -> None:
 
 
 def _search(
-    recipe: Recipe, data: Path, manifest: Manifest, block_size: int, team: Team
+    recipe: Recipe, data: Path, manifest: Manifest, block_size: int, processes: ProcessGroup
 ) -> ScheduleSearch | None:
     if recipe.search.every is None:
         return None
@@ -147,12 +147,12 @@ def _search(
         TokenRows(data, "valid"),
         block_size,
         recipe.train.seed,
-        team,
+        processes,
     )
 
 
 def _evaluation(
-    recipe: Recipe, data: Path, manifest: Manifest, network: Any, team: Team
+    recipe: Recipe, data: Path, manifest: Manifest, network: Any, processes: ProcessGroup
 ) -> list[Periodic]:
     """The validation bound, with the same masks at every evaluation: less noise in the curve."""
     if recipe.eval.every is None:
@@ -171,7 +171,7 @@ def _evaluation(
             recipe.eval,
             valid=batch.valid_BL,
             generator=generator(recipe.train.seed, "evaluate"),
-            team=team,
+            processes=processes,
         )
         tighter = {
             "valid_exact": result.exact_nats_per_token,
@@ -213,12 +213,12 @@ def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
     )
 
 
-def _sampling(recipe: Recipe, team: Team) -> list[Periodic]:
+def _sampling(recipe: Recipe, processes: ProcessGroup) -> list[Periodic]:
     if recipe.sample.every is None:
         return []
 
     def sample(model: Any) -> dict[str, list[str]]:
-        if not team.is_first:
+        if not processes.is_first:
             return {}
         result = generate(
             model,

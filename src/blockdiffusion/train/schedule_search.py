@@ -27,7 +27,7 @@ from blockdiffusion.diffusion.estimators import Estimator, for_block_size
 from blockdiffusion.diffusion.variance import Moments, batch_moments
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
-from blockdiffusion.runtime.distributed import ALONE, Team
+from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train.options import OBJECTIVES, ObjectiveOptions
 
@@ -117,7 +117,7 @@ class ScheduleSearch:
         rows: the validation split.
         block_size: of the network.
         seed: of the run; the masks are a function of it, the step and the number of the batch.
-        team: the processes that share the batches, and find the same.
+        processes: the processes that share the batches, and find the same.
 
     Raises:
         UserError: the objective has no clip, or its estimator cannot use a clip of the grid at
@@ -131,10 +131,10 @@ class ScheduleSearch:
         rows: TokenRows,
         block_size: int,
         seed: int,
-        team: Team = ALONE,
+        processes: ProcessGroup = SINGLE,
     ):
         check_objective(objective)
-        self._options, self._rows, self._seed, self._team = options, rows, seed, team
+        self._options, self._rows, self._seed, self._processes = options, rows, seed, processes
         self.estimators: dict[Clip, Estimator] = {
             clip: for_block_size(replace(objective, clip=clip).make_estimator(), block_size)[0]
             for clip in clip_grid(options, block_size)
@@ -158,10 +158,10 @@ class ScheduleSearch:
         starts = range(0, count, self._options.batch_size)
         own = {}
         for number, start in enumerate(starts):
-            if self._team.has(number):
+            if self._processes.is_mine(number):
                 stop = min(start + self._options.batch_size, count)
                 own[number] = self._batch_variances(model, step, number, np.arange(start, stop))
-        mean_C = sum(self._team.collect(own), start=torch.zeros(())) / len(starts)
+        mean_C = sum(self._processes.collect(own), start=torch.zeros(())) / len(starts)
         variances = dict(zip(self.estimators, mean_C.tolist(), strict=True))
         return SearchResult(
             clip=least_variance(variances, step),

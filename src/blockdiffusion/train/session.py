@@ -15,7 +15,7 @@ import yaml
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.disk import written_aside
-from blockdiffusion.runtime.distributed import Team
+from blockdiffusion.runtime.distributed import ProcessGroup
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import TrainState
 from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
@@ -38,19 +38,23 @@ class Interrupted(Exception):
 
 @contextmanager
 def running(
-    out: Path, loggers: Sequence[Logger], config: Mapping[str, Any], first_step: int, team: Team
+    out: Path,
+    loggers: Sequence[Logger],
+    config: Mapping[str, Any],
+    first_step: int,
+    processes: ProcessGroup,
 ) -> Iterator[Report]:
     """The run's directory, claimed by the first process, and a function that reports there."""
-    if team.is_first:
+    if processes.is_first:
         with checkpoints.claimed(out), _reporting(out, loggers, config, first_step) as report:
-            team.wait()
+            processes.barrier()
             yield report
         return
-    team.wait()
+    processes.barrier()
     if not (out / "checkpoints").is_dir():
         raise UserError(
-            f"out is {out}, which process {team.rank} does not see; choose a directory that all "
-            "machines share"
+            f"out is {out}, which process {processes.rank} does not see; choose a directory "
+            "that all machines share"
         )
     yield lambda step, values: None
 
@@ -86,8 +90,8 @@ class StopSignals:
     comes within `TWICE` is one.
     """
 
-    def __init__(self, team: Team) -> None:
-        self._team = team
+    def __init__(self, processes: ProcessGroup) -> None:
+        self._processes = processes
         self._signal = 0
         self._again = 0.0  # from when on a signal is a second one
         self._previous: dict[int, Any] = {}
@@ -104,13 +108,13 @@ class StopSignals:
 
     def seen(self) -> int:
         """The signal that this process or another one got, 0 for none; all processes ask."""
-        return self._team.largest(self._signal)
+        return self._processes.max(self._signal)
 
     def _remember(self, number: int, _frame: object) -> None:
         now = time.monotonic()
         if self._signal == 0:
-            self._signal, self._again = number, now + (TWICE if self._team.size > 1 else 0)
-            if self._team.is_first:
+            self._signal, self._again = number, now + (TWICE if self._processes.size > 1 else 0)
+            if self._processes.is_first:
                 # Not print: a handler may run in the middle of another write to the same stream.
                 os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
         elif now >= self._again:

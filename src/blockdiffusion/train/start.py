@@ -11,7 +11,7 @@ from torch import nn
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.transformer import BlockDiffusionModel
-from blockdiffusion.runtime.distributed import Team, current
+from blockdiffusion.runtime.distributed import ProcessGroup, current_group
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import TrainState
 from blockdiffusion.train.optim import MovingAverage
@@ -36,11 +36,12 @@ def check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: ObjectiveO
             )
 
 
-def check_shares(options: TrainOptions, team: Team) -> None:
-    if options.batch_size % team.size:
+def check_shares(options: TrainOptions, processes: ProcessGroup) -> None:
+    if options.batch_size % processes.size:
         raise UserError(
-            f"train.batch_size is {options.batch_size}, which {team.size} processes cannot share "
-            f"equally; start another number of processes, or give a multiple of {team.size}"
+            f"train.batch_size is {options.batch_size}, which {processes.size} processes cannot "
+            "share equally; start another number of processes, or give a multiple of "
+            f"{processes.size}"
         )
 
 
@@ -66,7 +67,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
 ) -> tuple[TrainState, str]:
     """Loads checkpoint `newest`; returns the state to go on from, and what to tell about it."""
-    has_sums = checkpoints.check_sums(newest) if current().is_first else True
+    has_sums = checkpoints.check_sums(newest) if current_group().is_first else True
     saved = checkpoints.read_state(newest)
     if saved.data != fresh.data:
         raise UserError(

@@ -20,12 +20,14 @@ from blockdiffusion.checkpoints.tensors import (
 )
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files.records import Damaged
-from blockdiffusion.runtime.distributed import Team, first_row, is_sharded, local
+from blockdiffusion.runtime.distributed import ProcessGroup, first_row, is_sharded, local
 
 Shape = tuple[int, ...]
 
 
-def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, team: Team) -> tuple[Path, str]:
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, processes: ProcessGroup
+) -> tuple[Path, str]:
     """Writes the tensors, or where they are in shards the rows that this process holds.
 
     What is not in shards is written by the first process only.
@@ -38,9 +40,9 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path, team: Team) ->
         OSError: it cannot be written.
     """
     if any(map(is_sharded, tensors.values())):
-        rank = f"{team.rank + 1:05d}-of-{team.size:05d}"
+        rank = f"{processes.rank + 1:05d}-of-{processes.size:05d}"
         path = path.with_name(f"{path.stem}-{rank}{path.suffix}")
-    own = {n: local(t) for n, t in tensors.items() if team.is_first or is_sharded(t)}
+    own = {n: local(t) for n, t in tensors.items() if processes.is_first or is_sharded(t)}
     return path, write_safetensors(own, path)
 
 

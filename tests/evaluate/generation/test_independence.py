@@ -18,8 +18,8 @@ from tests.conftest import GOLDEN
 from tests.evaluate.scorers import save_gpt2
 
 SMALL = [
-    "train.steps=1", "train.batch_size=2", "model.num_layers=1", "model.width=32",
-    "model.num_heads=2",    "eval.every=null", "sample.every=null",
+    "train.steps=1", "train.batch_size=2", "model.num_hidden_layers=1", "model.hidden_size=32",
+    "model.num_attention_heads=2",    "eval.every=null", "sample.every=null",
 ]  # fmt: skip
 
 

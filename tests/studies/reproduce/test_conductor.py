@@ -294,7 +294,7 @@ def test_a_step_dies_with_a_conductor_that_is_killed(tmp_path, processes):
     run, log = tmp_path / "run", tmp_path / "log"
     (tmp_path / "recipe.yaml").write_text(
         f"out: {run}\ndata: {{path: {tmp_path / 'data'}}}\n"
-        "model: {num_layers: 1, width: 8, num_heads: 1, cond_dim: 4}\n"
+        "model: {num_hidden_layers: 1, hidden_size: 8, num_attention_heads: 1, cond_dim: 4}\n"
         "train: {steps: 1000000, batch_size: 2, threads: 1}\n"
         "eval: {every: null}\nsample: {every: null}\n"
     )

@@ -328,7 +328,7 @@ def test_the_commands_of_small_at_reduced_size(tmp_path, few_held_out):
     run = plan.out / "runs" / "owt-s4"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any("clip_grid" in line for line in lines)  # the schedule search
-    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["dtype"] == "bf16"
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["dtype"] == "bfloat16"
     assert "causal language model" in " ".join(found["T7"].values["notes"])
     assert len(found["T6"].values["said"]) == 1
 

@@ -22,7 +22,13 @@ TOY = Scale(
     name="toy",
     about="seconds",
     texts={"lm1b": TEXT, "owt": TEXT},
-    model={"num_layers": 1, "width": 16, "num_heads": 2, "cond_dim": 8, "dropout": 0.0},
+    model={
+        "num_hidden_layers": 1,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "cond_dim": 8,
+        "dropout": 0.0,
+    },
     train={"seed": 1, "device": "cpu", "threads": 1},
     optim={"lr": 1e-2, "warmup_steps": 2, "ema_decay": 0.9},
     evaluation={"every": None},
@@ -44,7 +50,7 @@ TOY = Scale(
     judge=TrainedJudge(
         tokenizer="bpe:310",
         seq_len=32,
-        model={"num_layers": 1, "width": 24, "num_heads": 2, "dropout": 0.0},
+        model={"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 2, "dropout": 0.0},
         batch_size=4,
         steps=3,
     ),

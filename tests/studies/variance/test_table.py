@@ -248,7 +248,7 @@ def test_every_parameter_has_a_group(make_model):
 
 def test_the_default_list_is_written_as_text_json_and_picture(make_model, random_ids):
     table = measure_variance(
-        make_model(num_layers=1),
+        make_model(num_hidden_layers=1),
         text_of(random_ids(2, 16)),
         options_of(*DEFAULT_ESTIMATORS, block_sizes=(1, 4), batch_size=1, replicates=2),
     )

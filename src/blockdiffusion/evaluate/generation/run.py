@@ -30,7 +30,7 @@ from blockdiffusion.evaluate.generation.samples import (
 )
 from blockdiffusion.evaluate.journal import journal_beside
 from blockdiffusion.evaluate.scorer import Scorer, load_scorer
-from blockdiffusion.runtime.distributed import ALONE, Team
+from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def generate_and_score(
     device: torch.device | str | None = None,
     beside: Path | None = None,
     progress: Progress | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> GenerationResult | None:
     """Draws the samples (or reads them) and evaluates them.
 
@@ -87,10 +87,10 @@ def generate_and_score(
         beside: where the result will be written: finished samples are kept beside it in
             `NAME.samples.jsonl`, and finished passes of the scorer in `NAME.journal`, so that the
             same call goes on after a kill; the caller removes the journal. None: nothing is kept.
-        team: processes that call this alike and share the drawing; the first one scores.
+        processes: those that call this alike and share the drawing; the first one scores.
 
     Returns:
-        The result; None in the other processes of a team.
+        The result; None in all processes but the first.
 
     Raises:
         UserError: whatever does not fit is refused before samples are drawn, as far as it can be.
@@ -98,14 +98,14 @@ def generate_and_score(
     if options.mauve:
         require_mauve()
     model = None if options.model is None else load_model(options.model)
-    if not team.is_first:
+    if not processes.is_first:
         if options.samples_from is None:
-            _samples(options, model, beside, None, team)
+            _samples(options, model, beside, None, processes)
         return None
     scorer = load_scorer(options.scorer, device=device)
     window_sizes(scorer, options.context, options.stride)
     warnings = check_scorer(options.model, model, scorer)
-    drawn = _samples(options, model, beside, progress, team)
+    drawn = _samples(options, model, beside, progress, processes)
     reference = None
     if options.reference:
         reference = _reference(options, drawn, model, scorer)
@@ -136,7 +136,11 @@ def generate_and_score(
 
 
 def _samples(
-    options: GenerateEval, model: Any, beside: Path | None, progress: Progress | None, team: Team
+    options: GenerateEval,
+    model: Any,
+    beside: Path | None,
+    progress: Progress | None,
+    processes: ProcessGroup,
 ) -> Drawn:
     guard = None
     if options.min_entropy is not None:
@@ -156,7 +160,7 @@ def _samples(
         file=beside and samples_file(beside),
         guard=guard,
         progress=None if progress is None else lambda done, total: progress("sample", done, total),
-        team=team,
+        processes=processes,
     )
 
 

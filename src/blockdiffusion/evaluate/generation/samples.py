@@ -29,7 +29,7 @@ from blockdiffusion.files.records import (
 )
 from blockdiffusion.limits import MOST_COUNT, check_limits
 from blockdiffusion.models.inference import optimize_for_inference
-from blockdiffusion.runtime.distributed import ALONE, Team
+from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup
 from blockdiffusion.runtime.seeding import derive_seed
 from blockdiffusion.sampling import BlockDone, Finished, stream
 from blockdiffusion.sampling.params import SETTINGS, SamplingParams
@@ -148,7 +148,7 @@ def draw_samples(
     file: Path | None = None,
     guard: EntropyGuard | None = None,
     progress: Progress | None = None,
-    team: Team = ALONE,
+    processes: ProcessGroup = SINGLE,
 ) -> Drawn:
     """Draws `options.num_samples` samples that the guard accepts.
 
@@ -159,7 +159,7 @@ def draw_samples(
             not drawn again.
         guard: rejected samples are counted and replaced by further ones; None: none is rejected.
         progress: called with (done, total) tokens.
-        team: processes that call this alike; each draws whole batches, the first writes `file`,
+        processes: those that call this alike; each draws whole batches, the first writes `file`,
             and all return what one process would.
 
     Raises:
@@ -174,7 +174,7 @@ def draw_samples(
     sampler = optimize_for_inference(model, int8=True) if options.int8 else model
     # What is kept, one process knows: others might read the file while it is written.
     kept = None
-    if file is not None and team.is_first:
+    if file is not None and processes.is_first:
         kept = SampleFile(file, identity(model, options))
     accepted: list[Sample] = []
     drawn = 0
@@ -185,15 +185,15 @@ def draw_samples(
                 f"the guard accepted {len(accepted)} of {drawn} samples, too few to go on; lower "
                 "its minimum entropy, or leave it out"
             )
-        due = list(islice(batches, min(team.size, -(-missing // options.batch_size))))
-        known = team.from_first(partial(_known, kept, due))
+        due = list(islice(batches, min(processes.size, -(-missing // options.batch_size))))
+        known = processes.broadcast(partial(_known, kept, due))
         own = {}
         for number, (first, rows) in enumerate(due):
-            if known[number] is None and team.has(number):
+            if known[number] is None and processes.is_mine(number):
                 expected = drawn + max(missing, rows)
                 advance = _advance(progress, drawn, expected, options.max_new_tokens, len(due))
                 own[number] = _draw_batch(sampler, options, first, rows, advance)
-        new = iter(team.collect(own))
+        new = iter(processes.collect(own))
         for (first, rows), found in zip(due, known, strict=True):
             if found is None:
                 found = next(new)

@@ -59,7 +59,8 @@ def _sizes(run: Run, flops: float) -> list[str]:
     start = f"; from {model['init_from']}" if "init_from" in model else ""
     return [
         f"{objective['name']}{size}{f' ({noise})' if noise else ''}{start}",
-        f"{model['num_layers']} layers, width {model['width']}, {count(run.parameters)} "
-        f"parameters; {run.steps:,} updates of {run.recipe['train']['batch_size']} rows, "
+        f"{model['num_hidden_layers']} layers, width {model['hidden_size']}, "
+        f"{count(run.parameters)} parameters; "
+        f"{run.steps:,} updates of {run.recipe['train']['batch_size']} rows, "
         f"{count(run.tokens)} tokens; {run.flops:.2g} FLOP, about {duration(run.flops / flops)}",
     ]

@@ -61,8 +61,8 @@ def _conventions(plan: Plan, table: PaperTable) -> list[str]:
     scale, model, text = plan.scale, plan.scale.model, plan.text(table)
     tokens = text.batch_size * text.seq_len
     notes = [
-        f"Networks of {model['num_layers']} layers and width {model['width']}; an update reads "
-        f"{tokens:,} tokens. {_budget(scale.steps, table.name)}",
+        f"Networks of {model['num_hidden_layers']} layers and width {model['hidden_size']}; "
+        f"an update reads {tokens:,} tokens. {_budget(scale.steps, table.name)}",
         f"Seed {scale.train['seed']}, one run each: errors are of the noise and of the text, not "
         "of training again.",
     ]

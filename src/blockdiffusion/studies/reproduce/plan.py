@@ -461,10 +461,10 @@ class _Size:
         Six operations for each parameter of the layers and token that is read, and of the output
         and token that is scored: two forward, four backward.
         """
-        width, vocab = model["width"], VOCABULARIES.get(self.tokenizer)
+        width, vocab = model["hidden_size"], VOCABULARIES.get(self.tokenizer)
         if vocab is None:
             vocab = int(self.tokenizer.removeprefix("bpe:")) + 1
-        layers = 12 * width**2 * model["num_layers"]
+        layers = 12 * width**2 * model["num_hidden_layers"]
         flops = 6 * (layers * self.streams + vocab * width * self.scored)
         return layers + 2 * vocab * width, float(flops)
 

@@ -1,7 +1,7 @@
 """Several processes for a test, as torchrun would start them, but forked: imports cost seconds.
 
-`team(size, function, *arguments)` calls a function in every process of a team. They are forked by
-multiprocessing's fork server, which imports the libraries once and has no threads.
+`launch(size, function, *arguments)` calls a function in every process of a group. They are
+forked by multiprocessing's fork server, which imports the libraries once and has no threads.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ PRELOADED = [
     "blockdiffusion.train.display",
     "tests.command",
 ]
-SECONDS = 300  # after which a team hangs
+SECONDS = 300  # after which a group hangs
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process of a team ended: its exit code (minus a signal's number), what it wrote."""
+    """How a process of a group ended: its exit code (minus a signal's number), what it wrote."""
 
     code: int
     out: str
@@ -69,7 +69,7 @@ class Running:
         return ended
 
 
-def start_team(size: int, function: Callable[..., object], *arguments: Any) -> Running:
+def start_processes(size: int, function: Callable[..., object], *arguments: Any) -> Running:
     """Calls `function(*arguments)`, a module's, in `size` processes; does not wait for them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -92,9 +92,9 @@ def start_team(size: int, function: Callable[..., object], *arguments: Any) -> R
     return Running(processes, folder, store)
 
 
-def team(size: int, function: Callable[..., object], *arguments: Any) -> list[Ended]:
+def launch(size: int, function: Callable[..., object], *arguments: Any) -> list[Ended]:
     """Calls `function(*arguments)`, a module's, in `size` processes; how each ended, by rank."""
-    return start_team(size, function, *arguments).end()
+    return start_processes(size, function, *arguments).end()
 
 
 def assert_ended_well(ended: list[Ended]) -> None:

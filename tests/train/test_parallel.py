@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 import blockdiffusion
 from blockdiffusion.data.loader import TokenRows
-from blockdiffusion.runtime.distributed import joined, local
+from blockdiffusion.runtime.distributed import local, process_group
 from blockdiffusion.train import checkpoint, loop
 from blockdiffusion.train.loggers import read_metrics
 from blockdiffusion.train.recipe import build_model, load_recipe, to_dict
 from blockdiffusion.train.run import run_training
-from tests.teams import Running, assert_ended_well, command, start_team, team
+from tests.launch import Running, assert_ended_well, command, launch, start_processes
 
 STEPS = 50
 # What two runs of the same numbers do not share.
@@ -41,7 +41,7 @@ def train_in_float64(
     """As `run_training`, without what is done every so many steps, and in float64."""
     recipe = load_recipe(recipe_path, overrides)
     rows = TokenRows(recipe.data.path, "train")
-    with joined() as processes:
+    with process_group() as processes:
         loop.train(
             build_model(recipe, rows.manifest).to(dtype),
             rows,
@@ -52,7 +52,7 @@ def train_in_float64(
             checkpoint=recipe.checkpoint,
             config=to_dict(recipe),
             resume=resume,
-            team=processes,
+            processes=processes,
         )
 
 
@@ -104,14 +104,14 @@ def test_the_losses_are_those_of_one_process_whoever_goes_on(
     assert curve(one)[-5:].mean() < 0.8 * curve(one)[0]
     for size in sizes:
         overrides = [*common, f"out={tmp_path / str(size)}"]
-        assert_ended_well(team(size, train_in_float64, recipe_file, overrides))
+        assert_ended_well(launch(size, train_in_float64, recipe_file, overrides))
         assert_same_run(one, tmp_path / str(size))
     shutil.rmtree(checkpoint.latest(two))  # what is left is the one half way
     for size in (1, 4):
         out = tmp_path / f"2-{size}"
         shutil.copytree(two, out)
         overrides = [*common, f"out={out}"]
-        assert_ended_well(team(size, train_in_float64, recipe_file, overrides, True))
+        assert_ended_well(launch(size, train_in_float64, recipe_file, overrides, True))
         assert_same_run(one, out)
         (note,) = [line["note"] for line in read_metrics(out / "metrics.jsonl") if "note" in line]
         assert f"from step {STEPS // 2}; processes changed from 2 to {size}" in note
@@ -132,7 +132,7 @@ def test_in_float32_losses_differ_by_rounding(recipe_file, tmp_path, optimizer, 
     one = curve(tmp_path / "1")
     for size in (2, 4):
         overrides = [*common, f"out={tmp_path / str(size)}"]
-        assert_ended_well(team(size, train_in_float64, recipe_file, overrides, *single))
+        assert_ended_well(launch(size, train_in_float64, recipe_file, overrides, *single))
         away = (curve(tmp_path / str(size)) - one).abs().max().item()
         print(f"{optimizer}, {parallel}, {size} processes: losses within {away:.1e} in float32")
         assert len(one) == STEPS and away < limit
@@ -141,7 +141,7 @@ def test_in_float32_losses_differ_by_rounding(recipe_file, tmp_path, optimizer, 
 def test_dropout_is_that_of_as_many_micro_batches(recipe_file, tmp_path):
     drop = ["model.dropout=0.2", "train.steps=4", "checkpoint.every=4"]
     train_in_float64(recipe_file, [*drop, f"out={tmp_path / 'one'}", "train.micro_batch_size=4"])
-    assert_ended_well(team(2, train_in_float64, recipe_file, [*drop, f"out={tmp_path / 'two'}"]))
+    assert_ended_well(launch(2, train_in_float64, recipe_file, [*drop, f"out={tmp_path / 'two'}"]))
     losses = curve(tmp_path / "one"), curve(tmp_path / "two")
     torch.testing.assert_close(*losses, rtol=0, atol=1e-9)
 
@@ -158,7 +158,7 @@ def test_a_killed_process_ends_the_job_which_goes_on(recipe_file, tmp_path, para
     out = tmp_path / "run"
     overrides = [f"out={out}", f"train.parallel={parallel}", "checkpoint.every=2"]
     long = [*overrides, "train.steps=100000"]
-    running = start_team(2, command, "train", recipe_file, *long)
+    running = start_processes(2, command, "train", recipe_file, *long)
     wait_for_step(out, 5, running)
     os.kill(running.processes[rank].pid, signal.SIGKILL)
     ended = running.end()
@@ -169,7 +169,7 @@ def test_a_killed_process_ends_the_job_which_goes_on(recipe_file, tmp_path, para
     assert "--resume" in survivor.err and "Traceback" not in survivor.err
     saved = checkpoint.read_state(checkpoint.latest(out)).step
     more = [*overrides, f"train.steps={saved + 3}", "--resume"]
-    ended = team(2, command, "train", recipe_file, *more)
+    ended = launch(2, command, "train", recipe_file, *more)
     assert_ended_well(ended)
     assert f"resumed from step {saved}" in ended[0].err
     assert not list(out.rglob("*.partial"))
@@ -177,7 +177,7 @@ def test_a_killed_process_ends_the_job_which_goes_on(recipe_file, tmp_path, para
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(recipe_file, tmp_path):
     out = tmp_path / "run"
-    running = start_team(2, command, "train", recipe_file, f"out={out}", "train.steps=100000")
+    running = start_processes(2, command, "train", recipe_file, f"out={out}", "train.steps=100000")
     wait_for_step(out, 3, running)
     for _ in range(2):  # from who stops the job, and from torchrun
         os.kill(running.processes[1].pid, signal.SIGTERM)
@@ -194,7 +194,7 @@ def test_mistakes_are_told_once(recipe_file, tmp_path):
         (2, ["train.steps=0"], "train.steps is 0; it must be at least 1"),
         (2, ["--resume"], "holds no run to resume"),
     ):
-        ended = team(size, command, "train", recipe_file, f"out={tmp_path / 'new'}", *overrides)
+        ended = launch(size, command, "train", recipe_file, f"out={tmp_path / 'new'}", *overrides)
         said = "".join(process.err for process in ended)
         assert sentence in said and said.count("\n") == 1
         assert [process.code for process in ended] == [2] * size
@@ -203,21 +203,21 @@ def test_mistakes_are_told_once(recipe_file, tmp_path):
 
 def train_with_nan(recipe_path: Path, rank: int, place: str) -> None:
     """A network whose loss, or a gradient of which, is not finite in the second step of a rank."""
-    from blockdiffusion.train.spread import Shards
+    from blockdiffusion.train.parallel import FSDP
 
-    real_nats, real_backward, steps = Shards.nats, Shards.backward, []
+    real_nats, real_backward, steps = FSDP.nats, FSDP.backward, []
 
     def nats(self, *arguments):
         steps.append(None)
-        here = place == "loss" and len(steps) == 2 and self.team.rank == rank
+        here = place == "loss" and len(steps) == 2 and self.processes.rank == rank
         return real_nats(self, *arguments) * (math.nan if here else 1.0)
 
     def backward(self, loss):
         real_backward(self, loss)
-        if place == "gradient" and len(steps) == 2 and self.team.rank == rank:
+        if place == "gradient" and len(steps) == 2 and self.processes.rank == rank:
             local(self.model.backbone.output.bias.grad)[-1] = math.inf
 
-    Shards.nats, Shards.backward = nats, backward
+    FSDP.nats, FSDP.backward = nats, backward
     command("train", recipe_path, "train.parallel=fsdp")
 
 
@@ -229,7 +229,7 @@ def train_with_nan(recipe_path: Path, rank: int, place: str) -> None:
     ],
 )
 def test_a_number_that_is_not_finite_is_found_wherever_it_is(recipe_file, place, where):
-    ended = team(2, train_with_nan, recipe_file, 1, place)
+    ended = launch(2, train_with_nan, recipe_file, 1, place)
     said = [line for p in ended for line in p.err.splitlines() if "error" in line]
     assert len(said) == 1 and re.search(where, said[0])
     assert [process.code for process in ended] == [2, 2]
@@ -251,12 +251,12 @@ def train_on_a_full_disk(recipe_path: Path, rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_full_disk_of_one_process_leaves_the_earlier_checkpoint(recipe_file, tmp_path, rank):
-    ended = team(2, train_on_a_full_disk, recipe_file, rank)
+    ended = launch(2, train_on_a_full_disk, recipe_file, rank)
     assert sum("the disk is full: the checkpoint" in process.err for process in ended) == 1
     assert [process.code for process in ended] == [2, 2]
     out = tmp_path / "run"
     assert checkpoint.latest(out).name == "step-00000005"
-    assert_ended_well(team(2, command, "train", recipe_file, "train.steps=6", "--resume"))
+    assert_ended_well(launch(2, command, "train", recipe_file, "train.steps=6", "--resume"))
 
 
 def test_the_clip_and_the_bound_are_those_of_one_process(recipe_file, tmp_path):
@@ -264,7 +264,7 @@ def test_the_clip_and_the_bound_are_those_of_one_process(recipe_file, tmp_path):
         "train.steps=4", "objective.estimator=bernoulli", "eval.every=2", "eval.rows=null",
         "search.every=2", "search.widths=[0.5,0.7]", "search.offset_step=0.1", "search.rows=6",
         "search.batch_size=2", "search.replicates=2", "search.by=gradient", "sample.every=4",
-        "sample.max_new_tokens=8", "model.num_layers=1",
+        "sample.max_new_tokens=8", "model.num_hidden_layers=1",
     ]  # fmt: skip
     runs = []
     for size, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
@@ -273,7 +273,7 @@ def test_the_clip_and_the_bound_are_those_of_one_process(recipe_file, tmp_path):
         if size == 1:
             run_training(load_recipe(recipe_file, arguments))
         else:
-            assert_ended_well(team(size, command, "train", recipe_file, *arguments))
+            assert_ended_well(launch(size, command, "train", recipe_file, *arguments))
         runs.append(read_metrics(out / "metrics.jsonl"))
         assert blockdiffusion.load(out).tokenizer is not None
     for other in runs[1:]:

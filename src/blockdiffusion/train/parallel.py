@@ -1,8 +1,8 @@
 """How a network in training is spread over the processes of its job.
 
-* `Spread`: one process has all of it,
-* `Replicas`: every process has all of it, and the gradients are added up (DDP),
-* `Shards`: every process has a part of every tensor, of its gradient, its average and its moments,
+* `Parallelism`: one process has all of it,
+* `DDP`: every process has all of it, and the gradients are added up (DDP),
+* `FSDP`: every process has a part of every tensor, of its gradient, its average and its moments,
   and layers are put together while they are needed (FSDP2).
 
 The loop asks one of these and has no case for the number of processes. Each of the processes passes
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from blockdiffusion.runtime.distributed import Team, whole
+from blockdiffusion.runtime.distributed import ProcessGroup, whole
 from blockdiffusion.train.loss import BatchLoss
 from blockdiffusion.train.optim import MovingAverage
 from blockdiffusion.train.options import Parallel
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from blockdiffusion.models.transformer import BlockDiffusionModel
 
 
-class Spread:
+class Parallelism:
     """A network on one process.
 
     Attributes:
-        model: its parameters are what is optimized, averaged and saved; of `Shards` they are
-            shards, and only `nats` and `averaged` can run it.
-        team: the processes.
+        model: its parameters are what is optimized, averaged and saved; of `FSDP` they are
+            shards, and only `nats` and `ema_weights` can run it.
+        processes: the processes.
     """
 
-    def __init__(self, model: BlockDiffusionModel, team: Team):
-        self.model, self.team = model, team
+    def __init__(self, model: BlockDiffusionModel, processes: ProcessGroup):
+        self.model, self.processes = model, processes
 
     def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
         """The loss of some rows of the global batch, see `BatchLoss`."""
@@ -52,63 +52,62 @@ class Spread:
         loss.backward()
 
     @contextmanager
-    def averaged(self, average: MovingAverage) -> Iterator[BlockDiffusionModel]:
+    def ema_weights(self, average: MovingAverage) -> Iterator[BlockDiffusionModel]:
         """Within the context a network with the averaged weights, which this process has whole."""
         with average.swapped():
             yield self.model
 
 
-class Replicas(Spread):
+class DDP(Parallelism):
     """Distributed data parallel training."""
 
-    def __init__(self, model: BlockDiffusionModel, team: Team):
-        super().__init__(model, team)
+    def __init__(self, model: BlockDiffusionModel, processes: ProcessGroup):
+        super().__init__(model, processes)
         self._loss = nn.parallel.DistributedDataParallel(_Loss(model), gradient_as_bucket_view=True)
 
     def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
-        """See `Spread`."""
+        """See `Parallelism`."""
         return self._loss(batch_loss, rows)
 
     def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
-        """See `Spread`."""
+        """See `Parallelism`."""
         return nullcontext() if is_last else self._loss.no_sync()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `Spread`. DDP takes the mean over the processes, whose parts are to be added up."""
-        (loss * self.team.size).backward()
+        """DDP takes the mean over the processes; the sum of their parts is needed."""
+        (loss * self.processes.size).backward()
 
 
-class Shards(Spread):
+class FSDP(Parallelism):
     """Fully sharded data parallel training, FSDP2: layers are the units that are put together."""
 
-    def __init__(self, model: BlockDiffusionModel, team: Team):
-        super().__init__(model, team)
+    def __init__(self, model: BlockDiffusionModel, processes: ProcessGroup):
+        super().__init__(model, processes)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(model.device.type, (team.size,))
+        mesh = init_device_mesh(model.device.type, (processes.size,))
         for unit in model.backbone.units():
             fully_shard(unit, mesh=mesh)
         self._loss: Any = fully_shard(_Loss(model), mesh=mesh)
 
     def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
-        """See `Spread`."""
+        """See `Parallelism`."""
         return self._loss(batch_loss, rows)
 
     @contextmanager
     def last_pass(self, is_last: bool) -> Iterator[None]:
-        """See `Spread`."""
+        """See `Parallelism`."""
         self._loss.set_requires_gradient_sync(is_last)
         yield
 
     def backward(self, loss: torch.Tensor) -> None:
-        """See `Spread`. FSDP takes the mean over the processes, whose parts are to be added up."""
-        (loss * self.team.size).backward()
+        """FSDP takes the mean over the processes; the sum of their parts is needed."""
+        (loss * self.processes.size).backward()
 
     @contextmanager
-    def averaged(self, average: MovingAverage) -> Iterator[BlockDiffusionModel]:
-        """See `Spread`. A copy of the network for as long as it is needed, put together once: then
-        the processes can run it each as often as they like."""
+    def ema_weights(self, average: MovingAverage) -> Iterator[BlockDiffusionModel]:
+        """A copy of the network, gathered once: every process can run it as often as it likes."""
         model = self.model
         backbone = model.backbone.empty_copy()
         tensors = model.backbone.state_dict() | average.average
@@ -127,11 +126,13 @@ class _Loss(nn.Module):
         return batch_loss.nats(self.model, rows)
 
 
-def spread_over(model: BlockDiffusionModel, team: Team, parallel: Parallel) -> Spread:
+def parallelize(
+    model: BlockDiffusionModel, processes: ProcessGroup, parallel: Parallel
+) -> Parallelism:
     """The network, spread over the processes as `parallel` says; on one process as it is.
 
-    Shards are made in place: `model` has them as its parameters from here on.
+    FSDP are made in place: `model` has them as its parameters from here on.
     """
-    if team.size == 1:
-        return Spread(model, team)
-    return (Replicas if parallel == "ddp" else Shards)(model, team)
+    if processes.size == 1:
+        return Parallelism(model, processes)
+    return (DDP if parallel == "ddp" else FSDP)(model, processes)

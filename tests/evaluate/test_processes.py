@@ -14,9 +14,9 @@ from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.evaluate.generation.samples import DrawOptions, EntropyGuard, draw_samples
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.models.transformer import BlockDiffusionModel
-from blockdiffusion.runtime.distributed import joined
+from blockdiffusion.runtime.distributed import process_group
 from tests.evaluate.scorers import BYTES, save_gpt2, with_bytes
-from tests.teams import assert_ended_well, command, team
+from tests.launch import assert_ended_well, command, launch
 
 KINDS = [
     ("plain", "complement", {}), ("plain", "bernoulli", {}), ("plain", "exact", {}),
@@ -41,18 +41,18 @@ def measure(folder: Path) -> None:
     replicates.PASS_TOKENS = 96  # a row or two at a time
     ids = torch.randint(256, (7, 16), generator=torch.Generator().manual_seed(1))
     found = []
-    with joined() as processes:
+    with process_group() as processes:
         for name, estimator, options in KINDS:
             model = load(folder / name).double().eval()
             journal = folder / f"journal{processes.size}"
             result = likelihood(
-                model, ids, estimator, mc_samples=3, team=processes, journal=journal, **options
+                model, ids, estimator, mc_samples=3, processes=processes, journal=journal, **options
             )
             found.append(result.to_dict(rows=True) | {"seconds": None})
         model = with_bytes(load(folder / "plain").double().eval())
         file = folder / f"samples{processes.size}.jsonl"
         for guard in (None, GUARD):
-            drawn = draw_samples(model, DRAW, file=file, guard=guard, team=processes)
+            drawn = draw_samples(model, DRAW, file=file, guard=guard, processes=processes)
             found += [[s.ids for s in drawn.samples], drawn.drawn, drawn.rejected]
         of_all = processes.gather(found)
     if processes.is_first:
@@ -65,7 +65,7 @@ def test_likelihood_and_samples_are_those_of_one_process(models):
     *_, drawn, rejected = one
     assert rejected > 0 and drawn > DRAW.num_samples  # the guard had something to do
     for size in (2, 3):
-        assert_ended_well(team(size, measure, models))
+        assert_ended_well(launch(size, measure, models))
         assert json.loads((models / f"found{size}.json").read_text()) == [one] * size
         lines = [
             [(sample["index"], sample["ids"]) for sample in map(json.loads, file.splitlines())]
@@ -75,7 +75,7 @@ def test_likelihood_and_samples_are_those_of_one_process(models):
 
 
 def test_any_number_of_processes_goes_on_from_the_journal_of_any_other(models, monkeypatch):
-    assert_ended_well(team(2, measure, models))
+    assert_ended_well(launch(2, measure, models))
     one, _ = json.loads((models / "found2.json").read_text())
 
     def asked(*arguments, **more):
@@ -112,7 +112,7 @@ def test_the_commands_say_and_write_what_one_process_does(models, tmp_path):
         results = []
         for size in (1, 2):
             file = tmp_path / f"{name}{size}.json"
-            ended = team(size, command, *arguments, "--json", file)
+            ended = launch(size, command, *arguments, "--json", file)
             assert_ended_well(ended)
             assert ended[0].out and not any(process.out + process.err for process in ended[1:])
             results.append(json.loads(file.read_text()))
