@@ -12,6 +12,7 @@ from blockdiffusion.limits import check_limit
 
 Objective = Literal["block_diffusion", "score_entropy", "d3pm", "autoregressive"]
 CleanAttention = Literal["block", "causal"]
+BlockAttention = Literal["full", "causal"]
 Reading = Literal["same", "next"]
 
 
@@ -26,6 +27,9 @@ class DiffusionConfig:
         mask_id: id of the mask token.
         clean_attention: how clean tokens see each other: whole blocks ("block", paper), or each
             those up to itself ("causal").
+        block_attention: how noisy tokens of a block see each other: all of them ("full", paper), or
+            each those up to itself ("causal"). With `reading` "next" and causal clean tokens the
+            latter is, from left to right, the autoregressive network itself at every block size.
         reading: the network's output at position i speaks of token i ("same", paper), or of token
             i + 1 ("next", as networks trained autoregressively do): then position i reads token
             i - 1, in both streams, and the first reads `start_id`.
@@ -50,6 +54,7 @@ class DiffusionConfig:
     block_size: int
     mask_id: int
     clean_attention: CleanAttention = "block"
+    block_attention: BlockAttention = "full"
     reading: Reading = "same"
     start_id: int | None = None
     objective: Objective = "block_diffusion"
@@ -72,6 +77,7 @@ class DiffusionConfig:
             )
         self._check_ids()
         _check_choice("clean_attention", self.clean_attention, get_args(CleanAttention))
+        _check_choice("block_attention", self.block_attention, get_args(BlockAttention))
         _check_choice("reading", self.reading, get_args(Reading))
         _check_choice("objective", self.objective, get_args(Objective))
         _check_choice("transition", self.transition, get_args(Transition))

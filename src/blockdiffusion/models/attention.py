@@ -317,7 +317,8 @@ def _own_blocks(streams: Streams, valid_BL: torch.Tensor | None) -> Part:
         return x_BHT[:, :, :noisy].unflatten(2, (-1, size)).transpose(1, 2)
 
     mask = None
-    if streams.window is not None and streams.window < size:
+    has_window = streams.window is not None and streams.window < size
+    if has_window or streams.block_attention == "causal":
         mask = stream_predicate(streams, *_grid(0, size, 0, size))
     if valid_BL is not None:
         valid = valid_BL.repeat(1, streams.num_noisy).view(-1, 1, 1, size)

@@ -457,13 +457,23 @@ class BlockDiffusion(nn.Module):
         sizes, config = self.backbone.attention, self.config
         backend = resolve_backend(self.attention_backend, device)
         built: Built = {}
-        streams_of = self._by_window(
-            partial(Streams, length, config.block_size, copies, has_clean, config.clean_attention)
-        )
+
+        def streams(window: int | None) -> Streams:
+            return Streams(
+                length,
+                config.block_size,
+                copies,
+                has_clean,
+                config.clean_attention,
+                window,
+                config.block_attention,
+            )
+
+        streams_of = self._by_window(streams)
 
         def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            streams = streams_of[sizes.window(index)]
-            return attend(q, k, v, streams, backend, valid_BL, built, sizes)
+            own = streams_of[sizes.window(index)]
+            return attend(q, k, v, own, backend, valid_BL, built, sizes)
 
         return read
 
@@ -488,6 +498,7 @@ class BlockDiffusion(nn.Module):
             window=window,
             clean_attention=self.config.clean_attention,
             layer_window=layer_window,
+            block_attention=self.config.block_attention,
         )
 
     def _sigma_of_streams(

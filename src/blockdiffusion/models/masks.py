@@ -3,7 +3,7 @@
 A training pass sees the streams [noisy_1; ...; noisy_N; clean] of L tokens each, with positions
 0..L-1 repeated in every stream (paper, section 3.2 and appendix B.6). A query sees a key iff
 
-* block diagonal: both lie in the same stream's same block, or
+* block diagonal: both lie in the same noisy stream's same block, or
 * offset block causal: the query is noisy, the key clean, and the key's block is earlier, or
 * block causal: both are clean and the key's block is not later.
 
@@ -17,14 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
-from blockdiffusion.diffusion.config import CleanAttention
+from blockdiffusion.diffusion.config import BlockAttention, CleanAttention
 
 
 @dataclass(frozen=True)
 class Streams:
     """The layout of one pass: `num_noisy` noisy copies of `seq_len` tokens, then the clean stream.
 
-    `clean_attention="causal"` makes the clean stream token-causal instead of block-causal.
+    `clean_attention="causal"` makes the clean stream token-causal instead of block-causal;
+    `block_attention="causal"` does the same inside noisy blocks.
     `has_clean=False` leaves the clean stream out, which is enough when one block is the whole
     sequence (nothing could see it). With `window` = W a query sees keys less than W positions away.
     """
@@ -35,6 +36,7 @@ class Streams:
     has_clean: bool = True
     clean_attention: CleanAttention = "block"
     window: int | None = None
+    block_attention: BlockAttention = "full"
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +53,8 @@ def stream_predicate(streams: Streams, q: torch.Tensor, kv: torch.Tensor) -> tor
     q_clean, kv_clean = q_stream == streams.num_noisy, kv_stream == streams.num_noisy
 
     block_diagonal = ~q_clean & (q_stream == kv_stream) & (q_block == kv_block)
+    if streams.block_attention == "causal":
+        block_diagonal = block_diagonal & (kv_position <= q_position)
     offset_block_causal = ~q_clean & kv_clean & (kv_block < q_block)
     if streams.clean_attention == "causal":
         clean_causal = q_clean & kv_clean & (kv_position <= q_position)
@@ -77,6 +81,7 @@ def decode_predicate(
     window: int | None = None,
     clean_attention: CleanAttention = "block",
     layer_window: int | None = None,
+    block_attention: BlockAttention = "full",
 ) -> torch.Tensor:
     """The same rule while sampling, where a position exists once (broadcast over all arguments).
 
@@ -88,6 +93,8 @@ def decode_predicate(
     seen = kv_block <= q_block
     if clean_attention == "causal":
         seen = torch.where(q_clean, kv_position <= q_position, seen)
+    if block_attention == "causal":
+        seen = torch.where(q_clean, seen, kv_position <= q_position)
     if window is not None:
         seen = seen & (kv_position >= (q_block + 1) * block_size - window)
     if layer_window is not None:

@@ -146,7 +146,9 @@ class BlockDiffusionConfig(PretrainedConfig):
 
 # What the paper's model may choose; it reads each token at the token's own position.
 CONVENTIONS = tuple(
-    field.name for field in fields(DiffusionConfig) if field.name not in ("reading", "start_id")
+    field.name
+    for field in fields(DiffusionConfig)
+    if field.name not in ("reading", "start_id", "block_attention")
 )
 
 

@@ -1,0 +1,410 @@
+"""Causal language models of transformers as backbones, without a change to their code.
+
+transformers calls a registered function for the attention of each layer. Ours calls `read`, which
+reaches it as a keyword of the model's call. The function's name has no entry in transformers' table
+of masks, so the library makes no mask.
+
+What the attention of a family is (heads, scale, soft cap, windows) is not read from its
+configuration: one pass over a few tokens observes what reaches the function. A family that does not
+call it once a layer, or that passes more than queries, keys and values, is refused.
+
+Shape suffixes: B batch, T tokens of all streams, D width, H heads, J heads of keys and values,
+E head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from blockdiffusion.diffusion.config import DiffusionConfig
+from blockdiffusion.errors import UserError
+from blockdiffusion.models.attention import attend_causal, causal_mask
+from blockdiffusion.models.backbone import ALL, AttentionSizes, Outputs, Read
+from blockdiffusion.models.block_diffusion import BlockDiffusion
+from blockdiffusion.runtime.devices import allow_compilations
+
+ATTENTION = "blockdiffusion"  # our function's name in the registry of transformers
+TOKENS = 8  # of the pass that observes
+AGREE = 1e-4  # two ways to the same logits differ by at most this share of the largest
+# Keywords of the attention function beside those that `AttentionSizes` holds. Any other one that is
+# not None may change the scores, and is refused.
+HARMLESS = {"dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "read"}
+# The attention of the current pass, for families that do not hand keywords down to their layers.
+_current: ContextVar[Read | None] = ContextVar("read", default=None)
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **keywords: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls: (B, H, T, E) in, (B, T, H, E) out."""
+    read = keywords.get("read") or _current.get()
+    if read is None:
+        raise UserError(
+            f"{type(module).__name__} attends through the block diffusion model around it; call "
+            "that model, or load the network anew with transformers"
+        )
+    if isinstance(read, _Observer):
+        read.see(module, query, key, value, attention_mask, keywords)
+    return read(module.layer_idx, query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+
+
+class CausalLM(nn.Module):
+    """A causal language model of transformers as a `Backbone`.
+
+    Dropout of attention probabilities is not applied; all other dropout is.
+
+    Args:
+        model: one with an output layer (`...ForCausalLM`). It is kept, not copied, and from now on
+            attends through the `BlockDiffusion` around it.
+
+    Attributes:
+        attention: what was observed; see `AttentionSizes`.
+
+    Raises:
+        UserError: it is of a family that cannot be a backbone; the sentence gives the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self._checkpoints_activations = False
+        if model.get_output_embeddings() is None:
+            raise refusal(model, "it has no output layer over the vocabulary")
+        if model.base_model is model:
+            raise refusal(model, "its layers are not separate from its output layer")
+        if _rope_type(model.config) == "dynamic":
+            raise refusal(model, "its rotary frequencies depend on the length of the text")
+        ids_1T = torch.arange(TOKENS, device=model.device)[None] % model.config.vocab_size
+        positions_1T = torch.arange(TOKENS, device=model.device)[None]
+        observer = _Observer(model)
+        with torch.no_grad(), _evaluating(model):
+            expected_TV = model(input_ids=ids_1T, use_cache=False).logits[0]
+            model.set_attn_implementation(ATTENTION)
+            hidden_TD = self._hidden(ids_1T, positions_1T, observer)[0]
+            self.attention = observer.sizes()
+            self._passes_keywords = observer.passes_keywords
+            self._attending = observer.modules
+            self._softcap = getattr(model.config, "final_logit_softcapping", None)
+            self._scale = self._scale_of_head(hidden_TD, expected_TV)
+
+    def _scale_of_head(self, hidden_TD: torch.Tensor, expected_TV: torch.Tensor) -> float:
+        """The factor between the output layer's products and the model's own logits (Cohere and
+        Granite have one), by least squares."""
+        found_TV, expected_TV = self.output(hidden_TD).double(), expected_TV.double()
+        scale = 1.0
+        if self._softcap is not None:
+            found_TV = self._softcap * torch.tanh(found_TV / self._softcap)
+        elif not torch.equal(found_TV, expected_TV):
+            scale = float((found_TV * expected_TV).sum() / found_TV.square().sum())
+            scale = 1.0 if abs(scale - 1) < AGREE else scale
+        tolerance = AGREE if self.dtype.itemsize > 2 else 0.05
+        error = (scale * found_TV - expected_TV).abs().max()
+        if not error <= tolerance * expected_TV.abs().max():
+            raise refusal(
+                self.model,
+                "with the attention passed in its logits are not its own "
+                f"(they differ by {error:.2g}), so it mixes or scales in a way that is not known",
+            )
+        return scale
+
+    # --- the protocol
+
+    @property
+    def config(self) -> Any:
+        """The configuration of transformers."""
+        return self.model.config
+
+    @property
+    def output(self) -> nn.Linear:
+        """The layer behind `head`; of a model with a soft cap it is not all of it."""
+        return self.model.get_output_embeddings()  # type: ignore[return-value]
+
+    @property
+    def logits_are_linear(self) -> bool:
+        """Whether `output` alone makes the logits."""
+        return self._softcap is None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        return self.model.dtype
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether gradients keep only what enters the layers, and compute these again."""
+        return self._checkpoints_activations
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        if on and not self._passes_keywords:
+            raise UserError(
+                f"{type(self.model).__name__} cannot compute its activations again: it hands no "
+                "keywords to its layers; set train.activation_checkpointing=false"
+            )
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self._checkpoints_activations:
+            self.model.gradient_checkpointing_disable()
+        self._checkpoints_activations = on
+
+    def forward(
+        self,
+        ids_BT: torch.Tensor,
+        positions_BT: torch.Tensor,
+        read: Read,
+        outputs: Outputs = ALL,
+        sigma_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states before the head, as `Outputs.take` shapes them."""
+        hidden_BTD = outputs.take(
+            self._hidden(ids_BT, positions_BT.reshape(-1, ids_BT.shape[1]), read)
+        )
+        return hidden_BTD if self._scale == 1 else self._scale * hidden_BTD
+
+    def _hidden(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, read: Read) -> torch.Tensor:
+        token = _current.set(read)
+        try:
+            return self.model.base_model(
+                input_ids=ids_BT, position_ids=positions_BT, use_cache=False, read=read
+            ).last_hidden_state
+        finally:
+            _current.reset(token)
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of hidden states (..., D), in float32 at least."""
+        logits = self.output(hidden)
+        logits = logits if logits.dtype.itemsize > 2 else logits.float()
+        return (
+            logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+        )
+
+    def units(self) -> list[nn.Module]:
+        """The layers: in each of them attention was observed once."""
+        attending = set(self._attending)
+        lists = [m for m in self.model.base_model.modules() if isinstance(m, nn.ModuleList)]
+        for layers in lists:
+            if len(layers) == len(attending) and all(
+                any(m in attending for m in layer.modules()) for layer in layers
+            ):
+                return list(layers)
+        raise AssertionError("the layers are in no list")
+
+    def hidden_matrices(self) -> list[nn.Parameter]:
+        """The matrices of the layers."""
+        return [p for layer in self.units() for p in layer.parameters() if p.ndim == 2]
+
+    def empty_copy(self) -> CausalLM:
+        """A network of the same sizes whose parameters hold nothing (on the device `meta`)."""
+        with torch.device("meta"):
+            model = type(self.model)(copy.deepcopy(self.config))
+        # Buffers that no file holds (rotary frequencies) are made by the constructor, on `meta`.
+        kept = set(self.model.state_dict())
+        for name, buffer in self.model.named_buffers():
+            if name not in kept:
+                module, _, own = name.rpartition(".")
+                setattr(model.get_submodule(module), own, buffer)
+        return self._around(model)
+
+    def _around(self, model: PreTrainedModel) -> CausalLM:
+        made = copy.copy(self)
+        made._modules = {"model": model}
+        names = {module: name for name, module in self.model.named_modules()}
+        made._attending = [model.get_submodule(names[module]) for module in self._attending]
+        return made
+
+    def compile_layers(self) -> None:
+        """Lets PyTorch's compiler make the parts of the layers that do not attend."""
+        allow_compilations()
+        for layer in self.units():
+            for part in layer.children():
+                if not any(module in self._attending for module in part.modules()):
+                    part.compile()
+
+
+def block_diffusion_of(
+    model: PreTrainedModel, config: DiffusionConfig, tokenizer: Any = None
+) -> BlockDiffusion:
+    """A block diffusion model around a causal language model, checked in one small pass.
+
+    Raises:
+        UserError: the family cannot be a backbone, see `CausalLM`; its vocabulary is not the
+            configuration's; or tokens reach each other by another way than attention.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if rows != config.vocab_size:
+        raise UserError(
+            f"{type(model).__name__} has {rows} embeddings, but vocab_size is {config.vocab_size}; "
+            "give the number of embeddings"
+        )
+    made = BlockDiffusion(CausalLM(model), config, tokenizer)
+    with torch.no_grad(), _evaluating(model):
+        _check_streams(made)
+    return made
+
+
+def _check_streams(model: BlockDiffusion) -> None:
+    """Refuses a model whose streams of a training pass differ from blocks over a cache."""
+    size = 2
+    config = replace(model.config, block_size=size, seq_len=3 * size)
+    small = BlockDiffusion(model.backbone, config)
+    ids_1L = torch.arange(3 * size, device=model.device)[None] % config.vocab_size
+    noisy_1L = ids_1L.clone()
+    noisy_1L[:, ::size] = config.mask_id
+    cache = small.make_cache(1, 3 * size)
+    small.decode(ids_1L[:, : 2 * size], 2 * size, cache)
+    cache.commit(2 * size)
+    cached = small.head(small.decode(noisy_1L[:, 2 * size :], 0, cache))[0]
+    streams = small.denoise_logits(noisy_1L, ids_1L)[0, 2 * size :]
+    tolerance = AGREE if model.dtype.itemsize > 2 else 0.05
+    if not (cached - streams).abs().max() <= tolerance * streams.abs().max():
+        raise refusal(
+            model.backbone.model, "its tokens reach each other by another way than attention"
+        )
+
+
+class _Layer(NamedTuple):
+    """What one layer's attention was called with."""
+
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    scale: float | None
+    softcap: float | None
+    window: int | None
+
+
+class _Observer:
+    """A `read` that notes what the layers pass, and attends causally meanwhile.
+
+    Attributes:
+        modules: those that attend, in the order of their calls.
+        passes_keywords: whether `read` itself came through as a keyword.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.modules: list[nn.Module] = []
+        self.passes_keywords = True
+        self._model = model
+        self._calls: list[tuple[int, _Layer]] = []
+
+    def see(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        keywords: dict[str, Any],
+    ) -> None:
+        """Notes one call of the attention function.
+
+        Raises:
+            UserError: it is called with what `read` does not take.
+        """
+        self.modules.append(module)
+        self.passes_keywords &= "read" in keywords
+        window, scale = keywords.pop("sliding_window", None), keywords.pop("scaling", None)
+        softcap = keywords.pop("softcap", None)
+        more = [n for n, given in keywords.items() if given is not None and n not in HARMLESS]
+        if more:
+            reason = f"its attention takes {', '.join(more)} beside queries, keys and values"
+            raise refusal(self._model, reason)
+        if mask is not None:
+            raise refusal(self._model, "it makes an attention mask of its own")
+        if key.shape != value.shape or query.shape[-1] != key.shape[-1]:
+            raise refusal(self._model, "its queries, keys and values have different widths")
+        sizes = (query.shape[1], key.shape[1], key.shape[3])
+        self._calls.append((module.layer_idx, _Layer(*sizes, scale, softcap, window)))
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        seen = self._calls[-1][1]
+        mask_BTT = causal_mask(
+            torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device), seen.window
+        )
+        return attend_causal(q, k, v, mask_BTT, _sizes([seen]))
+
+    def sizes(self) -> AttentionSizes:
+        """The sizes of the attention of all layers.
+
+        Raises:
+            UserError: it is not one that a backbone can have.
+        """
+        model = self._model
+        layers, count = dict(self._calls), model.config.num_hidden_layers
+        if sorted(layers) != list(range(count)) or len(self._calls) != count:
+            raise refusal(
+                model,
+                f"its {count} layers call the attention function that was set "
+                f"{len(self._calls)} times instead of once each",
+            )
+        kinds = {seen._replace(window=None) for seen in layers.values()}
+        if len(kinds) > 1:
+            raise refusal(model, "its layers attend with different heads, widths or scales")
+        ordered = [layers[index] for index in range(count)]
+        declared = getattr(model.config, "layer_types", None) or [None] * count
+        for kind, seen in zip(declared, ordered, strict=True):
+            sliding = seen.window is not None
+            if kind not in (None, "full_attention") and not (
+                kind == "sliding_attention" and sliding
+            ):
+                raise refusal(model, f"it has layers of the kind {kind}")
+        return _sizes(ordered)
+
+
+def _sizes(layers: list[_Layer]) -> AttentionSizes:
+    first, windows = layers[0], tuple(seen.window for seen in layers)
+    return AttentionSizes(
+        len(layers),
+        first.num_heads,
+        first.num_key_value_heads,
+        first.head_dim,
+        scale=first.scale,
+        softcap=first.softcap,
+        windows=windows if any(windows) else (),
+    )
+
+
+def refusal(model: PreTrainedModel, reason: str) -> UserError:
+    """Why a model cannot be a backbone."""
+    return UserError(
+        f"{type(model).__name__} cannot become a block diffusion model: {reason}; take a causal "
+        "model whose layers all attend through transformers' attention interface, such as Llama"
+    )
+
+
+def _rope_type(config: Any) -> str | None:
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
