@@ -1,132 +1,65 @@
-"""A second backbone: causal models of transformers, through their attention interface."""
+"""Causal models of transformers, tiny and random, as backbones; one of each family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import nn
-from transformers import (
-    AttentionInterface,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockdiffusion.diffusion.config import DiffusionConfig
-from blockdiffusion.models.backbone import ALL, AttentionSizes, Outputs, Read
 from blockdiffusion.models.block_diffusion import BlockDiffusion
+from blockdiffusion.models.causal_lm import block_diffusion_of
 
 SIZES = dict(
-    hidden_size=16, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=4,
-    max_position_embeddings=64, attention_dropout=0.0, bos_token_id=0, eos_token_id=1,
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=4, max_position_embeddings=64, attention_dropout=0.0,
+    bos_token_id=0, eos_token_id=1, pad_token_id=None,
 )  # fmt: skip
+# What each adds to Llama's grouped keys, rotary positions, RMS norms and SwiGLU.
+FAMILIES: dict[str, dict] = {
+    "llama": {},
+    # Windows in every other layer, soft-capped scores and logits, a scale of its own, a tied head.
+    "gemma2": dict(sliding_window=3, attn_logit_softcapping=2.0, query_pre_attn_scalar=9),
+    # Learned positions, a matrix for queries, keys and values that is transposed, biases.
+    "gpt2": dict(n_embd=16, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0,
+                 resid_pdrop=0.0, embd_pdrop=0.0),
+    "mistral": dict(sliding_window=3),  # in all layers
+    "qwen2": {},  # biases of queries, keys and values
+    "qwen3": {},  # norms of queries and keys
+    "gemma3_text": dict(sliding_window=3, query_pre_attn_scalar=9,  # two rotary bases
+                        layer_types=["sliding_attention", "full_attention"]),
+    "phi3": dict(sliding_window=None),  # one matrix for queries, keys and values
+    "olmo2": {},  # norms behind attention and MLP
+    "gpt_neox": dict(rotary_pct=0.5),  # rotates half of a head; attention beside the MLP
+    "opt": dict(ffn_dim=32, word_embed_proj_dim=16),  # learned positions with an offset
+    "cohere": dict(logit_scale=0.25),  # scaled logits
+    "granite": dict(logits_scaling=3.0, attention_multiplier=0.3, residual_multiplier=0.7),
+    "stablelm": dict(partial_rotary_factor=0.5),  # hands no keywords to its layers
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                      norm_topk_prob=True),
+}  # fmt: skip
 
 
-def _attend(module, query, key, value, attention_mask, *, read: Read, **_):
-    """What transformers calls for each layer; `read` came with the call of the model."""
-    return read(module.layer_idx, query, key, value).transpose(1, 2), None
-
-
-AttentionInterface.register("block_diffusion", _attend)
-
-
-class HuggingFaceBackbone(nn.Module):
-    """A causal language model as a `Backbone`."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.config = model.config
-        self.activation_checkpointing = False
-        model.set_attn_implementation("block_diffusion")
-
-    @property
-    def attention(self) -> AttentionSizes:
-        config = self.config
-        kinds = (
-            getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        )
-        windows = tuple(config.sliding_window if "sliding" in kind else None for kind in kinds)
-        return AttentionSizes(
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            scale=self.model.base_model.layers[0].self_attn.scaling,
-            softcap=getattr(config, "attn_logit_softcapping", None),
-            windows=windows,
-        )
-
-    @property
-    def output(self) -> nn.Linear:
-        return self.model.get_output_embeddings()
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    def forward(self, ids_BT, positions_BT, read: Read, outputs: Outputs = ALL, sigma_BT=None):
-        hidden = self.model.base_model(
-            input_ids=ids_BT,
-            position_ids=positions_BT.expand(len(ids_BT), -1),
-            use_cache=False,
-            read=read,
-        ).last_hidden_state
-        return outputs.take(hidden)
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.output(hidden)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def units(self):
-        return list(self.model.base_model.layers)
-
-    def hidden_matrices(self):
-        layers = self.model.base_model.layers
-        return [p for layer in layers for p in layer.parameters() if p.ndim == 2]
-
-
-def llama(vocab_size: int) -> LlamaForCausalLM:
-    """Grouped keys and values, rotary positions, RMS norms, SwiGLU."""
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, num_hidden_layers=2, **SIZES))
-
-
-def gemma2(vocab_size: int) -> Gemma2ForCausalLM:
-    """Also a window in every other layer, soft-capped scores, a scale of its own, a tied head."""
-    return Gemma2ForCausalLM(
-        Gemma2Config(
-            vocab_size=vocab_size,
-            num_hidden_layers=2,
-            sliding_window=3,
-            attn_logit_softcapping=2.0,
-            query_pre_attn_scalar=9,
-            pad_token_id=None,
-            **SIZES,
-        )
+def make_causal_lm(family: str, vocab_size: int = 13, **more):
+    """A random model of a family in float64, with large weights."""
+    sizes = {} if family == "gpt2" else SIZES
+    config = AutoConfig.for_model(
+        family, vocab_size=vocab_size, **{**sizes, **FAMILIES[family], **more}
     )
-
-
-FAMILIES: dict[str, Callable] = {"llama": llama, "gemma2": gemma2}
-
-
-def make_hugging_face(
-    family: str, vocab_size: int = 13, seq_len: int = 16, block_size: int = 4, **conventions
-) -> BlockDiffusion:
-    """A random model of a family in float64, with large weights, whose last id is the mask."""
     torch.manual_seed(5)
-    network = FAMILIES[family](vocab_size)
+    eager = {"experts_implementation": "eager"} if "num_experts" in FAMILIES[family] else {}
+    network = AutoModelForCausalLM.from_config(config, **eager)  # the other one has no float64
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             scale = 0.1 if "norm" in name else 0.4
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return network.double().eval()
+
+
+def make_hugging_face(
+    family: str, vocab_size: int = 13, seq_len: int = 16, block_size: int = 4, **conventions
+) -> BlockDiffusion:
+    """A block diffusion model around one of a family, whose last id is the mask."""
     config = DiffusionConfig(
         vocab_size=vocab_size,
         seq_len=seq_len,
@@ -134,4 +67,4 @@ def make_hugging_face(
         mask_id=conventions.pop("mask_id", vocab_size - 1),
         **{"bos": False, **conventions},
     )
-    return BlockDiffusion(HuggingFaceBackbone(network.double().eval()), config).eval()
+    return block_diffusion_of(make_causal_lm(family, vocab_size), config).eval()

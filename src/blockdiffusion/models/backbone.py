@@ -70,8 +70,10 @@ class Backbone(Protocol):
         output: the linear layer behind `head`, for losses that take its logits piece by piece.
     """
 
-    config: Any
     activation_checkpointing: bool
+
+    @property
+    def config(self) -> Any: ...
 
     @property
     def attention(self) -> AttentionSizes: ...

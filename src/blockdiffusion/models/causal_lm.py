@@ -15,7 +15,7 @@ E head width, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -164,9 +164,9 @@ class CausalLM(nn.Module):
                 "keywords to its layers; set train.activation_checkpointing=false"
             )
         if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpointing(self.model, "enable")({"use_reentrant": False})
         elif self._checkpoints_activations:
-            self.model.gradient_checkpointing_disable()
+            _checkpointing(self.model, "disable")()
         self._checkpoints_activations = on
 
     def forward(
@@ -394,6 +394,12 @@ def refusal(model: PreTrainedModel, reason: str) -> UserError:
         f"{type(model).__name__} cannot become a block diffusion model: {reason}; take a causal "
         "model whose layers all attend through transformers' attention interface, such as Llama"
     )
+
+
+def _checkpointing(model: PreTrainedModel, name: str) -> Callable[..., None]:
+    """The method that turns it on or off; transformers gave it a new name in 5.2x."""
+    old = f"gradient_checkpointing_{name}"
+    return getattr(model, f"activation_checkpointing_{name}", None) or getattr(model, old)
 
 
 def _rope_type(config: Any) -> str | None:
