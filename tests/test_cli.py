@@ -591,7 +591,7 @@ def test_signals_save_and_tell_how_to_go_on(place, tmp_path):
     [
         (["--train.steps", "5"], "write train.steps=5,"),
         (["--lr=1e-3"], "write optim.lr=1e-3,"),
-        (["--num-layers", "2"], "write model.num_layers=2,"),
+        (["--num-hidden-layers", "2"], "write model.num_hidden_layers=2,"),
         (["--batch_size"], "write search.batch_size=VALUE or train.batch_size=VALUE,"),
     ],
 )
