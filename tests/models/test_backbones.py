@@ -248,8 +248,9 @@ def test_activations_can_be_computed_again(family, random_ids):
     again = gradients(model.train(), random_ids)  # transformers does so in training only
     assert all(torch.equal(one, two) for one, two in zip(kept, again, strict=True))
     passes = []
-    for layer in model.backbone.units():  # what attends, and so all of the layer
-        next(m for m in layer.modules() if hasattr(m, "layer_idx")).register_forward_pre_hook(lambda *_: passes.append(1))
+    for name, module in model.backbone.named_modules():
+        if name.endswith(("self_attn", ".attn")):
+            module.register_forward_pre_hook(lambda *_: passes.append(1))
     gradients(model, random_ids)
     assert len(passes) == 2 * len(model.backbone.units())
 

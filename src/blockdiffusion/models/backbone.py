@@ -70,7 +70,11 @@ class Backbone(Protocol):
         output: the linear layer behind `head`, for losses that take its logits piece by piece.
     """
 
-    activation_checkpointing: bool
+    @property
+    def activation_checkpointing(self) -> bool: ...
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None: ...
 
     @property
     def config(self) -> Any: ...
