@@ -311,11 +311,13 @@ def row_values(
                 "or far too large, as its numbers overflow or its weights have diverged; measure "
                 "in float32, or take an earlier checkpoint"
             )
-        known = nats is not None and num_bytes
+        bits = None
+        if nats is not None and num_bytes:
+            bits = nats * num_tokens / num_bytes / math.log(2)
         values |= {
             f"{kind}nats_per_row": row_B,
             f"{kind}nats_per_token": nats,
-            f"{kind}bits_per_byte": nats * num_tokens / num_bytes / math.log(2) if known else None,
+            f"{kind}bits_per_byte": bits,
             f"{kind}stderr_data": None if row_B is None else data_error(row_B, tokens_B),
         }
     return values  # fmt: skip
