@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,124 +19,18 @@ import numpy as np
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.named import NamedSet, NamedSplit
 from blockdiffusion.data.parts import id_dtype
-from blockdiffusion.data.registry import find_set
 from blockdiffusion.data.shards import RowRules, WrapPacker
 from blockdiffusion.data.tokenizers import encode, vocab_size
 from blockdiffusion.diffusion.denoiser import Denoiser, bos_id
-from blockdiffusion.errors import UserError, shown
+from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
-from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.scoring import score
 from blockdiffusion.evaluate.windows import Window, check_stride, default_stride, document_windows
-from blockdiffusion.limits import check_limits
+from blockdiffusion.evaluate.zero_shot.options import Task, ZeroShotOptions
 from blockdiffusion.runtime.versions import versions
 
-PACKINGS = ("wrap", "document")
-FRAMES = ("auto", "none", "bos", "bos-eos")
 Progress = Callable[[str, int, int | None], None]
-
-
-class Task(NamedTuple):
-    """One task of a suite: a split of a named set."""
-
-    name: str
-    data_set: str
-    split: str
-
-
-SUITES = {
-    "paper": (
-        Task("ptb", "ptb", "validation"),
-        Task("wikitext", "wikitext2", "validation"),
-        Task("lm1b", "lm1b", "test"),
-        Task("lambada", "lambada", "test"),
-        Task("ag_news", "ag_news", "test"),
-        Task("pubmed", "scientific_papers_pubmed", "validation"),
-        Task("arxiv", "scientific_papers_arxiv", "validation"),
-    )
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroShotOptions:
-    """What to measure, and by which conventions.
-
-    Attributes:
-        suite: a key of `SUITES`.
-        tasks: names of its tasks, one or several (separated by commas) in each text; all if empty.
-        local: `NAME=PATH` or `NAME:split=PATH` for each task with local files.
-        packing: `wrap` joins the documents of a set to one stream and cuts it to rows of `context`
-            tokens; the last partial row is dropped (the paper). `document` scores each document by
-            itself, in windows of `context` tokens, `stride` tokens apart.
-        context: tokens of a row or window; None means the model's.
-        stride: for `document`; see `windows.document_windows`. None means half the context.
-        frame: the ends of rows: `none`, `bos` (given, not counted) or `bos-eos` (the paper: BOS at
-            the beginning, a counted EOS at the end of a wrapped row). `auto` is as the model was
-            trained, and `bos-eos` if it does not say.
-        document_eos: whether an EOS follows every document; in the paper it does not.
-        max_documents: read only the first documents of each set.
-        limit: score only the first rows, for `wrap`.
-        score: how the likelihood is estimated.
-        seed: of the masks.
-
-    Raises:
-        UserError: a value does not exist, or values exclude each other.
-    """
-
-    suite: str = "paper"
-    tasks: tuple[str, ...] = ()
-    local: tuple[str, ...] = ()
-    packing: str = "wrap"
-    context: int | None = None
-    stride: int | None = None
-    frame: str = "auto"
-    document_eos: bool = False
-    max_documents: int | None = None
-    limit: int | None = None
-    score: LikelihoodOptions = field(default_factory=LikelihoodOptions)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("suite", SUITES), ("packing", PACKINGS), ("frame", FRAMES)):
-            if (value := getattr(self, name)) not in allowed:
-                raise UserError(f"{name} is {shown(value)}: it must be one of {', '.join(allowed)}")
-        tasks = tuple(name for names in self.tasks for name in names.split(","))
-        object.__setattr__(self, "tasks", tasks)
-        known = [task.name for task in SUITES[self.suite]]
-        if unknown := [name for name in self.tasks if name not in known]:
-            raise UserError(
-                f"the suite {self.suite} has no {unknown[0]!r}: it has {', '.join(known)}"
-            )
-        check_limits(self)
-        if self.stride is not None and self.packing == "wrap":
-            raise UserError("stride goes with packing document: wrapped rows do not overlap")
-        if self.limit is not None and self.packing == "document":
-            raise UserError("limit goes with packing wrap: give max_documents instead")
-        self.sources()  # checks local
-
-    def sources(self) -> list[tuple[Task, NamedSet]]:
-        """Return every task with the set that it reads."""
-        suite, local = SUITES[self.suite], {}
-        tasks = {alias: task for task in suite for alias in (task.name, task.data_set)}
-        for entry in self.local:
-            head, equals, path = entry.partition("=")
-            name, _, split = head.partition(":")
-            if not equals or name not in tasks:
-                raise UserError(
-                    f"local is {shown(entry)}: it must be NAME=PATH, with a name of the suite "
-                    f"({', '.join(task.name for task in suite)})"
-                )
-            if not Path(path).expanduser().exists():
-                raise UserError(f"there is no file or folder {path!r} to read {name} from")
-            local[tasks[name]] = (split or tasks[name].split, Path(path).expanduser())
-        chosen = []
-        for task in suite:
-            if not self.tasks or task.name in self.tasks:
-                split, path = local.get(task, (task.split, None))
-                named = NamedSet(data_set=find_set(task.data_set), split=split, path=path)
-                chosen.append((task, named))
-        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
