@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import field, fields, replace
-from typing import Any, TypeVar
+from dataclasses import MISSING, field, fields, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from blockdiffusion.errors import UserError, shown
 
 T = TypeVar("T")
+REQUIRED = MISSING  # the default of an option that must be given
 OLD_WORDS = {"bf16": "bfloat16"}  # values of options, as the version before named them
 
 
@@ -18,11 +19,11 @@ class Renamed(FutureWarning):
 
 
 def option(default: Any, help: str, choices: str = "", flags: str = "", was: str = "") -> Any:
-    """A field that is an option.
+    """Return a field that is an option.
 
     Args:
-        choices: the values it may have, where these are words.
-        flags: its name on the command line, where that is not the field's.
+        choices: words to complete on the command line; a `Literal` has them in its type.
+        flags: its name on the command line, if that is not the field's.
         was: its name in the version before, which is still read.
     """
     about = dict(help=help, choices=choices, flags=flags, was=was)
@@ -64,6 +65,18 @@ def current_word(value: str, allowed: Iterable[str], name: str) -> str:
     message = f"{name} {value} is now {now}; the next version will not read it"
     warnings.warn(message, Renamed, stacklevel=3)
     return now
+
+
+def check_words(options: Any, prefix: str = "") -> None:
+    """Refuse a value of a `Literal` field that is not one of its words.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, hint in get_type_hints(type(options)).items():
+        if get_origin(hint) is Literal and getattr(options, name) not in get_args(hint):
+            value, allowed = shown(getattr(options, name)), ", ".join(get_args(hint))
+            raise UserError(f"{prefix}{name} is {value}: it must be one of {allowed}")
 
 
 def changed(options: T, changes: Mapping[str, Any]) -> T:

@@ -23,7 +23,7 @@ BRANCHES = ("main", "refs/convert/parquet")
 def fetch_split(data_set: DataSet, split: str) -> list[Path]:
     """The parquet files that hold a split, in order, downloaded into the hub's cache.
 
-    The cache takes a file in only when it is whole, and a download that was interrupted goes on.
+    The cache takes a file in only when it is whole, and an interrupted download resumes.
     All files are of one commit, which stays the same in a process, and their rows are counted.
     Where the hub cannot be reached, what an earlier run fetched is used if its number of rows says
     that it is all.
@@ -42,7 +42,7 @@ def fetch_split(data_set: DataSet, split: str) -> list[Path]:
         reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
         raise UserError(
             f"the data set {data_set.name} cannot be fetched from {data_set.repository} on the "
-            f"Hugging Face hub ({reason}): try again when the network is there (it goes on where "
+            f"Hugging Face hub ({reason}): try again when the network is there (it resumes where "
             f"it stopped), or name local files as {data_set.name}=PATH"
         ) from error
     local = f"name local files as {data_set.name}=PATH"

@@ -143,7 +143,7 @@ class Manifest:
 
 
 def data_fingerprint(manifest: Manifest, split: str = "train") -> str:
-    """A hash of what the rows are: a run can only go on with the same."""
+    """Return a hash of the rows: a run resumes only with the same ones."""
     shards = [(shard.rows, shard.sha256) for shard in manifest.splits[split].shards]
     identity = [manifest.seq_len, manifest.vocab_size, manifest.tokenizer_sha256, shards]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -63,7 +63,7 @@ def prepare(
 ) -> Manifest:
     """Make the directory `out` of token rows from `sources`; see `sources.open_sources`.
 
-    A run that was stopped, at whatever moment, goes on when it is called again. A directory
+    A run that was stopped, at whatever moment, resumes when it is called again. A directory
     finished with the same options from the same sources is left as it is. Needs room for twice
     the tokens while it works.
 

@@ -1,7 +1,7 @@
 """Tokenising on all cores: units of text go to worker processes, each unit becomes one file.
 
 A part is named by a hash of its text, of the tokenizer and of the detokenizer, and appears whole
-or not at all. So a run that was stopped goes on with the parts that exist, and a change of any
+or not at all. So a run that was stopped resumes with the parts that exist, and a change of any
 option that matters to a part gives it another name.
 """
 
@@ -221,13 +221,13 @@ class Worker:
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             raise UserError(
                 f"a worker process ended by itself (exit status {self.process.wait()}; out of "
-                "memory?): run the same again, with a smaller num_workers if need be, it goes on "
+                "memory?): run the same again, with a smaller num_workers if need be; it resumes "
                 "from what is already done"
             ) from None
         if isinstance(error, MemoryError):
             raise UserError(
-                "a worker process is out of memory: run the same again with a smaller num_workers, "
-                "it goes on from what is already done"
+                "a worker process is out of memory: run the same again with a smaller num_workers; "
+                "it resumes from what is already done"
             )
         if error is not None:
             raise error

@@ -169,10 +169,10 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, int, bytes]]:
         chunk = file.read(CHUNK_BYTES)
         more = bool(chunk)
         lines = (rest + chunk).splitlines(keepends=True)
-        # A line may go on in the next chunk, where a CR may turn out to be half of a CR LF.
-        goes_on = more and lines and not lines[-1].endswith(b"\n")
-        rest = lines[-1] if goes_on else b""
-        if goes_on and len(rest) <= MAX_DOCUMENT_BYTES:
+        # A line may continue in the next chunk, where a CR may turn out to be half of a CR LF.
+        continues = more and lines and not lines[-1].endswith(b"\n")
+        rest = lines[-1] if continues else b""
+        if continues and len(rest) <= MAX_DOCUMENT_BYTES:
             lines.pop()
         for line in lines:
             number += 1

@@ -80,7 +80,7 @@ class WrapPacker:
 
 
 class DocumentPacker:
-    """One document a row, padded at the right; a longer one goes on in the next rows."""
+    """One document a row, padded at the right; a longer one continues in the next rows."""
 
     left_over = 0
 

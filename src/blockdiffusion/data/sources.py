@@ -34,7 +34,6 @@ from blockdiffusion.files.disk import EMPTY, check_regular
 from blockdiffusion.files.records import unique
 
 BUILT_IN = {"python-docs": python_docs, "python-source": python_source}
-DOCUMENT_RULES = ("auto", "file", "line", "blank-line")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 # What is surely meant as a file, so that a misspelt path is never looked up on the hub.
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tokens", ".text", ".csv")

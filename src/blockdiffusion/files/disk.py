@@ -186,7 +186,7 @@ def storage_error(error: OSError, where: Path | str | None = None) -> UserError:
     if error.errno in FULL_DISK:
         return UserError(
             f"no room left to write {where or error.filename or 'a file'} ({reason}): free some "
-            "space and run the same command again, it goes on from what is already done"
+            "space and run the same command again; it resumes from what is already done"
         )
     what = f"cannot read or write {error.filename or where}" if error.filename or where else ""
     told = ": ".join(filter(None, (what, reason)))

@@ -98,7 +98,7 @@ COMPILATIONS = 64  # of one function, each for other shapes
 
 
 def allow_compilations() -> None:
-    """Lets PyTorch compile a function for many shapes: after 8 it would go on uncompiled."""
+    """Lets PyTorch compile a function for many shapes: after 8 it would run uncompiled."""
     import torch._dynamo
 
     limit = torch._dynamo.config.recompile_limit

@@ -284,7 +284,7 @@ def _meet() -> tuple[int, Any]:
 
 LOST_SENTENCE = (
     "another process of this job was killed or has failed; what was saved is intact: start the job "
-    "again (training goes on with --resume)"
+    "again (training resumes with --resume)"
 )
 
 

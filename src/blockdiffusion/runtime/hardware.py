@@ -186,7 +186,7 @@ def best_seconds(
 ) -> float:
     """Shortest time of a call, after one warm-up.
 
-    Calls go on until `repeats` of them in a row were not faster by 1 % than the best before: other
+    Calls repeat until `repeats` of them in a row were not faster by 1 % than the best before: other
     programs take a core away for longer than a call. After `most` seconds `repeats` calls do.
     """
     function()

@@ -51,6 +51,7 @@ from blockdiffusion.files.records import (
 )
 from blockdiffusion.limits import check_limits
 from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.options import option
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup, is_sharded
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
@@ -64,10 +65,8 @@ STATE = "state.json"
 class CheckpointOptions:
     """When checkpoints are written; one is always written at the end and when interrupted."""
 
-    every: int = 1000
-    """Steps between two checkpoints."""
-    keep: int = 2
-    """Number of checkpoints that stay; older ones are removed."""
+    every: int = option(1000, "steps between two checkpoints")
+    keep: int = option(2, "checkpoints that stay; older ones are removed")
 
     def __post_init__(self) -> None:
         check_limits(self, "checkpoint.")
@@ -255,7 +254,7 @@ def check_sums(checkpoint: Path) -> bool:
     sums = read_sums(checkpoint)
     if sums is not None and (bad := differing(checkpoint, sums)):
         raise UserError(
-            f"cannot resume: {named(checkpoint, bad)}; remove the directory {checkpoint} to go on "
+            f"cannot resume: {named(checkpoint, bad)}; remove the directory {checkpoint} to resume "
             f"from the checkpoint before it, or {accept(checkpoint)}"
         )
     return sums is not None

@@ -16,13 +16,16 @@ from blockdiffusion.escape import markdown_prose
 from blockdiffusion.files.directories import writing
 from blockdiffusion.files.disk import append, written_aside
 from blockdiffusion.files.records import json_lines
+from blockdiffusion.options import option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogOptions:
     """Which services get the numbers, besides metrics.jsonl."""
 
-    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+        (), "services that get the numbers besides metrics.jsonl"
+    )
 
 
 class Logger(Protocol):

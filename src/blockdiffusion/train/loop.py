@@ -109,7 +109,7 @@ def train(
         describe: what the card of the released model says at a state.
         config: the resolved configuration, saved with the run.
         notes: sentences to log at the start.
-        resume: go on from the newest checkpoint in `out` (from the start when there is none yet).
+        resume: from the newest checkpoint in `out` (from the start if there is none yet).
         resume_command: the shell command that resumes this run, quoted when it is interrupted.
         processes: the processes that share every batch; the first of them logs and writes.
 

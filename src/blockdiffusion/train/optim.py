@@ -13,6 +13,7 @@ from torch import nn
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
+from blockdiffusion.options import option
 from blockdiffusion.runtime.distributed import first_row, is_sharded, local, whole
 
 MOMENTUM = 0.95
@@ -22,45 +23,34 @@ MOMENTUM = 0.95
 class OptimOptions:
     """The optimizer and what surrounds it; the defaults are the paper's recipe."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
-    lr: float = 3e-4
-    """After the warm-up, of both: Muon's updates are scaled to the size of AdamW's."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = MOMENTUM
-    """Of Muon."""
-    weight_decay: float = 0.0
-    """Decoupled, on matrices only: never on biases and norm gains."""
-    warmup_steps: int = 2500
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """What the learning rate does after the warm-up; cosine and linear end at zero."""
-    clip_norm: float | None = 1.0
-    """The gradient's global norm is cut to this; null: never."""
-    ema_decay: float = 0.9999
-    """Of the moving average that is evaluated and released; 0 makes it the weights themselves."""
+    name: Literal["adamw", "muon"] = option(
+        "adamw", "muon: Muon for the matrices of attention and MLP, AdamW for everything else"
+    )
+    lr: float = option(3e-4, "learning rate after the warm-up, of AdamW and of Muon")
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates, in [0, 1)")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    momentum: float = option(MOMENTUM, "of Muon")
+    weight_decay: float = option(0.0, "decoupled, on matrices only")
+    warmup_steps: int = option(2500, "updates of the linear warm-up")
+    schedule: Literal["constant", "cosine", "linear"] = option(
+        "constant", "after the warm-up; cosine and linear end at zero"
+    )
+    clip_norm: float | None = option(1.0, "the gradient's global norm is cut to this; null: never")
+    ema_decay: float = option(
+        0.9999,
+        "of the moving average that is evaluated and released, warmed up as (1 + n) / (10 + n); 0 "
+        "makes it the weights themselves",
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"optim.lr is {self.lr}; it must be positive")
+        check_limits(self, "optim.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas is {list(self.betas)}; both must be in [0, 1)")
-        if not 0 < self.eps < math.inf:
-            raise UserError(f"optim.eps is {self.eps}; it must be positive")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"optim.momentum is {self.momentum}; it must be in [0, 1)")
         if self.name != "muon" and self.momentum != MOMENTUM:
             raise UserError(
                 f"optim.momentum is {self.momentum}, but optim.name is {self.name}, which has "
                 f"optim.betas; set optim.momentum={MOMENTUM}, or optim.name=muon"
             )
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"optim.weight_decay is {self.weight_decay}; it must not be negative")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise UserError(f"optim.clip_norm is {self.clip_norm}; it must be positive, or null")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"optim.ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        check_limits(self, "optim.")
 
 
 def learning_rate(options: OptimOptions, step: int, steps: int) -> float:

@@ -16,7 +16,7 @@ from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.options import MC_SAMPLES, LikelihoodOptions
 from blockdiffusion.files.records import Typed, build, of_file, read_yaml
 from blockdiffusion.limits import check_limits
-from blockdiffusion.options import option
+from blockdiffusion.options import REQUIRED, option
 from blockdiffusion.runtime.hardware import check_memory
 from blockdiffusion.train.checkpoint import CheckpointOptions
 from blockdiffusion.train.loggers import LogOptions
@@ -35,8 +35,10 @@ USUAL_BLOCK_SIZE = 4
 class DataOptions:
     """The prepared data."""
 
-    path: str
-    """Directory that `blockdiff prepare` made; it decides L and the vocabulary."""
+    path: str = option(
+        REQUIRED,
+        "directory that blockdiff prepare made; it decides L, V, the mask and the BOS convention",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,16 +46,25 @@ class ModelOptions:
     """The network; the defaults are the paper's. See `BlockDiffusionConfig`."""
 
     num_hidden_layers: int = option(12, "layers", was="num_layers")
-    hidden_size: int = option(768, "width of the layers", was="width")
-    num_attention_heads: int = option(12, "attention heads of a layer", was="num_heads")
-    cond_dim: int = 128
-    block_size: int | None = None
-    """S, tokens of a diffusion block; it divides the data's L. null: 4, and L for `mdlm`, whose
-    block is the row. `ar` has none and stores 1."""
-    dropout: float = 0.1
-    clean_attention: Literal["block", "causal"] = "block"
-    init_from: str | None = None
-    """Run or model whose weights to start from; null: random ones."""
+    hidden_size: int = option(768, "width; a multiple of 2 · num_attention_heads", was="width")
+    num_attention_heads: int = option(12, "attention heads", was="num_heads")
+    cond_dim: int = option(128, "width of the conditioning that modulates the layers (adaLN)")
+    block_size: int | None = option(
+        None,
+        "S, tokens of a diffusion block; divides L. 1 is autoregressive, L is plain diffusion. "
+        "null: 4, and L for objective.name: mdlm, which allows no other. ar has no blocks: leave "
+        "it out, the run stores 1",
+    )
+    dropout: float = option(0.1, "dropout in training")
+    clean_attention: Literal["block", "causal"] = option(
+        "block",
+        "how clean tokens see each other: by whole blocks (paper) or causally token by token",
+    )
+    init_from: str | None = option(
+        None,
+        "start from the weights of this run or model directory (or Hugging Face id, or Lightning "
+        "file) of the same sizes; null: random weights",
+    )
 
     def __post_init__(self) -> None:
         check_limits(self, "model.")
@@ -62,8 +73,6 @@ class ModelOptions:
                 f"model.hidden_size is {self.hidden_size}; it must be a multiple of 2 * "
                 f"model.num_attention_heads, which is {2 * self.num_attention_heads}"
             )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,20 +82,21 @@ class EvalOptions(LikelihoodOptions):
     PREFIX: ClassVar[str] = "eval."
 
     mc_samples: int = option(4, MC_SAMPLES, was="samples")
-    every: int | None = 1000
-    """Steps between two evaluations; null: never. The last step is always evaluated otherwise."""
-    rows: int | None = 256
-    """Validation rows that are scored, the first ones; null: all."""
+    every: int | None = option(
+        1000, "steps between two evaluations, and one after the last step; null: never"
+    )
+    rows: int | None = option(256, "validation rows to score, the first ones; null: all")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleOptions:
     """Samples during training."""
 
-    every: int | None = 1000
-    """Steps between two sets of samples; null: never."""
-    num: int = 1
-    max_new_tokens: int = 64
+    every: int | None = option(
+        1000, "steps between two sets, and one after the last step; null: never"
+    )
+    num: int = option(1, "samples of a set")
+    max_new_tokens: int = option(64, "tokens of a sample")
 
     def __post_init__(self) -> None:
         check_limits(self, "sample.")
@@ -96,8 +106,7 @@ class SampleOptions:
 class Recipe:
     """Everything that a training run depends on."""
 
-    out: str
-    """Directory of the run."""
+    out: str = option(REQUIRED, "directory of the run, made if needed")
     data: DataOptions
     model: ModelOptions = field(default_factory=ModelOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)

@@ -50,7 +50,7 @@ def run_training(
     Started by torchrun, the processes share the work; the first of them logs and writes.
 
     Args:
-        resume: go on with the run in `recipe.out`; the recipe may differ from the run's in
+        resume: the run in `recipe.out`; the recipe may differ from the run's in
             `out`, `data.path`, `eval`, `sample`, `checkpoint`, `log` and `train.parallel`, and in
             `train.steps` where the learning rate does not depend on it.
         resume_command: what an interrupted run tells its user to type; by default a command that

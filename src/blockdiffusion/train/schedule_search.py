@@ -2,7 +2,7 @@
 
 Which clip [beta, omega] of the mask probabilities has the least variance depends on the data, the
 block size and how far the training has come. So every so often a grid of clips is tried with the
-averaged weights on validation text, each with the same random numbers, and training goes on with
+averaged weights on validation text, each with the same random numbers, and training continues with
 the clip whose loss (or gradient) scatters least when the masks of a batch are drawn again.
 
 The variance falls with the noise of the masks, not with what is learnt from them: masking
@@ -27,6 +27,7 @@ from blockdiffusion.diffusion.estimators import Estimator, for_block_size
 from blockdiffusion.diffusion.variance import Moments, batch_moments
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
+from blockdiffusion.options import option
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train.options import OBJECTIVES, ObjectiveOptions
@@ -44,20 +45,21 @@ MOST_WIDTHS = 100
 class SearchOptions:
     """When, on what and over which clips to search; widths and offsets are the paper's."""
 
-    every: int | None = None
-    """Steps between two searches; null: never."""
-    widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
-    """Widths of the clips that are tried, in (0, 1]."""
-    offset_step: float = 0.05
-    """Each width is tried at 0 and at every multiple of this that fits below 1."""
-    rows: int = 64
-    """Validation rows that are used, the first ones."""
-    batch_size: int = 8
-    """Rows of a batch whose variance is taken."""
-    replicates: int = 8
-    """Draws of the masks, per clip and batch."""
-    by: Criterion = "loss"
-    """What is to scatter least: the batch's loss (paper), or its gradient."""
+    every: int | None = option(
+        None, "steps between two searches (the paper: about 5000); null: never"
+    )
+    widths: tuple[float, ...] = option(
+        (0.5, 0.6, 0.7, 0.8, 0.9), "widths of the clips that are tried, in (0, 1]"
+    )
+    offset_step: float = option(
+        0.05, "each width is tried at 0 and at every multiple of this that fits below 1"
+    )
+    rows: int = option(64, "validation rows that are used, the first ones")
+    batch_size: int = option(8, "rows of a batch whose variance is taken")
+    replicates: int = option(8, "draws of the masks, per clip and batch")
+    by: Criterion = option(
+        "loss", "whose variance is compared: the batch's loss (paper), or its gradient"
+    )
 
     def __post_init__(self) -> None:
         check_limits(self, "search.")

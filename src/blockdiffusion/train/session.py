@@ -124,4 +124,4 @@ class StopSignals:
 
 def farewell(number: int, state: TrainState, out: Path, resume_command: str | None) -> str:
     message = f"{signal.Signals(number).name}: saved step {state.step} in {out}"
-    return f"{message}; go on with: {resume_command}" if resume_command else message
+    return f"{message}; resume with: {resume_command}" if resume_command else message

@@ -133,6 +133,6 @@ def _joined(shapes: list[Shape]) -> Shape:
 def damaged(path: Path, why: str) -> UserError:
     """The sentence for a checkpoint's file that cannot be used."""
     return UserError(
-        f"cannot resume from {path}: {why}; remove the directory {path.parent} to go on from the "
+        f"cannot resume from {path}: {why}; remove the directory {path.parent} to resume from the "
         "checkpoint before it"
     )
