@@ -1,4 +1,4 @@
-"""What a run begins with: checks of the model, the data and the directory; a checkpoint, if any."""
+"""The start of a run: checks of the model, the data and the directory; a checkpoint, if any."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def restore(
     saved = checkpoints.read_state(newest)
     if saved.data != fresh.data:
         raise UserError(
-            f"the prepared data are not those that the run in {newest.parent.parent} began with; "
-            "resume with the same data, or start a new run in another out=..."
+            f"the prepared data are not those of the run in {newest.parent.parent}; resume with "
+            "the same data, or start a new run in another out=..."
         )
     if saved.step > steps:
         raise UserError(
