@@ -498,9 +498,9 @@ def test_a_directory_that_may_not_be_written(source, tmp_path, monkeypatch):
 
 def test_python_docs_prepare(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "blockdiffusion.data.python_docs._module_documents", lambda: iter(["module\n" * 30])
+        "blockdiffusion.data.python_library._module_documents", lambda: iter(["module\n" * 30])
     )
-    from blockdiffusion.data.python_docs import python_docs
+    from blockdiffusion.data.python_library import python_docs
 
     python_docs.cache_clear()
     manifest = prepare(["python-docs"], tmp_path / "out", options())

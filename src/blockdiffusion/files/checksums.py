@@ -27,7 +27,7 @@ LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 REWRITTEN = {"README.md", "card.json"}  # for people, who edit them; nothing is computed from them
 MOST_BYTES = 2**24  # of either file: names and sums of 100,000 files
 PIECE = 2**22
-Report = Callable[[str, int, int | None], None]  # as `data.packing.Progress`
+Report = Callable[[str, int, int | None], None]  # gets a stage, and what is done of how much
 
 
 class Changed(UserWarning):

@@ -264,12 +264,10 @@ class _Training:
             found = _first_not_finite(losses, loss, indices, self.parallelism, options)
             where = min(self.processes.gather(found))[1]
             newest = checkpoints.latest(self.out)
-            kept = (
-                f"{newest} is the last good checkpoint" if newest else "there is no checkpoint yet"
-            )
+            good = f"{newest} is the last good checkpoint" if newest else "there is no checkpoint"
             raise UserError(
                 f"step {step}: {where}; the weights were left as they were before this step and "
-                f"{kept}; a new run with a lower optim.lr or train.dtype=float32 may hold"
+                f"{good}; a new run with a lower optim.lr or train.dtype=float32 may hold"
             )
         lr = learning_rate(self.optim, step, options.steps)
         set_learning_rate(self.optimizer, lr)

@@ -121,7 +121,7 @@ class ShardedMuon(torch.optim.Muon):
     matrices, bit for bit.
 
     Weights and momentum stay in shards. The direction of one matrix at a time is gathered, in the
-    bfloat16 that Muon rounds it to; every process orthogonalizes all of it and keeps its rows. So an
+    bfloat16 that Muon rounds it to; every process orthogonalizes all of it and keeps its rows. An
     update exchanges 2 bytes per number of the matrices, and costs every process as many operations
     as with replicas (`flops.muon_flops`).
     """
