@@ -1,8 +1,8 @@
-"""The numbers that options may have: one table for the command line, recipes and Python.
+"""The ranges of numeric options: one table for the command line, recipes and Python.
 
 A name means the same wherever it is an option. The bounds are far from every real use; they keep a
-slip of the keyboard, or a hostile file, from filling the memory or ending in a stack trace. What
-only some options together decide (a share of the memory, a divisor) is checked where it is known.
+typing mistake, or a hostile file, from filling the memory or ending in a stack trace. Conditions on
+several options (memory, divisors) are checked where all of them are known.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from blockdiffusion.errors import UserError, check_number, check_whole, shown
 
 MOST_IDS = 2**24
 MOST_TOKENS = 2**24  # of one text
-SMALLEST, LARGEST = 1e-30, 1e30  # of what is no count: squares and inverses stay numbers
-MOST_COUNT = 10**12  # of what is taken one after the other: steps, rows of a corpus
+SMALLEST, LARGEST = 1e-30, 1e30  # of real numbers: squares and inverses stay finite
+MOST_COUNT = 10**12  # of steps, rows of a corpus and the like
 
 
 class Limit(NamedTuple):
@@ -97,7 +97,7 @@ LIMITS: dict[str, Limit] = {
     "document_bytes": Limit(16, 2**25),
     "valid_fraction": interval("[0, 0.5]"),
     "skip_invalid": Limit(0, MOST_COUNT),
-    # numbers whose owners tell, in their own words, which are allowed
+    # numbers that their owners check
     **dict.fromkeys(
         (
             "noise_eps", "temperature", "threshold", "min_entropy", "top_p", "remask", "tflops",

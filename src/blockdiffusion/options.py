@@ -1,4 +1,4 @@
-"""Options as fields of dataclasses: each with its help, its values, and its name of before."""
+"""Options as fields of dataclasses: each with its help, its values, and its old name, if any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OLD_WORDS = {"bf16": "bfloat16"}  # values of options, as the version before nam
 
 
 class Renamed(FutureWarning):
-    """Something was asked for by a name that only this version still reads."""
+    """An old name was used, which the next version will not read."""
 
 
 def option(default: Any, help: str, choices: str = "", flags: str = "", was: str = "") -> Any:
@@ -31,23 +31,23 @@ def option(default: Any, help: str, choices: str = "", flags: str = "", was: str
 
 
 def with_new_names(kind: Any, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`values` of the dataclass `kind` by the names that its fields have now.
+    """Return `values` of the dataclass `kind` by the current names of its fields.
 
     Args:
         prefix: of the names in messages.
 
     Raises:
-        UserError: one is given by both of its names.
+        UserError: a value is given by both of its names.
     """
     now = {item.metadata["was"]: item.name for item in fields(kind) if item.metadata.get("was")}
     return renamed(values, now, prefix)
 
 
 def renamed(values: Mapping[str, Any], now: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
-    """`values` with the names that `now` gives for old ones.
+    """Return `values` with old names replaced as in `now`.
 
     Raises:
-        UserError: one is given by both of its names.
+        UserError: a value is given by both of its names.
     """
     for old in (name for name in now if name in values):
         if now[old] in values:
@@ -58,7 +58,7 @@ def renamed(values: Mapping[str, Any], now: Mapping[str, str], prefix: str = "")
 
 
 def current_word(value: str, allowed: Iterable[str], name: str) -> str:
-    """`value`, by the word that is among the `allowed` ones for it now."""
+    """Return `value`, or the current word for it if that is `allowed`."""
     now = OLD_WORDS.get(value, value)
     if now == value or now not in allowed or value in allowed:
         return value
@@ -80,7 +80,7 @@ def check_words(options: Any, prefix: str = "") -> None:
 
 
 def changed(options: T, changes: Mapping[str, Any]) -> T:
-    """`options` with some of its fields changed; names of before are read, too.
+    """Return `options` with some fields changed; old names are read, too.
 
     Raises:
         UserError: there is no such option, or its value is not allowed.
