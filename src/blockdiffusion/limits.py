@@ -129,11 +129,14 @@ def check_limits(options: Any, prefix: str = "") -> None:
     """Apply `check_limit` to every field of a dataclass that is in the table.
 
     Args:
-        prefix: of the names in messages, such as `train.`; an entry with it goes first.
+        prefix: of the names in messages, such as `train.`; an entry with it goes first. With
+            "--" they are those of the command line.
     """
     for item in fields(options):
         if name := limit_name(item.name, prefix):
-            check_limit(name, getattr(options, item.name), f"{prefix}{item.name}")
+            label = f"{prefix}{item.name}"
+            label = label.replace("_", "-") if prefix == "--" else label
+            check_limit(name, getattr(options, item.name), label)
 
 
 def limit_name(name: str, prefix: str = "") -> str | None:

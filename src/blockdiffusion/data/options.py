@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from blockdiffusion.data.registry import BUILT_INS, DATA_SETS
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.limits import MOST_IDS, check_limits
 from blockdiffusion.options import check_words, option
@@ -37,7 +38,9 @@ class PrepareOptions:
     row_eos: bool = option(False, "End every row with an EOS.")
     document_eos: bool = option(True, "Put an EOS after every document.")
     valid: tuple[str, ...] = option(
-        (), "Source of the validation split; may be repeated. A named data set brings its own."
+        (),
+        "Source of the validation split; may be repeated. A named data set brings its own.",
+        choices=" ".join((*DATA_SETS, *BUILT_INS)),
     )
     valid_fraction: float = option(
         0.05,

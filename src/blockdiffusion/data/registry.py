@@ -227,6 +227,7 @@ SETS = (
     ),
 )
 DATA_SETS = {data_set.name: data_set for data_set in SETS}
+BUILT_INS = ("python-docs", "python-source")  # corpora, see `python_library`
 
 
 def split_of(path: PurePath) -> str | None:

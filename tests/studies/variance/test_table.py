@@ -16,9 +16,9 @@ from blockdiffusion.reports.numbers import scientific
 from blockdiffusion.reports.plots import ACCENT, WARM, svg, variance_figure
 from blockdiffusion.reports.plots import PAPER as GROUND
 from blockdiffusion.runtime.seeding import generator
+from blockdiffusion.studies.options import DEFAULT_ESTIMATORS
 from blockdiffusion.studies.variance.listing import variance_lines
 from blockdiffusion.studies.variance.table import (
-    DEFAULT_ESTIMATORS,
     EXACT,
     PAPER,
     VarianceOptions,
