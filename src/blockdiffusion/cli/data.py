@@ -9,7 +9,7 @@ import typer
 
 from blockdiffusion.cli.options import grouped, one_of
 from blockdiffusion.data.options import PrepareOptions
-from blockdiffusion.data.registry import BUILT_INS, DATA_SETS, set_lines
+from blockdiffusion.data.registry import BUILT_INS, DATA_SETS
 from blockdiffusion.errors import counted
 from blockdiffusion.escape import say
 
@@ -57,4 +57,6 @@ def prepare(
 
 def datasets() -> None:
     """List the data sets that are known by name: splits, sources, licences."""
+    from blockdiffusion.data.registry import set_lines
+
     say("\n".join(set_lines()))

@@ -256,8 +256,9 @@ def within_limits(command: Callable[..., None]) -> Callable[..., None]:
     def call(**values: Any) -> None:
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                flags = getattr(get_args(parameters[name].annotation)[1], "param_decls", None)
-                check_limit(name, value, flags[0] if flags else "--" + name.replace("_", "-"))
+                notes = get_args(parameters[name].annotation)[1:]
+                flags = [flag for note in notes for flag in note.param_decls or ()]
+                check_limit(name, value, [*flags, "--" + name.replace("_", "-")][0])
         command(**values)
 
     return call

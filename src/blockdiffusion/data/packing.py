@@ -51,7 +51,7 @@ def prepare(
     sources: Sequence[str],
     out: str | Path,
     options: PrepareOptions,
-    progress: Report = silent,
+    progress: Report | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Make the directory `out` of token rows from `sources`; see `sources.open_sources`.
@@ -75,7 +75,7 @@ def prepare(
         settings = {"options": options.content(), "sources": corpus.signatures()}
         if (manifest := _finished(out, settings)) is None:
             with _claimed(out):
-                manifest = _prepare(corpus, out, settings, progress)
+                manifest = _prepare(corpus, out, settings, progress or silent)
     except OSError as error:
         raise storage_error(error, out) from error
     for line in corpus.account():
