@@ -1,4 +1,4 @@
-"""What a recipe says of the objective and of the training: which noise, how long, how precisely."""
+"""Options of the objective and of training: which noise, how long, how precisely."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Parallel = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveKind:
-    """What an objective's name stands for.
+    """The meaning of an objective's name.
 
     Attributes:
-        network: what the configuration of such a network says.
-        stored: what it remembers of the options: its name there -> the name of the option.
-        usual_estimator: what `estimator` null means.
-        reads: the options that mean something.
-        why_not: why the others do not.
+        network: values in the configuration of such a network.
+        stored: options that the configuration keeps: its name there -> the name of the option.
+        usual_estimator: for `estimator` null.
+        reads: the options that it reads.
+        why_not: why it does not read the others.
     """
 
     network: Mapping[str, Any]
@@ -63,7 +63,7 @@ OBJECTIVES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveOptions:
-    """What the network is trained on: which noise, or the next token."""
+    """The training objective: which noise, or the next token."""
 
     name: Literal["bd3lm", "mdlm", "sedd", "d3pm", "ar"] = option(
         "bd3lm",
@@ -119,12 +119,11 @@ class ObjectiveOptions:
 
     @property
     def used_estimator(self) -> EstimatorName:
-        """The estimator that masks are drawn with."""
         return self.estimator or OBJECTIVES[self.name].usual_estimator
 
     @property
     def of_network(self) -> dict[str, Any]:
-        """What the configuration of such a network says."""
+        """Values in the configuration of such a network."""
         kind = OBJECTIVES[self.name]
         stored = {name: getattr(self, option) for name, option in kind.stored.items()}
         return {**kind.network, **stored}
@@ -163,7 +162,7 @@ class ObjectiveOptions:
                 )
 
     def make_estimator(self) -> Estimator:
-        """The law of the masks that the options name; `Diffusion.fitted` makes it the network's."""
+        """Make the estimator of the options; `Diffusion.fitted` fits it to a network."""
         return build_estimator(
             self.used_estimator,
             schedule=self.schedule,
@@ -176,7 +175,7 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
-    """How long, on what and in which precision to train."""
+    """How long, on which device and in which precision to train."""
 
     steps: int = option(REQUIRED, "updates of the weights")
     batch_size: int = option(512, "rows of one update, of all processes together")

@@ -1,8 +1,7 @@
 """Recipes: YAML files and `section.key=value` overrides, read strictly into frozen dataclasses.
 
-Nothing is guessed and nothing is dropped: an unknown key is refused with the nearest known one, a
-value of the wrong type with what is allowed. The resolved recipe is saved with the run, and is
-itself a recipe.
+Nothing is guessed or dropped: an unknown key is refused with the nearest known one, a value of the
+wrong type with the allowed ones. The resolved recipe is saved with the run, and is itself a recipe.
 """
 
 from __future__ import annotations
@@ -130,13 +129,13 @@ class Recipe:
         object.__setattr__(self, "model", replace(self.model, block_size=size))
 
     def _check_autoregressive(self) -> None:
-        usual = ModelOptions(block_size=USUAL_BLOCK_SIZE)
-        for name in ("block_size", "cond_dim", "clean_attention"):
-            value, default = getattr(self.model, name), getattr(usual, name)
-            stored = 1 if name == "block_size" else default
-            if value is None:
-                continue
-            if value not in (default, stored):
+        usual = ModelOptions()
+        for name, stored, allowed in (
+            ("block_size", 1, (None, 1, USUAL_BLOCK_SIZE)),
+            ("cond_dim", usual.cond_dim, (usual.cond_dim,)),
+            ("clean_attention", usual.clean_attention, (usual.clean_attention,)),
+        ):
+            if (value := getattr(self.model, name)) not in allowed:
                 raise UserError(
                     f"model.{name} is {value}, but objective.name is ar, whose network has no "
                     f"blocks and no conditioning; set model.{name}={stored}"
@@ -152,7 +151,7 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a YAML recipe; each of `overrides` is `section.key=value` and wins over the file.
+    """Read a YAML recipe; each of `overrides` is `section.key=value` and wins over the file.
 
     Raises:
         UserError: the file cannot be read, a key is unknown, or a value is not allowed.
@@ -174,19 +173,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested plain values: what `config.yaml` and checkpoints hold."""
+    """Return the recipe as nested plain values, as in `config.yaml` and checkpoints."""
     return _plain(asdict(recipe))
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """The dotted keys whose values differ between two recipes given as nested mappings."""
+    """Return the dotted keys whose values differ between two recipes given as nested mappings."""
     flat_before, flat_after = dict(_flatten(before)), dict(_flatten(after))
     keys = [*flat_before, *(key for key in flat_after if key not in flat_before)]
     return [key for key in keys if flat_before.get(key, MISSING) != flat_after.get(key, MISSING)]
 
 
 def _plain(value: Any) -> Any:
-    """Tuples become lists, as YAML and JSON have them."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -204,7 +202,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
-    """The recipe with the block size that the data's L decides where there is a choice.
+    """Return the recipe with its block size, which the data's L may decide.
 
     Raises:
         UserError: the block size does not divide L, or is not L for `mdlm`.
@@ -227,7 +225,7 @@ def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
 
 
 def network_config(recipe: Recipe, manifest: Manifest) -> BlockDiffusionConfig:
-    """The configuration of a network of the recipe's sizes for the data's L and vocabulary.
+    """Return the configuration of a network of the recipe's sizes for the data's L and vocabulary.
 
     Raises:
         UserError: see `with_block_size`.
@@ -249,11 +247,7 @@ def network_config(recipe: Recipe, manifest: Manifest) -> BlockDiffusionConfig:
 
 
 def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
-    """That network. Its weights are random, a function of `train.seed`.
-
-    Raises:
-        UserError: see `with_block_size`.
-    """
+    """Build that network with random weights, a function of `train.seed`."""
     import torch
 
     from blockdiffusion.models.meta import count_parameters
