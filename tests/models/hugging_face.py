@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.models.block_diffusion import BlockDiffusion
-from blockdiffusion.models.causal_lm import block_diffusion_of
+from blockdiffusion.models.causal_lm import adapted_model
 
 SIZES = dict(
     hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -67,4 +67,4 @@ def make_hugging_face(
         mask_id=conventions.pop("mask_id", vocab_size - 1),
         **{"bos": False, **conventions},
     )
-    return block_diffusion_of(make_causal_lm(family, vocab_size), config).eval()
+    return adapted_model(make_causal_lm(family, vocab_size), config).eval()

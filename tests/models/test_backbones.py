@@ -13,7 +13,7 @@ from blockdiffusion import likelihood
 from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.diffusion.denoiser import masked_loss, masked_nll
 from blockdiffusion.errors import UserError
-from blockdiffusion.models.causal_lm import CausalLM, block_diffusion_of
+from blockdiffusion.models.causal_lm import CausalLM, adapted_model
 from blockdiffusion.models.inference import sampling_copy
 from blockdiffusion.sampling import Engine, Finished, generate
 from tests.models.hugging_face import FAMILIES, SIZES, make_causal_lm, make_hugging_face
@@ -318,7 +318,7 @@ def test_tokens_that_reach_each_other_past_attention_are_found():
     network.model.layers[0].mlp.register_forward_hook(mix)
     config = DiffusionConfig(vocab_size=13, seq_len=16, block_size=4, mask_id=12)
     with pytest.raises(UserError, match="by another way than attention"):
-        block_diffusion_of(network, config)
+        adapted_model(network, config)
 
 
 def test_a_network_that_was_given_away_says_so():
@@ -330,4 +330,4 @@ def test_a_network_that_was_given_away_says_so():
 def test_the_vocabulary_is_that_of_the_embeddings():
     config = DiffusionConfig(vocab_size=14, seq_len=16, block_size=4, mask_id=13)
     with pytest.raises(UserError, match="has 13 embeddings, but vocab_size is 14"):
-        block_diffusion_of(make_causal_lm("llama"), config)
+        adapted_model(make_causal_lm("llama"), config)

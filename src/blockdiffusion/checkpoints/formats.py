@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from blockdiffusion.checkpoints.bd3lm import MODEL_TYPE as BD3LM
 from blockdiffusion.checkpoints.bd3lm import from_bd3lm
+from blockdiffusion.checkpoints.causal_lm import GGUF, is_causal_lm, read_causal_lm
 from blockdiffusion.checkpoints.lightning import LightningFile, LightningOptions, read_lightning
 from blockdiffusion.checkpoints.tensors import check_tensors, read_safetensors, write_safetensors
 from blockdiffusion.errors import UserError, shown
@@ -29,11 +30,12 @@ from blockdiffusion.options import renamed
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files
 LIGHTNING = ".ckpt"
 PICKLES = (".bin", LIGHTNING, ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
-Format = Literal["blockdiffusion", "bd3lm", "lightning"]
+Format = Literal["blockdiffusion", "bd3lm", "lightning", "transformers"]
 
 # What the weights of two networks must agree on, to mean the same.
 SAME = (
@@ -60,7 +62,7 @@ class Found:
         lightning: what else the file says, where the format is "lightning".
     """
 
-    model: BlockDiffusionModel
+    model: Any  # a BlockDiffusionModel or an AdaptedModel
     format: Format
     path: Path
     lightning: LightningFile | None = None
@@ -73,6 +75,8 @@ class Found:
 
 def load(
     path_or_hub_id: str | Path,
+    block_size: int | None = None,
+    mask_id: int | None = None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -97,13 +101,17 @@ def load(
         UserError: nothing there, a pickle of another kind, a truncated file, tensors that do not
             fit, or a Lightning file that does not say all sizes (`blockdiff convert` takes them).
     """
-    return find_model(path_or_hub_id, device=device, dtype=dtype).model
+    return find_model(
+        path_or_hub_id, block_size=block_size, mask_id=mask_id, device=device, dtype=dtype
+    ).model
 
 
 def find_model(
     path_or_hub_id: str | Path,
     lightning: LightningOptions | None = None,
     *,
+    block_size: int | None = None,
+    mask_id: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Found:
@@ -113,6 +121,12 @@ def find_model(
         UserError: see `load`; or options for a Lightning file are given for something else.
     """
     path = _find(path_or_hub_id)
+    raw = read_json(path / CONFIG) if path.is_dir() else {}
+    if path.suffix == GGUF or is_causal_lm(raw):
+        adapted = read_causal_lm(path, raw, block_size=block_size, mask_id=mask_id, dtype=dtype)
+        if path.is_dir():
+            warn_of_changes(path)
+        return Found(model=adapted.to(device), format="transformers", path=path)
     read: LightningFile | None = None
     if path.is_file():
         kind: Format = "lightning"
@@ -125,7 +139,7 @@ def find_model(
         )
     else:
         file = path / WEIGHTS
-        kind, config, state = _read_directory(path)
+        kind, config, state = _read_directory(path, raw)
     check_tensors(config, state, file, CONFIG if read is None else "its own sizes")
     with no_init_weights():  # all of them are in the file
         model = BlockDiffusionModel(config)
@@ -186,7 +200,7 @@ def write_model(model: BlockDiffusionModel, folder: Path) -> dict[str, str]:
         OSError: they cannot be written.
     """
     model.full_config().save_pretrained(folder)
-    return {WEIGHTS: write_safetensors(model.backbone.state_dict(), folder / WEIGHTS)}
+    return {WEIGHTS: write_safetensors(model.backbone.saved_tensors(), folder / WEIGHTS)}
 
 
 # --- Finding --------------------------------------------------------------------------------------
@@ -200,7 +214,7 @@ def find_directory(path: Path) -> Path | None:
     """
     for folder in (path, path / "model"):
         if (folder / CONFIG).is_file():
-            if not (folder / WEIGHTS).is_file():
+            if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
                 raise UserError(_no_weights(folder))
             return folder
     return None
@@ -210,7 +224,7 @@ def _find(path_or_hub_id: str | Path) -> Path:
     """The local directory or Lightning file that holds the model; downloads a hub id."""
     path = Path(path_or_hub_id)
     if path.is_file():
-        if path.suffix == LIGHTNING:
+        if path.suffix in (LIGHTNING, GGUF):
             return path
         if path.suffix in PICKLES:
             raise UserError(
@@ -291,9 +305,9 @@ def _download(hub_id: str) -> Path:
 
 
 def _read_directory(
-    folder: Path,
+    folder: Path, raw: Mapping[str, Any]
 ) -> tuple[Format, BlockDiffusionConfig, dict[str, torch.Tensor]]:
-    raw, state = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+    state = read_safetensors(folder / WEIGHTS)
     model_type = raw.get("model_type")
     if model_type == BD3LM:
         return "bd3lm", *from_bd3lm(raw, state, folder)
@@ -301,7 +315,8 @@ def _read_directory(
         return "blockdiffusion", read_config(folder / CONFIG, raw), state
     raise UserError(
         f"{folder / CONFIG} has model_type {shown(model_type)}; "
-        f"readable are {BlockDiffusionConfig.model_type!r} and {BD3LM!r}"
+        f"readable are {BlockDiffusionConfig.model_type!r}, {BD3LM!r}, and causal language models "
+        "that transformers reads without code of the repository"
     )
 
 

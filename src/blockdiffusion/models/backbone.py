@@ -113,6 +113,10 @@ class Backbone(Protocol):
         """Logits (..., V) of hidden states (..., D), in float32 at least."""
         ...
 
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by their names in files."""
+        ...
+
     def units(self) -> Iterable[nn.Module]:
         """The parts that are put together one after another when parameters are in shards."""
         ...

@@ -18,7 +18,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.runtime.devices import allow_compilations
 
 ATTENTION = "blockdiffusion"  # our function's name in the registry of transformers
+SECTION = "block_diffusion"  # of config.json: a `DiffusionConfig`
 TOKENS = 8  # of the pass that observes
 AGREE = 1e-4  # two ways to the same logits differ by at most this share of the largest
 # Keywords of the attention function beside those that `AttentionSizes` holds. Any other one that is
@@ -227,6 +228,23 @@ class CausalLM(nn.Module):
                 setattr(model.get_submodule(module), own, buffer)
         return self._around(model)
 
+    def load_state_dict(self, *arguments: Any, **keywords: Any) -> Any:
+        """As a module does; tied weights are one tensor afterwards."""
+        found = super().load_state_dict(*arguments, **keywords)
+        self.model.tie_weights()
+        return found
+
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by the names of transformers; of tied ones the first."""
+        state, seen = self.model.state_dict(), set()
+        tied = {t.data_ptr() for n, t in state.items() if n.endswith(".weight")}
+        found = {}
+        for name, tensor in state.items():
+            if tensor.data_ptr() not in seen or tensor.data_ptr() not in tied:
+                found[name] = tensor
+            seen.add(tensor.data_ptr())
+        return found
+
     def _around(self, model: PreTrainedModel) -> CausalLM:
         made = copy.copy(self)
         made._modules = {"model": model}
@@ -243,22 +261,41 @@ class CausalLM(nn.Module):
                     part.compile()
 
 
-def block_diffusion_of(
+def num_embeddings(model: PreTrainedModel) -> int:
+    """The rows of the table of embeddings, padding included."""
+    return model.get_input_embeddings().weight.shape[0]  # type: ignore
+
+
+class AdaptedModel(BlockDiffusion):
+    """A block diffusion model around a causal language model."""
+
+    backbone: CausalLM
+
+    def full_config(self) -> Any:
+        """What config.json says: the network's configuration, and the conventions as a section."""
+        full = copy.deepcopy(self.backbone.config)
+        full.dtype = str(self.dtype).removeprefix("torch.")
+        full.architectures = [type(self.backbone.model).__name__]
+        setattr(full, SECTION, asdict(self.config))
+        return full
+
+
+def adapted_model(
     model: PreTrainedModel, config: DiffusionConfig, tokenizer: Any = None
-) -> BlockDiffusion:
+) -> AdaptedModel:
     """A block diffusion model around a causal language model, checked in one small pass.
 
     Raises:
         UserError: the family cannot be a backbone, see `CausalLM`; its vocabulary is not the
             configuration's; or tokens reach each other by another way than attention.
     """
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    rows = num_embeddings(model)
     if rows != config.vocab_size:
         raise UserError(
             f"{type(model).__name__} has {rows} embeddings, but vocab_size is {config.vocab_size}; "
             "give the number of embeddings"
         )
-    made = BlockDiffusion(CausalLM(model), config, tokenizer)
+    made = AdaptedModel(CausalLM(model), config, tokenizer)
     with torch.no_grad(), _evaluating(model):
         _check_streams(made)
     return made

@@ -545,6 +545,10 @@ class DiT(PreTrainedModel):
         logits = self.output(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def saved_tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by their names in files."""
+        return self.state_dict()
+
     def units(self) -> list[Layer]:
         """The layers."""
         return list(self.layers)

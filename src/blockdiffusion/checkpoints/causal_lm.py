@@ -1,0 +1,257 @@
+"""Causal language models of transformers as block diffusion models, and those published as such.
+
+A directory of transformers holds a block diffusion model if its config.json has a section
+`block_diffusion` (what `write_model` writes), if its `model_type` is one of `FAMILIES`, or if
+the caller says the block size. Weights are read by transformers, from safetensors or GGUF only,
+without code of the repository, and strictly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from blockdiffusion.checkpoints.tensors import check_header
+from blockdiffusion.diffusion.config import DiffusionConfig
+from blockdiffusion.errors import UserError, few, shown
+from blockdiffusion.files import records
+from blockdiffusion.files.records import Damaged
+from blockdiffusion.from_pretrained import from_pretrained
+from blockdiffusion.models.causal_lm import SECTION, AdaptedModel, adapted_model, num_embeddings
+
+GGUF = ".gguf"
+MOST_POSITIONS = 2**14  # of L, where only the network says how many positions it has
+START_TOKEN = "<|endoftext|>"  # what GPT-2, Qwen and SmolLM put between documents
+ADVICE = "copy or download it again"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published family whose network is one of transformers.
+
+    Attributes:
+        model_type: the network's in transformers.
+        mask_id, block_size: what its code assumes where no file says it; None: nothing.
+        conventions: what differs from the defaults of `DiffusionConfig`.
+    """
+
+    model_type: str
+    mask_id: int | None = None
+    block_size: int | None = None
+    conventions: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Their clean stream is block-causal, and each position speaks of its own token.
+FAMILIES = {
+    "sdar": Family("qwen3", mask_id=151669, block_size=4),
+    "sdar_moe": Family("qwen3_moe", mask_id=151669, block_size=4),
+    "a2d-qwen3": Family("qwen3", block_size=32),
+    "a2d-qwen2": Family("qwen2", block_size=32),
+    "a2d-llama": Family("llama", block_size=32),
+}
+# A causal model as it is reads the token before and sees clean tokens up to it.
+CAUSAL = {"reading": "next", "clean_attention": "causal"}
+BLOCK_SIZE_KEYS = ("block_size", "bd_size", "canvas_length")
+MASK_ID_KEYS = ("mask_token_id", "mask_id")
+
+
+def is_causal_lm(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a causal language model, adapted or not."""
+    name = raw.get("model_type")
+    if not isinstance(name, str):
+        return False
+    if name in FAMILIES:
+        return True
+    try:
+        kind = type(AutoConfig.for_model(name))
+    except (ValueError, KeyError):
+        return False
+    return kind in AutoModelForCausalLM._model_mapping
+
+
+def read_causal_lm(
+    path: Path,
+    raw: Mapping[str, Any],
+    *,
+    block_size: int | None = None,
+    mask_id: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> AdaptedModel:
+    """The model in a directory of transformers, or in a GGUF file.
+
+    Args:
+        raw: the content of its config.json; {} of a GGUF file.
+        block_size, mask_id: what is not given is what the file says, the tokenizer's mask token, or
+            what the family's own code assumes.
+        dtype: of the weights; None = the file's.
+
+    Raises:
+        UserError: it cannot be read, a tensor is missing or unexpected, the family cannot be a
+            backbone, or nothing says the block size or the mask token.
+    """
+    tokenizer = _read_tokenizer(path)
+    network = _read_network(path, raw, dtype)
+    section = raw.get(SECTION)
+    if section is None:
+        config = _conventions(path, network, tokenizer, raw, block_size, mask_id)
+    else:
+        with records.of_file(path / "config.json", ADVICE):
+            if not isinstance(section, Mapping):
+                raise Damaged(f"{SECTION} is {shown(section)}; it must be an object")
+            given = {"block_size": block_size, "mask_id": mask_id}
+            given = {name: value for name, value in given.items() if value is not None}
+            config = records.build(DiffusionConfig, {**section, **given}, f"{SECTION}.")
+    return adapted_model(network, config, tokenizer).eval()
+
+
+def start_token_id(tokenizer: Any, network: PretrainedConfig) -> int | None:
+    """The token before the first one: what separates documents in the parent's training data, as
+    far as its tokenizer tells; None: there is no such token."""
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    return _first_given(
+        vocabulary.get(START_TOKEN), _special(network, "bos"), _special(network, "eos")
+    )
+
+
+def _first_given(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _special(network: PretrainedConfig, name: str) -> int | None:
+    """A special token of a configuration, which may list several, or one beyond its vocabulary."""
+    found = getattr(network, f"{name}_token_id", None)
+    found = found[0] if isinstance(found, list) and found else found
+    return found if isinstance(found, int) and found < network.vocab_size else None
+
+
+def _conventions(
+    path: Path,
+    network: PreTrainedModel,
+    tokenizer: Any,
+    raw: Mapping[str, Any],
+    block_size: int | None,
+    mask_id: int | None,
+) -> DiffusionConfig:
+    """Those of a model without a section of ours: given, from its files, or its family's."""
+    family = FAMILIES.get(raw.get("model_type", ""))
+    own = Family("", conventions=CAUSAL) if family is None else family
+    keys = () if family is None else BLOCK_SIZE_KEYS
+    size = _first_given(block_size, *map(raw.get, keys), own.block_size)
+    if size is None:
+        raise UserError(
+            f"{path} is autoregressive and says no block size; give block_size=..., or make it a "
+            "block diffusion model by `blockdiff adapt`"
+        )
+    of_tokenizer = getattr(tokenizer, "mask_token_id", None)
+    mask = _first_given(mask_id, *map(raw.get, MASK_ID_KEYS), of_tokenizer, own.mask_id)
+    if mask is None:
+        raise UserError(
+            f"{path} has no mask token; give mask_id=..., the id of a token that no text has, or "
+            "make it a block diffusion model by `blockdiff adapt`, which adds one"
+        )
+    config = network.config
+    positions = getattr(config, "max_position_embeddings", None) or MOST_POSITIONS
+    conventions: dict[str, Any] = {
+        "vocab_size": num_embeddings(network),
+        "seq_len": max(min(positions, MOST_POSITIONS) // size, 1) * size,
+        "block_size": size,
+        "mask_id": mask,
+        "bos": False,
+        "bos_id": _special(config, "bos"),
+        "eos_id": _special(config, "eos"),
+        **own.conventions,
+    }
+    if conventions.get("reading") == "next":
+        conventions["start_id"] = start_token_id(tokenizer, config)
+    with records.of_file(path, "give other values"):
+        return DiffusionConfig(**conventions)
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _read_network(path: Path, raw: Mapping[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
+    if path.suffix == GGUF:
+        return _read_gguf(path, dtype)
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            check_header(file)
+        except (Damaged, OSError) as error:
+            raise UserError(f"{file} cannot be read ({error}); {ADVICE}") from error
+    network, report = from_pretrained(
+        AutoModelForCausalLM,
+        path,
+        f"the model in {path} cannot be read",
+        ADVICE,
+        config=_network_config(path, raw),
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for problem, names in (
+        ("lacks the tensor", report["missing_keys"]),
+        ("has an unexpected tensor", report["unexpected_keys"]),
+        ("has a tensor of another shape than its configuration says", report["mismatched_keys"]),
+    ):
+        if names:
+            raise UserError(f"{path} {problem} {few(sorted(map(str, names)))}; {ADVICE}")
+    return network
+
+
+def _network_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
+    """The configuration of the network; a published family's as that of the same layers."""
+    family = FAMILIES.get(raw.get("model_type", ""))
+    name = raw["model_type"] if family is None else family.model_type
+    left_out = ("model_type", "auto_map", "architectures", "attn_implementation", SECTION)
+    known = {key: value for key, value in raw.items() if key not in left_out}
+    try:
+        return AutoConfig.for_model(name, **known)
+    except Exception as error:  # each family checks its configuration in its own way
+        raise UserError(
+            f"{path / 'config.json'} is no {name} configuration ({error}); {ADVICE}"
+        ) from error
+
+
+def _read_gguf(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A GGUF file's weights, which become floats; transformers keeps the quantisation in mind, and
+    would not save them."""
+    network = from_pretrained(
+        AutoModelForCausalLM,
+        path.parent,
+        f"{path} cannot be read",
+        f"{ADVICE}, or install the extra that reads GGUF: pip install 'blockdiffusion[adapt]'",
+        gguf_file=path.name,
+        dtype=dtype or torch.float32,
+    )
+    config = network.config.to_dict()
+    config.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(network)(type(network.config)(**config))
+    plain.load_state_dict(network.state_dict(), assign=True)
+    for name, buffer in network.named_buffers():
+        module, _, own = name.rpartition(".")
+        setattr(plain.get_submodule(module), own, buffer)
+    plain.tie_weights()
+    return plain
+
+
+def _read_tokenizer(path: Path) -> Any:
+    options: dict[str, Any] = {}
+    if path.suffix == GGUF:
+        options, path = {"gguf_file": path.name}, path.parent
+    elif not (path / "tokenizer.json").is_file():
+        return None
+    return from_pretrained(
+        AutoTokenizer, path, f"the tokenizer in {path} cannot be read", ADVICE, **options
+    )
