@@ -27,6 +27,7 @@ def from_pretrained(
     Raises:
         UserError: there is nothing of this kind, or it needs code of its own.
     """
+    logging.disable_progress_bar()  # it would interrupt ours
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # the library, the network and broken files raise many classes

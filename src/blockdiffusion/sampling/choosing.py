@@ -16,7 +16,7 @@ from blockdiffusion.sampling.reverse import Analytic, UniformReverse
 from blockdiffusion.sampling.samplers import (
     Ancestral,
     FirstHitting,
-    NextToken,
+    Leftmost,
     Planned,
     RandomOrder,
     Sampler,
@@ -37,7 +37,7 @@ def make_sampler(config: Any, params: SamplingParams | None = None) -> Sampler:
     sampler = params.sampler
     if config.objective == "autoregressive":
         refuse_masks(sampler=sampler, stride=params.stride, **params.settings())
-        return NextToken()
+        return Leftmost()
     if isinstance(sampler, str | None):
         name = None if sampler is None else sampler.replace("_", "-")
         sampler = _MAKERS[config.objective](config, name, params)
@@ -114,6 +114,7 @@ _MASKED: dict[str, tuple[tuple[str, ...], Callable[[str, SamplingParams], Sample
         lambda name, params: Ancestral(_steps(name, params), _schedule(params)),
     ),
     "random": (("tokens_per_step",), _random),
+    "leftmost": (("tokens_per_step",), lambda name, params: Leftmost(params.tokens_per_step or 1)),
     "confidence": (("tokens_per_step", "threshold"), _most_certain),
     "margin": (("tokens_per_step", "threshold"), _most_certain),
     "entropy": (("tokens_per_step", "threshold"), _most_certain),

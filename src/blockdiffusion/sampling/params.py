@@ -37,7 +37,7 @@ class SamplingParams:
     max_new_tokens: int = option(128, "Tokens after the prompt, at most.")
     sampler: Any = option(
         None,
-        "first-hitting, ancestral, random, confidence, margin, entropy or remask; SEDD: analytic; "
+        "first-hitting, ancestral, random, leftmost, confidence, margin, entropy or remask; SEDD: analytic; "
         "by default the model's. In Python also an object, see `sampling.samplers`.",
         choices=SAMPLERS,
         was="policy",

@@ -197,13 +197,24 @@ class Planned(Scheduled):
 
 
 @dataclass(frozen=True)
-class NextToken(Scheduled):
-    """Autoregressive networks: blocks of one token, each in one pass."""
+class Leftmost(Scheduled):
+    """The first `tokens_per_step` masked tokens in every pass: from left to right.
 
-    name: str = "left to right"
+    With one this is the only sampler of an autoregressive network, and samples from the chain of
+    left-to-right conditionals of any other; with more, tokens that share a pass are drawn
+    independently of each other.
+    """
+
+    tokens_per_step: int = 1
+    name: str = "leftmost"
+
+    def __post_init__(self) -> None:
+        check_tokens_per_step(self.tokens_per_step)
 
     def plan(self, masked_RS: torch.Tensor, streams: RowStreams) -> torch.Tensor:
-        return masked_RS.long() - 1
+        check_tokens_per_step(self.tokens_per_step, masked_RS.shape[1])
+        place_RS = masked_RS.long().cumsum(1) - 1
+        return torch.where(masked_RS, place_RS // self.tokens_per_step, -1)
 
 
 @dataclass(frozen=True)
