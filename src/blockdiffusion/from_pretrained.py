@@ -27,6 +27,8 @@ def from_pretrained(
     Raises:
         UserError: there is nothing of this kind, or it needs code of its own.
     """
+    from transformers.utils import logging
+
     logging.disable_progress_bar()  # it would interrupt ours
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **options)
@@ -35,3 +37,5 @@ def from_pretrained(
         if "trust_remote_code" in str(error):
             why = "it needs Python code of its own (auto_map), which is never run"
         raise UserError(f"{problem} ({why}); {advice}") from error
+    finally:
+        logging.enable_progress_bar()

@@ -241,7 +241,7 @@ def test_what_cannot_scorer_is_refused(tmp_path, make_model):
     weights = load_file(broken / "model.safetensors")
     del weights["transformer.h.1.mlp.c_fc.weight"]
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    refused(broken, "lack transformer.h.1.mlp.c_fc.weight")
+    refused(broken, "lacks the tensor transformer.h.1.mlp.c_fc.weight")
     pickled = save_gpt2(tmp_path / "pickled")
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     refused(pickled, "never opened")

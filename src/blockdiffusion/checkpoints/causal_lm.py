@@ -22,15 +22,17 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blockdiffusion.checkpoints.tensors import check_header
+from blockdiffusion.checkpoints.tensors import FLOAT_KINDS, check_header, is_finite
 from blockdiffusion.diffusion.config import DiffusionConfig
-from blockdiffusion.errors import UserError, few, shown
+from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files import records
 from blockdiffusion.files.records import Damaged
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.causal_lm import SECTION, AdaptedModel, adapted_model, num_embeddings
 
 GGUF = ".gguf"
+INDEX = "model.safetensors.index.json"  # of weights in several files
+MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # in a configuration
 MOST_POSITIONS = 2**14  # of L, where only the network says how many positions it has
 START_TOKEN = "<|endoftext|>"  # what GPT-2, Qwen and SmolLM put between documents
 ADVICE = "copy or download it again"
@@ -181,32 +183,82 @@ def _conventions(
 # --- reading --------------------------------------------------------------------------------------
 
 
+def load_network(name: str | Path, label: str, advice: str, **options: Any) -> PreTrainedModel:
+    """The network of a directory, or of a hub id, whose `check_folder` was done.
+
+    Args:
+        label: what it is, for messages.
+        options: of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        UserError: it cannot be read, its tensors are not those of its configuration, or they hold
+            numbers that are not finite.
+    """
+    network, report = from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        f"{label} cannot be read as a causal language model",
+        advice,
+        use_safetensors=True,
+        output_loading_info=True,
+        **{"dtype": "auto", **options},
+    )
+    problems = {"missing_keys": "lacks", "mismatched_keys": "has another shape for"}
+    for key, problem in problems.items():
+        if names := sorted(map(str, report[key])):
+            raise UserError(
+                f"{label} {problem} the tensor {names[0]}: the weights do not fit config.json, and "
+                f"random numbers would take their place; {ADVICE}"
+            )
+    for tensor, parameter in network.named_parameters():
+        if parameter.is_floating_point() and not is_finite(parameter.detach()):
+            raise UserError(
+                f"{label}: {tensor} holds numbers that are not finite (nan or infinity); {advice}"
+            )
+    return network
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what transformers would accept: sizes that alone would fill the memory, weights
+    outside the folder, oversized headers, and integers instead of weights. Links to a cache, as
+    the hub's client makes them, are allowed."""
+    config = records.read_json(folder / "config.json", ADVICE)
+    for name, value in config.items():
+        most = MOST_LAYERS if "layer" in name else MOST_NUMBER
+        if isinstance(value, int) and value > most:
+            where = f"{folder / 'config.json'}: {shown(name)}"
+            raise UserError(f"{where} is {shown(value)}; it must be at most {most}")
+    if (index := folder / INDEX).exists():
+        parts = records.read_json(index, ADVICE).get("weight_map")
+        for part in set(parts.values()) if isinstance(parts, dict) else {None}:
+            is_name = isinstance(part, str) and Path(part).name == part
+            if not is_name or not (folder / part).is_file():
+                raise UserError(
+                    f"{index} names {shown(part)} for weights, which is no file of its folder; "
+                    f"{ADVICE}"
+                )
+    for file in folder.glob("*.safetensors"):
+        with records.of_file(file, ADVICE):
+            header = check_header(file)
+        for name, entry in {} if "quantization_config" in config else header.items():
+            kind = entry.get("dtype") if isinstance(entry, dict) else None
+            if name.endswith(".weight") and kind not in FLOAT_KINDS:
+                raise UserError(
+                    f"{file}: {shown(name)} holds {shown(kind)}, which no weights are in; {ADVICE}"
+                )
+
+
 def _read_network(path: Path, raw: Mapping[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
     if path.suffix == GGUF:
         return _read_gguf(path, dtype)
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            check_header(file)
-        except (Damaged, OSError) as error:
-            raise UserError(f"{file} cannot be read ({error}); {ADVICE}") from error
-    network, report = from_pretrained(
-        AutoModelForCausalLM,
+    check_folder(path)
+    return load_network(
         path,
-        f"the model in {path} cannot be read",
+        f"the model in {path}",
         ADVICE,
         config=_network_config(path, raw),
         dtype=dtype or "auto",
-        use_safetensors=True,
-        output_loading_info=True,
     )
-    for problem, names in (
-        ("lacks the tensor", report["missing_keys"]),
-        ("has an unexpected tensor", report["unexpected_keys"]),
-        ("has a tensor of another shape than its configuration says", report["mismatched_keys"]),
-    ):
-        if names:
-            raise UserError(f"{path} {problem} {few(sorted(map(str, names)))}; {ADVICE}")
-    return network
 
 
 def _network_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from blockdiffusion.checkpoints.bd3lm import MODEL_TYPE as BD3LM
 from blockdiffusion.checkpoints.bd3lm import from_bd3lm
-from blockdiffusion.checkpoints.causal_lm import GGUF, is_causal_lm, read_causal_lm
+from blockdiffusion.checkpoints.causal_lm import GGUF, INDEX, is_causal_lm, read_causal_lm
 from blockdiffusion.checkpoints.lightning import LightningFile, LightningOptions, read_lightning
 from blockdiffusion.checkpoints.tensors import check_tensors, read_safetensors, write_safetensors
 from blockdiffusion.errors import UserError, shown
@@ -30,7 +30,6 @@ from blockdiffusion.options import renamed
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"  # of weights in several files
 LIGHTNING = ".ckpt"
 PICKLES = (".bin", LIGHTNING, ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

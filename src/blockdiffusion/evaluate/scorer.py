@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from blockdiffusion.checkpoints.causal_lm import check_folder, load_network
 from blockdiffusion.checkpoints.formats import LIGHTNING, PICKLES, load, refuse_missing_path
-from blockdiffusion.checkpoints.tensors import FLOAT_KINDS, check_header, is_finite
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
 from blockdiffusion.diffusion.denoiser import bos_id, causal_nll, is_autoregressive
 from blockdiffusion.diffusion.exact import MAX_BLOCK_SIZE
@@ -25,13 +25,10 @@ from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.windows import rectangle
-from blockdiffusion.files.records import of_file, read_json
-from blockdiffusion.from_pretrained import from_pretrained
+from blockdiffusion.files.records import read_json
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.runtime.seeding import generator
 
-MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # of a scorer's configuration
-INDEX = "model.safetensors.index.json"
 UNKNOWN_CONTEXT = 1024  # of a scorer that names no limit
 OURS = (BlockDiffusionConfig.model_type, "bd3lm")
 PAIRS = 8  # complement pairs per window, if a scorer's blocks are too long to enumerate
@@ -343,79 +340,24 @@ def _made_of(file: Path) -> str:
 
 
 def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickled = any(path.suffix in PICKLES for path in folder.iterdir())
         why = "only a pickle, which can hold code and is never opened" if pickled else "no weights"
         raise UserError(f"the scorer {name} has {why}; a model.safetensors is needed")
     if (folder / "config.json").is_file():
-        _check_sizes(folder / "config.json")
-        _check_weights(folder)
+        check_folder(folder)
     try:
         tokenizer = load_tokenizer(name)
     except UserError as error:
         raise UserError(f"the scorer {name} has no usable tokenizer: {error}") from error
-    logging.disable_progress_bar()  # it would interrupt ours
-    try:
-        model, info = from_pretrained(
-            AutoModelForCausalLM,
-            name,
-            f"the scorer {name} cannot be read as a causal language model",
-            "take one that AutoModelForCausalLM reads from safetensors, or one of ours",
-            use_safetensors=True,
-            output_loading_info=True,
-            dtype="auto",
-        )
-    finally:
-        logging.enable_progress_bar()
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"the weights of the scorer {name} lack {missing[0]} and do not fit its config.json; "
-            "it would score with random numbers"
-        )
-    for tensor, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not is_finite(parameter.detach()):
-            raise UserError(
-                f"the scorer {name}: {tensor} holds numbers that are not finite (nan or infinity); "
-                "take another scorer"
-            )
+    model: Any = load_network(
+        name,
+        f"the scorer {name}",
+        "take one that AutoModelForCausalLM reads from safetensors, or one of ours",
+    )
+
     return model.to(device=device), tokenizer
-
-
-def _check_weights(folder: Path) -> None:
-    """Refuse what transformers would accept: weights outside the folder, oversized headers, and
-    integers instead of weights. Links to a cache, as the hub's client makes them, are allowed."""
-    quantised = "quantization_config" in read_json(folder / "config.json", "take another scorer")
-    if (index := folder / INDEX).exists():
-        parts = read_json(index, "copy or download it again").get("weight_map")
-        for part in set(parts.values()) if isinstance(parts, dict) else {None}:
-            is_name = isinstance(part, str) and Path(part).name == part
-            if not is_name or not (folder / part).is_file():
-                raise UserError(
-                    f"{index} names {shown(part)} for weights, which is no file of its folder; "
-                    "copy or download the scorer again"
-                )
-    for file in folder.glob("*.safetensors"):
-        with of_file(file, "copy or download it again"):
-            header = check_header(file)
-        for name, entry in {} if quantised else header.items():
-            kind = entry.get("dtype") if isinstance(entry, dict) else None
-            if name.endswith(".weight") and kind not in FLOAT_KINDS:
-                raise UserError(
-                    f"{file}: {shown(name)} holds {shown(kind)}, which no weights are in; copy or "
-                    "download it again"
-                )
-
-
-def _check_sizes(path: Path) -> None:
-    """Refuse a network of other code whose size alone would fill the memory."""
-    for name, value in read_json(path, "take another scorer").items():
-        most = MOST_LAYERS if "layer" in name else MOST_NUMBER
-        if isinstance(value, int) and value > most:
-            raise UserError(f"{path}: {shown(name)} is {shown(value)}; it must be at most {most}")
 
 
 def _context(config: Any) -> int:

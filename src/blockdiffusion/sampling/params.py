@@ -18,7 +18,7 @@ from blockdiffusion.options import Renamed, changed, option
 TopPRule = Literal["transformers", "authors"]
 TEMPERATURES = (1e-3, 1e3)  # beyond them quotients of logits overflow, or nothing is left of them
 SETTINGS = ("steps", "schedule", "tokens_per_step", "threshold", "remask")  # of named samplers
-SAMPLERS = "first-hitting ancestral random confidence margin entropy remask analytic"
+SAMPLERS = "first-hitting ancestral random leftmost confidence margin entropy remask analytic"
 SCHEDULES = "linear cosine square sqrt log"
 
 
@@ -37,8 +37,8 @@ class SamplingParams:
     max_new_tokens: int = option(128, "Tokens after the prompt, at most.")
     sampler: Any = option(
         None,
-        "first-hitting, ancestral, random, leftmost, confidence, margin, entropy or remask; SEDD: analytic; "
-        "by default the model's. In Python also an object, see `sampling.samplers`.",
+        "first-hitting, ancestral, random, leftmost, confidence, margin, entropy or remask; SEDD: "
+        "analytic; by default the model's. In Python also an object, see `sampling.samplers`.",
         choices=SAMPLERS,
         was="policy",
     )
