@@ -220,7 +220,7 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
         title_fontproperties={"size": 11.5}, prop={"family": "monospace", "size": 11},
     )  # fmt: skip
     legend.get_title().set_color(MUTED)
-    added = 14 * len(lines) + 17 * len(entries) + 50
+    added = 14 * len(lines) + 16.5 * len(entries) + 34
     figure.set_size_inches(width / 72, (height + added) / 72)
     figure.draw_without_rendering()  # so that places are known
 
@@ -230,7 +230,7 @@ def _number(axes: Axes, marks: Sequence[tuple[float, float, str, str]]) -> None:
     taken: list[tuple[float, float]] = []
     for x, y, mark, colour in marks:
         left, bottom = axes.transData.transform((x, y))
-        around = [(dx, dy) for dy in (7, -15, 20, -28) for dx in (10, -10)]
+        around = [(dx, dy) for dy in (7, -15, 20, -28, 33, -41) for dx in (10, -10)]
         free = [
             (dx, dy) for dx, dy in around
             if all(abs(left + dx - a) > 13 or abs(bottom + dy - b) > 11 for a, b in taken)
