@@ -75,7 +75,7 @@ class JsonLines:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without those that a kill cut short, or that tell no step."""
+    """Read the lines of metrics.jsonl, without those that are cut short or have no step."""
     if not path.exists():
         return []
     lines = json_lines(path, finite=False)
