@@ -96,7 +96,7 @@ def test_a_part_of_a_set_is_never_taken_for_it(hub):
     """The hub converts only the first gigabytes of a large set."""
     name = "arxiv/partial/validation/0000.parquet"
     hub({"main": {}, "refs/convert/parquet": {name: rows(6000)}})
-    with pytest.raises(UserError, match=r"has 6,000 rows where validation of .* has 6,436"):
+    with pytest.raises(UserError, match=r"has 6,000 rows, but validation of .* has 6,436"):
         fetch_split(find_set("scientific_papers_arxiv"), "validation")
 
 

@@ -52,8 +52,8 @@ def fetch_split(data_set: DataSet, split: str) -> list[Path]:
     found, expected = _rows(files, data_set), expected_rows(data_set, split)
     if expected not in (found, None):
         raise UserError(
-            f"{data_set.repository} on the Hugging Face hub has {found:,} rows where {split} of "
-            f"{data_set.name} has {expected:,}, so it is not this set or only a part of it: {local}"
+            f"{data_set.repository} on the Hugging Face hub has {found:,} rows, but {split} of "
+            f"{data_set.name} has {expected:,}: it is another set, or a part of this one; {local}"
         )
     return files
 
