@@ -202,12 +202,5 @@ def restore(
         before, now = getattr(saved, name), getattr(fresh, name)
         if before != now:
             note += f"; {name} changed from {before} to {now}: not bit for bit the same"
-    state = replace(
-        fresh,
-        step=saved.step,
-        seconds=saved.seconds,
-        best_bound=saved.best_bound,
-        clip=saved.clip,
-        evaluation=saved.evaluation,
-    )
-    return state, note
+    names = ("step", "seconds", "best_bound", "clip", "evaluation")
+    return replace(fresh, **{name: getattr(saved, name) for name in names}), note
