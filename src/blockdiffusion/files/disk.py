@@ -87,6 +87,19 @@ def append(path: Path, buffering: int = -1) -> BinaryIO:
     return open(path, "ab", buffering, opener=_open_itself)  # type: ignore[return-value]
 
 
+def add_to(path: Path, content: bytes) -> None:
+    """Appends to a file; the content survives a kill from here on.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with append(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
 def _open_itself(path: str, flags: int) -> int:
     """Open a regular file, following no link: whoever places one must not choose the file."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a FIFO would wait
