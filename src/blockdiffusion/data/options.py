@@ -30,7 +30,6 @@ class PrepareOptions:
         "wrap",
         "wrap (documents one after another; the last partial row is dropped) or document (one a "
         "row, padded at the right; a longer one continues in the next rows).",
-        choices="wrap document",
     )
     row_bos: bool = option(
         False, "Begin every row with a BOS (context): never masked, never scored."
@@ -58,7 +57,6 @@ class PrepareOptions:
     documents: Literal["auto", "file", "line", "blank-line"] = option(
         "auto",
         "Documents of a text file: auto, file, line or blank-line.",
-        choices="auto file line blank-line",
     )
     document_bytes: int = option(65536, "Size above which auto splits a text file at a blank line.")
     detokenize: Literal[
@@ -67,7 +65,6 @@ class PrepareOptions:
         "none",
         "none (a set by name brings its own), wikitext, wikitext-paper, ptb, lm1b, lambada or "
         "scientific-papers: undo a corpus's marks and spaces.",
-        choices="none wikitext wikitext-paper ptb lm1b lambada scientific-papers",
     )
     seed: int = option(0, "Of the train/validation split.")
     num_workers: int = option(

@@ -83,7 +83,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drops all lines after `step`, which a resumed run will write again; rewritten aside."""
+    """Drop all lines after `step`, which a resumed run writes again."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     with written_aside(path) as file:
         file.writelines(_json_line(line) for line in kept)
