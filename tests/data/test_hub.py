@@ -115,7 +115,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and ". " not in str(error.value)
 
 
-def test_a_download_that_breaks_off_is_one_sentence_and_goes_on(hub, monkeypatch):
+def test_a_download_that_breaks_off_is_one_sentence_and_resumes(hub, monkeypatch):
     fake = hub({"main": {f"data/test-{n}.parquet": rows(3800) for n in (0, 1)}})
     whole = fake.download
 

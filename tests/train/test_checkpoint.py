@@ -66,7 +66,7 @@ def saved(tmp_path):
     return save(tmp_path, STATE, *parts, keep=2), parts
 
 
-def test_round_trip_is_exact_and_training_goes_on_as_before(saved):
+def test_round_trip_is_exact_and_training_resumes_as_before(saved):
     folder, (model, average, optimizer) = saved
     other, other_average, other_optimizer = trained(seed=1)
     assert load(folder, other, other_average, other_optimizer) == STATE
