@@ -102,7 +102,7 @@ def to_bd3lm(
     Raises:
         UserError: the network is none that the format can describe.
     """
-    if config.objective != "block_diffusion" or config.clean_attention != "block":
+    if not config.is_masked_diffusion or config.clean_attention != "block":
         raise UserError(
             "the bd3lm format holds block diffusion networks whose clean tokens see whole blocks; "
             f"this one has objective {config.objective} and clean_attention "

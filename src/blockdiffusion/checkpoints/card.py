@@ -134,7 +134,7 @@ def is_ours(folder: Path) -> bool:
 
 def render(config: BlockDiffusionConfig, card: Card) -> str:
     """README.md: YAML front matter for the hub, then the facts in words and tables."""
-    autoregressive = config.objective == "autoregressive"
+    autoregressive = config.is_autoregressive
     call = 'likelihood(model, ["Some text."])'
     if not autoregressive:
         call = "generate(model, max_new_tokens=64)"
@@ -159,7 +159,7 @@ def render(config: BlockDiffusionConfig, card: Card) -> str:
 def _front_matter(config: BlockDiffusionConfig, card: Card) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    kind = "autoregressive" if config.objective == "autoregressive" else "block-diffusion"
+    kind = "autoregressive" if config.is_autoregressive else "block-diffusion"
     results, found = None, card.evaluation
     if found is not None:
         results = [
@@ -187,7 +187,7 @@ def _front_matter(config: BlockDiffusionConfig, card: Card) -> str:
 
 def _summary(config: BlockDiffusionConfig) -> str:
     paper = "[Block Diffusion](https://arxiv.org/abs/2503.09573)"
-    if config.objective == "autoregressive":
+    if config.is_autoregressive:
         return f"An autoregressive language model, the baseline of {paper}, for `blockdiffusion`."
     if config.block_size == config.seq_len:
         return (

@@ -34,14 +34,18 @@ class Kind:
 
     objective: Objective
     time_conditioning: bool = False
+    has_adaln: bool = True
     has_blocks: bool = False
+    one_token: bool = False  # without blocks: whether a block is one token, or else the whole row
+    given_first: bool = False  # whether position 0 is given, whatever token it is
+    scaled_eps: float = 0.0  # noise_eps with the option `mdlm_loss_scale`
 
 
 # The authors' algo.name -> ours.
 KINDS = {
     "mdlm": Kind(objective="block_diffusion"),
-    "sedd": Kind(objective="score_entropy", time_conditioning=True),
-    "ar": Kind(objective="autoregressive"),
+    "sedd": Kind(objective="score_entropy", time_conditioning=True, scaled_eps=1e-3),
+    "ar": Kind(objective="autoregressive", has_adaln=False, one_token=True, given_first=True),
     "bd3lm": Kind(objective="block_diffusion", has_blocks=True),
 }
 
@@ -196,23 +200,24 @@ def _configuration(
     sizes = _sizes_of_tensors(shapes, rotary, path)
     sizes |= _agreed_sizes(sizes, settings, options, path)
     kind_name = sizes.pop("kind")
-    if kind_name == "ar" and sizes["adaln"]:
+    kind = KINDS[kind_name]
+    if sizes["adaln"] and not kind.has_adaln:
         raise UserError(
-            f"{path} has a time embedding, which the network of ar does not use; its kind is one "
-            f"of {', '.join(name for name in KINDS if name != 'ar')}"
+            f"{path} has a time embedding, which the network of {kind_name} does not use; its kind "
+            f"is one of {', '.join(name for name, kind in KINDS.items() if kind.has_adaln)}"
         )
     dropout = settings.value("model.dropout")
     if isinstance(dropout, int | float):
         sizes["dropout"] = float(dropout)
-    kind = KINDS[kind_name]
-    scaled = settings.flag("algo.mdlm_loss_scale") is True and kind_name == "sedd"
+    eps = options.noise_eps
+    if eps is None:
+        eps = kind.scaled_eps if settings.flag("algo.mdlm_loss_scale") else 0.0
     config = BlockDiffusionConfig(
         **sizes,
         objective=kind.objective,
         time_conditioning=kind.time_conditioning or settings.flag("algo.time_conditioning") is True,
-        noise_eps=options.noise_eps if options.noise_eps is not None else 1e-3 * scaled,
-        # The authors' AR is given its first token, and so are the others with `ignore_bos`.
-        bos=True if kind_name == "ar" or settings.flag("algo.ignore_bos") else None,
+        noise_eps=eps,
+        bos=True if kind.given_first or settings.flag("algo.ignore_bos") else None,
     )
     return kind_name, config
 
@@ -256,7 +261,7 @@ def _agreed_sizes(
         configured = settings.whole("block_size")
         found["block_size"] = agreed("block_size", configuration=configured)
     elif kind is not None and found["seq_len"] is not None:
-        only = 1 if kind.objective == "autoregressive" else found["seq_len"]
+        only = 1 if kind.one_token else found["seq_len"]
         found["block_size"] = agreed("block_size", kind=only)
     missing = [name for name, value in found.items() if value is None]
     found["mask_id"] = agreed("mask_id", tokenizer=settings.mask_id())
@@ -288,8 +293,8 @@ def _sizes_of_tensors(
     sizes["adaln"] = bool(condition)
     if condition:
         sizes["cond_dim"] = condition[0]
-    else:  # nothing else in the authors' code goes without time embedding
-        sizes["kind"] = "ar"
+    else:
+        (sizes["kind"],) = (name for name, kind in KINDS.items() if not kind.has_adaln)
     if rotary and rotary[0] and width % (2 * rotary[0]) == 0:
         sizes["num_attention_heads"] = width // (2 * rotary[0])
     return sizes

@@ -181,11 +181,12 @@ def _card(found: Found, source: str | Path, out: Path) -> Card:
     """The card of converted weights; what a card of ours says stays true of the same weights."""
     if found.format == "blockdiffusion":
         return replace(read_card(found.path) or Card(name=out.name), name=out.name)
-    autoregressive = found.config.objective == "autoregressive"
     facts: dict[str, Any] = {
         "format": found.format,
         "converted from": public_name(source),
-        "how its authors measure": MEASURED_EXACTLY if autoregressive else MEASURED_AS_A_BOUND,
+        "how its authors measure": MEASURED_EXACTLY
+        if found.config.is_autoregressive
+        else MEASURED_AS_A_BOUND,
     }
     if found.lightning is None:
         return Card(name=out.name, source=facts)

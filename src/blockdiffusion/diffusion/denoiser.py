@@ -125,7 +125,7 @@ class NextTokenModel(Protocol):
 
 def is_autoregressive(model: Any) -> TypeGuard[NextTokenModel]:
     """Whether a model predicts the next token and not the tokens behind masks."""
-    return model.config.objective == "autoregressive"
+    return model.config.is_autoregressive
 
 
 def find_bos_id(model: Denoiser | NextTokenModel) -> int | None:

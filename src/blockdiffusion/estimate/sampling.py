@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from blockdiffusion.diffusion.objectives import DiscreteTime, ScoreEntropy, diffusion_of
+from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.estimate.flops import Flops, call_flops
 from blockdiffusion.estimate.memory import SampleDtype, cache_bytes, weight_bytes
@@ -193,10 +193,10 @@ def _calls(config: Any, sizes: NetworkSizes, request: SamplingRequest, length: i
         seen = sum(min(position + 1, limit) for position in range(length))
         return [_Calls(count=length, tokens=1, keys=seen / length, scored=1.0)]
     per_block, scored = -(-size // request.tokens_per_step), float(request.tokens_per_step)
-    diffusion = diffusion_of(config)
-    if isinstance(diffusion, ScoreEntropy):  # every token that is still masked
+    sampled = diffusion_of(config).sampled
+    if sampled == "masked":
         scored = (size + 1) / 2
-    elif isinstance(diffusion, DiscreteTime) and config.transition == "uniform":  # all, always
+    elif sampled == "all":  # in every step
         per_block, scored = config.timesteps, float(size)
     blocks = -(-length // size)
     keys = [min((block + 1) * size, limit) for block in range(blocks)]

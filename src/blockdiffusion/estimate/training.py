@@ -10,7 +10,7 @@ import torch
 
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.diffusion.estimators import for_block_size
-from blockdiffusion.diffusion.objectives import ScoreEntropy, diffusion_of
+from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.estimate.flops import Flops, Pass, forward_flops, muon_flops, training_flops
 from blockdiffusion.estimate.memory import (
@@ -246,15 +246,12 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 def _execution(recipe: Recipe, config: Any, device: Hardware) -> Execution:
     """How passes are computed. The loss of next or masked tokens makes its gradient at once."""
     options = recipe.train
-    other_loss = config.objective != "autoregressive" and (
-        config.transition == "uniform" or isinstance(diffusion_of(config), ScoreEntropy)
-    )
     return Execution(
         dtype=options.dtype,
         cuda=device.cuda,
         checkpointing=options.activation_checkpointing,
         compiled=options.compile,
-        cross_entropy=not other_loss,
+        cross_entropy=config.is_autoregressive or diffusion_of(config).is_cross_entropy,
     )
 
 
@@ -281,7 +278,7 @@ def drawn_rows(recipe: Recipe, manifest: Manifest, config: Any) -> Drawn:
     """What the recipe's masks leave to score, seen by drawing some."""
     split, length = manifest.splits.get("train"), manifest.seq_len
     valid = 1.0 if split is None or not split.rows else split.tokens / (split.rows * length)
-    if recipe.objective.name == "ar":
+    if config.is_autoregressive:
         return Drawn(num_noisy=1, scored=(length - manifest.row_bos) * valid, valid=valid)
     estimator, _ = for_block_size(recipe.objective.make_estimator(), config.block_size)
     estimator = diffusion_of(config).fitted(estimator)

@@ -233,7 +233,7 @@ def choose_estimator(options: LikelihoodOptions, config: Any, t_min: float = T_M
         UserError: the estimator is unknown, clipped, or not one that the network allows.
     """
     name = options.estimator
-    if config.objective == "autoregressive":
+    if config.is_autoregressive:
         if name not in ("auto", "exact"):
             raise UserError(
                 f"estimator is {name}, but the likelihood of an autoregressive model is exact in "
@@ -274,7 +274,7 @@ def _estimate(
     progress: Progress | None,
 ) -> Found:
     name, masks, _ = method
-    if rows.model.config.objective == "autoregressive":
+    if rows.model.config.is_autoregressive:
         return next_token_nll(rows, progress)
     if name == "exact":
         return enumerated(rows, progress)
@@ -287,7 +287,7 @@ def _is_exact(config: Any, masks: Estimator | None) -> bool:
     which is always drawn."""
     if config.block_size > 1 or isinstance(masks, Bernoulli):
         return False
-    return config.objective == "autoregressive" or diffusion_of(config).enumerable
+    return config.is_autoregressive or diffusion_of(config).enumerable
 
 
 def _result(

@@ -20,6 +20,7 @@ from blockdiffusion.checkpoints.tensors import FLOAT_KINDS, check_header, is_fin
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
 from blockdiffusion.diffusion.denoiser import bos_id, causal_nll, is_autoregressive
 from blockdiffusion.diffusion.exact import MAX_BLOCK_SIZE
+from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.evaluate.likelihood import likelihood
@@ -139,8 +140,7 @@ def _load(name: str, device: torch.device | str | None) -> Scorer:
     if _model_type(name) not in OURS:
         return CausalScorer(name, *_load_causal(name, device))
     model = load(name, device=device)
-    is_masked = model.config.objective == "block_diffusion" and not model.config.time_conditioning
-    if not is_autoregressive(model) and not is_masked:
+    if not is_autoregressive(model) and not diffusion_of(model.config).enumerable:
         raise UserError(
             f"the scorer {name} reads the time of a diffusion, and its likelihood is no score; "
             "take an autoregressive model, or a block diffusion model without time input"

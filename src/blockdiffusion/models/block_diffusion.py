@@ -405,12 +405,11 @@ class BlockDiffusion(nn.Module):
     # --- what a pass reads and sees
 
     def _require(self, *, autoregressive: bool) -> None:
-        if (self.config.objective == "autoregressive") != autoregressive:
+        if self.config.is_autoregressive != autoregressive:
             uses = ("denoise blocks", "predict the next token")
-            wanted = ("block_diffusion", "autoregressive")[autoregressive]
             raise UserError(
                 f"this network was made to {uses[not autoregressive]}, not to "
-                f"{uses[autoregressive]}; use a model whose objective is {wanted}"
+                f"{uses[autoregressive]}; use a model of that kind"
             )
 
     def _has_clean(self, length: int, clean_BL: torch.Tensor | None) -> bool:

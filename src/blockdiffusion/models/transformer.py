@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from blockdiffusion.diffusion.config import DiffusionConfig
+from blockdiffusion.diffusion.config import DiffusionConfig, ObjectiveProperties
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limit
 from blockdiffusion.models import fused
@@ -50,7 +50,7 @@ OLD_SIZES = {
 }
 
 
-class BlockDiffusionConfig(PretrainedConfig):
+class BlockDiffusionConfig(ObjectiveProperties, PretrainedConfig):
     """The sizes of the paper's network, and the conventions of the model around it: config.json.
 
     Args:

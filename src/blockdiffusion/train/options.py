@@ -26,6 +26,7 @@ class ObjectiveKind:
 
     Attributes:
         network: what the configuration of such a network says.
+        has_one_block: whether a block is the whole row.
         stored: what it remembers of the options: its name there -> the name of the option.
         usual_estimator: what `estimator` null means.
         reads: the options that mean something.
@@ -33,6 +34,7 @@ class ObjectiveKind:
     """
 
     network: Mapping[str, Any]
+    has_one_block: bool = False
     stored: Mapping[str, str] = field(default_factory=dict)
     usual_estimator: EstimatorName = "complement"
     reads: tuple[str, ...] = ("estimator", "schedule", "clip", "num_noisy", "t_min", "stratify")
@@ -41,7 +43,7 @@ class ObjectiveKind:
 
 OBJECTIVES = {
     "bd3lm": ObjectiveKind(network={"objective": "block_diffusion"}),
-    "mdlm": ObjectiveKind(network={"objective": "block_diffusion"}),
+    "mdlm": ObjectiveKind(network={"objective": "block_diffusion"}, has_one_block=True),
     "sedd": ObjectiveKind(network={"objective": "score_entropy", "time_conditioning": True}),
     "d3pm": ObjectiveKind(
         network={"objective": "d3pm", "time_conditioning": True},
@@ -105,6 +107,16 @@ class ObjectiveOptions:
         return self.estimator or OBJECTIVES[self.name].usual_estimator
 
     @property
+    def has_one_block(self) -> bool:
+        """Whether a block is the whole row."""
+        return OBJECTIVES[self.name].has_one_block
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether the network predicts the next token, and no masks are drawn."""
+        return not OBJECTIVES[self.name].reads
+
+    @property
     def of_network(self) -> dict[str, Any]:
         """What the configuration of such a network says."""
         kind = OBJECTIVES[self.name]
@@ -131,7 +143,7 @@ class ObjectiveOptions:
                 )
 
     def _refuse_times_where_none_is_drawn(self) -> None:
-        if self.name == "ar" or self.used_estimator not in ("count", "complement"):
+        if self.is_autoregressive or self.used_estimator not in ("count", "complement"):
             return
         for name, value, default in (
             ("schedule", self.schedule if self.clip is None else "linear", "linear"),
