@@ -13,7 +13,6 @@ from blockdiffusion.estimate.listing import estimate_lines
 from blockdiffusion.estimate.run import estimate_recipe, manifest_of
 from blockdiffusion.estimate.sampling import SamplingRequest
 from blockdiffusion.estimate.training import drawn_rows, largest
-from blockdiffusion.models.transformer import is_hidden_matrix
 from blockdiffusion.runtime.hardware import find_hardware
 from blockdiffusion.sampling import generate
 from blockdiffusion.train.optim import OptimOptions, make_optimizer
@@ -58,7 +57,7 @@ def estimate_of(recipe, device=H100, **options):
 def matrices_of(recipe):
     """Shapes of the matrices that Muon takes."""
     model = build_model(recipe, manifest_of(recipe, 64, 50))
-    return [p.shape for n, p in model.backbone.named_parameters() if is_hidden_matrix(n, p.ndim)]
+    return [p.shape for p in model.backbone.hidden_matrices()]
 
 
 # --- against what is there --------------------------------------------------------------------
@@ -417,7 +416,7 @@ def test_every_objective_has_an_estimate(recipe_of):
             ["model.block_size=64", "--max-new-tokens", "65"],
             "--max-new-tokens is 65, beyond the one",
         ),
-        (["model.widht=9"], "unknown key model.widht; the nearest known one is model.hidden_size"),
+        (["model.hiden_size=9"], "the nearest known one is model.hidden_size"),
         (["--json", "."], ". is a directory; give the name of a file"),
     ],
 )

@@ -11,6 +11,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.models.inference import FoldedLayer, Int8Linear, PackedLinear, sampling_copy
 from blockdiffusion.models.transformer import Linear, LinearGelu
 from tests.conftest import GOLDEN
+from tests.models.hugging_face import FAMILIES, make_hugging_face
 
 # The types whose products oneDNN has here.
 HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -207,3 +208,18 @@ def test_only_what_is_wanted_is_finished(make_model, random_ids, kind, folded):
     assert nothing.shape == (0, model.backbone.config.hidden_size)
     stored = [torch.stack([*cache.keys, *cache.values]) for cache in caches]
     assert all(torch.allclose(stored[0], found, atol=1e-12) for found in stored[1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_stay_as_they_are_are_shared(family):
+    """In float64 nothing is packed, so no weight is copied; in float32 no embedding and no norm."""
+    model = make_hugging_face(family).train()
+    copied = sampling_copy(model)
+    assert model.backbone.training and not copied.backbone.training
+    assert copied.backbone is not model.backbone
+    for one, two in zip(model.parameters(), copied.parameters(), strict=True):
+        assert one is two
+    packed = sampling_copy(model.float())
+    own = {id(p) for p in model.parameters()}
+    assert list(packed.parameters()) and all(id(p) in own for p in packed.parameters())
+    assert not any(isinstance(part, PackedLinear) for part in model.modules())

@@ -45,15 +45,17 @@ def _section(lines: dict[str, list[str]]) -> list[str]:
 
 
 def _device(device: Hardware) -> dict[str, list[str]]:
-    source = "measured just now" if device.measured else "of the data sheet"
+    source = "measured just now" if device.measured else "from the data sheet"
     peaks = ", ".join(f"{name} {_in(flops, 'FLOP/s')}" for name, flops in device.flops.items())
     shares = device.shares
     between = f"{shares.traffic:.0%}"
     if shares.traffic_compiled != shares.traffic:
         between += f" (compiled {shares.traffic_compiled:.0%})"
     return {
-        "device": [f"{peaks}; {device.bandwidth / 1e9:,.4g} GB/s; {_in(device.memory)} to use; "
-                   f"{source}"],
+        "device": [
+            f"{peaks}; {device.bandwidth / 1e9:,.4g} GB/s; {_in(device.memory)} to use;",
+            source,
+        ],
         "assumed": [
             f"{shares.products:.0%} of the peak in products, {shares.attention:.0%} in attention; "
             f"of the bandwidth {between}",

@@ -47,7 +47,7 @@ AnyModel = TypeVar("AnyModel", bound=BlockDiffusion)
 
 @torch.no_grad()
 def sampling_copy(model: AnyModel, *, int8: bool = False) -> AnyModel:
-    """The copy; the embedding is shared with `model`.
+    """Return the copy. It shares the weights that are neither folded, packed nor rounded.
 
     Args:
         model: with or without blocks. One that reads the time keeps its modulation.
@@ -60,7 +60,11 @@ def sampling_copy(model: AnyModel, *, int8: bool = False) -> AnyModel:
         _check_int8(model)
     backbone = model.backbone
     folds = isinstance(backbone, DiT) and not model.config.time_conditioning
-    made = _folded(backbone) if folds else copy.deepcopy(backbone)
+    if folds:
+        made = _folded(backbone)
+    else:  # the modules are copied, the tensors shared
+        tensors = (*backbone.parameters(), *backbone.buffers())
+        made = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
     if int8:
         _replace(made, Int8Linear)
     elif _packs(model):

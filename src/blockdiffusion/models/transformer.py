@@ -548,13 +548,13 @@ class DiT(PreTrainedModel):
         return list(self.layers)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The matrices of attention and MLP. Not the modulations: without time they are one vector
-        in the clothes of a matrix, with gradients of rank 1."""
+        """Return the matrices of attention and MLP. A modulation is left out: without time it acts
+        as one vector, and its gradient has rank 1."""
         return [
             parameter
             for layer in self.layers
-            for name, parameter in layer.named_parameters(prefix="layers.0")
-            if is_hidden_matrix(name, parameter.ndim)
+            for name, parameter in layer.named_parameters()
+            if parameter.ndim == 2 and not name.startswith("modulation")
         ]
 
     def empty_copy(self) -> DiT:
@@ -566,11 +566,6 @@ class DiT(PreTrainedModel):
         """Lets PyTorch's compiler make few of the layers' small operations; see `Layer`."""
         for layer in self.layers:
             layer.compiled = True
-
-
-def is_hidden_matrix(name: str, ndim: int) -> bool:
-    """Whether a parameter of a `DiT` is one of its `hidden_matrices`."""
-    return ndim == 2 and name.startswith("layers.") and "modulation" not in name
 
 
 # --- the model -------------------------------------------------------------------------------

@@ -93,11 +93,11 @@ def usual_points(config: Any) -> tuple[Point, ...]:
     steps = [-(-size // n) for n in tokens]
     names = sampler_names(config)
     if len(names) == 1:  # an objective with a sampler of its own, which takes steps
-        most = config.timesteps  # None in continuous time
-        grid = (
-            [2 * size, *steps] if most is None else [most // n for n in (1, 2, 4, 8) if n <= most]
-        )
-        return tuple(Point(names[0], (("steps", n),)) for n in grid)
+        if most := config.timesteps:
+            steps = [most // share for share in (1, 2, 4, 8) if share <= most]
+        else:  # continuous time
+            steps = [2 * size, *steps]
+        return tuple(Point(names[0], (("steps", n),)) for n in steps)
     no_times = () if config.time_conditioning else tokens[1:]  # which a random order does not tell
     return (
         AUTHORS,
