@@ -16,15 +16,14 @@ import pytest
 import yaml
 
 import blockdiffusion.evaluate.replicates as replicates
-from blockdiffusion.checkpoints.lightning import Weights
-from blockdiffusion.checkpoints.release import Target
+from blockdiffusion.checkpoints.options import Target, Weights
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.options import DOCUMENT_RULES, PACKERS
 from blockdiffusion.data.registry import DATA_SETS
 from blockdiffusion.diffusion.estimators import EstimatorName
 from blockdiffusion.diffusion.schedules import SCHEDULES
-from blockdiffusion.estimate.memory import SampleDtype
-from blockdiffusion.evaluate.zero_shot import suite
+from blockdiffusion.estimate.options import SampleDtype
+from blockdiffusion.evaluate.zero_shot import options as zero_shot
 from blockdiffusion.runtime.hardware import NAMES
 from blockdiffusion.sampling.choosing import _MASKED
 from blockdiffusion.sampling.params import TopPRule
@@ -483,7 +482,7 @@ MISTAKES = {
                  "--batches", "1"], "does not divide the 32 tokens"),
     "sizes": (["variance", "{run}", "--data", "{data}", "--block-sizes", "4;8"], "commas"),
     "size 0": (["variance", "{run}", "--data", "{data}", "--block-sizes", "0"], "at least 1"),
-    "law": (["variance", "{run}", "--data", "{data}", "--estimators", "x"], "no estimator"),
+    "law": (["variance", "{run}", "--data", "{data}", "--estimators", "x"], "unknown estimator"),
     "odd pairs": (["variance", "{run}", "--data", "{data}", "--estimators", "complementx3"],
                   "even"),
     "many rows": (["variance", "{run}", "--data", "{data}", "--batches", "5000"], "fewer batches"),
@@ -591,7 +590,7 @@ def test_signals_save_and_tell_how_to_go_on(place, tmp_path):
     [
         (["--train.steps", "5"], "write train.steps=5,"),
         (["--lr=1e-3"], "write optim.lr=1e-3,"),
-        (["--num-layers", "2"], "write model.num_layers=2,"),
+        (["--num-hidden-layers", "2"], "write model.num_hidden_layers=2,"),
         (["--batch_size"], "write search.batch_size=VALUE or train.batch_size=VALUE,"),
     ],
 )
@@ -637,10 +636,10 @@ def test_the_shell_completes_values_to_those_that_there_are(monkeypatch):
         "sample x --dtype": ("auto", "float32", "float64", "bfloat16", "int8"),
         "eval x --dtype": ("auto", "float32", "float64", "bfloat16"),
         "variance x --estimators": get_args(EstimatorName),
-        "zero-shot x --packing": suite.PACKINGS,
-        "zero-shot x --frame": suite.FRAMES,
-        "zero-shot x --suite": suite.SUITES,
-        "zero-shot x --tasks": [task.name for task in suite.SUITES["paper"]],
+        "zero-shot x --packing": zero_shot.PACKINGS,
+        "zero-shot x --frame": zero_shot.FRAMES,
+        "zero-shot x --suite": zero_shot.SUITES,
+        "zero-shot x --tasks": [task.name for task in zero_shot.SUITES["paper"]],
         "reproduce T1 --scale": SCALES,
         "convert x --to": get_args(Target),
         "convert x --weights": get_args(Weights),

@@ -103,10 +103,14 @@ def check_limits(options: Any, prefix: str = "") -> None:
     """`check_limit` for every field of a dataclass that is in the table.
 
     Args:
-        prefix: of the names in messages, such as `train.`; an entry with it goes first.
+        prefix: of the names in messages, such as `train.`; an entry with it goes first. With
+            "--" they are those of the command line.
     """
     for item in fields(options):
         for name in (f"{prefix}{item.name}", item.name):
             if name in LIMITS:
-                check_limit(name, getattr(options, item.name), f"{prefix}{item.name}")
+                label = f"{prefix}{item.name}"
+                if prefix == "--":
+                    label = label.replace("_", "-")
+                check_limit(name, getattr(options, item.name), label)
                 break

@@ -1,15 +1,19 @@
-"""Options as fields of dataclasses: each with its help, its values, and its name of before."""
+"""Options as fields of dataclasses: each with its help, its values, and its old name, if any.
+
+The command line is made from them (`cli.options.grouped`). This module imports no PyTorch.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from blockdiffusion.errors import UserError, shown
 
 T = TypeVar("T")
+REQUIRED = MISSING  # the default of an option that must be given
 OLD_WORDS = {"bf16": "bfloat16"}  # values of options, as the version before named them
 
 
@@ -17,16 +21,43 @@ class Renamed(FutureWarning):
     """Something was asked for by a name that only this version still reads."""
 
 
-def option(default: Any, help: str, choices: str = "", flags: str = "", was: str = "") -> Any:
-    """A field that is an option.
+def option(
+    default: Any,
+    help: str,
+    choices: str = "",
+    flags: str = "",
+    was: str = "",
+    positional: bool = False,
+) -> Any:
+    """Return a dataclass field that is an option.
 
     Args:
-        choices: the values it may have, where these are words.
-        flags: its name on the command line, where that is not the field's.
+        default: its default; `REQUIRED` if it has none.
+        choices: the values that the shell completes, separated by spaces.
+        flags: its name on the command line, unless that is the field's.
         was: its name in the version before, which is still read.
+        positional: whether the command line gives it without a name.
     """
-    about = dict(help=help, choices=choices, flags=flags, was=was)
+    about = dict(help=help, choices=choices, flags=flags, was=was, positional=positional)
     return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Only:
+    """Annotates a group of options, a field whose type is a dataclass: these of its fields are
+    options of the command line, with another help text if one is given."""
+
+    helps: Mapping[str, str | None]
+
+
+def only(*names: str, **helps: str) -> Only:
+    """Select the options `names`, and those in `helps` with the help texts given there."""
+    return Only(dict.fromkeys(names) | helps)
+
+
+def all_but(kind: Any, *names: str) -> Only:
+    """Select all options of the dataclass `kind` except `names`."""
+    return only(*(item.name for item in fields(kind) if item.name not in names))
 
 
 def with_new_names(kind: Any, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

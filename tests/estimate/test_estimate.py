@@ -416,7 +416,10 @@ def test_every_objective_has_an_estimate(recipe_of):
             ["model.block_size=64", "--max-new-tokens", "65"],
             "--max-new-tokens is 65, beyond the one",
         ),
-        (["model.hiden_size=9"], "the nearest known one is model.hidden_size"),
+        (
+            ["model.hiden_size=9"],
+            "unknown key model.hiden_size; the nearest known one is model.hidden_size",
+        ),
         (["--json", "."], ". is a directory; give the name of a file"),
     ],
 )

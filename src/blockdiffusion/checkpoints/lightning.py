@@ -10,75 +10,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
 from blockdiffusion.checkpoints.bd3lm import BD3LM_IGNORED, ROTARY, our_name
+from blockdiffusion.checkpoints.options import KINDS, LightningOptions, Weights, flag
 from blockdiffusion.checkpoints.settings import Settings
 from blockdiffusion.checkpoints.unpickling import Archive, StoredTensor
-from blockdiffusion.diffusion.config import Objective
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.limits import check_limit
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 
 COMPILED = "_orig_mod."  # in the names of a network that torch.compile wrapped
-Weights = Literal["ema", "raw"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
-    """What one of the authors' algorithms makes of the network."""
-
-    objective: Objective
-    time_conditioning: bool = False
-    has_adaln: bool = True
-    has_blocks: bool = False
-    one_token: bool = False  # without blocks: whether a block is one token, or else the whole row
-    given_first: bool = False  # whether position 0 is given, whatever token it is
-    scaled_eps: float = 0.0  # noise_eps with the option `mdlm_loss_scale`
-
-
-# The authors' algo.name -> ours.
-KINDS = {
-    "mdlm": Kind(objective="block_diffusion"),
-    "sedd": Kind(objective="score_entropy", time_conditioning=True, scaled_eps=1e-3),
-    "ar": Kind(objective="autoregressive", has_adaln=False, one_token=True, given_first=True),
-    "bd3lm": Kind(objective="block_diffusion", has_blocks=True),
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LightningOptions:
-    """Which weights to take, and what a file does not say about its network.
-
-    What a file does say must not be contradicted. See `BlockDiffusionConfig` for the sizes.
-    """
-
-    weights: Weights = "ema"
-    """The moving average, which the authors evaluate, or the weights as trained."""
-    kind: str | None = None
-    """The authors' algo.name: mdlm, sedd, ar or bd3lm."""
-    block_size: int | None = None
-    seq_len: int | None = None
-    num_attention_heads: int | None = None
-    mask_id: int | None = None
-    noise_eps: float | None = None
-    """0.001 for weights that were trained with sigma = -log(1 - 0.999 t), as the published SEDD."""
-
-    def __post_init__(self) -> None:
-        if self.weights not in ("ema", "raw"):
-            raise UserError(f"--weights is {shown(self.weights)}; choose ema or raw")
-        if self.kind is not None and self.kind not in KINDS:
-            raise UserError(f"--kind is {shown(self.kind)}; choose {', '.join(KINDS)}")
-        for name in ("block_size", "seq_len", "num_attention_heads", "mask_id", "noise_eps"):
-            check_limit(name, getattr(self, name), _option(name))
-
-    def given(self) -> list[str]:
-        """The options that are not at their defaults, as the command line calls them."""
-        return [_option(f.name) for f in fields(self) if getattr(self, f.name) != f.default]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +181,7 @@ def _agreed_sizes(
         said = {
             "its tensors": seen.get(name),
             **{f"its {who}": value for who, value in others.items()},
-            _option(name): getattr(options, name),
+            flag(name): getattr(options, name),
         }
         known = {who: value for who, value in said.items() if value is not None}
         if len(set(known.values())) > 1:
@@ -302,13 +247,8 @@ def _sizes_of_tensors(
 
 def _unknown(missing: list[str], path: Path) -> str:
     words = " and ".join(missing)
-    options = " ".join(f"{_option(name)} ..." for name in missing)
+    options = " ".join(f"{flag(name)} ..." for name in missing)
     return (
         f"{path} does not say what its {words} {'are' if len(missing) > 1 else 'is'}; "
         f"run blockdiff convert {path} --out DIRECTORY {options}"
     )
-
-
-def _option(name: str) -> str:
-    """How the command line calls one of `LightningOptions`."""
-    return "--" + name.replace("_", "-")

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from blockdiffusion.checkpoints.bd3lm import to_bd3lm
 from blockdiffusion.checkpoints.card import (
@@ -31,7 +31,7 @@ from blockdiffusion.checkpoints.formats import (
     read_json,
     write_model,
 )
-from blockdiffusion.checkpoints.lightning import LightningOptions
+from blockdiffusion.checkpoints.options import LightningOptions, Target
 from blockdiffusion.checkpoints.tensors import write_safetensors
 from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
 from blockdiffusion.errors import UserError, reason, shown
@@ -43,7 +43,6 @@ from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusi
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Target = Literal["blockdiffusion", "bd3lm"]
 MEASURED_AS_A_BOUND = (
     "as a bound, by one draw of t and masks (bernoulli, t cut at 0.001), rows of L tokens; "
     "position 0 of every row is given, whatever token it is, and not counted"

@@ -5,64 +5,54 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from blockdiffusion.cli.options import (
-    DEVICE,
-    FILTERS,
-    JSON_FILE,
-    JSON_LINES,
-    MODEL,
-    SAMPLING_DTYPE,
-    Only,
-    all_but,
-    grouped,
-)
-from blockdiffusion.cli.shared import check_places, load_sampler, warn, write_json
+from blockdiffusion.cli.options import MODEL, Outputs, SamplerOptions, grouped
+from blockdiffusion.cli.shared import warn, write_json
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import say
+from blockdiffusion.options import all_but, only, option
 from blockdiffusion.sampling.params import SamplingParams
 
-SAMPLE = SamplingParams(max_new_tokens=256)
-INFILL = SamplingParams()
-LENGTHS = SamplingParams(num_samples=500, max_new_tokens=131_072, seed=0)
+JSON_LINES = "One JSON object a sample."
+FILTERS = ("top_p", "top_p_rule", "top_k", "temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """What `sample` continues, how, and how it is shown."""
+
+    prompt: str | None = option(None, "Text to continue.")
+    prompt_file: Path | None = option(None, "File with the text to continue.")
+    sampling: SamplingParams = field(default=SamplingParams(max_new_tokens=256))
+    stream: bool = option(False, "Show blocks as they fill in.", flags="--stream")
+    json_lines: bool = option(False, JSON_LINES, flags="--json")
+    network: SamplerOptions = field(default=SamplerOptions())
+
+    def __post_init__(self) -> None:
+        if self.stream and (self.json_lines or self.sampling.num_samples != 1):
+            raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
 
 
 @grouped
-def sample(
-    model: MODEL,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="File with the text to continue.")
-    ] = None,
-    sampling: SamplingParams = SAMPLE,
-    stream: Annotated[bool, typer.Option("--stream", help="Show blocks as they fill in.")] = False,
-    json_lines: JSON_LINES = False,
-    device: DEVICE = "auto",
-    dtype: SAMPLING_DTYPE = "auto",
-) -> None:
+def sample(model: MODEL, options: SampleOptions) -> None:
     """Generate text, from nothing or after a prompt."""
-    if stream and (json_lines or sampling.num_samples != 1):
-        raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
-    text = _text("prompt", _typed(prompt), prompt_file)
-    network = load_sampler(model, device, dtype)
-    from blockdiffusion.sampling import collect, prepare_prompts
-    from blockdiffusion.sampling import stream as events_of
+    text = _text("prompt", _typed(options.prompt), options.prompt_file)
+    network = options.network.load_optimized(model)
+    from blockdiffusion.sampling import collect, prepare_prompts, stream
 
-    sampling = _seeded(sampling)
+    sampling = _seeded(options.sampling)
     _warn_of_a_last_space(network, text)
-    events = events_of(network, text, sampling)
-    if stream:
+    events = stream(network, text, sampling)
+    if options.stream:
         from blockdiffusion.reports.terminal import show_stream
 
         (ids,) = prepare_prompts(network, text, 1, sampling.bos)
         show_stream(events, network.tokenizer, ids, text)
         return
-    _print_samples(collect(network, events), sampling.seed, json_lines)
+    _print_samples(collect(network, events), sampling.seed, options.json_lines)
 
 
 def _typed(text: str | None) -> str | None:
@@ -110,32 +100,35 @@ def _is_json(text: str) -> bool:
     return False
 
 
-@grouped
-def infill(
-    model: MODEL,
-    template: Annotated[
-        str | None,
-        typer.Argument(
-            help="Text with [MASK], or [MASK:5] for five tokens, where some is missing."
-        ),
-    ] = None,
-    template_file: Annotated[Path | None, typer.Option(help="File with such a text.")] = None,
+@dataclass(frozen=True, kw_only=True)
+class InfillOptions:
+    """What `infill` fills, and how."""
+
+    template: str | None = option(
+        None,
+        "Text with [MASK], or [MASK:5] for five tokens, where some is missing.",
+        positional=True,
+    )
+    template_file: Path | None = option(None, "File with such a text.")
     sampling: Annotated[
-        SamplingParams, all_but("max_new_tokens", "stride", "window", "eos", "use_cache")
-    ] = INFILL,
-    json_lines: JSON_LINES = False,
-    device: DEVICE = "auto",
-    dtype: SAMPLING_DTYPE = "auto",
-) -> None:
+        SamplingParams,
+        all_but(SamplingParams, "max_new_tokens", "stride", "window", "eos", "use_cache"),
+    ] = field(default=SamplingParams())
+    json_lines: bool = option(False, JSON_LINES, flags="--json")
+    network: SamplerOptions = field(default=SamplerOptions())
+
+
+@grouped
+def infill(model: MODEL, options: InfillOptions) -> None:
     """Fill what is missing in a text; a gap sees its own block and all that is before."""
-    text = _text("template", _typed(template), template_file)
+    text = _text("template", _typed(options.template), options.template_file)
     if text is None:
         raise UserError("there is no template; give a text with [MASK] in it, or --template-file")
-    network = load_sampler(model, device, dtype)
+    network = options.network.load_optimized(model)
     from blockdiffusion.sampling import infill as fill
 
-    sampling = _seeded(sampling)
-    _print_samples(fill(network, text, sampling), sampling.seed, json_lines)
+    sampling = _seeded(options.sampling)
+    _print_samples(fill(network, text, sampling), sampling.seed, options.json_lines)
 
 
 def _seeded(sampling: SamplingParams) -> SamplingParams:
@@ -177,38 +170,40 @@ def _print_samples(result: Any, seed: int | None, json_lines: bool) -> None:
             say(" ".join(map(str, ids)) if text is None else text)
 
 
-@grouped
-def lengths(
-    model: MODEL,
+@dataclass(frozen=True, kw_only=True)
+class LengthsOptions:
+    """Which documents `lengths` measures."""
+
     sampling: Annotated[
-        SamplingParams, Only(("num_samples", "max_new_tokens", *FILTERS, "window", "bos", "seed"))
-    ] = LENGTHS,
-    batch_size: Annotated[
-        int, typer.Option(help="Documents drawn together; a document depends on it.")
-    ] = 16,
-    json_file: JSON_FILE = None,
-    device: DEVICE = "auto",
-    dtype: SAMPLING_DTYPE = "auto",
-) -> None:
+        SamplingParams, only("num_samples", "max_new_tokens", *FILTERS, "window", "bos", "seed")
+    ] = field(default=SamplingParams(num_samples=500, max_new_tokens=131_072, seed=0))
+    batch_size: int = option(16, "Documents drawn together; a document depends on it.")
+    files: Annotated[Outputs, only("json_file")] = field(default=Outputs())
+    network: SamplerOptions = field(default=SamplerOptions())
+
+
+@grouped
+def lengths(model: MODEL, options: LengthsOptions) -> None:
     """How long documents become: tokens until a sampled EOS."""
     from blockdiffusion.evaluate.generation.lengths import document_lengths
     from blockdiffusion.evaluate.journal import journal_beside, remove_journal
     from blockdiffusion.evaluate.listing import length_lines
     from blockdiffusion.reports.terminal import progress_bar
 
-    check_places(json_file)
-    network = load_sampler(model, device, dtype)
+    sampling, file = options.sampling, options.files.json_file
+    options.files.check()
+    network = options.network.load_optimized(model)
     with progress_bar("lengths") as report:
         found = document_lengths(
             network,
             sampling.num_samples,
             sampling.max_new_tokens,
-            batch_size=batch_size,
+            batch_size=options.batch_size,
             seed=sampling.seed or 0,
-            journal=journal_beside(json_file),
+            journal=journal_beside(file),
             progress=report,
             **{name: getattr(sampling, name) for name in ("bos", *FILTERS, "window")},
         )
-    write_json(json_file, found.to_dict() | {"model": model})
-    remove_journal(json_file)
+    write_json(file, found.to_dict() | {"model": model})
+    remove_journal(file)
     say("\n".join(length_lines(found, model)))

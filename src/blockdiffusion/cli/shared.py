@@ -76,19 +76,6 @@ def _load(model: str, device: str, dtype: str) -> Any:
     return load(model, device=device_of(device), dtype=dtypes[dtype])
 
 
-def load_sampler(model: str, device: str, dtype: str) -> Any:
-    """The network as a copy made for sampling; `dtype` may be int8, too."""
-    network = load_unquantised(model, device, dtype)
-    from blockdiffusion.models.inference import optimize_for_inference
-
-    return optimize_for_inference(network, int8=dtype == INT8)
-
-
-def load_unquantised(model: str, device: str, dtype: str) -> Any:
-    """The network that a copy in `dtype` is made of: for int8 the float32 one."""
-    return load_model(model, device, "float32" if dtype == INT8 else dtype)
-
-
 def check_plot(plot: Path | None) -> None:
     """Refuses before the work to draw a picture that nothing here can draw."""
     if plot is not None:

@@ -52,10 +52,8 @@ def _device(device: Hardware) -> dict[str, list[str]]:
     if shares.traffic_compiled != shares.traffic:
         between += f" (compiled {shares.traffic_compiled:.0%})"
     return {
-        "device": [
-            f"{peaks}; {device.bandwidth / 1e9:,.4g} GB/s; {_in(device.memory)} to use;",
-            source,
-        ],
+        "device": [f"{peaks}; {device.bandwidth / 1e9:,.4g} GB/s; {_in(device.memory)} to use",
+                   source],
         "assumed": [
             f"{shares.products:.0%} of the peak in products, {shares.attention:.0%} in attention; "
             f"of the bandwidth {between}",

@@ -12,10 +12,10 @@ from typing import Literal
 
 from blockdiffusion.diffusion.losses import CPU_PIECES, GPU_PIECES
 from blockdiffusion.estimate.flops import Pass
+from blockdiffusion.estimate.options import SampleDtype
 from blockdiffusion.estimate.sizes import NetworkSizes
 
 Dtype = Literal["float32", "bfloat16"]
-SampleDtype = Literal["float32", "bfloat16", "int8"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}  # int8: of what is no matrix
 AUTOGRAD, FUSED = 1.1, 0.55  # shares that are kept: by autograd, and by layers' own gradients

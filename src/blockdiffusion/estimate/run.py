@@ -14,7 +14,8 @@ from typing import Any
 
 from blockdiffusion.data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
 from blockdiffusion.errors import UserError
-from blockdiffusion.estimate.sampling import SamplingEstimate, SamplingRequest, estimate_sampling
+from blockdiffusion.estimate.options import SamplingRequest
+from blockdiffusion.estimate.sampling import SamplingEstimate, estimate_sampling
 from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.estimate.training import TrainingEstimate, estimate_training
 from blockdiffusion.limits import check_limit

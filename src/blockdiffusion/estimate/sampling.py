@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from blockdiffusion.diffusion.objectives import diffusion_of
-from blockdiffusion.errors import UserError, shown
+from blockdiffusion.errors import UserError
 from blockdiffusion.estimate.flops import Flops, call_flops
-from blockdiffusion.estimate.memory import SampleDtype, cache_bytes, weight_bytes
+from blockdiffusion.estimate.memory import cache_bytes, weight_bytes
+from blockdiffusion.estimate.options import SamplingRequest
 from blockdiffusion.estimate.sizes import NetworkSizes
-from blockdiffusion.limits import check_limit
 from blockdiffusion.runtime.hardware import Hardware
 
 DRAW_BYTES = 32  # read and written for each logit of a drawn token: softmax, filters, sum
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingRequest:
-    """What to sample.
-
-    Attributes:
-        batch: rows at a time.
-        tokens_per_step: tokens of a row that a network call decides; 1 is first hitting.
-        max_new_tokens: of a row; None: L.
-        window: a token sees the last so many; None: all.
-        dtype: of weights and cache; int8: matrices in 8 bits, the rest in float32, on CPUs.
-    """
-
-    batch: int = 1
-    tokens_per_step: int = 1
-    max_new_tokens: int | None = None
-    window: int | None = None
-    dtype: SampleDtype = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "tokens_per_step", "max_new_tokens", "window"):
-            check_limit(name, getattr(self, name), "--" + name.replace("_", "-"))
-        if self.dtype not in get_args(SampleDtype):
-            raise UserError(
-                f"--sample-dtype is {shown(self.dtype)}; choose float32, bfloat16 or int8"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

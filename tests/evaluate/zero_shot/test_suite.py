@@ -17,7 +17,8 @@ from blockdiffusion.evaluate import scoring
 from blockdiffusion.evaluate.likelihood import likelihood
 from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.zero_shot import suite
-from blockdiffusion.evaluate.zero_shot.suite import SUITES, ZeroShotOptions, measure_zero_shot
+from blockdiffusion.evaluate.zero_shot.options import SUITES, ZeroShotOptions
+from blockdiffusion.evaluate.zero_shot.suite import measure_zero_shot
 from blockdiffusion.evaluate.zero_shot.table import (
     zero_shot_csv,
     zero_shot_lines,

@@ -3,7 +3,7 @@
 import pytest
 
 from blockdiffusion.errors import UserError
-from blockdiffusion.evaluate.zero_shot.suite import SUITES
+from blockdiffusion.evaluate.zero_shot.options import SUITES
 from blockdiffusion.studies.reproduce.paper import TABLES, find_table
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.independence import check_scorer
 from blockdiffusion.evaluate.generation.mauve_score import require_mauve
+from blockdiffusion.evaluate.generation.options import GenerateEval
 from blockdiffusion.evaluate.generation.perplexity import window_sizes
 from blockdiffusion.evaluate.generation.reference import reference_samples
 from blockdiffusion.evaluate.generation.result import (
@@ -22,7 +22,6 @@ from blockdiffusion.evaluate.generation.result import (
 )
 from blockdiffusion.evaluate.generation.samples import (
     Drawn,
-    DrawOptions,
     EntropyGuard,
     Sample,
     draw_samples,
@@ -31,43 +30,6 @@ from blockdiffusion.evaluate.generation.samples import (
 from blockdiffusion.evaluate.journal import journal_beside
 from blockdiffusion.evaluate.scorer import Scorer, load_scorer
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateEval:
-    """What to evaluate.
-
-    Attributes:
-        model: directory or id of the model under test; may be None where samples are given.
-        scorer: see `scorer.load_scorer`.
-        draw: how samples are drawn; not read where they are given.
-        min_entropy, entropy_window: of the guard, see `samples.EntropyGuard`; None: no guard.
-        samples_from: JSON lines file with samples to score instead of drawn ones.
-        reference: real text, see `reference.reference_samples`; `split` of prepared data.
-        mauve, context, stride: see `generation_result.evaluate_samples`.
-        label: what the result is called; the model or the samples file by default.
-    """
-
-    model: str | None
-    scorer: str
-    draw: DrawOptions = field(default_factory=DrawOptions)
-    min_entropy: float | None = None
-    entropy_window: int = 256
-    samples_from: Path | None = None
-    reference: tuple[str, ...] = ()
-    split: str = "valid"
-    mauve: bool = False
-    context: int | None = None
-    stride: int | None = None
-    label: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.model is None and self.samples_from is None:
-            raise UserError("there is nothing to score; give a model, or samples (--samples-from)")
-        if self.min_entropy is not None:
-            EntropyGuard(min_entropy=self.min_entropy, window=self.entropy_window)
-        if self.mauve and not self.reference:
-            raise UserError("MAUVE compares with real text; give --reference, or leave it out")
 
 
 def generate_and_score(

@@ -18,6 +18,7 @@ from typing import Any
 
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
+from blockdiffusion.evaluate.generation.options import DrawOptions, check_min_entropy
 from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.files.disk import append, storage_error, write_whole
 from blockdiffusion.files.records import (
@@ -32,7 +33,7 @@ from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup
 from blockdiffusion.runtime.seeding import derive_seed
 from blockdiffusion.sampling import BlockDone, Finished, stream
-from blockdiffusion.sampling.params import SETTINGS, SamplingParams
+from blockdiffusion.sampling.params import SETTINGS
 from blockdiffusion.text import whole_text
 
 STREAM = "generate-eval"
@@ -43,23 +44,6 @@ IDENTITY = {"max_new_tokens": "max_new_tokens", "eos": "eos", "policy": "sampler
 }
 MOST_TRIES = 10  # samples drawn for each one that a guard lets through
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawOptions(SamplingParams):
-    """How samples are drawn, from nothing (or a BOS).
-
-    Attributes:
-        num_samples: samples to have; only those of a last, short batch depend on it.
-        batch_size: samples drawn together. They share a random stream, so a sample depends on it.
-        int8: by a copy of the network in 8 bits: an approximation; see `models.inference`.
-    """
-
-    num_samples: int = 64
-    max_new_tokens: int = 256
-    batch_size: int = 16
-    seed: int = 0
-    int8: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +96,7 @@ class EntropyGuard:
 
     def __post_init__(self) -> None:
         check_limits(self)
-        if not self.min_entropy > 0:
-            raise UserError(
-                f"the guard asks for an entropy of {self.min_entropy} nats; it must be above 0"
-            )
+        check_min_entropy(self.min_entropy)
 
     def accepts(self, sample: Sample) -> bool:
         """Whether the sample passes.

@@ -20,14 +20,12 @@ import numpy as np
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.named import NamedSet, NamedSplit
 from blockdiffusion.data.parts import id_dtype
-from blockdiffusion.data.registry import find_set
 from blockdiffusion.data.shards import RowRules, WrapPacker
 from blockdiffusion.data.tokenizers import encode, vocab_size
 from blockdiffusion.diffusion.denoiser import Denoiser, bos_id
-from blockdiffusion.errors import UserError, shown
+from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
-from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.scoring import score
 from blockdiffusion.evaluate.windows import (
     Window,
@@ -35,115 +33,10 @@ from blockdiffusion.evaluate.windows import (
     default_stride,
     document_windows,
 )
-from blockdiffusion.limits import check_limits
+from blockdiffusion.evaluate.zero_shot.options import Task, ZeroShotOptions
 from blockdiffusion.runtime.versions import versions
 
-PACKINGS = ("wrap", "document")
-FRAMES = ("auto", "none", "bos", "bos-eos")
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """One line of a suite: which split of which named set."""
-
-    name: str
-    data_set: str
-    split: str
-
-
-SUITES = {
-    "paper": (
-        Task(name="ptb", data_set="ptb", split="validation"),
-        Task(name="wikitext", data_set="wikitext2", split="validation"),
-        Task(name="lm1b", data_set="lm1b", split="test"),
-        Task(name="lambada", data_set="lambada", split="test"),
-        Task(name="ag_news", data_set="ag_news", split="test"),
-        Task(name="pubmed", data_set="scientific_papers_pubmed", split="validation"),
-        Task(name="arxiv", data_set="scientific_papers_arxiv", split="validation"),
-    )
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ZeroShotOptions:
-    """What to measure, and by which conventions.
-
-    Attributes:
-        suite: a key of `SUITES`.
-        tasks: names of its tasks, each text one or several with commas between; all if empty.
-        local: `NAME=PATH` or `NAME:split=PATH` for each task with local files.
-        packing: `wrap`: the documents of a set are one stream, cut to rows of `context` tokens, the
-            last partial row dropped (the paper). `document`: each by itself, in windows of
-            `context` tokens, `stride` tokens apart.
-        context: tokens a row or window; None: the model's.
-        stride: see `windows.document_windows`; None: half the context. For `document` only.
-        frame: what stands at the ends of rows: `none`, `bos` (given, not counted) or `bos-eos` (the
-            paper: BOS at the beginning, a counted EOS at the end of a wrapped row). `auto`: as the
-            model was trained, and `bos-eos` where it does not say.
-        document_eos: whether an EOS stands after every document; the paper has none here.
-        max_documents: read only the first documents of each set.
-        limit: score only the first rows, for `wrap`.
-        score: how the likelihood is estimated.
-        seed: of the masks.
-
-    Raises:
-        UserError: something that does not exist or does not go together.
-    """
-
-    suite: str = "paper"
-    tasks: tuple[str, ...] = ()
-    local: tuple[str, ...] = ()
-    packing: str = "wrap"
-    context: int | None = None
-    stride: int | None = None
-    frame: str = "auto"
-    document_eos: bool = False
-    max_documents: int | None = None
-    limit: int | None = None
-    score: LikelihoodOptions = dataclasses.field(default_factory=LikelihoodOptions)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("suite", SUITES), ("packing", PACKINGS), ("frame", FRAMES)):
-            if (value := getattr(self, name)) not in allowed:
-                raise UserError(f"{name} is {shown(value)}: it must be one of {', '.join(allowed)}")
-        tasks = tuple(name for names in self.tasks for name in names.split(","))
-        object.__setattr__(self, "tasks", tasks)
-        known = [task.name for task in SUITES[self.suite]]
-        if unknown := [name for name in self.tasks if name not in known]:
-            raise UserError(
-                f"the suite {self.suite} has no {unknown[0]!r}: it has {', '.join(known)}"
-            )
-        check_limits(self)
-        if self.stride is not None and self.packing == "wrap":
-            raise UserError("stride goes with packing document: wrapped rows do not overlap")
-        if self.limit is not None and self.packing == "document":
-            raise UserError("limit goes with packing wrap: give max_documents instead")
-        self.sources()  # refuses what is wrong in local
-
-    def sources(self) -> list[tuple[Task, NamedSet]]:
-        """Every task, with the set that it reads."""
-        local: dict[str, tuple[str, Path]] = {}
-        tasks = {alias: task for task in SUITES[self.suite] for alias in (task.name, task.data_set)}
-        for entry in self.local:
-            head, equals, path = entry.partition("=")
-            name, _, split = head.partition(":")
-            if not equals or name not in tasks:
-                raise UserError(
-                    f"local is {shown(entry)}: it must be NAME=PATH, with a name of the suite "
-                    f"({', '.join(task.name for task in SUITES[self.suite])})"
-                )
-            if not Path(path).expanduser().exists():
-                raise UserError(f"there is no file or folder {path!r} to read {name} from")
-            local[tasks[name].name] = (split or tasks[name].split, Path(path).expanduser())
-        chosen = []
-        for task in SUITES[self.suite]:
-            if not self.tasks or task.name in self.tasks:
-                split, path = local.get(task.name, (task.split, None))
-                data_set = find_set(task.data_set)
-                chosen.append((task, NamedSet(data_set=data_set, split=split, path=path)))
-        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)

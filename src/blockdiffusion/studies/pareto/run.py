@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,35 +34,11 @@ from blockdiffusion.evaluate.scorer import Scorer, ScorerFacts, load_scorer
 from blockdiffusion.files.disk import write_whole
 from blockdiffusion.files.records import Damaged, read_json, sealed, unsealed
 from blockdiffusion.sampling.sliding import has_one_block
+from blockdiffusion.studies.options import Pareto
 from blockdiffusion.studies.pareto.points import AUTHORS, Point, usual_points
 
 FORMAT = "blockdiffusion-pareto-1"
 BOUND_SAMPLES = 4  # complement pairs that every sample's bound may cost
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pareto:
-    """What to measure.
-
-    Attributes:
-        model: directory or id. scorer: see `generation.scorer.load_scorer`.
-        out: folder for the samples and the result of every point; a point that is there is not
-            measured again.
-        points: none = the usual ones of the model.
-        draw: how all of them are drawn, but for the policy and its settings.
-        reference: real text, see `generation.reference`; `split` of prepared data.
-        context, stride: of the scorer's windows.
-    """
-
-    model: str
-    scorer: str
-    out: Path
-    points: tuple[Point, ...] = ()
-    draw: DrawOptions = field(default_factory=DrawOptions)
-    reference: tuple[str, ...] = ()
-    split: str = "valid"
-    context: int | None = None
-    stride: int | None = None
 
 
 def measure_pareto(

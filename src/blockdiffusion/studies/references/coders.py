@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,53 +25,18 @@ from blockdiffusion.diffusion.denoiser import Denoiser
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator, data_error
-from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.prepared import read_rows
 from blockdiffusion.evaluate.scoring import score
 from blockdiffusion.evaluate.windows import Window
-from blockdiffusion.limits import check_limits
 from blockdiffusion.runtime.versions import versions
+from blockdiffusion.studies.options import CoderOptions
 from blockdiffusion.studies.references.compressors import COMPRESSORS, PREFIX_BYTES, Compressor
 from blockdiffusion.studies.references.ngram import count_ngrams
 
-MAX_ORDER = 16
 MAX_TRAIN_TOKENS = 2**25  # n-grams are counted in memory, about 120 bytes for a token
 ROWS_AT_ONCE = 4096
 BETWEEN_DOCUMENTS = "\0"  # one byte for an EOS, which the others pay for, too
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CoderOptions:
-    """What is coded, and how.
-
-    Attributes:
-        split: the split whose rows are coded.
-        limit: code only the first rows.
-        order: the longest n-gram; every order from 1 on is in the table.
-        train_rows: read only the first rows of the training split.
-        bos: whether position 0 of a row is given and not counted; None: as the data say.
-        score: how the likelihood of models is estimated.
-        seed: of their masks.
-
-    Raises:
-        UserError: a value that is not allowed.
-    """
-
-    split: str = "valid"
-    limit: int | None = None
-    order: int = 6
-    train_rows: int | None = None
-    bos: bool | None = None
-    score: LikelihoodOptions = field(default_factory=LikelihoodOptions)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-        if not 1 <= self.order <= MAX_ORDER:
-            raise UserError(f"order is {self.order}; it must be from 1 to {MAX_ORDER}")
-        if self.split == "train":
-            raise UserError("split is train, which the n-grams are counted on; choose another one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -134,7 +134,7 @@ def make_plan(
 
 def zero_shot_names() -> list[str]:
     """The sets of table 5."""
-    from blockdiffusion.evaluate.zero_shot.suite import SUITES
+    from blockdiffusion.evaluate.zero_shot.options import SUITES
 
     return [task.name for task in SUITES["paper"]]
 

@@ -39,57 +39,15 @@ from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.measured import Measured, mean_of, ratio_of
 from blockdiffusion.evaluate.prepared import HeldOutText
 from blockdiffusion.evaluate.replicates import Advance
-from blockdiffusion.limits import check_limit, check_limits
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.runtime.versions import versions
+from blockdiffusion.studies.options import VarianceOptions
 
 PAPER = "bernoulli (paper)"
 EXACT = "the exact bound"
 PAPER_LAW = Bernoulli(stratify="batch")  # linear, unclipped, times stratified over the batch
-DEFAULT_ESTIMATORS = (
-    "bernoulli", "bernoulli:cosine", "bernoulli:square", "bernoulli:sqrt", "bernoulli:log",
-    "bernoulli[0.3,0.8]", "bernoulli[0.45,0.95]", "bernoulli[1,1]", "resampled[0.3,0.8]",
-    "count", "complement", "countx4", "count[0.45,0.95]", "complement[0.45,0.95]",
-)  # fmt: skip
 GROUPS = ("embedding", "attention", "mlp", "norms and modulation", "output")
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VarianceOptions:
-    """What to measure.
-
-    Attributes:
-        estimators: as `estimators.make_estimator` reads them; the paper's is measured besides.
-        block_sizes: every S to measure at; each divides the rows' length.
-        batch_size: rows of a batch, whose loss and gradient have the variance.
-        batches: batches of different rows; standard errors need two.
-        replicates: draws of the masks of every batch, at least 2.
-        gradients: whether to measure the gradient too (each replicate then has a backward pass).
-        seed: of the masks.
-    """
-
-    estimators: tuple[str, ...] = DEFAULT_ESTIMATORS
-    block_sizes: tuple[int, ...] = (1, 4, 8, 16)
-    batch_size: int = 16
-    batches: int = 4
-    replicates: int = 16
-    gradients: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.estimators or not self.block_sizes:
-            raise UserError("nothing to measure: give at least one estimator and one block size")
-        for spec in self.estimators:
-            make_estimator(spec)
-        check_limits(self)
-        for size in self.block_sizes:
-            check_limit("block_size", size, "a block size")
-
-    @property
-    def rows(self) -> int:
-        """Rows of the data that are read."""
-        return self.batch_size * self.batches
 
 
 @dataclass(frozen=True, kw_only=True)
