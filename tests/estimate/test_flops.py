@@ -25,7 +25,7 @@ from blockdiffusion.estimate.flops import (
 from blockdiffusion.estimate.memory import cache_bytes, weight_bytes
 from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.models.attention import _flex_block_mask
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.models.masks import Streams, dense_mask
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
@@ -186,7 +186,7 @@ def test_pairs_of_a_causal_row():
 @pytest.mark.parametrize("sizes", [{"block_size": 4}, {"block_size": 4, **SEDD}, AR])
 def test_operations_of_a_call_are_those_that_are_counted(sizes):
     model, sizes_ = network({"seq_len": 64, **sizes})
-    model = sampling_copy(model.double())  # whose products are plain ones in float64
+    model = optimize_for_inference(model.double())  # whose products are plain ones in float64
     size, rows, past, scored = sizes_.block_size, 3, 12, 2
     ids = torch.zeros(rows, past, dtype=torch.long)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_operations_of_a_call_are_those_that_are_counted(sizes):
 def test_bytes_of_weights_and_cache(sizes):
     """Those of the copy that samples; norms and biases that are folded away are less than 1 %."""
     model, sizes_ = network({"seq_len": 32, "block_size": 4, **sizes})
-    copied = sampling_copy(model.double())  # in float64, of which the weights stay as they are
+    copied = optimize_for_inference(model.double())  # float64 is not packed
     for dtype, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model.to(kind)
         held = sum(p.numel() * kind.itemsize for p in copied.parameters())
