@@ -220,8 +220,8 @@ class BlockDiffusion(nn.Module):
         """Return the hidden states (B, T, D) of the tokens that follow each row's cached ones.
 
         Args:
-            ids_BT: whole blocks. The first `num_clean` tokens (of every row, or (B,)) are clean, and
-                the caller may commit them afterwards; the block being denoised follows.
+            ids_BT: whole blocks. The first `num_clean` tokens (of every row, or (B,)) are clean;
+                the caller may commit them afterwards. The block being denoised follows.
             window: a query sees the last `window` tokens, including its own block; None = all.
             sigma_B: time of the noisy block, for time-conditioned networks.
             wanted: rows and columns (M,) of the tokens whose states are returned, as (M, D).
