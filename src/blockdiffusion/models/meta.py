@@ -1,4 +1,4 @@
-"""A network without storage: names and shapes of its tensors before anything is allocated."""
+"""A network without storage: names and shapes of its tensors, with nothing allocated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from blockdiffusion.models.transformer import BlockDiffusionModel
 
 
 def meta_model(config: Any) -> BlockDiffusionModel:
-    """The network of a configuration on PyTorch's device `meta`."""
+    """Return the network of a configuration on PyTorch's device `meta`."""
     with torch.device("meta"):
         return BlockDiffusionModel(config)
 
