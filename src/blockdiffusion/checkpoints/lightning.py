@@ -28,16 +28,16 @@ COMPILED = "_orig_mod."  # in the names of a network that torch.compile wrapped
 
 @dataclass(frozen=True, kw_only=True)
 class LightningFile:
-    """What was read from a file.
+    """The contents of a file.
 
     Attributes:
         config: sizes and conventions of the network.
         state: its tensors, under our names.
         kind: the authors' algo.name.
         weights: which of the two sets of weights `state` is.
-        steps: updates made, where the file says so.
-        data: the authors' name of the training data, where the file says so.
-        tokenizer: the tokenizer's JSON, where the file holds one.
+        steps: number of updates, if recorded.
+        data: the authors' name of the training data, if recorded.
+        tokenizer: the tokenizer's JSON, if there is one.
     """
 
     config: BlockDiffusionConfig
@@ -50,7 +50,7 @@ class LightningFile:
 
 
 def read_lightning(path: Path, options: LightningOptions | None = None) -> LightningFile:
-    """Reads a `last.ckpt` of the authors' code; nothing in it is run.
+    """Read a `last.ckpt` of the authors' code without running anything in it.
 
     Raises:
         UserError: the file is damaged or no such checkpoint, its average does not fit its weights,
@@ -83,7 +83,7 @@ def read_lightning(path: Path, options: LightningOptions | None = None) -> Light
 
 
 def _trained(state_dict: Any, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of `state_dict`, buffers included, without the marks of a compiled network."""
+    """The tensors of `state_dict`, including buffers, by their names in the uncompiled network."""
     if not isinstance(state_dict, dict) or not state_dict:
         raise UserError(
             f"{path} holds no state_dict, so it is no Lightning checkpoint; "
@@ -103,7 +103,7 @@ def _trained(state_dict: Any, path: Path) -> dict[str, StoredTensor]:
 def _averaged(
     content: Mapping[str, Any], trained: Mapping[str, StoredTensor], path: Path
 ) -> dict[str, StoredTensor]:
-    """The moving average, by the names of the parameters, in whose order it is a list."""
+    """The moving average by name. The file has a list in the order of the parameters."""
     average = content.get("ema")
     averages = average.get("shadow_params") if isinstance(average, dict) else None
     if not isinstance(averages, list):
@@ -141,7 +141,7 @@ def _configuration(
     options: LightningOptions,
     path: Path,
 ) -> tuple[str, BlockDiffusionConfig]:
-    """The kind and the sizes of the network, from everything that says something about them."""
+    """The kind and the sizes of the network, from tensors, configuration and options."""
     sizes = _sizes_of_tensors(shapes, rotary, path)
     sizes |= _agreed_sizes(sizes, settings, options, path)
     kind_name = sizes.pop("kind")
@@ -170,20 +170,16 @@ def _configuration(
 def _agreed_sizes(
     seen: Mapping[str, Any], settings: Settings, options: LightningOptions, path: Path
 ) -> dict[str, Any]:
-    """The kind and what the shapes may not say, if nobody contradicts another.
-
-    Args:
-        seen: what the shapes say.
-    """
+    """The kind and the sizes that the shapes `seen` do not determine, if all sources agree."""
 
     def agreed(name: str, **others: Any) -> Any:
-        """What the tensors, others and the option say."""
-        said = {
+        """The value of `name` by the tensors, `others` and the option."""
+        given = {
             "its tensors": seen.get(name),
             **{f"its {who}": value for who, value in others.items()},
             flag(name): getattr(options, name),
         }
-        known = {who: value for who, value in said.items() if value is not None}
+        known = {who: value for who, value in given.items() if value is not None}
         if len(set(known.values())) > 1:
             parts = " and ".join(f"{value} by {who}" for who, value in known.items())
             raise UserError(f"{path}: {name} is {parts}; leave the option out, or correct it")
@@ -221,7 +217,7 @@ def _agreed_sizes(
 def _sizes_of_tensors(
     shapes: Mapping[str, tuple[int, ...]], rotary: tuple[int, ...] | None, path: Path
 ) -> dict[str, Any]:
-    """What the shapes say. Rotary frequencies are half as many as a head is wide."""
+    """The sizes that the shapes determine; `rotary` has one frequency for two numbers of a head."""
     embedding = shapes.get("embedding.weight", ())
     layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d{1,6})\.", name))}
     if len(embedding) != 2 or 0 in embedding or not layers:

@@ -1,7 +1,7 @@
-"""The configuration and the tokenizer that a Lightning file carries, dug out of inert placeholders.
+"""The configuration and the tokenizer in a Lightning file, extracted from inert placeholders.
 
 The authors' runs pickle an omegaconf configuration: containers hold their items as `_content`,
-leaves their value as `_val`, and `${model.length}` stands for another key's value.
+leaves their value as `_val`, and `${model.length}` stands for the value of another key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MASKS = ("[MASK]", "<mask>", "[mask]", "<|mask|>")
 
 
 class Settings:
-    """What can be read of a file's `hyper_parameters`; nothing where they are of another kind.
+    """The readable part of a file's `hyper_parameters`; empty if they are of another kind.
 
     Attributes:
         tokenizer: the JSON of the run's fast tokenizer, or None.
@@ -33,7 +33,7 @@ class Settings:
         self.tokenizer = _tokenizer_json(held)
 
     def value(self, key: str) -> Any:
-        """The plain value of a dotted key, such as `model.length`; None where there is none."""
+        """Return the plain value of a dotted key, such as `model.length`, or None."""
         for _ in range(HOPS):
             place = self._tree
             for name in key.split("."):
@@ -45,22 +45,22 @@ class Settings:
         return None
 
     def whole(self, key: str) -> int | None:
-        """The same where it is a whole number."""
+        """Return the value if it is a whole number."""
         found = self.value(key)
         return found if type(found) is int else None
 
     def flag(self, key: str) -> bool | None:
-        """The same where it is true or false."""
+        """Return the value if it is true or false."""
         found = self.value(key)
         return found if type(found) is bool else None
 
     def text(self, key: str) -> str | None:
-        """The same where it is a text."""
+        """Return the value if it is a text."""
         found = self.value(key)
         return found if isinstance(found, str) else None
 
     def mask_id(self) -> int | None:
-        """Id of the tokenizer's own mask token, or None; then the mask is appended to it."""
+        """Return the id of the tokenizer's mask token; None = the mask is appended to it."""
         if self.tokenizer is None:
             return None
         try:
@@ -72,14 +72,14 @@ class Settings:
 
 
 def _plain(value: Any, depth: int = 0, seen: dict[int, Any] | None = None) -> Any:
-    """Dictionaries, lists and values; what is neither becomes None. What is shared stays shared."""
+    """Dictionaries, lists and values, and None for all else. Shared objects stay shared."""
     seen = {} if seen is None else seen
     if depth > DEEPEST:
         return None
     if isinstance(value, str | int | float | bool):
         return value
     if id(value) not in seen:
-        seen[id(value)] = None  # of itself inside itself
+        seen[id(value)] = None  # for a value inside itself
         seen[id(value)] = _plain_container(value, depth + 1, seen)
     return seen[id(value)]
 

@@ -1,15 +1,14 @@
-"""Reading what `torch.save` wrote without running anything in it.
+"""Read files of `torch.save` without running anything in them.
 
 Such a file is a zip archive: a pickle describes the objects, and each tensor's numbers are a record
-of their own. A pickle names functions and classes to call, which is how it can carry code. The
-unpickler here knows a handful of harmless ones (tensors, plain containers); every other name, be it
-a class of another library or `os.system`, becomes a `Placeholder`, which does nothing. Tensors are
-only descriptions until `Archive.tensor` reads their numbers, so that optimizer states cost neither
-time nor memory.
+of their own. A pickle can carry code, because it names functions and classes to call. The unpickler
+here knows a few harmless ones (tensors, plain containers); every other name, a class of another
+library or `os.system`, becomes a `Placeholder`, which does nothing. Tensors are only descriptions
+until `Archive.tensor` reads their numbers, so optimizer states cost neither time nor memory.
 
-A few bytes of a pickle can ask for any amount of memory, time or stack: values that are shared
-again and again, tuples in tuples, places in the memo far away, calls that copy. So it is looked
-through first (`_check_pickle`), and what its tensors claim is counted against the file.
+A few bytes of a pickle can demand any amount of memory, time or stack: values shared repeatedly,
+nested tuples, distant places in the memo, calls that copy. So `_check_pickle` scans it first, and
+the sizes that tensors claim are counted against the file.
 """
 
 from __future__ import annotations
@@ -54,11 +53,11 @@ READ = 8
 
 
 class Placeholder:
-    """Stands for an object of a class, or the result of a function, that is never called.
+    """An object of an unknown class, or the result of an unknown function, which is never called.
 
     Attributes:
-        state: what it would have given the object as its attributes; None = nothing.
-        entries: what it would have put into the object, where that is a kind of dictionary.
+        state: the pickled attributes of the object; None = none.
+        entries: the pickled items of the object, if it is a kind of dictionary.
     """
 
     state: Any
@@ -98,7 +97,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's numbers are in the archive; as claimed, checked when they are read."""
+    """Where a tensor's numbers are, as the archive claims; checked when they are read."""
 
     storage: _Storage
     offset: int
@@ -106,7 +105,7 @@ class StoredTensor:
     stride: tuple[int, ...]
 
     def is_sound(self) -> bool:
-        """Whether the claims have the right types; a damaged pickle can claim anything."""
+        """Return whether the claims have the right types; a damaged pickle can claim anything."""
         if not isinstance(self.shape, tuple) or not isinstance(self.stride, tuple):
             return False
         numbers = (self.offset, *self.shape, *self.stride)
@@ -145,7 +144,7 @@ class _EncodeBytes(_Callable):
 
 
 class _Make(_Callable):
-    """Makes a container, as a copy of what is given; a number, which `bytes` takes, is refused."""
+    """Makes a container from another one. A number, which `bytes` would take, is refused."""
 
     __slots__ = ("_kind",)
 
@@ -209,10 +208,10 @@ _Value = list[int]
 
 
 def _check_pickle(content: bytes) -> None:
-    """Refuses a pickle that would take more time, memory or stack than its size accounts for.
+    """Refuse a pickle that would take more time, memory or stack than its size justifies.
 
-    The stack is followed with a pair for every value: its parts, which hashing it looks at, and its
-    size, which a call with it may copy.
+    A copy of the stack has a pair for every value: its parts, which hashing visits, and its size,
+    which a call may copy.
     """
     stack: list[_Value | None] = []  # None is a mark
     memo: dict[int, _Value] = {}
@@ -278,7 +277,7 @@ def _keys(name: str, number: int) -> range:
 
 
 def _take(stack: list[_Value | None], before: list[Any]) -> list[_Value]:
-    """Takes from the stack what an opcode does, in the order of the stack."""
+    """Take the values of an opcode off the stack, and return them in the order of the stack."""
     taken = []
     for kind in reversed(before):
         if kind is pickletools.stackslice:
@@ -295,9 +294,7 @@ def _take(stack: list[_Value | None], before: list[Any]) -> list[_Value]:
 
 
 class Archive:
-    """A file that `torch.save` wrote, in its zip format (that of PyTorch 1.6 and later).
-
-    A context manager; outside of its block nothing can be read.
+    """A file of `torch.save` in the zip format (of PyTorch 1.6 and later), as a context manager.
 
     Attributes:
         content: the pickled object: plain containers and values, `StoredTensor`, `Placeholder`.
@@ -325,7 +322,7 @@ class Archive:
         self._file.close()
 
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
-        """The numbers of a tensor.
+        """Return the numbers of a tensor.
 
         Raises:
             UserError: its record is missing, damaged, or smaller than the tensor.
