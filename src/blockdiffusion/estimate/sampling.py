@@ -1,4 +1,4 @@
-"""What sampling costs: network calls, operations, bytes, time, price."""
+"""The cost of sampling: network calls, operations, bytes, time, price."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from blockdiffusion.estimate.options import SamplingRequest
 from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.runtime.hardware import Hardware
 
-DRAW_BYTES = 32  # read and written for each logit of a drawn token: softmax, filters, sum
+DRAW_BYTES = 32  # traffic for each logit of a drawn token: softmax, filters, sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingEstimate:
-    """What sampling costs.
+    """The cost of sampling.
 
     Attributes:
         new_tokens: of a row. calls: network calls that they take (nfe), commits riding on the next
@@ -58,7 +58,7 @@ class SamplingEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class _Calls:
-    """Network calls of a kind: tokens and keys that each reads of a row, positions with logits."""
+    """Network calls of one kind: tokens, keys and positions with logits of a row in each."""
 
     count: int
     tokens: int
@@ -73,7 +73,7 @@ def estimate_sampling(
     request: SamplingRequest,
     price_per_hour: float | None,
 ) -> SamplingEstimate:
-    """What sampling `request` costs on one device, every row from its beginning.
+    """Return the cost of sampling `request` on one device, every row from its beginning.
 
     Raises:
         UserError: the request does not fit the network.
@@ -152,7 +152,7 @@ def _check(sizes: NetworkSizes, device: Hardware, request: SamplingRequest, leng
 
 
 def _capacity(sizes: NetworkSizes, request: SamplingRequest, length: int) -> int:
-    """Slots of the cache for a row."""
+    """Slots of a row in the cache."""
     longest = -(-length // sizes.block_size) * sizes.block_size
     if request.window is None:
         return longest
