@@ -74,7 +74,7 @@ def read_lightning(path: Path, options: LightningOptions | None = None) -> Light
         kind=kind,
         weights=options.weights,
         steps=steps if type(steps) is int else None,
-        data=settings.text("data.train"),
+        data=settings.value("data.train", str),
         tokenizer=settings.tokenizer,
     )
 
@@ -151,18 +151,21 @@ def _configuration(
             f"{path} has a time embedding, which the network of {kind_name} does not use; its kind "
             f"is one of {', '.join(name for name, kind in KINDS.items() if kind.has_adaln)}"
         )
-    dropout = settings.value("model.dropout")
-    if isinstance(dropout, int | float):
+    dropout = settings.value("model.dropout", float)
+    if dropout is None:
+        dropout = settings.value("model.dropout", int)
+    if dropout is not None:
         sizes["dropout"] = float(dropout)
     eps = options.noise_eps
     if eps is None:
-        eps = kind.scaled_eps if settings.flag("algo.mdlm_loss_scale") else 0.0
+        eps = kind.scaled_eps if settings.value("algo.mdlm_loss_scale", bool) else 0.0
     config = BlockDiffusionConfig(
         **sizes,
         objective=kind.objective,
-        time_conditioning=kind.time_conditioning or settings.flag("algo.time_conditioning") is True,
+        time_conditioning=kind.time_conditioning
+        or bool(settings.value("algo.time_conditioning", bool)),
         noise_eps=eps,
-        bos=True if kind.given_first or settings.flag("algo.ignore_bos") else None,
+        bos=True if kind.given_first or settings.value("algo.ignore_bos", bool) else None,
     )
     return kind_name, config
 
@@ -185,7 +188,7 @@ def _agreed_sizes(
             raise UserError(f"{path}: {name} is {parts}; leave the option out, or correct it")
         return next(iter(known.values()), None)
 
-    kind_name: str | None = agreed("kind", configuration=settings.text("algo.name"))
+    kind_name: str | None = agreed("kind", configuration=settings.value("algo.name", str))
     kind = KINDS.get(kind_name or "")
     if kind_name is not None and kind is None:
         raise UserError(
@@ -193,20 +196,20 @@ def _agreed_sizes(
         )
     found: dict[str, Any] = {
         "kind": kind_name,
-        "seq_len": agreed("seq_len", configuration=settings.whole("model.length")),
+        "seq_len": agreed("seq_len", configuration=settings.value("model.length", int)),
         "num_attention_heads": agreed(
-            "num_attention_heads", configuration=settings.whole("model.n_heads")
+            "num_attention_heads", configuration=settings.value("model.n_heads", int)
         ),
     }
     if kind is not None and kind.has_blocks:
-        configured = settings.whole("block_size")
+        configured = settings.value("block_size", int)
         found["block_size"] = agreed("block_size", configuration=configured)
     elif kind is not None and found["seq_len"] is not None:
         only = 1 if kind.one_token else found["seq_len"]
         found["block_size"] = agreed("block_size", kind=only)
     missing = [name for name, value in found.items() if value is None]
     found["mask_id"] = agreed("mask_id", tokenizer=settings.mask_id())
-    tokenizer_name = settings.text("data.tokenizer_name_or_path") or ""
+    tokenizer_name = settings.value("data.tokenizer_name_or_path", str) or ""
     if found["mask_id"] is None and "bert" in tokenizer_name:  # has one of its own
         missing.append("mask_id")
     if missing:

@@ -7,11 +7,12 @@ leaves their value as `_val`, and `${model.length}` stands for the value of anot
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from blockdiffusion.checkpoints.unpickling import Placeholder
 from blockdiffusion.files.records import Damaged, parse_json
 
+T = TypeVar("T")
 DEEPEST = 32  # nested sections; a damaged file may have a section inside itself
 HOPS = 8  # `${...}` that lead to a `${...}`
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -32,32 +33,17 @@ class Settings:
         held = hyper_parameters.get("tokenizer") if isinstance(hyper_parameters, dict) else None
         self.tokenizer = _tokenizer_json(held)
 
-    def value(self, key: str) -> Any:
-        """Return the plain value of a dotted key, such as `model.length`, or None."""
+    def value(self, key: str, kind: type[T]) -> T | None:
+        """Return the value of a dotted key, such as `model.length`, if it is of this type."""
         for _ in range(HOPS):
             place = self._tree
             for name in key.split("."):
                 place = place.get(name) if isinstance(place, dict) else None
             reference = REFERENCE.fullmatch(place) if isinstance(place, str) else None
             if reference is None:
-                return place
+                return place if type(place) is kind else None
             key = reference.group(1)
         return None
-
-    def whole(self, key: str) -> int | None:
-        """Return the value if it is a whole number."""
-        found = self.value(key)
-        return found if type(found) is int else None
-
-    def flag(self, key: str) -> bool | None:
-        """Return the value if it is true or false."""
-        found = self.value(key)
-        return found if type(found) is bool else None
-
-    def text(self, key: str) -> str | None:
-        """Return the value if it is a text."""
-        found = self.value(key)
-        return found if isinstance(found, str) else None
 
     def mask_id(self) -> int | None:
         """Return the id of the tokenizer's mask token; None = the mask is appended to it."""

@@ -19,11 +19,12 @@ import pickle
 import pickletools
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -112,68 +113,42 @@ class StoredTensor:
         return all(type(number) is int and number >= 0 for number in numbers)
 
 
-class _Callable:
-    """A function of ours that a pickle may call; nothing can be assigned to it."""
+class _Function(NamedTuple):
+    """A function of ours that a pickle may call. Being a tuple, it takes no attributes: a pickle
+    cannot change it."""
 
-    __slots__ = ()
+    function: Callable[..., Any]
 
-
-class _RebuildTensor(_Callable):
-    __slots__ = ()
-
-    def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
-        return StoredTensor(storage, offset, shape, stride)
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
-class _RebuildParameter(_Callable):
-    __slots__ = ()
-
-    def __call__(self, data: Any, *_: Any) -> Any:
-        return data
-
-
-class _EncodeBytes(_Callable):
+def _encode_bytes(text: str, encoding: str = "latin1") -> bytes:
     """How protocol 2 writes bytes."""
-
-    __slots__ = ()
-
-    def __call__(self, text: str, encoding: str = "latin1") -> bytes:
-        if type(text) is not str or encoding != "latin1":
-            raise pickle.UnpicklingError("bytes that are no latin1 text")
-        return text.encode("latin1")
+    if type(text) is not str or encoding != "latin1":
+        raise pickle.UnpicklingError("bytes that are no latin1 text")
+    return text.encode("latin1")
 
 
-class _Make(_Callable):
-    """Makes a container from another one. A number, which `bytes` would take, is refused."""
-
-    __slots__ = ("_kind",)
-
-    def __init__(self, kind: Any):
-        self._kind = kind
-
-    def __call__(self, items: Any = ()) -> Any:
-        if not isinstance(items, list | tuple | set | dict | bytes):
-            raise pickle.UnpicklingError(f"a {self._kind.__name__} of {type(items).__name__}")
-        return self._kind(items)
+def _make(kind: Any, items: Any = ()) -> Any:
+    """Copy a container as another one. A number, which `bytes` would take, is refused."""
+    if not isinstance(items, list | tuple | set | dict | bytes):
+        raise pickle.UnpicklingError(f"a {kind.__name__} of {type(items).__name__}")
+    return kind(items)
 
 
-class _MakeDefaultDict(_Callable):
-    __slots__ = ()
-
-    def __call__(self, factory: Any = None, items: Any = ()) -> _Mapping:
-        return _make_mapping(items)  # its factory is never called
+def _make_default_dict(factory: Any = None, items: Any = ()) -> Any:
+    return _make(_Mapping, items)  # its factory is never called
 
 
-_make_mapping = _Make(_Mapping)
-# Nothing in here can be assigned to.
 _HARMLESS: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
-    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-    ("collections", "OrderedDict"): _make_mapping,
-    ("collections", "defaultdict"): _MakeDefaultDict(),
-    ("_codecs", "encode"): _EncodeBytes(),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(lambda *args: StoredTensor(*args[:4])),
+    ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *_: data),
+    ("collections", "OrderedDict"): _Function(partial(_make, _Mapping)),
+    ("collections", "defaultdict"): _Function(_make_default_dict),
+    ("_codecs", "encode"): _Function(_encode_bytes),
     **{
-        (module, kind.__name__): _Make(kind) if kind is not complex else kind
+        (module, kind.__name__): _Function(partial(_make, kind)) if kind is not complex else kind
         for module in ("builtins", "__builtin__")  # of Python 3 and, in protocol 2, of Python 2
         for kind in (set, frozenset, bytes, complex)
     },

@@ -11,7 +11,6 @@ square root and logarithmic schedules unless t is cut, and finite for the square
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 
@@ -20,48 +19,36 @@ from blockdiffusion.errors import UserError, shown
 CLEANEST = 1e-3  # the authors' eps: networks read no time at which fewer tokens are kept
 
 
-class Schedule(Protocol):
-    """A noise schedule, as corruption, likelihood and samplers use it."""
+class Schedule:
+    """A noise schedule, as corruption, likelihood and samplers use it.
 
-    @property
-    def name(self) -> str:
-        """The name in configurations and reports."""
-        ...
+    Attributes:
+        name: in configurations and reports.
+        is_bound: whether the loss weighted by this schedule bounds the negative log-likelihood.
+        t_range: the interval that training draws t from, before any cut at `t_min`.
+    """
 
-    @property
-    def is_bound(self) -> bool:
-        """Whether the weighted loss under this schedule bounds the negative log-likelihood."""
-        ...
-
-    @property
-    def t_range(self) -> tuple[float, float]:
-        """The interval that training draws t from, before any cut at `t_min`."""
-        ...
-
-    def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
-        """Return p(t), elementwise."""
-        ...
-
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Return w(t) = p'(t) / p(t), elementwise."""
-        ...
-
-    def inverse(self, p: torch.Tensor) -> torch.Tensor:
-        """Return the t with mask_prob(t) = p, elementwise."""
-        ...
-
-
-class Unclipped:
-    """A schedule over the whole of (0, 1], which bounds the likelihood."""
-
+    name: str
     is_bound = True
     t_range = (0.0, 1.0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
+    def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
+        """Return p(t), elementwise."""
+        raise NotImplementedError
 
-class Linear(Unclipped):
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """Return w(t) = p'(t) / p(t), elementwise."""
+        raise NotImplementedError
+
+    def inverse(self, p: torch.Tensor) -> torch.Tensor:
+        """Return the t with mask_prob(t) = p, elementwise."""
+        raise NotImplementedError
+
+
+class Linear(Schedule):
     """p(t) = t, w(t) = 1/t: the paper's schedule (log-linear in alpha)."""
 
     name = "linear"
@@ -76,7 +63,7 @@ class Linear(Unclipped):
         return p
 
 
-class Cosine(Unclipped):
+class Cosine(Schedule):
     """p(t) = 1 - cos(pi t / 2), written without the cancellation at small t."""
 
     name = "cosine"
@@ -92,7 +79,7 @@ class Cosine(Unclipped):
         return torch.atan2((p * (2 - p)).sqrt(), 1 - p) * (2 / math.pi)
 
 
-class Square(Unclipped):
+class Square(Schedule):
     """p(t) = t^2, w(t) = 2/t."""
 
     name = "square"
@@ -107,7 +94,7 @@ class Square(Unclipped):
         return p.sqrt()
 
 
-class Sqrt(Unclipped):
+class Sqrt(Schedule):
     """p(t) = sqrt(t), w(t) = 1/(2t)."""
 
     name = "sqrt"
@@ -122,7 +109,7 @@ class Sqrt(Unclipped):
         return p.square()
 
 
-class Log(Unclipped):
+class Log(Schedule):
     """p(t) = log(1 + t) / log 2."""
 
     name = "log"
@@ -137,7 +124,7 @@ class Log(Unclipped):
         return (p * math.log(2)).expm1()
 
 
-class Clipped:
+class Clipped(Schedule):
     """`base` with t restricted so that the mask probability stays in [beta, omega] (section 5.2).
 
     t is uniform between base.inverse(beta) and base.inverse(omega); p and w are those of `base` at
@@ -168,12 +155,11 @@ class Clipped:
 
 
 def _shortest(value: float) -> str:
-    """The shortest text that reads back as the same number."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
-class Scaled:
+class Scaled(Schedule):
     """`base` that ends at the mask probability 1 - eps: p(t) = (1 - eps) base(t), the same weight.
 
     The published SEDD and MDLM weights of Lou et al. and Sahoo et al. were trained with this noise
