@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from blockdiffusion.errors import SHOWN, UserError, few
 from blockdiffusion.files.disk import create, open_regular
 from blockdiffusion.files.records import Damaged, as_object, parse_json
-from blockdiffusion.models.meta import meta_model
+from blockdiffusion.models.transformer import meta_model
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {

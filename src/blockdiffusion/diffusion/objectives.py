@@ -18,12 +18,13 @@ vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 
-from blockdiffusion.diffusion.denoiser import Denoiser, masked_loss, masked_nll, scored_terms
+from blockdiffusion.diffusion.denoiser import Denoiser, masked_loss, scored_terms
 from blockdiffusion.diffusion.estimators import (
     T_MIN,
     Bernoulli,
@@ -35,9 +36,12 @@ from blockdiffusion.diffusion.estimators import (
     for_block_size,
     make_estimator,
 )
-from blockdiffusion.diffusion.losses import prior_kl, score_entropy, uniform_kl
+from blockdiffusion.diffusion.losses import prior_kl, score_entropy, subs_nll, uniform_kl
 from blockdiffusion.diffusion.schedules import Scaled, make_schedule, noise_level
 from blockdiffusion.errors import UserError
+
+# Logits (R, V) of some scored positions, and which these are -> their terms (R,) in nats.
+Term = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 class Diffusion(ABC):
@@ -83,7 +87,6 @@ class Diffusion(ABC):
             UserError: this network cannot use it.
         """
 
-    @abstractmethod
     def terms(
         self,
         model: Denoiser,
@@ -93,6 +96,14 @@ class Diffusion(ABC):
     ) -> torch.Tensor:
         """Return the terms (B, N, L) of the bound in nats: sum(weight * term) over a row, divided
         by N, plus `prior_nats` for each free token, estimates the row's bound."""
+        scored_BNL = drawn.scored_BNL
+        target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
+        term, sigma_BNK = self._term(drawn, target_M), self._sigma(model, drawn)
+        return scored_terms(model, drawn.noisy_BNL, clean_BL, scored_BNL, term, valid_BL, sigma_BNK)
+
+    def _term(self, drawn: Corrupted, target_M: torch.Tensor) -> Term:
+        """The term of scored positions, whose tokens are `target_M`: -log p of these."""
+        return lambda logits_RV, part: subs_nll(logits_RV, target_M[part], self.config.mask_id)
 
     def loss(
         self,
@@ -152,17 +163,6 @@ class MaskedDiffusion(Diffusion):
     def fitted(self, masks: Estimator) -> Estimator:
         return _timed(masks) if self.config.time_conditioning else masks
 
-    def terms(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return -log p(x_l) at masked positions."""
-        sigma_BNK = self._sigma(model, drawn)
-        return masked_nll(model, drawn.noisy_BNL, clean_BL, drawn.scored_BNL, valid_BL, sigma_BNK)
-
 
 class ScoreEntropy(Diffusion):
     """SEDD: the noise of `MaskedDiffusion`, and a network that estimates its ratios by score
@@ -194,22 +194,9 @@ class ScoreEntropy(Diffusion):
             )
         return replace(masks, schedule=Scaled(masks.schedule, eps))
 
-    def terms(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the score entropy over r at masked positions."""
-        scored_BNL, mask_id = drawn.scored_BNL, self.config.mask_id
-        target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
-
-        def term(logits_RV: torch.Tensor, part: slice) -> torch.Tensor:
-            return score_entropy(logits_RV, target_M[part], mask_id)
-
-        sigma_BNK = self._sigma(model, drawn)
-        return scored_terms(model, drawn.noisy_BNL, clean_BL, scored_BNL, term, valid_BL, sigma_BNK)
+    def _term(self, drawn: Corrupted, target_M: torch.Tensor) -> Term:
+        """The score entropy over r."""
+        return lambda logits_RV, part: score_entropy(logits_RV, target_M[part], self.config.mask_id)
 
 
 class DiscreteTime(Diffusion):
@@ -265,21 +252,13 @@ class DiscreteTime(Diffusion):
             stratify=masks.stratify,
         )
 
-    def terms(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Return the cross-entropy of masked tokens, or `uniform_kl` of all; see `Timesteps`."""
-        scored_BNL, sigma_BNK = drawn.scored_BNL, self._sigma(model, drawn)
+    def _term(self, drawn: Corrupted, target_M: torch.Tensor) -> Term:
+        """The cross-entropy of masked tokens, or `uniform_kl` of all; see `Timesteps`."""
         if self.is_cross_entropy:
-            return masked_nll(model, drawn.noisy_BNL, clean_BL, scored_BNL, valid_BL, sigma_BNK)
-        target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
-        noisy_M = drawn.noisy_BNL[scored_BNL]
+            return super()._term(drawn, target_M)
+        scored_BNL, noisy_M = drawn.scored_BNL, drawn.noisy_BNL[drawn.scored_BNL]
         keep_M, before_M = (
-            1 - _per_token(prob_BNK, clean_BL)[scored_BNL.cpu()]
+            1 - _per_token(prob_BNK, scored_BNL.shape[-1])[scored_BNL.cpu()]
             for prob_BNK in (drawn.prob_BNK, drawn.before_BNK)
         )
 
@@ -288,7 +267,7 @@ class DiscreteTime(Diffusion):
             keep_R, before_R = keep_M[part], before_M[part]
             return uniform_kl(logits_RV, target_R, noisy_R, keep_R, before_R, self.config.mask_id)
 
-        return scored_terms(model, drawn.noisy_BNL, clean_BL, scored_BNL, term, valid_BL, sigma_BNK)
+        return term
 
 
 def _timed(masks: Estimator) -> Estimator:
@@ -304,9 +283,9 @@ def _timed(masks: Estimator) -> Estimator:
     return replace(masks, timed=True)
 
 
-def _per_token(prob_BNK: torch.Tensor | None, clean_BL: torch.Tensor) -> torch.Tensor:
+def _per_token(prob_BNK: torch.Tensor | None, length: int) -> torch.Tensor:
     assert prob_BNK is not None
-    return prob_BNK.repeat_interleave(clean_BL.shape[1] // prob_BNK.shape[-1], dim=-1)
+    return prob_BNK.repeat_interleave(length // prob_BNK.shape[-1], dim=-1)
 
 
 _KINDS = {

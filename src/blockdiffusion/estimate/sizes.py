@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from blockdiffusion.models.masks import Streams
-from blockdiffusion.models.meta import meta_model
-from blockdiffusion.models.transformer import DiT
+from blockdiffusion.models.transformer import DiT, meta_model
 
 Shapes = tuple[tuple[int, ...], ...]
 

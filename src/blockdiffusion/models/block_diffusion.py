@@ -39,8 +39,8 @@ from blockdiffusion.models.attention import (
     ragged_groups,
     resolve_backend,
 )
-from blockdiffusion.models.backbone import Backbone, Outputs
-from blockdiffusion.models.cache import BlockCache, held_positions
+from blockdiffusion.models.backbone import Backbone, Outputs, Read
+from blockdiffusion.models.cache import BlockCache, Placement, held_positions
 from blockdiffusion.models.cuda_graphs import Recorder
 from blockdiffusion.models.masks import Streams, decode_predicate
 
@@ -312,7 +312,7 @@ class BlockDiffusion(nn.Module):
         sigma_B: torch.Tensor | None,
         wanted: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        sizes, (batch, tokens) = self.backbone.attention, ids_BT.shape
+        batch, tokens = ids_BT.shape
         place = cache.place(tokens)
         position_BT = cache.lengths_B[:, None] + torch.arange(tokens)
         if cache.uniform:
@@ -325,12 +325,7 @@ class BlockDiffusion(nn.Module):
             # Asked on the CPU: a GPU would first finish all its work.
             return None if bool(mask_BTK.all()) else mask_BTK.to(self.device)
 
-        masks = self._by_window(mask)
-
-        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.write(index, k, v, place)
-            return attend_cached(q, keys, values, masks[sizes.window(index)], sizes)
-
+        read = self._read_cache(cache, place, self._by_window(mask))
         sigma_BT = self._sigma_at_clean(sigma_B, clean_BT.expand(batch, tokens))
         positions = position_BT.to(ids_BT.device)
         return self.backbone(ids_BT, positions, read, Outputs(places=wanted), sigma_BT)
@@ -372,7 +367,7 @@ class BlockDiffusion(nn.Module):
     ) -> tuple[torch.Tensor]:
         """`_decode` of rows that hold `lengths_B` tokens, (M, D), which reads no tensor's values on
         the host. It attends to the first `used` slots, filled or not."""
-        sizes, (batch, tokens) = self.backbone.attention, ids_BT.shape
+        batch, tokens = ids_BT.shape
         place = cache.place_static(lengths_B, tokens, used)
         column_1T = torch.arange(tokens, device=ids_BT.device)[None]
         position_BT = lengths_B[:, None] + column_1T
@@ -385,12 +380,7 @@ class BlockDiffusion(nn.Module):
             bias_BTK = torch.zeros_like(visible_BTK, dtype=self.dtype)
             return bias_BTK.masked_fill_(~visible_BTK, -math.inf)
 
-        biases = self._by_window(bias)
-
-        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.write(index, k, v, place)
-            return attend_cached(q, keys, values, biases[sizes.window(index)], sizes)
-
+        read = self._read_cache(cache, place, self._by_window(bias))
         sigma_BT = self._sigma_at_clean(sigma_B, clean_1T.expand(batch, tokens))
         outputs = Outputs(places=(places_2M[0], places_2M[1]))
         return (self.backbone(ids_BT, position_BT, read, outputs, sigma_BT)[0],)
@@ -445,7 +435,7 @@ class BlockDiffusion(nn.Module):
         has_clean: bool,
         valid_BL: torch.Tensor | None,
         device: torch.device,
-    ) -> Callable[..., torch.Tensor]:
+    ) -> Read:
         sizes, config = self.backbone.attention, self.config
         backend = resolve_backend(self.attention_backend, device)
         built: Built = {}
@@ -456,6 +446,17 @@ class BlockDiffusion(nn.Module):
         def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             streams = streams_of[sizes.window(index)]
             return attend(q, k, v, streams, backend, valid_BL, built, sizes)
+
+        return read
+
+    def _read_cache(
+        self, cache: BlockCache, place: Placement, masks: dict[int | None, torch.Tensor | None]
+    ) -> Read:
+        sizes = self.backbone.attention
+
+        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            keys, values = cache.write(index, k, v, place)
+            return attend_cached(q, keys, values, masks[sizes.window(index)], sizes)
 
         return read
 

@@ -571,3 +571,21 @@ class BlockDiffusionModel(BlockDiffusion):
         """Write config.json and model.safetensors into `folder`, which `load` reads."""
         self.backbone.save_pretrained(folder)
         self.full_config().save_pretrained(folder)
+
+
+# --- the same without storage ----------------------------------------------------------------
+
+
+def meta_model(config: BlockDiffusionConfig) -> BlockDiffusionModel:
+    """Return the model of a configuration on PyTorch's device `meta`: names and shapes only."""
+    with torch.device("meta"):
+        return BlockDiffusionModel(config)
+
+
+def count_parameters(config: BlockDiffusionConfig) -> int:
+    """Return the parameters of a configuration's network, which may claim any number of layers."""
+    few = copy.deepcopy(config)
+    counts = []
+    for few.num_hidden_layers in (1, 2):
+        counts.append(sum(parameter.numel() for parameter in meta_model(few).parameters()))
+    return counts[0] + (config.num_hidden_layers - 1) * (counts[1] - counts[0])

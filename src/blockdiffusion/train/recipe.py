@@ -250,8 +250,7 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     """Build that network with random weights, a function of `train.seed`."""
     import torch
 
-    from blockdiffusion.models.meta import count_parameters
-    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.models.transformer import BlockDiffusionModel, count_parameters
     from blockdiffusion.runtime.seeding import seed_global
 
     config = network_config(recipe, manifest)
