@@ -48,12 +48,12 @@ class Card:
     training: dict[str, Any] | None = None
     """How the weights were trained: steps, and the sections of the recipe."""
     datasets: list[str] | None = None
-    """What they were trained on; ids of a hub where they look like `owner/name`."""
+    """Their training data; ids of a hub if they look like `owner/name`."""
     evaluation: dict[str, Any] | None = None
     """How the perplexity was measured, and what came out: see
     `evaluate.prepared.evaluation_facts`."""
     notes: list[str] | None = None
-    """What else its users should know, such as its limits; paragraphs, written by hand."""
+    """Other information for users, such as limits; paragraphs, written by hand."""
 
     def to_json(self) -> str:
         """The content of card.json."""

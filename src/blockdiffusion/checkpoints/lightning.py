@@ -3,7 +3,7 @@
 Such a file holds the trained weights (`state_dict`), their moving average (`ema`, a list in the
 order of the parameters), optimizer and loop states, and in `hyper_parameters` the run's omegaconf
 configuration and its tokenizer. The sizes of the network come from the shapes of the tensors, from
-the configuration where it can be read, and from `LightningOptions` for what neither says.
+the configuration if it can be read, and from `LightningOptions` for the rest.
 """
 
 from __future__ import annotations

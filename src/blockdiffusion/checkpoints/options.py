@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint is read with. This module imports no PyTorch."""
+"""The options for reading a Lightning checkpoint. This module imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Weights = Literal["ema", "raw"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """What one of the authors' algorithms makes of the network."""
+    """The network of one of the authors' algorithms."""
 
     objective: Objective
     time_conditioning: bool = False
@@ -58,7 +58,7 @@ class LightningOptions:
     num_attention_heads: int | None = option(
         None, "Heads, of a .ckpt that does not say.", was="num_heads"
     )
-    mask_id: int | None = option(None, "Mask token of a .ckpt, where it is not the last id.")
+    mask_id: int | None = option(None, "Mask token of a .ckpt, if it is not the last id.")
     noise_eps: float | None = option(None, "Of a sedd .ckpt: 0.001 for the published weights.")
 
     def __post_init__(self) -> None:

@@ -52,7 +52,7 @@ class Settings:
         try:
             added = parse_json(self.tokenizer.encode())["added_tokens"]
             found = next((t["id"] for t in added if t["content"] in MASKS), None)
-        except (KeyError, TypeError, Damaged):  # no tokenizer's JSON after all
+        except (KeyError, TypeError, Damaged):  # not a tokenizer's JSON
             return None
         return found if type(found) is int else None
 

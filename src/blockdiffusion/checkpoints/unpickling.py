@@ -238,7 +238,7 @@ def _value(stack: list[_Value | None]) -> _Value:
     """The value on top."""
     value = stack[-1]
     if value is None:
-        raise pickle.UnpicklingError("a mark where a value should be")
+        raise pickle.UnpicklingError("a mark instead of a value")
     return value
 
 
@@ -261,7 +261,7 @@ def _take(stack: list[_Value | None], before: list[Any]) -> list[_Value]:
                 stack.pop()
         elif kind is pickletools.markobject:
             if stack.pop() is not None:
-                raise pickle.UnpicklingError("a value where a mark should be")
+                raise pickle.UnpicklingError("a value instead of a mark")
         else:
             taken.append(_value(stack))
             stack.pop()

@@ -46,7 +46,7 @@ def verify(
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory} is no directory; give prepared data, a run or a model")
+        raise UserError(f"{directory} is not a directory; give prepared data, a run or a model")
     found = []
     for place, folders, files in os.walk(directory, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -16,8 +16,8 @@ Reading = Literal["same", "next"]
 
 
 class ObjectiveProperties:
-    """What the objective in a configuration means. Code asks these and compares no names; all else
-    that objectives differ in is in `objectives.diffusion_of` and `sampling.choosing`."""
+    """Properties of a configuration's objective, which code asks instead of comparing its name.
+    `objectives.diffusion_of` and `sampling.choosing` hold all else that objectives differ in."""
 
     @property
     def is_autoregressive(self: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What the objectives of diffusion differ in: one small object for each.
+"""The objectives of diffusion: one small object for each.
 
 A `Diffusion` decides how the tokens of a block are corrupted, what a corrupted block costs, and
 which estimators its bound has. Training, likelihood and the measurement of variance ask it and
@@ -45,7 +45,7 @@ Term = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 class Diffusion(ABC):
-    """What a network's objective decides, for the configuration of one network.
+    """The objective of a network with a given configuration.
 
     Attributes:
         title: its name in words.

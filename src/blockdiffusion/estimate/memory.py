@@ -51,7 +51,7 @@ class Memory:
             summed in, all).
         gathered: with fsdp, weights and gradients that are whole while a pass needs them.
         activations: kept from forward to backward, for one micro-batch.
-        working: the most that is needed besides at a time: the backward pass of a layer, or logits
+        working: the most needed in addition at a time: the backward pass of a layer, or logits
             and the gradient of the output.
         peak: the most at a time; not all kinds exist together.
     """
@@ -86,7 +86,7 @@ def pass_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> tuple[float, flo
     working = WORKING * read * token_bytes(sizes, how.dtype)
     if how.checkpointing:
         kept, working = 4 * sizes.hidden_size * sizes.num_hidden_layers * read, working + read * own
-    # Logits, and the gradient of the output; rounded, too.
+    # Logits, and the gradient of the output; rounded copies too.
     rounded = how.dtype == "bfloat16"
     most_logits = (GPU_PIECES if how.cuda else CPU_PIECES).most_logits
     per_logit = (8 if rounded else 4) if how.cross_entropy else 16

@@ -146,7 +146,7 @@ def _check(sizes: NetworkSizes, device: Hardware, request: SamplingRequest, leng
         )
     if request.dtype == "int8" and device.cuda:
         raise UserError(
-            f"--sample-dtype is int8, which is for CPUs, and {device.name} is none; take "
+            f"--sample-dtype is int8, which is for CPUs, and {device.name} is not one; take "
             "float32 or bfloat16"
         )
 

@@ -99,7 +99,7 @@ class NetworkSizes:
 
     @property
     def has_clean(self) -> bool:
-        """Whether a training pass reads the clean stream, which it does unless a block is a row."""
+        """Whether a training pass reads the clean stream: yes, unless a block is a row."""
         return not self.autoregressive and self.block_size < self.seq_len
 
     @property

@@ -81,7 +81,7 @@ class BlockCache:
         if start_id is not None:
             self._last_B = torch.full((batch,), start_id, device=device)
         self._passed = torch.zeros(0, device=device)  # the tokens of the last pass, rows in turn
-        self._firsts_B = torch.zeros(0)  # where a row's begin
+        self._firsts_B = torch.zeros(0)  # the first token of each row
 
     @property
     def uniform(self) -> bool:

@@ -22,8 +22,8 @@ class CudaRecording:
     """The kernels of `function` for inputs of the shapes of `inputs`, as a CUDA graph.
 
     It reads and writes the memory of everything else that `function` uses (weights, the cache),
-    which must stay where it is. `function` must have run before, since its first preparations must
-    not be recorded.
+    which must stay where it is. `function` must have run before, so that its first
+    preparations are not recorded.
 
     Args:
         pool: the memory that recordings share; they are never replayed at the same time.

@@ -7,8 +7,8 @@ A training pass has the streams [noisy_1; ...; noisy_N; clean] of L tokens each,
 * offset block causal: the query is noisy, the key clean, and the key's block is earlier, or
 * block causal: both are clean and the key's block is not later.
 
-Everything else (the dense mask, FlexAttention's block mask, the pieces of chunked attention, the
-picture in the documentation) is derived from these predicates.
+Everything else (the dense mask, FlexAttention's block mask, the parts of chunked attention, the
+figure in the documentation) is derived from these predicates.
 """
 
 from __future__ import annotations

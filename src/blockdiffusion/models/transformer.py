@@ -278,7 +278,7 @@ def attended(
     read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     outputs: Outputs,
 ) -> torch.Tensor:
-    """Return the attention of the tokens that are asked for, with heads side by side."""
+    """Return the attention of the wanted tokens, with heads side by side."""
     q, k, v = qkv
     return outputs.take(read(q[:, :, : outputs.first], k, v).transpose(1, 2).flatten(2))
 
@@ -485,7 +485,7 @@ class DiT(PreTrainedModel):
         outputs: Outputs = ALL,
         sigma_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states of the tokens asked for, after all layers and the norm.
+        """Return the hidden states of the wanted tokens after all layers and the norm.
 
         For the other tokens the last layer computes only keys and values.
         """
