@@ -212,6 +212,11 @@ def _check_pickle(content: bytes) -> None:
         if name == "DUP":
             stack.append(_value(stack))
             continue
+        if not opcode.stack_before:  # most opcodes: a new value, or a mark
+            size = len(argument) if isinstance(argument, str | bytes | bytearray) else 1
+            for kind in opcode.stack_after:
+                stack.append(None if kind is pickletools.markobject else [1, size])
+            continue
         taken = _take(stack, opcode.stack_before)
         wide += sum(taken[place][0] > 1 for place in _keys(name, len(taken)))
         if wide > MOST_WIDE:
@@ -229,9 +234,8 @@ def _check_pickle(content: bytes) -> None:
             made = taken[0]
             made[1] += len(taken) - 1
         else:
-            made = [1, len(argument) if isinstance(argument, str | bytes | bytearray) else 1]
-        for kind in opcode.stack_after:
-            stack.append(None if kind is pickletools.markobject else made)
+            made = [1, 1]
+        stack += [made for _ in opcode.stack_after]
 
 
 def _value(stack: list[_Value | None]) -> _Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -236,11 +237,7 @@ def _rows_of_device(recipe: Recipe, devices: int) -> int:
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
     """Return the largest number of 1..most that fits, if all smaller ones do; 0 if none does."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
 
 
 def _execution(recipe: Recipe, config: Any, device: Hardware) -> Execution:
