@@ -34,6 +34,7 @@ MOVED = {
     "models.card": "checkpoints.card",
     "models.formats": "checkpoints.formats",
     "models.lightning": "checkpoints.lightning",
+    "models.meta": "models.transformer",
     "models.settings": "checkpoints.settings",
     "models.tensors": "checkpoints.tensors",
     "models.unpickling": "checkpoints.unpickling",

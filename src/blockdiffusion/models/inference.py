@@ -245,6 +245,8 @@ def _check_int8(model: BlockDiffusion) -> None:
         raise UserError(f"int8 starts from float32 weights, not {model.dtype}; load those")
 
 
+sampling_copy = optimize_for_inference  # the old name, for one version
+
 # For each model: its state when its copy was made, and the copy; None = it is a copy itself.
 _copies: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module | None]] = WeakKeyDictionary()
 
