@@ -48,6 +48,9 @@ class Schedule:
         raise NotImplementedError
 
 
+Unclipped = Schedule  # the old name, for one version
+
+
 class Linear(Schedule):
     """p(t) = t, w(t) = 1/t: the paper's schedule (log-linear in alpha)."""
 
