@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -18,8 +18,9 @@ import yaml
 import blockdiffusion.evaluate.replicates as replicates
 from blockdiffusion.checkpoints.options import Target, Weights
 from blockdiffusion.data.detokenizers import DETOKENIZERS
-from blockdiffusion.data.options import DOCUMENT_RULES, PACKERS
+from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.registry import DATA_SETS
+from blockdiffusion.data.shards import PACKERS
 from blockdiffusion.diffusion.estimators import EstimatorName
 from blockdiffusion.diffusion.schedules import SCHEDULES
 from blockdiffusion.estimate.options import SampleDtype
@@ -638,7 +639,7 @@ def test_the_shell_completes_values_to_those_that_there_are(monkeypatch):
     """All of them, and each is in the help."""
     allowed = {
         "prepare x --packing": PACKERS,
-        "prepare x --documents": DOCUMENT_RULES,
+        "prepare x --documents": get_args(get_type_hints(PrepareOptions)["documents"]),
         "prepare x --detokenize": DETOKENIZERS,
         "estimate x --device": NAMES,
         "estimate x --sample-dtype": get_args(SampleDtype),

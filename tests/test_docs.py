@@ -38,6 +38,7 @@ from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.scorer import ScorerFacts
 from blockdiffusion.evaluate.zero_shot.suite import ZeroShotOptions
 from blockdiffusion.files.records import convert, describe
+from blockdiffusion.limits import LIMITS, limit_name
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 from blockdiffusion.runtime.hardware import choose_hardware
 from blockdiffusion.sampling.choosing import make_sampler
@@ -272,15 +273,22 @@ def leaves(kind=Recipe, prefix=""):
             yield f"{prefix}{field.name}", types[field.name], field
 
 
+def plain(text):
+    """Text without Markdown and dashes, to compare a meaning with an option's help."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text).replace("--", "").replace("-", "_")
+    text = re.sub(r"[`$*\\]", "", text).strip().rstrip(". ")
+    return text[:1].lower() + text[1:]
+
+
 def test_the_table_of_recipe_keys_is_the_program():
-    shown = {}
-    for key, kind, default, meaning in table_rows(HOW_TO / "recipe-keys.md"):
-        if key.startswith("`"):
-            assert meaning and key not in shown
-            shown[key.strip("`")] = (kind, default.strip("`"))
-    assert list(shown) == [key for key, _, _ in leaves()]
+    rows = [r for r in table_rows(HOW_TO / "recipe-keys.md") if r[0].startswith("`")]
+    shown = {key.strip("`"): (kind, default.strip("`"), text) for key, kind, default, text in rows}
+    assert list(shown) == [key for key, _, _ in leaves()] and len(shown) == len(rows)
     for key, kind, field in leaves():
-        assert shown[key][0] == describe(kind), key
+        name = limit_name(field.name, key.removesuffix(field.name))
+        limits = str(LIMITS[name]) if name else ""
+        assert shown[key][0] == ", ".join(filter(None, (describe(kind), limits))), key
+        assert plain(shown[key][2]) == plain(field.metadata["help"]), key
         if field.default is dataclasses.MISSING:
             assert shown[key][1] == NO_DEFAULT, key
         else:

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and that of a process that ends with others."""
+"""The exception for a user's mistake, the one for lost processes, and helpers for messages."""
 
 import reprlib
 from collections.abc import Sequence
@@ -12,20 +12,15 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, SHOWN, S
 
 
 class UserError(ValueError):
-    """A mistake of the user, told in one sentence: what was given, what is allowed, what to change.
+    """A mistake of the user, in one sentence: what was given, what is allowed, what to change.
 
-    The command line prints the sentence and exits with code 2; no stack trace is shown.
+    The command line prints the sentence without a stack trace and exits with code 2.
     """
 
 
 class PeerFailure(Exception):
-    """This process ends because another one of its job did; see `distributed`.
-
-    Its text, often empty, is what there is left to say.
-
-    Attributes:
-        exit_code: of this process.
-    """
+    """This process ends because another one of its job did; see `distributed`. The message is
+    empty if another process reports the reason."""
 
     def __init__(self, message: str, *, exit_code: int):
         super().__init__(message)
@@ -33,7 +28,7 @@ class PeerFailure(Exception):
 
 
 def shown(value: Any) -> str:
-    """Returns a value as a message quotes it: short, whatever its type and size."""
+    """Return a value as messages quote it: short, whatever its type and size."""
     if value is None:
         return "null"
     if isinstance(value, int) and not -WIDEST < value < WIDEST:
@@ -43,28 +38,26 @@ def shown(value: Any) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 row`, `2,000 rows`."""
+    """Return `1 row`, `2,000 rows` and the like."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def few(items: Sequence[str]) -> str:
-    """Names the first three items and counts the rest."""
+    """Name the first three items and count the rest."""
     more = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
 
 
 def reason(error: BaseException) -> str:
-    """Returns the first line of another library's error, truncated, or the error's class."""
+    """Return the first line of another library's error, truncated, or the error's class."""
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def check_whole(name: str, value: object) -> None:
-    """Refuses what is no whole number."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise UserError(f"{name} is {shown(value)}; it must be a whole number")
 
 
 def check_number(name: str, value: object) -> None:
-    """Refuses what is no number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise UserError(f"{name} is {shown(value)}; it must be a number")

@@ -1,8 +1,8 @@
 """Text from outside, made safe for where it is shown: a terminal, CSV, Markdown, HTML and SVG.
 
-Sampled and read text, labels, paths, tokens and names out of files may hold anything. What shows
-them passes one of these functions, and nothing else in the package writes to a standard stream or
-builds a table's cells.
+Text that is sampled or read, labels, paths, tokens and names may hold anything. All of it passes
+one of these functions, and nothing else in the package writes to a standard stream or builds a
+table's cells.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
-# Control characters, those that turn the direction of writing, and halves of surrogate pairs.
+# Control characters, those that change the direction of writing, and halves of surrogate pairs.
 UNSEEN = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff"
 _FOR_TERMINAL = re.compile(f"[{UNSEEN}]|\r(?!\n)")
 _FOR_FILES = re.compile(f"[{UNSEEN}]")
-# What a spreadsheet may drop at the start of a cell, and the signs, also wide, of a formula.
+# Characters that a spreadsheet may drop at the start of a cell, then the signs of a formula.
 _FORMULA = re.compile("[\\s\u200b-\u200f\u2060\ufeff]*[=+@\uff1d\uff0b\uff0d\uff20-]|[\t\n]")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 _LINK = re.compile(r"\](?=[(:])")  # `[text](address)`, `[name]: address`
-# A link to anything but a page, such as javascript:; spaces may stand before the address.
+# A link to anything but a page, such as javascript:; spaces may precede the address.
 _HARMFUL_LINK = re.compile(r"\](?=[(:]\s*<?(?!(?i:https?|mailto):)[^\s/?#)]*(?::|&))")
 
 
 def terminal(text: str) -> str:
-    """Replaces control characters by signs such as `\\x1b`; newlines and tabs stay."""
+    """Replace control characters by signs such as `\\x1b`; newlines and tabs stay."""
     return _FOR_TERMINAL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def for_stream(text: str, stream: IO[str]) -> str:
-    """Applies `terminal` if the stream is a terminal; returns the text unchanged otherwise."""
+    """Apply `terminal` if the stream is a terminal; otherwise return the text unchanged."""
     return terminal(text) if stream.isatty() else text
 
 
 class Forgiving:
-    """A stream whose failures end nothing: its disk is full, its terminal or its reader is gone."""
+    """A stream that ignores failures: a full disk, a closed terminal or reader."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -60,10 +60,10 @@ class Forgiving:
 
 
 def mend_standard_streams() -> None:
-    """Readies the standard streams for a command, however they were handed over.
+    """Prepare the standard streams for a command.
 
-    One that is closed leads nowhere, and no other file can get its number. Letters that an encoding
-    lacks are written as `\\xe9`. What cannot be told on standard error ends nothing.
+    A closed one is replaced by /dev/null, so that no other file gets its number. Letters that an
+    encoding lacks are written as `\\xe9`. Failures of standard error are ignored.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -76,20 +76,20 @@ def mend_standard_streams() -> None:
 
 
 def say(text: str, *, err: bool = False, end: str = "\n") -> None:
-    """Writes to standard output or error."""
+    """Write to standard output or error."""
     stream = sys.stderr if err else sys.stdout
     try:
         stream.write(for_stream(text, stream) + end)
         stream.flush()
     except OSError as error:
-        error.filename = "standard output"  # so that the sentence has a name for it
+        error.filename = "standard output"  # for the message
         raise
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a CSV file with one line per row; missing values and None become empty cells.
+    """Return a CSV file with one line per row; missing values and None become empty cells.
 
-    Text that a spreadsheet would take for a formula gets an apostrophe before it.
+    An apostrophe is put before text that a spreadsheet would read as a formula.
     """
     out = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
@@ -109,18 +109,18 @@ def _csv_cell(value: Any) -> Any:
 
 
 def markdown(text: object) -> str:
-    """Returns one line of text without tags and links; other markup stays."""
+    """Return one line of text without tags and links; other markup stays."""
     line = " ".join(markdown_prose(_ENTITY.sub("&amp;", str(text))).split())
     return _LINK.sub(r"]\\", line)
 
 
 def markdown_prose(text: str) -> str:
-    """Returns handwritten Markdown without its tags, and without links that are not to a page."""
+    """Return handwritten Markdown without its tags, and without links that are not to a page."""
     return _HARMFUL_LINK.sub(r"]\\", _TAG.sub("&lt;", _FOR_FILES.sub("\ufffd", text)))
 
 
 def markdown_table(rows: Iterable[Iterable[object]]) -> list[str]:
-    """Returns the lines of a table; the second row holds the rules below the headings."""
+    """Return the lines of a table; the second row holds the rules below the headings."""
     return [f"| {' | '.join(map(_markdown_cell, row))} |" for row in rows]
 
 
@@ -129,15 +129,15 @@ def _markdown_cell(text: object) -> str:
 
 
 def seen(text: object) -> str:
-    """Returns text without what no XML file may hold; it is not escaped yet."""
+    """Return text without characters that XML forbids; it is not escaped yet."""
     return _FOR_FILES.sub("\ufffd", str(text))
 
 
 def one_line(text: object) -> str:
-    """Returns the same as one line."""
+    """Return the same as one line."""
     return " ".join(seen(text).split())
 
 
 def html(text: object) -> str:
-    """Text inside an element or an attribute of HTML or SVG, without what no XML file may hold."""
+    """Return text for an element or an attribute of HTML or SVG."""
     return library.escape(seen(text))

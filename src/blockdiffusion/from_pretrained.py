@@ -1,8 +1,8 @@
-"""Loading through transformers, in one place, so that code which comes with a model never runs.
+"""Loading through transformers in one place, so that code that comes with a model never runs.
 
-A folder or a repository of the hub may name Python of its own (`auto_map`). Without an explicit no,
-transformers asks standard input whether to run it, and a `y` that was meant for something else
-would be the answer.
+A folder or a repository of the hub may name Python code of its own (`auto_map`). Without an
+explicit no, transformers asks on standard input whether to run it, where a `y` may be meant for
+something else.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from blockdiffusion.errors import UserError, reason
 def from_pretrained(
     loader: Any, name: str | Path, problem: str, advice: str, **options: Any
 ) -> Any:
-    """What `loader.from_pretrained` makes of a folder or a hub id, without running its code.
+    """Call `loader.from_pretrained` for a folder or a hub id, without running its code.
 
     Args:
         loader: a class of transformers.
-        problem: the sentence up to the reason, "the scorer x cannot be read".
-        advice: the rest of it, behind the reason.
+        problem: the beginning of the message, "the scorer x cannot be read".
+        advice: its end, behind the reason.
         options: of the loader.
 
     Raises:
-        UserError: there is nothing of this kind, or it would need code of its own.
+        UserError: there is nothing of this kind, or it needs code of its own.
     """
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # the library, the network and broken files: a hundred classes
+    except Exception as error:  # the library, the network and broken files raise many classes
         why = reason(error)
         if "trust_remote_code" in str(error):
             why = "it needs Python code of its own (auto_map), which is never run"

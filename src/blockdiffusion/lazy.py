@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Names of a package that are imported on first use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 def attributes(
     package: str, homes: Mapping[str, str], renamed: Mapping[str, str] | None = None
 ) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose names live in the modules `homes`.
+    """Return the `__getattr__` of a package whose names live in the modules `homes`.
 
     Args:
-        renamed: old names, which are read for one version, and what they are called now.
+        renamed: old names, which are read for one version -> new names.
     """
 
     def find(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""The numbers that options may have: one table for the command line, recipes and Python.
+"""The ranges of numeric options: one table for the command line, recipes and Python.
 
 A name means the same wherever it is an option. The bounds are far from every real use; they keep a
-slip of the keyboard, or a hostile file, from filling the memory or ending in a stack trace. What
-only some options together decide (a share of the memory, a divisor) is checked where it is known.
+typing mistake, or a hostile file, from filling the memory or ending in a stack trace. Conditions on
+several options (memory, divisors) are checked where all of them are known.
 """
 
 from __future__ import annotations
@@ -15,16 +15,47 @@ from blockdiffusion.errors import UserError, check_number, check_whole, shown
 
 MOST_IDS = 2**24
 MOST_TOKENS = 2**24  # of one text
-SMALLEST, LARGEST = 1e-30, 1e30  # of what is no count: squares and inverses stay numbers
-MOST_COUNT = 10**12  # of what is taken one after the other: steps, rows of a corpus
+SMALLEST, LARGEST = 1e-30, 1e30  # of real numbers: squares and inverses stay finite
+MOST_COUNT = 10**12  # of steps, rows of a corpus and the like
 
 
 class Limit(NamedTuple):
-    """The least and the most that is allowed; `whole`: whole numbers only."""
+    """The interval of allowed values; an open end is not allowed itself."""
 
     least: float
     most: float
-    whole: bool = True
+    whole: bool = True  # whole numbers only
+    open_least: bool = False
+    open_most: bool = False
+
+    def instead_of(self, value: Any) -> str | None:
+        """Return what a value must be instead; None if it is allowed."""
+        if value != value:
+            return "a number"
+        if value < self.least or (self.open_least and value == self.least):
+            return f"at least {shown(self.least)}" if self.whole else str(self)
+        if value > self.most or (self.open_most and value == self.most):
+            finite = ", and finite" * (self.most == math.inf)
+            return f"at most {shown(self.most)}" if self.whole else f"{self}{finite}"
+        measured = not self.whole and value and abs(value) != math.inf
+        if measured and not SMALLEST <= abs(value) <= LARGEST:
+            return f"0, or between {SMALLEST} and {LARGEST} in size"
+        return None
+
+    def __str__(self) -> str:
+        """Return the interval in words: `at least 1`, `above 0`, `in [0, 1)`; "" if it is wide."""
+        if self.least == -math.inf or (self.whole and self.least < 2):
+            return ""
+        if self.whole or self.most == math.inf:
+            return f"{'above' if self.open_least else 'at least'} {self.least:g}"
+        ends = "[("[self.open_least], "])"[self.open_most]
+        return f"in {ends[0]}{self.least:g}, {self.most:g}{ends[1]}"
+
+
+def interval(text: str) -> Limit:
+    """Return the real numbers of an interval such as `[0, 1)`."""
+    least, most = map(float, text[1:-1].split(","))
+    return Limit(least, most, False, text[0] == "(", text[-1] == ")")
 
 
 LIMITS: dict[str, Limit] = {
@@ -43,7 +74,10 @@ LIMITS: dict[str, Limit] = {
     "keep": Limit(1, 10**6),
     "threads": Limit(1, 4096),
     "num_noisy": Limit(1, 1024),
-    "offset_step": Limit(0.001, 1, whole=False),  # its inverse is a number of clips
+    "offset_step": interval("[0.001, 1]"),  # its inverse is a number of clips
+    **dict.fromkeys(("lr", "eps", "clip_norm"), interval("(0, inf)")),
+    "weight_decay": interval("[0, inf)"),
+    **dict.fromkeys(("momentum", "ema_decay", "dropout", "t_min"), interval("[0, 1)")),
     # measuring
     **dict.fromkeys(("rows", "limit", "train_rows", "max_documents"), Limit(1, MOST_COUNT)),
     **dict.fromkeys(("mc_samples", "batches"), Limit(1, 10**6)),
@@ -59,58 +93,52 @@ LIMITS: dict[str, Limit] = {
     "seed": Limit(0, 2**64 - 1),
     **dict.fromkeys(("workers", "num_workers"), Limit(0, 1024)),
     "devices": Limit(1, 10**6),
-    "document_bytes": Limit(1, 2**40),
+    # data
+    "document_bytes": Limit(16, 2**25),
+    "valid_fraction": interval("[0, 0.5]"),
     "skip_invalid": Limit(0, MOST_COUNT),
-    # numbers whose owners tell, in their own words, which are allowed
+    # numbers that their owners check
     **dict.fromkeys(
         (
-            "lr", "eps", "weight_decay", "clip_norm", "momentum", "ema_decay", "dropout", "t_min",
-            "noise_eps", "temperature", "threshold", "min_entropy", "top_p", "remask",
-            "valid_fraction", "tflops", "bandwidth", "memory", "price_per_hour", "target_stderr",
+            "noise_eps", "temperature", "threshold", "min_entropy", "top_p", "remask", "tflops",
+            "bandwidth", "memory", "price_per_hour", "target_stderr",
         ),
-        Limit(-math.inf, math.inf, whole=False),
+        interval("[-inf, inf]"),
     ),
 }  # fmt: skip
 
 
 def check_limit(name: str, value: Any, label: str | None = None) -> None:
-    """Refuses what the option `name` cannot be; None, which stands for no value, is allowed.
+    """Refuse a value that the option `name` cannot have; None stands for no value.
 
     Args:
-        label: what to call the option; its name by default.
+        label: what messages call the option; its name by default.
 
     Raises:
-        UserError: the value is no number, no whole one where one is needed, or beyond its limits.
+        UserError: the value is not a number, not a whole one if one is needed, or out of range.
     """
     if value is None:
         return
     label, limit = label or name, LIMITS[name]
     (check_whole if limit.whole else check_number)(label, value)
-    if value != value:
-        raise UserError(f"{label} is nan; it must be a number")
-    measured = not limit.whole and value and abs(value) != math.inf
-    if measured and not SMALLEST <= abs(value) <= LARGEST:
-        raise UserError(
-            f"{label} is {shown(value)}; it must be 0, or between {SMALLEST} and {LARGEST} in size"
-        )
-    if value < limit.least:
-        raise UserError(f"{label} is {shown(value)}; it must be at least {shown(limit.least)}")
-    if value > limit.most:
-        raise UserError(f"{label} is {shown(value)}; it must be at most {shown(limit.most)}")
+    if allowed := limit.instead_of(value):
+        raise UserError(f"{label} is {shown(value)}; it must be {allowed}")
 
 
 def check_limits(options: Any, prefix: str = "") -> None:
-    """`check_limit` for every field of a dataclass that is in the table.
+    """Apply `check_limit` to every field of a dataclass that is in the table.
 
     Args:
         prefix: of the names in messages, such as `train.`; an entry with it goes first. With
             "--" they are those of the command line.
     """
     for item in fields(options):
-        for name in (f"{prefix}{item.name}", item.name):
-            if name in LIMITS:
-                label = f"{prefix}{item.name}"
-                if prefix == "--":
-                    label = label.replace("_", "-")
-                check_limit(name, getattr(options, item.name), label)
-                break
+        if name := limit_name(item.name, prefix):
+            label = f"{prefix}{item.name}"
+            label = label.replace("_", "-") if prefix == "--" else label
+            check_limit(name, getattr(options, item.name), label)
+
+
+def limit_name(name: str, prefix: str = "") -> str | None:
+    """Return the entry of the table for a field, if any."""
+    return next((entry for entry in (f"{prefix}{name}", name) if entry in LIMITS), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from blockdiffusion.errors import UserError, shown
 
@@ -18,7 +18,7 @@ OLD_WORDS = {"bf16": "bfloat16"}  # values of options, as the version before nam
 
 
 class Renamed(FutureWarning):
-    """Something was asked for by a name that only this version still reads."""
+    """An old name was used, which the next version will not read."""
 
 
 def option(
@@ -61,23 +61,23 @@ def all_but(kind: Any, *names: str) -> Only:
 
 
 def with_new_names(kind: Any, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`values` of the dataclass `kind` by the names that its fields have now.
+    """Return `values` of the dataclass `kind` by the current names of its fields.
 
     Args:
         prefix: of the names in messages.
 
     Raises:
-        UserError: one is given by both of its names.
+        UserError: a value is given by both of its names.
     """
     now = {item.metadata["was"]: item.name for item in fields(kind) if item.metadata.get("was")}
     return renamed(values, now, prefix)
 
 
 def renamed(values: Mapping[str, Any], now: Mapping[str, str], prefix: str = "") -> dict[str, Any]:
-    """`values` with the names that `now` gives for old ones.
+    """Return `values` with old names replaced as in `now`.
 
     Raises:
-        UserError: one is given by both of its names.
+        UserError: a value is given by both of its names.
     """
     for old in (name for name in now if name in values):
         if now[old] in values:
@@ -88,7 +88,7 @@ def renamed(values: Mapping[str, Any], now: Mapping[str, str], prefix: str = "")
 
 
 def current_word(value: str, allowed: Iterable[str], name: str) -> str:
-    """`value`, by the word that is among the `allowed` ones for it now."""
+    """Return `value`, or the current word for it if that is `allowed`."""
     now = OLD_WORDS.get(value, value)
     if now == value or now not in allowed or value in allowed:
         return value
@@ -97,8 +97,20 @@ def current_word(value: str, allowed: Iterable[str], name: str) -> str:
     return now
 
 
+def check_words(options: Any, prefix: str = "") -> None:
+    """Refuse a value of a `Literal` field that is not one of its words.
+
+    Raises:
+        UserError: there is one.
+    """
+    for name, hint in get_type_hints(type(options)).items():
+        if get_origin(hint) is Literal and getattr(options, name) not in get_args(hint):
+            value, allowed = shown(getattr(options, name)), ", ".join(get_args(hint))
+            raise UserError(f"{prefix}{name} is {value}: it must be one of {allowed}")
+
+
 def changed(options: T, changes: Mapping[str, Any]) -> T:
-    """`options` with some of its fields changed; names of before are read, too.
+    """Return `options` with some fields changed; old names are read, too.
 
     Raises:
         UserError: there is no such option, or its value is not allowed.

@@ -1,4 +1,4 @@
-"""What moved: old names are still imported, with a warning, for one version."""
+"""Moved modules and names: the old ones are still imported, with a warning, for one version."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class MovedModules(MetaPathFinder, Loader):
 
 
 def moved_name(module: str, name: str) -> Any:
-    """What was called `name` in a module, for that module's `__getattr__`.
+    """Return the object that was called `name` in a module, for that module's `__getattr__`.
 
     Raises:
         AttributeError: no such name has moved.
@@ -95,7 +95,7 @@ def moved_name(module: str, name: str) -> Any:
 
 
 def new_name(old: str) -> str | None:
-    """The full name of the module that was called `old`; None: it has not moved."""
+    """Return the full new name of the module `old`; None if it has not moved."""
     moved, below = old.removeprefix(PACKAGE), ""
     while old.startswith(PACKAGE) and moved:
         if moved in MOVED:

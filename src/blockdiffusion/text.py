@@ -1,16 +1,16 @@
 """Between text and ids: prompts as ids, and sampled ids as text, all at once or piece by piece.
 
-Sampled ids become text here and nowhere else. A text is what was given, as it was given, then what
-is new. New text comes out as soon as nothing can change it any more, so the pieces of a stream make
-up the whole text, and no token is decoded again when others follow.
+Sampled ids become text only here. A text is the given text, unchanged, then the new text. New text
+comes out as soon as nothing can change it any more, so the pieces of a stream make up the whole
+text, and no token is decoded twice.
 
-What a token adds to a text depends on what kind of decoder its tokenizer has:
+The text of a token depends on the decoder of its tokenizer:
 
-* byte-level ones (GPT-2's kind) add bytes, and a character comes out with its last byte;
-* others add a text, another one where the token is the first of all (many drop the space before
-  it). Tokens that stand for single bytes (Llama's kind) are decoded together with those beside
-  them, so they wait until another token follows;
-* of any other kind each token is decoded together with the one before it.
+* a byte-level one (as GPT-2's) adds bytes, and a character comes out with its last byte;
+* others add a text, and a different one for the first token of all (many drop the space before
+  it). Tokens for single bytes (as Llama's) are decoded together with their neighbours, so they wait
+  until another token follows;
+* with any other decoder each token is decoded together with the one before it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from weakref import WeakKeyDictionary
 
 from blockdiffusion.errors import UserError
 
-Given = tuple[int, int, str]
-"""The tokens from one place up to another were given, and this is their text."""
+Given = tuple[int, int, str]  # start and end of given tokens, and their text
 
 ONE_BYTE = [form.format(byte) for byte in range(256) for form in ("<0x{:02X}>", "<0x{:02x}>")]
 BY_TOKEN = {"WordPiece", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
@@ -40,7 +39,7 @@ CLEAN_UP = (
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text that begins a row; nothing is added to it.
+    """Return the ids of a text that begins a row; nothing is added to it.
 
     Raises:
         UserError: there is no tokenizer, or the text is not UTF-8.
@@ -59,10 +58,10 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def encode_behind(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text that stands behind other tokens, which are not known.
+    """Return the ids of a text behind other, unknown tokens.
 
-    Some tokenizers put a space before every text that they are given. Behind other tokens that
-    space would be read as one, so the text is then tokenised behind another and cut off.
+    Some tokenizers put a space before every text, which would be a real space behind other tokens.
+    So the text is tokenised behind another one, which is then cut off.
 
     Raises:
         UserError: see `encode_text`.
@@ -81,10 +80,10 @@ def encode_behind(tokenizer: Any, text: str) -> list[int]:
 
 
 def goes_on_inside_a_word(tokenizer: Any, text: str) -> bool:
-    """Whether what follows a text that ends in a space begins inside a word.
+    """Return whether the continuation of a text that ends in a space begins inside a word.
 
-    It does where words are tokens together with the space before them: the space that was given is
-    then a token of its own, behind which the training text has what is left of rare words.
+    It does if words are tokens together with the space before them: the given space is then a token
+    of its own, which in training text precedes the rest of rare words.
     """
     if not text.endswith(" ") or not hasattr(tokenizer, "get_vocab"):
         return False
@@ -117,11 +116,11 @@ class Detokenizer:
         self._drop_space = False
 
     def push(self, ids: Iterable[int]) -> str:
-        """Takes the next ids; the text that no later one can change."""
+        """Take the next ids; return the text that no later id can change."""
         return self._out(self._pieces.push(ids))
 
     def give(self, ids: Iterable[int], text: str | None) -> str:
-        """Takes ids that were given as `text`, which comes out as it is; None = as `push`."""
+        """Take ids that were given as `text`, which comes out unchanged; None = as `push`."""
         if text is None:
             return self.push(ids)
         waited = self.end()
@@ -131,7 +130,7 @@ class Detokenizer:
         return waited + text
 
     def end(self) -> str:
-        """What waited for later ids, as it is without them."""
+        """Return the text that waited for later ids."""
         return self._out(self._pieces.end(), last=True)
 
     def _out(self, text: str, last: bool = False) -> str:
@@ -143,7 +142,7 @@ class Detokenizer:
 
 
 def whole_text(tokenizer: Any, ids: Sequence[int], given: Iterable[Given] = ()) -> str:
-    """The text of `ids`, in which what was given stands as it was given."""
+    """Return the text of `ids`, with given text unchanged."""
     stream, parts, end = Detokenizer(tokenizer), [], 0
     for start, stop, text in given:
         parts += [stream.push(ids[end:start]), stream.give(ids[start:stop], text)]
@@ -152,19 +151,19 @@ def whole_text(tokenizer: Any, ids: Sequence[int], given: Iterable[Given] = ()) 
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """What a token by itself looks like inside a text."""
+    """Return the text of a single token inside a text."""
     return _pieces(tokenizer).alone(token)
 
 
 def byte_letters() -> list[str]:
-    """GPT-2's printable stand-in for each byte: itself if printable, else from U+0100 upwards."""
+    """Return GPT-2's printable letter for each byte: itself, or one from U+0100 upwards."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _replace(text: str, old: str, new: str, last: bool) -> tuple[str, str]:
-    """`text.replace(old, new)`, and the end of it that may yet become an `old`."""
+    """Return `text.replace(old, new)`, without an end that may yet become an `old`, and that."""
     *parts, rest = text.split(old)
     held = next((k for k in range(len(old) - 1, 0, -1) if rest.endswith(old[:k])), 0)
     cut = len(rest) if last else len(rest) - held
@@ -172,13 +171,13 @@ def _replace(text: str, old: str, new: str, last: bool) -> tuple[str, str]:
 
 
 def _cleans_up(tokenizer: Any) -> bool:
-    """Whether transformers mends spaces in this tokenizer's texts; it does not in those of BPEs."""
+    """Return whether transformers cleans up spaces of this tokenizer; it does not for BPEs."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     return type(tokenizer.backend_tokenizer.model).__name__ != "BPE"
 
 
-# --- what a token adds ----------------------------------------------------------------------------
+# --- the text of a token --------------------------------------------------------------------------
 
 
 class _Bytes:
@@ -199,7 +198,7 @@ class _Bytes:
 
 
 class _Texts:
-    """Tokens that add a text, whatever stands before them, or wait together."""
+    """Tokens that add a text, whatever precedes them, or wait together."""
 
     def __init__(self, table: _TextTable):
         self._table = table
@@ -257,7 +256,7 @@ class _Pairs:
 
 
 class _ByteTable(dict[int, bytes]):
-    """id -> its bytes, each found when it is first asked for."""
+    """id -> its bytes, found on first use."""
 
     def __init__(self, backend: Any):
         self._name, self._skipped = backend.id_to_token, _special(backend)
@@ -274,7 +273,7 @@ class _ByteTable(dict[int, bytes]):
 
 
 class _TextTable(dict[int, "str | None"]):
-    """id -> its text behind another token; None where it is skipped."""
+    """id -> its text behind another token; None if it is skipped."""
 
     def __init__(self, backend: Any, falls_back: bool):
         self._backend, self._skipped = backend, _special(backend)
@@ -292,7 +291,6 @@ class _TextTable(dict[int, "str | None"]):
         return self._backend.decode(ids, skip_special_tokens=True)
 
     def behind(self, ids: Sequence[int]) -> str:
-        """The text of ids behind other tokens."""
         before = [] if self._before is None else [self._before]
         return self.decode([*before, *ids])[self._cut :]
 
@@ -304,7 +302,7 @@ _tables: WeakKeyDictionary[Any, _ByteTable | _TextTable] = WeakKeyDictionary()
 
 
 def _pieces(tokenizer: Any) -> _Bytes | _Texts | _Pairs:
-    """The pieces of a new text of this tokenizer."""
+    """Return the decoder of a new text of this tokenizer."""
     if tokenizer is None:
         return _Pairs(lambda ids: " ".join(map(str, ids)))
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -324,7 +322,7 @@ def _pieces(tokenizer: Any) -> _Bytes | _Texts | _Pairs:
 
 
 def _decoders(backend: Any) -> list[dict[str, Any]]:
-    """A tokenizer's decoders, in their order; none = tokens are joined by spaces."""
+    """Return a tokenizer's decoders, in order; none = tokens are joined by spaces."""
     if backend.decoder is None:
         return []
     state = json.loads(backend.decoder.__getstate__())
@@ -332,5 +330,5 @@ def _decoders(backend: Any) -> list[dict[str, Any]]:
 
 
 def _special(backend: Any) -> set[int]:
-    """The ids that have no text: special tokens."""
+    """Return the ids of special tokens, which have no text."""
     return {n for n, token in backend.get_added_tokens_decoder().items() if token.special}

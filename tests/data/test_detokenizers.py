@@ -8,10 +8,6 @@ import pytest
 from blockdiffusion.data.detokenizers import (
     DETOKENIZERS,
     detokenize_lambada,
-    detokenize_lm1b,
-    detokenize_ptb,
-    detokenize_scientific_papers,
-    detokenize_wikitext,
     detokenize_wikitext_paper,
 )
 
@@ -22,7 +18,7 @@ def test_wikitext_is_undone():
         " ; it 's \" good \" , and they did n't stop : the players ' ratio was 10 : 1 in 1990"
         " \u2013 91 . \n"
     )
-    assert detokenize_wikitext(raw) == (
+    assert DETOKENIZERS["wikitext"](raw) == (
         "\n== History ==\n\nThe role-playing game (2011), sold 1,500.5 copies"
         "; it's \"good\", and they didn't stop: the players' ratio was 10:1 in 1990\u201391.\n"
     )
@@ -54,7 +50,7 @@ def test_the_papers_wikitext_is_the_same_line_by_line_and_whole():
 
 def test_ptb():
     assert (
-        detokenize_ptb(
+        DETOKENIZERS["ptb"](
             "the <unk> 's shares rose N N to $ N a share and n't # N \\/ traders ' hopes N N N"
         )
         == "the ?'s shares rose 1 1 to $1 a share andn't #1 / traders' hopes 1 1 N"
@@ -75,7 +71,7 @@ def test_ptb():
     ],
 )
 def test_lm1b(raw, text):
-    assert detokenize_lm1b(raw) == text
+    assert DETOKENIZERS["lm1b"](raw) == text
 
 
 def test_lambada():
@@ -84,7 +80,7 @@ def test_lambada():
 
 def test_scientific_papers_have_the_rules_of_both():
     raw = "we find ( see fig . 2 ) , at 5 ° C : a 2 @-@ fold rise of $ 3 / 4 .\nthe end ?"
-    assert detokenize_scientific_papers(raw) == (
+    assert DETOKENIZERS["scientific-papers"](raw) == (
         "we find (see fig. 2), at 5°C: a 2-fold rise of $3/4 .\nthe end?"
     )
 

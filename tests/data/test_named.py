@@ -218,7 +218,7 @@ def test_a_folder_without_the_split_is_refused_before_any_work(tmp_path):
 
 def test_a_file_named_as_another_split_is_refused(tmp_path):
     file = write(tmp_path / "ptb.test.txt", "a\n")
-    with pytest.raises(UserError, match=r"named as the split test.*say ptb:test="):
+    with pytest.raises(UserError, match=r"the split test.*give ptb:test="):
         parse_named(f"ptb={file}").training()
 
 

@@ -11,13 +11,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 
 from blockdiffusion.data import corpus, packing, parts
+from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.data.packing import Manifest, PrepareOptions, prepare
+from blockdiffusion.data.shards import PACKERS
 from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.checksums import NOTES
@@ -348,7 +351,7 @@ def test_too_little_text(tmp_path, text, changes, sentence):
         ({"documents": "page"}, "documents is 'page'"),
         ({"detokenize": "pbt"}, "detokenize is 'pbt'"),
         ({"seq_len": 2, "row_bos": True, "row_eos": True}, "must be at least 3"),
-        ({"valid_fraction": 0.9}, "from 0 to 0.5"),
+        ({"valid_fraction": 0.9}, r"valid_fraction is 0\.9; it must be in \[0, 0\.5\]"),
         ({"document_bytes": 1}, "document_bytes is 1"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"skip_invalid": -1}, "skip_invalid is -1"),
@@ -358,6 +361,11 @@ def test_too_little_text(tmp_path, text, changes, sentence):
 def test_options_that_cannot_be(changes, sentence):
     with pytest.raises(UserError, match=sentence):
         options(**changes)
+
+
+def test_the_words_of_options_are_what_there_is():
+    words = {name: get_args(hint) for name, hint in get_type_hints(PrepareOptions).items()}
+    assert words["packing"] == tuple(PACKERS) and words["detokenize"] == tuple(DETOKENIZERS)
 
 
 def test_no_source_at_all(tmp_path):
@@ -490,9 +498,9 @@ def test_a_directory_that_may_not_be_written(source, tmp_path, monkeypatch):
 
 def test_python_docs_prepare(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "blockdiffusion.data.python_docs._module_documents", lambda: iter(["module\n" * 30])
+        "blockdiffusion.data.python_library._module_documents", lambda: iter(["module\n" * 30])
     )
-    from blockdiffusion.data.python_docs import python_docs
+    from blockdiffusion.data.python_library import python_docs
 
     python_docs.cache_clear()
     manifest = prepare(["python-docs"], tmp_path / "out", options())
@@ -544,7 +552,7 @@ def test_a_worker_that_is_killed_is_told_in_a_sentence(source, tmp_path, monkeyp
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(parts.Worker, "write_part", kill_first)
-        with pytest.raises(UserError, match=r"a worker process ended by itself .*goes on"):
+        with pytest.raises(UserError, match=r"a worker process ended by itself .*resumes"):
             run(source, out, num_workers=2)
     assert run(source, out, num_workers=2).splits["train"].rows > 0
 

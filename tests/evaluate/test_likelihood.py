@@ -287,7 +287,7 @@ def test_given_tokens_are_read_and_not_counted(make_model, random_ids):
     expected = exact_blocks(model, padded, free, valid).nelbo_BK.sum(1)
     assert torch.allclose(result.nats_per_row, expected)
     for wrong in (dict(ids=clean, given=given[:, 1:]), dict(ids=clean.tolist(), given=given)):
-        with pytest.raises(UserError, match="given goes with a tensor"):
+        with pytest.raises(UserError, match="given needs a tensor"):
             blockdiffusion.likelihood(model, **wrong)
 
 

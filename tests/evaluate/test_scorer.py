@@ -295,7 +295,7 @@ def test_no_hub_is_asked_for_a_path(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match=r"^runs/judge does not exist: the folder runs is here"):
         load_scorer("runs/judge")
-    with pytest.raises(UserError, match=r"could not be had from the hub \(AssertionError\)"):
+    with pytest.raises(UserError, match=r"could not be loaded from the hub \(AssertionError\)"):
         load_scorer("run/judge")  # no folder here: an id
 
 

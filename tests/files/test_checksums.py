@@ -280,7 +280,7 @@ def test_a_link_in_a_run_leads_to_no_other_file(place, name, kind):
         assert ended.returncode in (0, 2) and "Traceback" not in ended.stderr
         assert (victim.read_bytes() if victim.exists() else None) == before
     if name == ".lock":
-        assert ended.returncode == 2 and "is a link or no regular file" in ended.stderr
+        assert ended.returncode == 2 and "is a link or not a regular file" in ended.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -320,7 +320,7 @@ def test_a_device_is_not_replaced_by_a_file(place, monkeypatch):
     ended = blockdiff(
         "eval", place / "run", "--data", place / "data", "--limit", 2, "--json", device
     )
-    assert ended.returncode == 2 and "no regular file" in ended.stderr
+    assert ended.returncode == 2 and "not a regular file" in ended.stderr
     assert device.is_fifo()
 
 

@@ -467,7 +467,7 @@ def test_signals_finish_the_step_save_and_say_how_to_go_on(run, name, code, over
         def finish(self): ...
 
     before = signal.getsignal(getattr(signal, name))
-    message = rf"{name}: saved step 7 in .*; go on with: blockdiff train x --resume"
+    message = rf"{name}: saved step 7 in .*; resume with: blockdiff train x --resume"
     with pytest.raises(Interrupted, match=message) as raised:
         run(*overrides, loggers=[Signal()], resume_command="blockdiff train x --resume")
     assert raised.value.exit_code == code

@@ -184,7 +184,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(recipe_file, tmp_
     first, second = running.end()
     assert (first.code, second.code) == (143, 143)
     step = checkpoint.read_state(checkpoint.latest(out)).step
-    assert f"SIGTERM: saved step {step} in {out}; go on with: " in first.err
+    assert f"SIGTERM: saved step {step} in {out}; resume with: " in first.err
     assert second.err == ""
 
 

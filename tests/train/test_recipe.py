@@ -93,8 +93,8 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("optim.lr", r"'optim\.lr' is no override"),
         ("train.batch_size=0", r"train\.batch_size is 0; it must be at least 1"),
         ("train.micro_batch_size=600", r"train\.micro_batch_size is 600; it must be at most"),
-        ("optim.lr=-1", r"optim\.lr is -1\.0; it must be positive"),
-        ("optim.lr=.nan", r"optim\.lr is nan; it must be positive"),
+        ("optim.lr=-1", r"optim\.lr is -1\.0; it must be above 0"),
+        ("optim.lr=.nan", r"optim\.lr is nan; it must be a number"),
         (
             "model.hidden_size=100",
             r"model\.hidden_size is 100; it must be a multiple of 2 \* model\.num_attention_heads",
@@ -109,7 +109,7 @@ def test_numbers_written_as_yaml_strings_and_ints_become_floats(write):
         ("objective.t_min=2", r"objective\.t_min is 2\.0"),
         ("search.widths=[0.5,1.5]", r"search\.widths has 1\.5; every width must be in \(0, 1\]"),
         ("search.widths=0.5", r"search\.widths is 0\.5; it must be a list of: a number"),
-        ("search.offset_step=0", r"search\.offset_step is 0\.0; it must be at least 0\.001"),
+        ("search.offset_step=0", r"search\.offset_step is 0\.0; it must be in"),
         ("search.by=both", r"search\.by is 'both'; it must be loss or gradient"),
     ],
 )

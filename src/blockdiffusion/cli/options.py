@@ -250,12 +250,15 @@ def new_names(arguments: list[str], commands: Mapping[str, Callable[..., None]])
 
 def within_limits(command: Callable[..., None]) -> Callable[..., None]:
     """Wraps a command so that it first checks all numbers against `limits.LIMITS`."""
+    parameters = inspect.signature(command).parameters
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                check_limit(name, value, "--" + name.replace("_", "-"))
+                notes = get_args(parameters[name].annotation)[1:]
+                flags = [flag for note in notes for flag in note.param_decls or ()]
+                check_limit(name, value, [*flags, "--" + name.replace("_", "-")][0])
         command(**values)
 
     return call

@@ -1,4 +1,4 @@
-"""All documents of a preparation, in order, and which of them are held out for validation."""
+"""All documents of a preparation, in order, and the choice of those held out for validation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from blockdiffusion.runtime.seeding import derive_seed
 
 
 class Corpus:
-    """The documents of all sources in order, and which of them are held out.
+    """The documents of all sources in order, and the choice of those held out.
 
     Attributes:
         groups: the sources of "train" and "valid".
-        left_out: what is not read in the folders, and why.
+        left_out: files in folders that are not read, and why.
         skipped: for each group, by a source's id: documents that could not be read, last time.
     """
 
@@ -57,7 +57,7 @@ class Corpus:
         )
 
     def account(self) -> Iterator[str]:
-        """What was read and what was not, a line each."""
+        """Yield a line about what was read, and one about what was left out."""
         sources = [source for group in self.groups.values() for source in group]
         names = [
             str(file)
@@ -69,7 +69,7 @@ class Corpus:
             yield f"left out {len(self.left_out):,}: {few(self.left_out)}"
 
     def signatures(self) -> list[dict[str, Any]]:
-        """What tells this corpus from another; which sources are only for validation, too."""
+        """Return what identifies this corpus, with which sources are only for validation."""
         return [
             source.signature() | {"valid_only": group == "valid"}
             for group, sources in self.groups.items()
@@ -77,12 +77,12 @@ class Corpus:
         ]
 
     def num_bytes(self) -> int | None:
-        """UTF-8 bytes of all sources; None if one does not know."""
+        """Return the UTF-8 bytes of all sources; None if one does not know."""
         sizes = [source.size for sources in self.groups.values() for source in sources]
         return None if None in sizes else sum(size for size in sizes if size is not None)
 
     def documents(self, group: str) -> Iterator[tuple[Source, str]]:
-        """The documents of "train" or "valid" that are not blank, each with its source.
+        """Yield the documents of "train" or "valid" that are not blank, each with its source.
 
         Raises:
             UserError: more than `options.skip_invalid` documents of both cannot be read.
@@ -104,17 +104,16 @@ class Corpus:
 
     @property
     def draws(self) -> bool:
-        """Whether the validation documents are drawn from the training sources."""
+        """Whether validation documents are drawn from the training sources."""
         return not self.groups["valid"] and self.options.valid_fraction > 0
 
     @property
     def has_valid(self) -> bool:
-        """Whether there is a validation split."""
         return bool(self.groups["valid"]) or self.draws
 
     @functools.cached_property
     def first_draw(self) -> int:
-        """How many documents the first draw is from: all, in a corpus smaller than one draw."""
+        """The number of documents of the first draw: all, in a corpus smaller than one draw."""
         return sum(1 for _ in islice(self.documents("train"), self._draw_size))
 
     @property
@@ -122,7 +121,7 @@ class Corpus:
         return min(round(1 / self.options.valid_fraction), MOST_COUNT)
 
     def check_split(self) -> None:
-        """Look before any work is done whether validation documents can be drawn.
+        """Check before any work whether validation documents can be drawn.
 
         Raises:
             UserError: there are not two documents; or a pipe would be read twice.
@@ -131,7 +130,7 @@ class Corpus:
             for name in (source.name for group in self.groups.values() for source in group):
                 if GIVEN.fullmatch(name) and not Path(name).is_file():
                     raise UserError(
-                        f"{name} is a pipe, whose text comes once, and it is read twice to draw "
+                        f"{name} is a pipe, whose text comes once, but it is read twice to draw "
                         "validation documents or to train a BPE: write it to a file, or give "
                         "valid_fraction 0 and another tokenizer"
                     )
@@ -143,10 +142,10 @@ class Corpus:
             )
 
     def is_valid(self, number: int) -> bool:
-        """Whether document `number` of the group "train" is held out for validation.
+        """Return whether document `number` of the group "train" is held out for validation.
 
-        One of every round(1 / valid_fraction) documents is, at a place drawn from the seed and
-        the running number of the draw.
+        One of every round(1 / valid_fraction) documents is, at a place drawn from the seed and the
+        number of the draw.
         """
         if not self.draws:
             return False
@@ -155,13 +154,13 @@ class Corpus:
         return place == derive_seed(self.options.seed, "valid", draw) % size
 
     def detokenizer(self, source: Source) -> str:
-        """The detokenizer of a source: the one that was asked for, else a named set's own."""
+        """Return the detokenizer of a source: the option's, else a named set's own."""
         if self.options.detokenize == "none" and isinstance(source, NamedSplit):
             return source.data_set.detokenize
         return self.options.detokenize
 
     def training_text(self) -> Iterator[str]:
-        """Detokenized documents of the training split: what a BPE learns from."""
+        """Yield the detokenized documents of the training split, from which a BPE learns."""
         for number, (source, text) in enumerate(self.documents("train")):
             if not self.is_valid(number):
                 yield DETOKENIZERS[self.detokenizer(source)](text)

@@ -1,31 +1,30 @@
 """From the tokenised text of published corpora back to text as people write it.
 
 The rules named after the paper's sets are those of its evaluation (Arriola et al., and the papers
-it compares with): a perplexity compares with theirs only if the text is the same, quirks included
-(one rule is left out, which only damages text that has `/' 5/` in it). `wikitext` is this package's
-own, and reads better.
+it compares with), quirks included: perplexities compare only on the same text. (One rule is left
+out, which only damages text that contains `/' 5/`.) `wikitext` is this package's own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
-# A string is replaced wherever it stands, a pattern as `re.sub` does; in this order.
+# A string is replaced wherever it occurs, a pattern as by `re.sub`; rules apply in order.
 Rule = tuple[str | re.Pattern[str], str]
 
 LINES = re.compile(r"[^\n]*\n|[^\n]+")
 
 
-def apply_rules(text: str, rules: Sequence[Rule]) -> str:
-    """`text` after one rule after the other."""
+def apply_rules(rules: Sequence[Rule], text: str) -> str:
     for old, new in rules:
         text = text.replace(old, new) if isinstance(old, str) else old.sub(new, text)
     return text
 
 
 def _hugged(opening: str, inside: str, closing: str) -> Rule:
-    """Quotes or brackets around `inside`, with the spaces just within them taken out."""
+    """Return the rule that removes the spaces just within quotes or brackets around `inside`."""
     left, right = re.escape(opening), re.escape(closing)
     pattern = rf"{left}\s*({inside}*?)\s*{right}"
     return re.compile(pattern), rf"{opening}\1{closing}"
@@ -49,7 +48,7 @@ WIKITEXT_PAPER: list[Rule] = [
     (" N ", " 1 "),
     (" 's", "'s"),
 ]
-PTB: list[Rule] = [
+PTB: list[Rule] = [  # `N` becomes 1, `<unk>` a question mark
     (" 's", "'s"),
     ("s ' ", "s' "),
     (" n't", "n't"),
@@ -79,7 +78,8 @@ LM1B: list[Rule] = [
     ("$ ", "$"),
     ("£ ", "£"),
 ]
-# WikiText's own marks and its spaces around punctuation, in the order in which they are undone.
+# WikiText's own marks and its spaces around punctuation: `role @-@ playing game ,` becomes
+# `role-playing game,`.
 WIKITEXT: list[Rule] = [
     (re.compile(pattern, re.MULTILINE), replacement)
     for pattern, replacement in [
@@ -98,47 +98,22 @@ WIKITEXT: list[Rule] = [
 ]
 
 
-def detokenize_wikitext(text: str) -> str:
-    """WikiText as prose: `role @-@ playing game ,` becomes `role-playing game,`."""
-    return apply_rules(text, WIKITEXT)
-
-
 def detokenize_wikitext_paper(text: str) -> str:
-    """WikiText by the paper's rules, line by line as its evaluation reads it."""
-    return "".join(apply_rules(line, WIKITEXT_PAPER) for line in LINES.findall(text))
-
-
-def detokenize_ptb(text: str) -> str:
-    """A Penn Treebank sentence; `N` is 1 and `<unk>` a question mark."""
-    return apply_rules(text, PTB)
-
-
-def detokenize_lm1b(text: str) -> str:
-    """A sentence of the One Billion Words benchmark."""
-    return apply_rules(text, LM1B)
+    """Apply the paper's rules line by line, as its evaluation reads WikiText."""
+    return "".join(apply_rules(WIKITEXT_PAPER, line) for line in LINES.findall(text))
 
 
 def detokenize_lambada(text: str) -> str:
-    """A LAMBADA passage: straight quotes, and a line end before it."""
+    """Make quotes straight, and put a line end before the passage."""
     return "\n" + text.replace("\u201c", '"').replace("\u201d", '"').strip()
 
 
-def detokenize_scientific_papers(text: str) -> str:
-    """An article: the rules for WikiText over the whole of it, then those for LM1B."""
-    return apply_rules(text, [*WIKITEXT_PAPER, *LM1B])
-
-
-def keep_text(text: str) -> str:
-    """The text as it is."""
-    return text
-
-
 DETOKENIZERS: dict[str, Callable[[str], str]] = {
-    "none": keep_text,
-    "wikitext": detokenize_wikitext,
+    "none": str,
+    "wikitext": partial(apply_rules, WIKITEXT),
     "wikitext-paper": detokenize_wikitext_paper,
-    "ptb": detokenize_ptb,
-    "lm1b": detokenize_lm1b,
+    "ptb": partial(apply_rules, PTB),
+    "lm1b": partial(apply_rules, LM1B),
     "lambada": detokenize_lambada,
-    "scientific-papers": detokenize_scientific_papers,
+    "scientific-papers": partial(apply_rules, [*WIKITEXT_PAPER, *LM1B]),
 }

@@ -1,7 +1,7 @@
-"""The files of a named data set on the Hugging Face hub: found without a loading script, and whole.
+"""The parquet files of a named data set on the Hugging Face hub, complete or refused.
 
-Only parquet files are read: those of the repository's main branch, or else those that the hub
-itself converted (branch `refs/convert/parquet`), which the older sets built by a script have.
+They are on the repository's main branch, or else on `refs/convert/parquet`, to which the hub itself
+converts the older sets that are built by a script.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from blockdiffusion.data.registry import DataSet
+from blockdiffusion.data.registry import DataSet, split_of
 from blockdiffusion.data.sources import Parquet, import_arrow
-from blockdiffusion.data.splits import split_of
 from blockdiffusion.errors import UserError
 
 BRANCHES = ("main", "refs/convert/parquet")
@@ -21,28 +20,26 @@ BRANCHES = ("main", "refs/convert/parquet")
 
 @functools.cache
 def fetch_split(data_set: DataSet, split: str) -> list[Path]:
-    """The parquet files that hold a split, in order, downloaded into the hub's cache.
+    """Download the parquet files of a split into the hub's cache; return them in order.
 
-    The cache takes a file in only when it is whole, and a download that was interrupted goes on.
-    All files are of one commit, which stays the same in a process, and their rows are counted.
-    Where the hub cannot be reached, what an earlier run fetched is used if its number of rows says
-    that it is all.
+    The cache holds only complete files, and an interrupted download resumes. All files are of one
+    commit, and their rows are counted. If the hub cannot be reached, cached files are used if their
+    number of rows shows that they are complete.
 
     Raises:
         UserError: the hub cannot be reached, has no such files, or not as many rows.
     """
-    import_arrow(data_set.name)  # not to be missed after the download
-    # The library and the network fail in a hundred ways, and none is this program's fault.
+    import_arrow(data_set.name)  # fails before the download
     try:
         files = _download(data_set, split)
-    except Exception as error:
+    except Exception as error:  # the library and the network raise errors of a hundred classes
         files = _in_cache(data_set, split)
         if files and _rows(files, data_set) == expected_rows(data_set, split):
             return files
         reason = re.split(r"\n|\. ", str(error).strip())[0].rstrip(".") or type(error).__name__
         raise UserError(
             f"the data set {data_set.name} cannot be fetched from {data_set.repository} on the "
-            f"Hugging Face hub ({reason}): try again when the network is there (it goes on where "
+            f"Hugging Face hub ({reason}): try again when the network is there (it resumes where "
             f"it stopped), or name local files as {data_set.name}=PATH"
         ) from error
     local = f"name local files as {data_set.name}=PATH"
@@ -62,16 +59,16 @@ def fetch_split(data_set: DataSet, split: str) -> list[Path]:
 
 
 def expected_rows(data_set: DataSet, split: str) -> int | None:
-    """Rows of the files that hold a split; None where they are not known."""
+    """Return the number of rows of the files that hold a split; None if unknown."""
     counts = list(data_set.splits.values()) if data_set.is_one_body else [data_set.splits[split]]
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
 def files_of_split(names: Iterable[str], data_set: DataSet, split: str) -> list[str]:
-    """Those of a repository's files that hold a split, from the first folder that has some.
+    """Return the files of a repository that hold a split, from the first folder that has some.
 
-    A set that is published as one has it in the split `train`, or in files that name no split.
+    All of a set that is published as one is in the split `train`, or in files that name no split.
     """
     wanted = "train" if data_set.is_one_body else split
     parquet = sorted(name for name in names if name.endswith(".parquet"))
@@ -108,9 +105,9 @@ def _download(data_set: DataSet, split: str) -> list[Path]:
 
 
 def _in_cache(data_set: DataSet, split: str) -> list[Path]:
-    """Files of the split that were fetched before, of the commit that has the most of them.
+    """Return the cached files of the split, of the commit that has the most of them.
 
-    None for a set whose number of rows is not known: a part could not be told from all of it.
+    There are none for a set of unknown size, as they may be incomplete.
     """
     import huggingface_hub
 

@@ -1,7 +1,6 @@
 """Batches of token rows from a prepared directory, in an order that is a function of (seed, step).
 
-The whole state of reading is the number of the step, so a run resumes exactly, whatever the number
-of processes that share a batch.
+The only state is the number of the step, so a run resumes exactly, with any number of processes.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from blockdiffusion.files.checksums import Report, check_files, read_sums, silen
 from blockdiffusion.runtime.seeding import derive_seed
 
 REMEDY = "copy it again from where it was whole, or delete the directory and prepare it anew"
-MOST_EPOCHS = 1000  # in one batch; more is a slip of the keyboard, and takes all memory
+MOST_EPOCHS = 1000  # in one batch; more is a typing mistake, and takes all memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,7 @@ class Batch:
 
     Attributes:
         ids_BL: int64 token ids.
-        valid_BL: bool, False at padding, which is only ever at the right end of a row; None when
-            every position is valid.
+        valid_BL: bool, False at padding, which is at the right end of a row; None if there is none.
     """
 
     ids_BL: torch.Tensor
@@ -42,11 +40,11 @@ class Batch:
 class TokenRows:
     """The rows of one split of a prepared directory, memory-mapped.
 
-    Its files are compared with their checksums when they are first used; see `checksums`. Of
-    several processes the first does that.
+    Its files are compared with their checksums when they are first used, by the first of several
+    processes; see `checksums`.
 
     Args:
-        report: told how far that is.
+        report: gets the progress of that.
 
     Attributes:
         manifest: the directory's manifest.
@@ -54,7 +52,7 @@ class TokenRows:
         num_rows: rows of this split.
 
     Raises:
-        UserError: no prepared data there, no such split, or a file of it missing or damaged.
+        UserError: there are no prepared data or no such split, or a file is missing or damaged.
     """
 
     def __init__(self, directory: str | Path, split: str, report: Report = silent) -> None:
@@ -108,7 +106,7 @@ class TokenRows:
 
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A read-only memory map of `path`, which must have exactly this size."""
+    """Map `path` read-only; it must have exactly this size."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -120,15 +118,10 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class BatchOrder:
-    """Which rows each global batch has: a pure function of (seed, step).
+    """The rows of each global batch: a pure function of (seed, step).
 
-    Every epoch is a permutation of its own, drawn from (seed, epoch); batches follow each other
-    without a gap, so one may straddle two epochs (or more, if it is larger than the data).
-
-    Args:
-        num_rows: rows to draw from.
-        batch_size: rows of a global batch (B).
-        seed: of the order.
+    Every epoch is a permutation drawn from (seed, epoch); batches follow each other without a gap,
+    so one may span two epochs (or more, if it is larger than the data).
 
     Raises:
         UserError: there is no row, the batch is empty, or it has every row `MOST_EPOCHS` times.
@@ -145,13 +138,11 @@ class BatchOrder:
                 f"a batch of {batch_size} rows out of {num_rows} would have every row more than "
                 f"{MOST_EPOCHS} times; give a smaller train.batch_size, or more data"
             )
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.seed = seed
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def indices(self, step: int) -> np.ndarray:
-        """Row numbers (B,) of global batch `step` (from 0)."""
+        """Return the row numbers (B,) of global batch `step` (from 0)."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epoch_of_position, places = np.divmod(positions, self.num_rows)
         rows = np.empty(self.batch_size, dtype=np.int64)
@@ -164,13 +155,13 @@ class BatchOrder:
         if epoch not in self._epochs:
             bits = np.random.Philox(derive_seed(self.seed, "order", epoch))
             self._epochs[epoch] = np.random.Generator(bits).permutation(self.num_rows)
-            if len(self._epochs) > 2:  # of a large corpus one alone is tens of megabytes
+            if len(self._epochs) > 2:  # one of a large corpus has tens of megabytes
                 self._epochs.popitem(last=False)
         return self._epochs[epoch]
 
 
 def free_tokens(batch: Batch, row_bos: bool) -> torch.Tensor:
-    """bool (B, L): the tokens that are masked and scored, so neither padding nor a given BOS."""
+    """Return bool (B, L): the tokens that are scored, so neither padding nor a given BOS."""
     if batch.valid_BL is None:
         free_BL = torch.ones_like(batch.ids_BL, dtype=torch.bool)
     else:

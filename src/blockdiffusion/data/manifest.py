@@ -1,4 +1,4 @@
-"""The manifest of a prepared data directory: what is in it, and what it was made from."""
+"""The manifest of a prepared data directory: its contents and its origin."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ class Split:
     """One split of a prepared directory.
 
     Attributes:
-        documents: documents that the split got.
         tokens: valid positions of its rows: document tokens, document EOS, row BOS and row EOS.
-        bytes: UTF-8 bytes of the text that the kept document tokens cover (after detokenizing).
-            When tokens were dropped at the end, all text times the share of tokens kept.
+        bytes: UTF-8 bytes of the text of the kept document tokens (after detokenizing); if tokens
+            were dropped at the end, all text times the share of tokens kept.
         rows: rows of `seq_len` ids.
         dropped_tokens: document tokens at the end that did not fill a row.
         shards: the files, in order.
@@ -49,15 +48,15 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What `manifest.json` says.
+    """The contents of `manifest.json`.
 
     Attributes:
         packing: "wrap" (no padding) or "document" (one document a row, padded at the right).
-        row_bos: every row begins with BOS, which is given: never masked, never scored.
-        tokenizer: as it was asked for; the tokenizer itself is in the folder `tokenizer`.
+        row_bos: whether every row begins with BOS, which is given: never masked, never scored.
+        tokenizer: the option; the tokenizer itself is in the folder `tokenizer`.
         sources: name, signature, split and number of documents of each source.
         options: all options that the content depends on.
-        splits: "train", and "valid" unless it was left out.
+        splits: "train", and "valid" if there is one.
     """
 
     format_version: int
@@ -78,7 +77,7 @@ class Manifest:
     splits: dict[str, Split]
 
     def save(self, directory: Path) -> None:
-        """Write `manifest.json` into `directory`, and before it the checksums of all files."""
+        """Write the checksums of all files, then `manifest.json`, into `directory`."""
         content = (json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode()
         sums = {MANIFEST_FILE: hashlib.sha256(content).hexdigest()}
         for split in self.splits.values():
@@ -117,7 +116,7 @@ class Manifest:
         return manifest
 
     def _check(self) -> None:
-        """Refuses what `prepare` never writes."""
+        """Refuse what `prepare` never writes."""
         check_limits(self)
         for name in ("mask_id", "bos_id", "eos_id", "pad_id"):
             if (getattr(self, name) or 0) >= self.vocab_size:
@@ -143,7 +142,7 @@ class Manifest:
 
 
 def data_fingerprint(manifest: Manifest, split: str = "train") -> str:
-    """A hash of what the rows are: a run can only go on with the same."""
+    """Return a hash of the rows: a run resumes only with the same ones."""
     shards = [(shard.rows, shard.sha256) for shard in manifest.splits[split].shards]
     identity = [manifest.seq_len, manifest.vocab_size, manifest.tokenizer_sha256, shards]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

@@ -18,6 +18,7 @@ from blockdiffusion.data.registry import (
     DataSet,
     LastDocuments,
     find_set,
+    split_of,
 )
 from blockdiffusion.data.sources import (
     JSON_SUFFIXES,
@@ -28,7 +29,6 @@ from blockdiffusion.data.sources import (
     TextFile,
     refuse,
 )
-from blockdiffusion.data.splits import split_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.disk import irregular
 
@@ -40,10 +40,10 @@ HEADING = re.compile(r"\s*= .* =\s*")  # both
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NamedSet:
-    """A data set as it was asked for: `NAME[:split][=PATH]`.
+    """A data set as given: `NAME[:split][=PATH]`.
 
     Attributes:
-        split: None where none was named.
+        split: None if none was named.
         path: local file or folder; None: the hub.
     """
 
@@ -52,20 +52,20 @@ class NamedSet:
     path: Path | None = None
 
     def training(self) -> NamedSplit:
-        """The split that was named, else the training split."""
+        """Return the named split, else the training split."""
         return self.source(self.split or "train")
 
     def held_out(self) -> NamedSplit | None:
-        """The split that becomes `valid` beside the training split; None where there is none.
+        """Return the split that becomes `valid` beside the training split, if any.
 
-        A single local file without a rule to cut it is training text alone.
+        A single local file without a rule to cut it is only training text.
         """
         wanted = self.data_set.held_out
         single = self.path is not None and self.path.is_file() and self.data_set.cut is None
         return None if self.split or wanted is None or single else self.source(wanted)
 
     def validation(self) -> NamedSplit:
-        """The split that was named, else the one that is held out.
+        """Return the named split, else the held-out one.
 
         Raises:
             UserError: the set holds none out.
@@ -79,10 +79,10 @@ class NamedSet:
         return self.source(wanted)
 
     def source(self, split: str) -> NamedSplit:
-        """One split.
+        """Return one split.
 
         Raises:
-            UserError: the set has no such split, or there are no files of it at the local path.
+            UserError: the set has no such split, or the local path has no files of it.
         """
         data_set = self.data_set
         if split not in data_set.splits:
@@ -97,10 +97,10 @@ class NamedSet:
 
 
 def parse_named(text: str) -> NamedSet | None:
-    """What `text` asks for, if it names a data set and no path that exists.
+    """Return the data set that `text` names, unless it is a path that exists.
 
     Raises:
-        UserError: the local path does not exist, or what it is said to hold is no set.
+        UserError: there is no such local path, or no set of this name for it.
     """
     head, equals, local = text.partition("=")
     name, _, split = head.partition(":")
@@ -138,7 +138,7 @@ class NamedSplit:
         }
 
     def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
-        """The documents, still as the set has them: see `DataSet.detokenize`."""
+        """Yield the documents as published, before `DataSet.detokenize`."""
         rows = self._rows(invalid)
         if self.data_set.documents == "article":
             return articles(rows)
@@ -164,20 +164,20 @@ class NamedSplit:
 
 
 def local_files(data_set: DataSet, split: str, path: Path) -> list[Path]:
-    """The files of a split: `path` itself, or those of the folder that are named as the split.
+    """Return the files of a split: `path` itself, or those in the folder named after the split.
 
-    A set that is published as one is all files of the folder.
+    All files of the folder belong to a set that is published as one.
 
     Raises:
-        UserError: there are none, they are empty, no files, or of several formats; or `path` is a
-            file named as another split.
+        UserError: there are none, they are empty, not files, or of several formats; or `path` is a
+            file named after another split.
     """
     if not path.is_dir():
-        said = None if data_set.is_one_body else split_of(Path(path.name))
-        if said not in (None, split):
+        other = None if data_set.is_one_body else split_of(Path(path.name))
+        if other not in (None, split):
             raise UserError(
-                f"{path} is named as the split {said}, and {split} of {data_set.name} is asked "
-                f"for: name the right file, or say {data_set.name}:{said}={path}"
+                f"{path} is named after the split {other}, but {split} of {data_set.name} is asked "
+                f"for: name the right file, or give {data_set.name}:{other}={path}"
             )
         reasons = {path: irregular(path.stat())}
         found = [path]
@@ -205,7 +205,7 @@ def local_files(data_set: DataSet, split: str, path: Path) -> list[Path]:
 
 
 def _is_whole(files: Sequence[Path]) -> bool:
-    """Whether this is one file with all splits in it."""
+    """Return whether this is one file with all splits in it."""
     return len(files) == 1 and split_of(Path(files[0].name)) is None
 
 
@@ -217,7 +217,7 @@ def _kind(file: Path) -> str:
 
 
 def _open(file: Path, data_set: DataSet) -> Parquet | JsonLines | Csv | TextFile:
-    """The rows of a file: of a text file its lines, or its whole text where that is cut later."""
+    """Open the rows of a file: the lines of a text file, or its whole text if that is cut later."""
     match _kind(file):
         case "parquet":
             return Parquet(str(file), file, data_set.field)
@@ -225,9 +225,8 @@ def _open(file: Path, data_set: DataSet) -> Parquet | JsonLines | Csv | TextFile
             return JsonLines(str(file), file, data_set.field)
         case "CSV":
             return Csv(str(file), file, data_set.field, data_set.columns)
-    if data_set.documents == "piece":
-        return TextFile(str(file), file, "auto", PIECE_CHARACTERS)
-    return TextFile(str(file), file, "line", PIECE_CHARACTERS)
+    rule = "auto" if data_set.documents == "piece" else "line"
+    return TextFile(str(file), file, rule, PIECE_CHARACTERS)
 
 
 def _text(file: Path) -> str:
@@ -237,35 +236,32 @@ def _text(file: Path) -> str:
 # --- documents ---------------------------------------------------------------------------------
 
 
-def articles(rows: Iterable[str]) -> Iterator[str]:
-    """WikiText's rows (lines) joined to articles; blank rows are left out, as the hub's are empty.
+def _lines(rows: Iterable[str]) -> Iterator[str]:
+    """Yield the rows that are not blank, each with a line end."""
+    return (row if row.endswith("\n") else f"{row}\n" for row in rows if row.strip())
 
-    Each row keeps its line end, or gets one.
-    """
+
+def articles(rows: Iterable[str]) -> Iterator[str]:
+    """Join WikiText's rows (lines) to articles, without blank rows."""
     lines: list[str] = []
-    for row in rows:
-        if not row.strip():
-            continue
-        if lines and TITLE.fullmatch(row):
+    for line in _lines(rows):
+        if lines and TITLE.fullmatch(line):
             yield "".join(lines)
             lines = []
-        lines.append(row if row.endswith("\n") else f"{row}\n")
+        lines.append(line)
     if lines:
         yield "".join(lines)
 
 
 def paragraphs(rows: Iterable[str]) -> Iterator[str]:
-    """WikiText's paragraphs, each with the titles right before it; blank rows are left out.
+    """Yield WikiText's paragraphs, each with the titles before it, without blank rows.
 
-    Each row keeps its line end, or gets one. Titles that no paragraph follows go to the next one,
-    or are the last document.
+    Titles at the end are the last document.
     """
     lines: list[str] = []
-    for row in rows:
-        if not row.strip():
-            continue
-        lines.append(row if row.endswith("\n") else f"{row}\n")
-        if not HEADING.fullmatch(row):
+    for line in _lines(rows):
+        lines.append(line)
+        if not HEADING.fullmatch(line):
             yield "".join(lines)
             lines = []
     if lines:
@@ -273,7 +269,7 @@ def paragraphs(rows: Iterable[str]) -> Iterator[str]:
 
 
 def pieces(text: str, length: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """`text` cut after the next space behind every `length` characters; nothing is lost."""
+    """Cut `text` after the next space behind every `length` characters."""
     start = 0
     while start < len(text):
         space = text.find(" ", start + length - 1)
@@ -283,7 +279,7 @@ def pieces(text: str, length: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 
 def _part(data_set: DataSet, files: list[Path], number: int, is_last: bool) -> Iterator[str]:
-    """The last `number` rows of all files together, or those before; whole files are skipped."""
+    """Yield the last `number` rows of all files together, or those before them."""
     counts = [_num_rows(file, file.stat().st_mtime_ns, data_set) for file in files]
     border = sum(counts) - number
     if border < 1:

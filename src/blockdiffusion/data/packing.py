@@ -1,8 +1,8 @@
 """`prepare`: from sources of text to a directory of token rows, memory-mapped by `loader`.
 
-Documents are read in order, tokenised in units by worker processes into part files, and the parts
-are packed in order into rows and shards; the manifest is written last. The result depends on the
-text and the options alone, not on the number of workers, nor on where a run was stopped.
+Documents are read in order, tokenised in units by worker processes into part files, and packed in
+order into rows and shards; the manifest is written last. The result depends on the text and the
+options alone, not on the number of workers, nor on interruptions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from blockdiffusion.data.parts import UNIT_BYTES, Job, PartRules, id_dtype, read
 from blockdiffusion.data.shards import PACKERS, Packer, RowRules, ShardWriter
 from blockdiffusion.data.sources import Source
 from blockdiffusion.errors import UserError, counted, shown
-from blockdiffusion.files.checksums import SUMS
+from blockdiffusion.files.checksums import SUMS, Report, silent
 from blockdiffusion.files.disk import locked, storage_error, written_aside
 from blockdiffusion.files.records import read_json
 
@@ -41,38 +41,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SHARD_TOKENS = 64 * 2**20
-BPE_TEXT_BYTES = 2**30  # a BPE learns nothing more from more text, but takes more time and memory
+BPE_TEXT_BYTES = 2**30  # more text improves no BPE, but takes more time and memory
 PARTS_FOLDER = "parts"
 LOCK_FILE = "lock"
 SETTINGS_FILE = "settings.json"
-
-
-class Progress(Protocol):
-    """Told how far a preparation is, in bytes of text."""
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        """`stage` is "tokenizer", "tokenize" or "pack"; `total` is None where it is not known."""
 
 
 def prepare(
     sources: Sequence[str],
     out: str | Path,
     options: PrepareOptions,
-    progress: Progress | None = None,
+    progress: Report | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Make the directory `out` of token rows from `sources`; see `sources.open_sources`.
 
-    A run that was stopped, at whatever moment, goes on when it is called again. A directory
-    finished with the same options from the same sources is left as it is. Needs room for twice
-    the tokens while it works.
+    A run that was stopped at any moment resumes when it is called again. A directory finished with
+    the same options from the same sources is left as it is. It needs room for twice the tokens
+    while it works.
 
     Args:
-        tell: at the end gets a line about what was read, and one about what was left out, if any.
+        progress: gets the stage ("tokenizer", "tokenize" or "pack"), and how many of how many bytes
+            of text are done (None: unknown).
+        tell: gets a line about what was read at the end, and one about what was left out, if any.
 
     Raises:
         UserError: bad options or sources; too little text; `out` holds something else, was made
-            with other options, or another process is at work in it; the disk is full.
+            with other options, or is used by another process; the disk is full.
     """
     out = Path(out)
     try:
@@ -80,7 +75,7 @@ def prepare(
         settings = {"options": options.content(), "sources": corpus.signatures()}
         if (manifest := _finished(out, settings)) is None:
             with _claimed(out):
-                manifest = _prepare(corpus, out, settings, progress or _silent)
+                manifest = _prepare(corpus, out, settings, progress or silent)
     except OSError as error:
         raise storage_error(error, out) from error
     for line in corpus.account():
@@ -88,12 +83,8 @@ def prepare(
     return manifest
 
 
-def _silent(stage: str, done: int, total: int | None) -> None:
-    pass
-
-
 def _finished(out: Path, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest of `out` if it is finished; an error if it was made from something else."""
+    """Return the manifest of `out` if it is finished; refuse one made from something else."""
     if not (out / MANIFEST_FILE).exists():
         return None
     manifest = Manifest.load(out)
@@ -115,13 +106,13 @@ def _finished(out: Path, settings: dict[str, Any]) -> Manifest | None:
     for before, now in zip(recorded, settings["sources"], strict=True):
         if before != now:
             raise UserError(f"{now['name']} has changed since {out} was prepared: {remedy}")
-    shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)  # killed while tidying up
+    shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)  # killed while removing them
     return manifest
 
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[None]:
-    """`out` made, seen to be ours, and locked against a second process."""
+    """Make `out`, check that it holds nothing else, and lock it against a second process."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a directory to prepare the data into")
     lock = out / PARTS_FOLDER / LOCK_FILE
@@ -138,7 +129,7 @@ def _claimed(out: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(corpus: Corpus, out: Path, settings: dict[str, Any], progress: Progress) -> Manifest:
+def _prepare(corpus: Corpus, out: Path, settings: dict[str, Any], progress: Report) -> Manifest:
     from blockdiffusion.data.tokenizers import fingerprint, require_token, vocab_size
 
     corpus.check_split()
@@ -191,9 +182,9 @@ def _prepare(corpus: Corpus, out: Path, settings: dict[str, Any], progress: Prog
 
 
 def _tokenizer(
-    corpus: Corpus, out: Path, settings: dict[str, Any], progress: Progress
+    corpus: Corpus, out: Path, settings: dict[str, Any], progress: Report
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer in `out`, made there unless a run that was stopped already made it."""
+    """Return the tokenizer in `out`, made there unless a stopped run already did."""
     from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, train_bpe
 
     folder, record = out / TOKENIZER_FOLDER, out / PARTS_FOLDER / SETTINGS_FILE
@@ -207,16 +198,16 @@ def _tokenizer(
     aside = out / PARTS_FOLDER / f"{TOKENIZER_FOLDER}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     save_tokenizer(tokenizer, aside)
-    record.unlink(missing_ok=True)  # from here on it would speak of another tokenizer
+    record.unlink(missing_ok=True)  # from here on it would describe another tokenizer
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
     with written_aside(record) as file:
         file.write(json.dumps(settings).encode())
-    # As it will be loaded ever after, so that nothing can depend on the way it was made.
+    # As it is loaded later, so that nothing can depend on how it was made.
     return load_tokenizer(folder)
 
 
-def _bpe_text(corpus: Corpus, progress: Progress) -> Iterator[str]:
+def _bpe_text(corpus: Corpus, progress: Report) -> Iterator[str]:
     total = corpus.num_bytes()
     done = 0
     for text in corpus.training_text():
@@ -229,7 +220,7 @@ def _bpe_text(corpus: Corpus, progress: Progress) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Documents in a row of one group, and the part file they are tokenised into."""
+    """Consecutive documents of one group, and the part file they are tokenised into."""
 
     path: Path
     group: str
@@ -239,9 +230,9 @@ class Unit:
 
 
 def _tokenize(
-    corpus: Corpus, parts: Path, rules: PartRules, progress: Progress
+    corpus: Corpus, parts: Path, rules: PartRules, progress: Report
 ) -> tuple[list[Unit], list[dict[str, int]]]:
-    """Every unit of the corpus in order, its part written; and what each source had, counted."""
+    """Write the part of every unit; return the units in order, and the counts of each source."""
     units: list[Unit] = []
     counts = {id(source): {"documents": 0} for group in corpus.groups.values() for source in group}
     total = corpus.num_bytes()
@@ -282,7 +273,7 @@ def _tokenize(
 
 
 def _num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -291,7 +282,7 @@ def _num_cores() -> int:
 def _batches(
     documents: Iterator[tuple[Source, str]], detokenizer: Callable[[Source], str]
 ) -> Iterator[list[tuple[Source, str]]]:
-    """Documents in a row with one detokenizer, together just over `UNIT_BYTES` characters."""
+    """Yield consecutive documents with one detokenizer, just over `UNIT_BYTES` characters each."""
     batch: list[tuple[Source, str]] = []
     length = 0
     for source, text in documents:
@@ -317,10 +308,10 @@ class _SplitState:
 
 
 def _pack(
-    corpus: Corpus, out: Path, units: list[Unit], rules: RowRules, progress: Progress
+    corpus: Corpus, out: Path, units: list[Unit], rules: RowRules, progress: Report
 ) -> dict[str, Split]:
     """Write the shards of both splits from the parts."""
-    for path in out.iterdir():  # of a run that was stopped while packing
+    for path in out.iterdir():  # of a run stopped while packing
         if re.fullmatch(r"\.?(train|valid)-\d{5}\.(bin|len)(\.\d+\.partial)?", path.name) or (
             path.name.startswith((f".{MANIFEST_FILE}.", f".{SUMS}."))
         ):
@@ -368,14 +359,16 @@ def _pack_unit(corpus: Corpus, unit: Unit, states: dict[str, _SplitState]) -> No
 
 
 def _finish_split(name: str, state: _SplitState, rules: RowRules) -> Split:
-    """The split's last shard and its counts.
+    """Write the split's last shard; return its counts.
 
     Raises:
         UserError: it does not fill one row.
     """
     if state.writer.num_rows == 0:
-        what = {"train": "training", "valid": "validation"}[name]
-        more = {"train": "more text", "valid": "more validation text (valid, valid_fraction)"}[name]
+        what, more = {
+            "train": ("training", "more text"),
+            "valid": ("validation", "more validation text (valid, valid_fraction)"),
+        }[name]
         raise UserError(
             f"the {what} text has {counted(state.tokens, 'token')}, fewer than the "
             f"{rules.payload:,} of one row: give {more} or a smaller seq_len"

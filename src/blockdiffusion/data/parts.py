@@ -1,8 +1,7 @@
 """Tokenising on all cores: units of text go to worker processes, each unit becomes one file.
 
-A part is named by a hash of its text, of the tokenizer and of the detokenizer, and appears whole
-or not at all. So a run that was stopped goes on with the parts that exist, and a change of any
-option that matters to a part gives it another name.
+A part is named by a hash of its text, tokenizer and detokenizer, and appears whole or not at all.
+So a stopped run resumes with the parts that exist.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ UNIT_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class PartRules:
-    """What a part depends on besides its text."""
+    """All that a part depends on besides its text."""
 
     tokenizer_file: str
     tokenizer_sha256: str
@@ -47,12 +46,8 @@ class PartRules:
     mask_id: int
     detokenize: str
 
-    @property
-    def dtype(self) -> np.dtype:
-        return id_dtype(self.vocab_size)
-
     def key(self, raw_texts: Iterable[bytes]) -> str:
-        """The name of the part made from `raw_texts`."""
+        """Return the name of the part made from `raw_texts`."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{PART_VERSION} {self.tokenizer_sha256} {self.detokenize}".encode())
         for raw in raw_texts:
@@ -72,7 +67,7 @@ class Job:
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds every id: uint16 up to 65,536 ids, else uint32."""
+    """Return the smallest type that holds every id: uint16 up to 65,536 ids, else uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
@@ -84,13 +79,13 @@ def write_part(job: Job) -> None:
         OSError: the file cannot be written.
     """
     tokenizer = _open_tokenizer(job.rules.tokenizer_file)
-    detokenize = DETOKENIZERS[job.rules.detokenize]
+    detokenize, dtype = DETOKENIZERS[job.rules.detokenize], id_dtype(job.rules.vocab_size)
     ids: list[np.ndarray] = []
     sizes: list[int] = []
     for text in map(detokenize, job.texts):
-        # A batch of one: no second thread (the processes have the cores), and no offsets.
+        # A batch of one: no second thread (the processes have the cores), no offsets.
         encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-        ids.append(np.array(encoding.ids, dtype=job.rules.dtype))
+        ids.append(np.array(encoding.ids, dtype=dtype))
         sizes.append(len(text.encode()))
         if (ids[-1] == job.rules.mask_id).any():
             raise UserError(
@@ -106,7 +101,7 @@ def write_part(job: Job) -> None:
 
 
 def read_part(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids of all documents in a row, ids of each document, UTF-8 bytes of each document)."""
+    """Return (ids of all documents, number of ids of each, number of UTF-8 bytes of each)."""
     with open(path, "rb") as file:
         ids, lengths, sizes = (np.load(file, allow_pickle=False) for _ in range(3))
     return ids, lengths, sizes
@@ -122,11 +117,11 @@ def _open_tokenizer(path: str) -> Tokenizer:
 
 
 def run_jobs(jobs: Iterator[Job], num_workers: int, on_done: Callable[[Job], None]) -> None:
-    """Write the parts of `jobs`, in `num_workers` processes, but no more than there are jobs.
+    """Write the parts of `jobs` in at most `num_workers` processes.
 
     Raises:
-        UserError: a worker was killed; or what reading the jobs or writing a part raises. The
-            parts that were under way are finished first.
+        UserError: a worker was killed, or reading the jobs or writing a part failed. The parts that
+            were under way are finished first.
     """
     _open_tokenizer.cache_clear()  # another preparation may have written another file there
     first = list(islice(jobs, num_workers))
@@ -172,7 +167,7 @@ def _run_in(workers: list[Worker], jobs: Iterator[Job], on_done: Callable[[Job],
                 pending[threads.submit(run, job)] = job
             except RuntimeError as error:  # no more threads
                 raise _no_more_workers(error) from None
-            # Enough to keep every worker busy; more would only hold text in memory.
+            # This keeps every worker busy; more would only hold text in memory.
             while len(pending) >= len(workers) + 2:
                 collect()
         while pending:
@@ -186,11 +181,10 @@ def _no_more_workers(error: Exception) -> UserError:
 
 
 class Worker:
-    """A process that writes parts: it reads pickled jobs and answers None or what was raised.
+    """A process that writes parts: it reads pickled jobs and answers None or an exception.
 
-    Not a `multiprocessing` pool: that would run the caller's main script again in every worker,
-    with all it imports, and its workers outlive a parent that is killed. This one ends when its
-    standard input does.
+    A `multiprocessing` pool would run the caller's main script again in every worker, with all its
+    imports, and its workers outlive a killed parent. This one ends when its standard input does.
     """
 
     def __init__(self) -> None:
@@ -207,7 +201,7 @@ class Worker:
             raise _no_more_workers(error) from None
 
     def write_part(self, job: Job) -> None:
-        """Have `job` done, and wait for it; raises what it raised there.
+        """Send `job`, wait for it, and raise the exception it raised there, if any.
 
         Raises:
             UserError: the process has ended.
@@ -221,19 +215,19 @@ class Worker:
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
             raise UserError(
                 f"a worker process ended by itself (exit status {self.process.wait()}; out of "
-                "memory?): run the same again, with a smaller num_workers if need be, it goes on "
+                "memory?): run the same again, with a smaller num_workers if need be; it resumes "
                 "from what is already done"
             ) from None
         if isinstance(error, MemoryError):
             raise UserError(
-                "a worker process is out of memory: run the same again with a smaller num_workers, "
-                "it goes on from what is already done"
+                "a worker process is out of memory: run the same again with a smaller num_workers; "
+                "it resumes from what is already done"
             )
         if error is not None:
             raise error
 
     def close(self) -> None:
-        """End the process and wait for that."""
+        """End the process, and wait until it has."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with suppress(BrokenPipeError):
@@ -242,10 +236,10 @@ class Worker:
 
 
 def serve() -> None:
-    """What a worker process does: jobs from standard input until its end."""
+    """Run a worker process: do jobs from standard input until its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not get between the answers
+    os.dup2(2, 1)  # a library's output must not get between the answers
     while True:
         try:
             job = pickle.load(sys.stdin.buffer)

@@ -1,6 +1,6 @@
-"""Files of text: found in folders, unpacked, cut into lines, decoded; a bounded piece at a time.
+"""Text files: found in folders, unpacked, split into lines, decoded; a bounded piece at a time.
 
-A line ends at LF, CR LF or CR, as text editors have it, and at nothing else.
+A line ends only at LF, CR LF or CR, as in text editors.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TWICE = "read under another name"
 
 
 def find(name: str) -> Path | None:
-    """The file or folder of this name; None if there is none, or the name cannot be one.
+    """Return the file or folder of this name, if any.
 
     Raises:
-        UserError: it is a link that leads nowhere.
+        UserError: it is a broken link.
     """
     path = Path(os.path.expanduser(name))
     try:
@@ -45,15 +45,15 @@ def find(name: str) -> Path | None:
         if path.is_symlink():
             raise UserError(f"{name} is a link to {os.readlink(path)}, which is not there: mend it")
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # a text in place of a name
+        if error.errno != errno.ENAMETOOLONG:  # a text instead of a name
             raise
     return None
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, str | None]]:
-    """All below a folder but folders and what is hidden, by name, and why it is not to be read.
+    """Yield all files below a folder that are not hidden, by name, and why not to read one.
 
-    Links are followed, but each folder and file is read once, and none that `folder` lies in.
+    Links are followed, but each folder and file is read once, and no folder above `folder`.
     """
     seen = {_identity(above.stat()) for above in folder.resolve().parents}
     ahead = [folder]
@@ -82,17 +82,17 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def text_suffix(path: Path) -> str:
-    """What tells a file's format, in small letters: the suffix that it has once it is unpacked."""
+    """Return the suffix of a file once it is unpacked, in small letters."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in PACKED else suffix
 
 
 @contextmanager
 def unpacked(path: Path, name: str) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked piece by piece where its suffix is one of `PACKED`.
+    """Open a file, unpacked piece by piece if its suffix is one of `PACKED`.
 
     Raises:
-        UserError: it is no regular file, or not whole; or pyarrow is needed and not there.
+        UserError: it is not a regular file, or not whole; or pyarrow is needed and missing.
         OSError: it cannot be read.
     """
     with open_regular(path) as file:
@@ -103,7 +103,7 @@ def unpacked(path: Path, name: str) -> Iterator[BinaryIO]:
             yield _unpack(file, path.suffix.lower(), name)
         except (EOFError, OSError, zlib.error, lzma.LZMAError, MemoryError) as error:
             if getattr(error, "errno", None) is not None:
-                raise  # the disk's
+                raise  # of the disk
             reason = str(error) or "it asks for more memory than there is"
             raise UserError(
                 f"{name} cannot be unpacked ({reason[:100]}): get it again or leave it out"
@@ -119,7 +119,7 @@ def _unpack(file: BinaryIO, suffix: str, name: str) -> BinaryIO:
 
 
 def import_arrow(name: str) -> tuple[Any, Any]:
-    """pyarrow and its parquet module, to read `name` with.
+    """Import pyarrow and its parquet module, which reading `name` needs.
 
     Raises:
         UserError: they are not installed.
@@ -135,14 +135,13 @@ def import_arrow(name: str) -> tuple[Any, Any]:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of one small file as `prepare` reads it: all of it but a byte order mark.
+    """Read the text of one small UTF-8 file, which may be packed, without a byte order mark.
 
     Args:
-        path: a UTF-8 file, which may be packed.
-        what: how a sentence calls it.
+        what: its name in messages.
 
     Raises:
-        UserError: it does not exist, is no text, holds none, or more than `MAX_TEXT_BYTES`.
+        UserError: it does not exist, is not text, is empty, or has more than `MAX_TEXT_BYTES`.
     """
     try:
         with unpacked(path, what) as file:
@@ -159,7 +158,7 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, int, bytes]]:
-    """(number from 1, byte offset, line with its end) for each line.
+    """Yield (number from 1, byte offset, line with its end) for each line.
 
     Raises:
         UserError: a line is longer than `MAX_DOCUMENT_BYTES`.
@@ -169,10 +168,10 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, int, bytes]]:
         chunk = file.read(CHUNK_BYTES)
         more = bool(chunk)
         lines = (rest + chunk).splitlines(keepends=True)
-        # A line may go on in the next chunk, where a CR may turn out to be half of a CR LF.
-        goes_on = more and lines and not lines[-1].endswith(b"\n")
-        rest = lines[-1] if goes_on else b""
-        if goes_on and len(rest) <= MAX_DOCUMENT_BYTES:
+        # A line may continue in the next chunk, where a CR may turn out to be half of a CR LF.
+        continues = more and lines and not lines[-1].endswith(b"\n")
+        rest = lines[-1] if continues else b""
+        if continues and len(rest) <= MAX_DOCUMENT_BYTES:
             lines.pop()
         for line in lines:
             number += 1
@@ -183,10 +182,10 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, int, bytes]]:
 
 
 def decode(raw: bytes, name: str, offset: int) -> str:
-    """UTF-8 that stands at the byte `offset` of `name`; a byte order mark at its start is dropped.
+    """Decode UTF-8 at the byte `offset` of `name`, without a byte order mark at its start.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not UTF-8 text.
     """
     if offset == 0:
         raw = raw.removeprefix(BYTE_ORDER_MARK)
@@ -211,7 +210,7 @@ def decode(raw: bytes, name: str, offset: int) -> str:
 
 
 def too_long(what: str, instead: str) -> UserError:
-    """The sentence for a document that is not read."""
+    """Return the error for a document that is not read."""
     return UserError(
         f"{what} is one document of more than {MAX_DOCUMENT_BYTES // 2**20} MiB, which would not "
         f"fit in memory: use {instead}"

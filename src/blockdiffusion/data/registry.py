@@ -1,4 +1,4 @@
-"""The data sets that are known by name: one table of what each is, where it lies, how it is read.
+"""The data sets that are known by name: one table of what each is, where it is, how it is read.
 
 To add one, add an entry to `SETS`; nothing else knows a set by its name.
 """
@@ -6,11 +6,19 @@ To add one, add an entry to `SETS`; nothing else knows a set by its name.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Literal
 
 from blockdiffusion.errors import UserError, shown
+
+SPLIT_WORDS = {
+    "train": re.compile("train.*"),
+    "validation": re.compile("valid.*|val|dev|development"),
+    "test": re.compile("test.*|heldout"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,23 +41,23 @@ class DataSet:
     """A data set; two are the same only if they are the same object.
 
     Attributes:
-        name: what `blockdiff prepare` calls it.
-        about: what it is, in a few words.
-        repository: where its parquet files lie on the Hugging Face hub: in one of `folders` (a
+        name: its name for `blockdiff prepare`.
+        about: a few words on what it is.
+        repository: on the Hugging Face hub; its parquet files are in one of `folders` (a
             configuration) on the main branch, or else on `refs/convert/parquet`.
         folders: tried in this order.
         field: the text's field in parquet, JSON lines and CSV files.
-        splits: split -> its rows on the hub (None: not known, and not checked). A part of a set, or
-            another set of the same name, is so never taken for it.
+        splits: split -> its rows on the hub (None: unknown, and not checked), so that a part of a
+            set, or another set of the same name, is never taken for it.
         held_out: the split that becomes `valid` in a prepared directory; None: documents are drawn.
-        cut: how splits are made where the set is published as one; None: files are named by split.
+        cut: how splits are made if the set is published as one; None: files are named by split.
         documents: `row` (each row, or line of a text file), `article` (rows joined from one
             WikiText title to the next), `paragraph` (a WikiText paragraph and the titles before it)
             or `piece` (the text cut at spaces).
         detokenize: see `detokenizers`.
         columns: of CSV files without a header, by name; `field` joins those of the same name.
-        licence: as far as known; look it up before you publish what you made from it.
-        paper: what the paper does with it.
+        licence: as far as known; look it up before you publish anything made from it.
+        paper: the paper's use of it.
     """
 
     name: str
@@ -219,10 +227,21 @@ SETS = (
     ),
 )
 DATA_SETS = {data_set.name: data_set for data_set in SETS}
+BUILT_INS = ("python-docs", "python-source")  # corpora, see `python_library`
+
+
+def split_of(path: PurePath) -> str | None:
+    """Return the split that the words of a path name, if any; the file's own name comes first."""
+    for part in reversed(path.parts):
+        for word in re.findall("[a-z]+", part.lower()):
+            for split, pattern in SPLIT_WORDS.items():
+                if pattern.fullmatch(word):
+                    return split
+    return None
 
 
 def find_set(name: str) -> DataSet:
-    """The data set called `name`.
+    """Return the data set called `name`.
 
     Raises:
         UserError: there is none.
@@ -235,7 +254,7 @@ def find_set(name: str) -> DataSet:
 
 
 def set_lines() -> list[str]:
-    """The table in words, for `blockdiff datasets`."""
+    """Return the table in words, for `blockdiff datasets`."""
     lines = []
     for s in SETS:
         splits = ", ".join(
@@ -245,18 +264,15 @@ def set_lines() -> list[str]:
         held = "drawn (--valid-fraction)" if s.held_out is None else s.held_out
         if isinstance(s.cut, LastDocuments):
             held += f", the last {s.cut.number:,} documents"
+        article = "an" if s.documents[0] in "aeiou" else "a"
         lines += [
             f"{s.name}: {s.about}",
             f"  splits      {splits}",
             f"  held out    {held}",
-            f"  read        field {s.field}, a document is {_articled(s.documents)}, "
+            f"  read        field {s.field}, a document is {article} {s.documents}, "
             f"detokenizer {s.detokenize}",
             f"  from        {s.repository} ({' or '.join(s.folders)}), or {s.name}=PATH",
             f"  licence     {s.licence}",
             f"  paper       {s.paper}",
         ]
     return lines
-
-
-def _articled(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"

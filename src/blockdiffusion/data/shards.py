@@ -16,7 +16,7 @@ from blockdiffusion.files.disk import create, partial_path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowRules:
-    """How a row is laid out; an id that is None is not put anywhere."""
+    """The layout of a row; an id that is None is not used."""
 
     seq_len: int
     dtype: np.dtype
@@ -27,25 +27,25 @@ class RowRules:
 
     @property
     def payload(self) -> int:
-        """Tokens of documents that fit into a row."""
+        """The number of document tokens that fit into a row."""
         return self.seq_len - (self.row_bos_id is not None) - (self.row_eos_id is not None)
 
 
 class Packer(Protocol):
-    """Turns documents into rows; keeps what does not fill a row yet."""
+    """Turns documents into rows; keeps tokens that do not fill a row yet."""
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Rows (n, L) that these documents complete, and their lengths (n,) if they may differ.
+        """Return the rows (n, L) that these documents complete, and their lengths (n,) if padded.
 
         Args:
-            ids: the tokens of all documents in a row.
-            lengths: how many of them each document has.
+            ids: the tokens of all documents, one after the other.
+            lengths: the number of tokens of each document.
         """
         ...
 
     @property
     def left_over(self) -> int:
-        """Tokens that never filled a row."""
+        """The number of tokens that never filled a row."""
         ...
 
 
@@ -63,15 +63,11 @@ class WrapPacker:
         stream = np.concatenate([self._rest, ids])
         num_rows = len(stream) // rules.payload
         self._rest = stream[num_rows * rules.payload :].copy()
-        rows = np.empty((num_rows, rules.seq_len), dtype=rules.dtype)
-        start = 0
+        rows = stream[: num_rows * rules.payload].reshape(num_rows, rules.payload)
         if rules.row_bos_id is not None:
-            rows[:, 0] = rules.row_bos_id
-            start = 1
-        kept = stream[: num_rows * rules.payload]
-        rows[:, start : start + rules.payload] = kept.reshape(num_rows, rules.payload)
+            rows = np.insert(rows, 0, rules.row_bos_id, axis=1)
         if rules.row_eos_id is not None:
-            rows[:, -1] = rules.row_eos_id
+            rows = np.insert(rows, rows.shape[1], rules.row_eos_id, axis=1)
         return rows, None
 
     @property
@@ -80,7 +76,7 @@ class WrapPacker:
 
 
 class DocumentPacker:
-    """One document a row, padded at the right; a longer one goes on in the next rows."""
+    """One document a row, padded at the right; a longer one continues in the next rows."""
 
     left_over = 0
 
@@ -104,7 +100,7 @@ class DocumentPacker:
         return rows, row_lengths
 
     def _fill(self, row: np.ndarray, tokens: np.ndarray) -> int:
-        """Write one row; returns its number of valid positions."""
+        """Write one row; return its number of valid positions."""
         length = 0
         if self.rules.row_bos_id is not None:
             row[0] = self.rules.row_bos_id
@@ -117,7 +113,7 @@ class DocumentPacker:
         return length
 
 
-PACKERS: dict[str, type[WrapPacker] | type[DocumentPacker]] = {
+PACKERS: dict[str, type[WrapPacker | DocumentPacker]] = {
     "wrap": WrapPacker,
     "document": DocumentPacker,
 }
@@ -133,7 +129,7 @@ class Shard:
 
 
 def lengths_file(shard_file: str) -> str:
-    """The file beside a shard that holds the lengths of its rows, little-endian uint32."""
+    """Return the file beside a shard that has the lengths of its rows, little-endian uint32."""
     return shard_file.removesuffix(".bin") + ".len"
 
 
@@ -154,7 +150,7 @@ class ShardWriter:
         self._rows = 0  # in the unfinished shard
 
     def write(self, rows: np.ndarray, lengths: np.ndarray | None) -> None:
-        """Append rows (n, L), with their lengths (n,) where they are padded."""
+        """Append rows (n, L), with their lengths (n,) if they are padded."""
         self.tokens += int(lengths.sum()) if lengths is not None else rows.size
         while len(rows):
             count = min(len(rows), self.rows_per_shard - self._rows)
@@ -169,10 +165,10 @@ class ShardWriter:
             self._finish_shard()
 
     def close(self) -> None:
-        """Drop an unfinished shard; nothing after `finish`."""
+        """Remove an unfinished shard, if any."""
         for file in (self._file, self._lengths_file):
             if file is not None:
-                with suppress(OSError):  # a full disk: what was buffered cannot be written either
+                with suppress(OSError):  # a full disk: the buffer cannot be written either
                     file.close()
                 Path(file.name).unlink(missing_ok=True)
         self._file = self._lengths_file = None

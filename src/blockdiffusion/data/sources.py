@@ -1,6 +1,6 @@
-"""Where text comes from: streams of documents from files, folders, data sets, the built-in corpus.
+"""Sources of text: streams of documents from files, folders, data sets and built-in corpora.
 
-Nothing is read whole except one document at a time, so a source may be larger than memory.
+Only one document at a time is in memory, so a source may be larger than it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from blockdiffusion.data.python_docs import python_docs
-from blockdiffusion.data.python_source import python_source
+from blockdiffusion.data.python_library import python_docs, python_source
 from blockdiffusion.data.reading import (
     MAX_DOCUMENT_BYTES,
     PACKED,
@@ -34,9 +33,8 @@ from blockdiffusion.files.disk import EMPTY, check_regular
 from blockdiffusion.files.records import unique
 
 BUILT_IN = {"python-docs": python_docs, "python-source": python_source}
-DOCUMENT_RULES = ("auto", "file", "line", "blank-line")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-# What is surely meant as a file, so that a misspelt path is never looked up on the hub.
+# Surely meant as a file, so that a misspelt path is never looked up on the hub.
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tokens", ".text", ".csv")
 FILE_SUFFIXES = (*JSON_SUFFIXES, *PACKED, ".parquet", *TEXT_SUFFIXES)
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]*(:[\w.\[\]%-]+)?)?")
@@ -49,7 +47,7 @@ Invalid = Callable[[UserError], None]
 
 
 def refuse(error: UserError) -> None:
-    """What becomes of a document that cannot be read, if nobody says otherwise."""
+    """Raise the error for a document that cannot be read."""
     raise error
 
 
@@ -57,8 +55,8 @@ class Source(Protocol):
     """One stream of documents.
 
     Attributes:
-        name: as the user gave it, or the file's path inside the folder that was given.
-        size: UTF-8 bytes, as far as known beforehand; None where it is not.
+        name: as the user gave it, or the path of a file in a given folder.
+        size: UTF-8 bytes; None if unknown beforehand.
     """
 
     @property
@@ -68,17 +66,18 @@ class Source(Protocol):
     def size(self) -> int | None: ...
 
     def signature(self) -> dict[str, Any]:
-        """What tells this text from another, cheap to get: size and date, or name and version."""
+        """Return what identifies this text cheaply: size and date, or name and version."""
         ...
 
     def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
-        """The documents, in a fixed order.
+        """Yield the documents in a fixed order.
 
         Args:
-            invalid: told of each document that cannot be read; it is left out if this returns.
+            invalid: gets the error for each document that cannot be read, which is left out unless
+                this raises.
 
         Raises:
-            UserError: the text is not what it should be; says where.
+            UserError: the text is not as it should be; says where.
         """
         ...
 
@@ -91,20 +90,20 @@ def open_sources(
     document_bytes: int,
     left_out: list[str] | None = None,
 ) -> list[Source]:
-    """The sources that `names` stand for, in this order; a folder gives one for each file.
+    """Open the sources called `names`, in this order; a folder gives one for each file.
 
     Args:
         names: paths of text (any UTF-8), JSON lines, both also packed (see `reading.PACKED`), of
             parquet files, or of folders of them (see `reading.walk`); `python-docs`,
             `python-source`; or Hugging Face data sets as `owner/name[:configuration[:split]]`. A
             path that exists comes before a name.
-        field: where JSON lines, parquet files and data sets have the text, see `field_text`.
+        field: of the text in JSON lines, parquet files and data sets, see `field_text`.
         documents: how text files are cut, see `TextFile`.
         document_bytes: see `TextFile`.
-        left_out: gets what is not read in folders, and why; not empty files.
+        left_out: gets the files in folders that are not read and not empty, and why.
 
     Raises:
-        UserError: a name stands for nothing, an empty file or folder, or what is no regular file.
+        UserError: there is no such source, or it is empty or not a regular file.
     """
 
     def open_file(path: Path, name: str) -> Source:
@@ -147,14 +146,14 @@ def open_sources(
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What all sources that are files have."""
+    """A source that is a file."""
 
     name: str
     path: Path
 
     @property
     def size(self) -> int | None:
-        """None for what is packed, or has other things beside the text."""
+        """None for a packed file, or one that holds more than the text."""
         is_plain = text_suffix(self.path) == self.path.suffix.lower() != ".parquet"
         return self.path.stat().st_size if is_plain else None
 
@@ -165,13 +164,13 @@ class _File:
 
 @dataclass(frozen=True, slots=True)
 class TextFile(_File):
-    """A UTF-8 text file, cut to documents by the rule `documents`.
+    """A UTF-8 text file, cut into documents by a rule.
 
     `file`: the file is one document. `line`: every line that is not blank is one. `blank-line`:
-    blank lines stand between documents. `auto`: the file is one document, but one larger than
-    `document_bytes` is cut after each `document_bytes` at the next blank line; where the same
-    length again holds none, at the next line end, else at the next space. `auto` and `file` keep
-    every byte except a byte order mark, and no rule changes the line ends within a document.
+    blank lines separate documents. `auto`: the file is one document, but a larger one is cut after
+    each `document_bytes` at the next blank line; if the same length again holds none, at the next
+    line end, else at the next space. `auto` and `file` keep every byte except a byte order mark,
+    and no rule changes the line ends within a document.
     """
 
     rule: str
@@ -187,11 +186,9 @@ class TextFile(_File):
         with unpacked(self.path, self.name) as file:
             for offset, raw in cut[self.rule](file):
                 try:
-                    text = decode(raw, self.name, offset)
+                    yield decode(raw, self.name, offset)
                 except UserError as error:
                     invalid(error)
-                else:
-                    yield text
 
     def _pieces(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         buffer, offset = b"", 0
@@ -232,11 +229,11 @@ class TextFile(_File):
 
 
 def _cut(buffer: bytes, start: int, window: int) -> int:
-    """Where the document at the beginning of `buffer` ends, at `start` or later.
+    """Return where the first document of `buffer` ends, at `start` or later.
 
     `window` is the length of a full buffer; a shorter one is the end of the file.
     """
-    # Where more is to come, a CR may be half of a CR LF.
+    # Unless the file ends here, a CR may be half of a CR LF.
     known = len(buffer) - (len(buffer) == window and buffer.endswith(b"\r"))
     for pattern in (BLANK_LINE, LINE_END, SPACE):
         if match := pattern.search(buffer, start, known):
@@ -253,10 +250,10 @@ def _cut(buffer: bytes, start: int, window: int) -> int:
 
 
 def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
-    """The text of a record: its key `field`, else what the names between the dots lead to.
+    """Return the text of a record: its key `field`, else follow the names between the dots.
 
     Raises:
-        UserError: there is none, or it is no string that can be a document.
+        UserError: there is none, or it is not a string that can be a document.
     """
     value, place = record, ""
     for key in [field] if field in record else field.split("."):
@@ -352,8 +349,8 @@ class JsonLines(_File):
 class Csv(_File):
     """A CSV file (UTF-8, commas, double quotes); the document is the column `field`.
 
-    Without a header that names `field` the columns are called `columns`; those of the same name are
-    joined with a space.
+    `columns` names the columns of a file without a header that has `field`. Columns of the same
+    name are joined with a space.
     """
 
     field: str
@@ -393,18 +390,16 @@ class Parquet(_File):
             names = table.schema_arrow.names
             top = self.field if self.field in names else self.field.partition(".")[0]
             number = 0
-            # Few rows: a dictionary, or packed bytes, may stand for far more than the file has.
+            # Few rows, since a dictionary or packed bytes may expand far beyond the file.
             for batch in table.iter_batches(batch_size=8, columns=[self.field]):
                 if top not in batch.schema.names:
                     raise _no_field(self.name, self.field, names)
                 for value in batch.column(batch.schema.names.index(top)):
                     number += 1
                     try:
-                        text = self._text(top, value, f"row {number} of {self.name}")
+                        yield self._text(top, value, f"row {number} of {self.name}")
                     except UserError as error:
                         invalid(error)
-                    else:
-                        yield text
 
     def _text(self, top: str, value: Any, where: str) -> str:
         try:
@@ -418,10 +413,10 @@ class Parquet(_File):
         return field_text({top: found}, self.field, where)
 
     def num_rows(self) -> int:
-        """The rows of the file, from what stands at its end.
+        """Return the number of rows, read from the end of the file.
 
         Raises:
-            UserError: it is no whole parquet file.
+            UserError: it is not a whole parquet file.
         """
         with self._opened() as table:
             return table.metadata.num_rows
@@ -436,7 +431,7 @@ class Parquet(_File):
                 yield table
         except (arrow.ArrowException, OSError) as error:
             if getattr(error, "errno", None) is not None:
-                raise  # the disk's
+                raise  # of the disk
             raise UserError(f"{self.name} cannot be read as parquet: {reason(error)}") from None
 
 
@@ -464,30 +459,19 @@ class HubDataset:
                 f"there is no file {self.name!r}, and reading it as a Hugging Face data set needs "
                 "the package datasets: pip install 'blockdiffusion[data]'"
             ) from None
-        # The library and the network fail in a hundred ways, and none is this program's fault.
         try:
-            rows = iter(
-                datasets.load_dataset(
-                    repository, configuration or None, split=split or "train", streaming=True
-                )
+            rows = datasets.load_dataset(
+                repository, configuration or None, split=split or "train", streaming=True
             )
-        except Exception as error:
+            for number, row in enumerate(rows, 1):
+                try:
+                    yield field_text(row, self.field, f"row {number} of {self.name}")
+                except UserError as error:
+                    invalid(error)
+        except UserError:
+            raise
+        except Exception as error:  # the library and the network raise errors of a hundred classes
             raise self._failure(error) from error
-        number = 0
-        while True:
-            try:
-                row = next(rows, None)
-            except Exception as error:
-                raise self._failure(error) from error
-            if row is None:
-                return
-            number += 1
-            try:
-                text = field_text(row, self.field, f"row {number} of {self.name}")
-            except UserError as error:
-                invalid(error)
-            else:
-                yield text
 
     def _failure(self, error: Exception) -> UserError:
         if "script" in str(error).lower():
@@ -503,7 +487,7 @@ class HubDataset:
 
 @dataclass(frozen=True, slots=True)
 class BuiltIn:
-    """One of the built-in corpora, see `python_docs` and `python_source`."""
+    """One of the built-in corpora, see `python_library`."""
 
     name: str
 

@@ -1,8 +1,8 @@
 """Tokenizers: any fast Hugging Face one, bytes, or a byte-level BPE trained on the spot.
 
-Whatever it comes from, a tokenizer of this package is a `PreTrainedTokenizerFast` that has a mask
-token, adds no special token to a text by itself, and reads special tokens' names in a text as
-plain text (else a document could contain the mask).
+A tokenizer of this package is a `PreTrainedTokenizerFast` that has a mask token, adds no special
+tokens to a text, and reads names of special tokens in a text as plain text (otherwise a document
+could contain the mask).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blockdiffusion.errors import UserError, reason, shown
 from blockdiffusion.from_pretrained import from_pretrained
@@ -30,12 +30,11 @@ MIN_BPE_VOCAB = 257  # every byte, and the end of text
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer `spec`: `byte`, a folder or file that exists, or a Hugging Face name.
+    """Load the tokenizer `spec`: `byte`, a folder or file that exists, or a Hugging Face name.
 
-    A folder may be one written by `save_pretrained`, or hold only a `tokenizer.json`, or only the
-    `vocab.txt` of a BERT. A tokenizer's own mask token is used if it has one, else `<|mask|>` is
-    appended as the last id. Where no BOS and EOS are named, a BERT's are [CLS] and [SEP], and a
-    GPT-2's both <|endoftext|>.
+    A folder is one written by `save_pretrained`, or holds a `tokenizer.json` or the `vocab.txt` of
+    a BERT. The mask is the tokenizer's own if it has one, else `<|mask|>`, appended as the last id.
+    If no BOS and EOS are named, a BERT's are [CLS] and [SEP], and a GPT-2's both <|endoftext|>.
 
     Raises:
         UserError: there is no such tokenizer, or it has no fast form.
@@ -48,7 +47,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     if spec == "byte":
         return byte_tokenizer()
     is_path = str(spec).startswith((".", "/", "~")) or str(spec).count("/") > 1
-    in_folder = "/" in str(spec) and path.parent.is_dir()  # and no OWNER/NAME of the hub
+    in_folder = "/" in str(spec) and path.parent.is_dir()  # not an OWNER/NAME of the hub
     if is_path or in_folder or path.suffix == ".json":
         raise UserError(
             f"there is no tokenizer {spec}: give a folder or a tokenizer.json that exists, byte, "
@@ -103,16 +102,10 @@ def _load_file(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _bert(vocab_file: Path) -> PreTrainedTokenizerFast:
-    """BERT's WordPiece; uncased if no word of the vocabulary has a capital letter."""
+    """Make BERT's WordPiece; uncased if no word of the vocabulary has a capital letter."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    named = {
-        "unk_token": "[UNK]",
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-    }
+    named = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("unk", "pad", "cls", "sep", "mask")}
     words = vocab_file.read_text(encoding="utf-8").split("\n")
     vocab = {word.rstrip("\r"): number for number, word in enumerate(words) if word.strip()}
     if missing := [token for token in named.values() if token not in vocab]:
@@ -126,37 +119,32 @@ def _bert(vocab_file: Path) -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """The 256 bytes as ids 0..255, then <|endoftext|> = 256 (BOS and EOS) and <|mask|> = 257."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """Make ids 0..255 of the bytes, <|endoftext|> = 256 (BOS and EOS) and <|mask|> = 257."""
+    from tokenizers import models
 
-    letters = byte_letters()
-    vocab = {letters[byte]: byte for byte in range(256)}
-    backend = Tokenizer(models.BPE(vocab, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    vocab = {letter: byte for byte, letter in enumerate(byte_letters())}
+    backend = _byte_level(models.BPE(vocab, []))
     backend.add_special_tokens([_added_token(END_OF_TEXT)])
     return _wrap(backend, {})
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `vocab_size` ids learnt from `documents`; <|endoftext|> is the first.
+    """Learn a byte-level BPE of `vocab_size` ids from `documents`; <|endoftext|> is the first.
 
-    <|mask|> is appended as one id more, so V = vocab_size + 1. The same text gives the same
-    tokenizer. Memory grows with the number of different words only.
+    <|mask|> is appended, so V = vocab_size + 1. The same text gives the same tokenizer. Memory
+    grows only with the number of different words.
 
     Raises:
-        UserError: `vocab_size` is below 257, or the text has too little in it for so many ids.
+        UserError: `vocab_size` is below 257, or the text is too short for so many ids.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import models, pre_tokenizers, trainers
 
     if vocab_size < MIN_BPE_VOCAB:
         raise UserError(
             f"a byte-level BPE of {vocab_size} ids is too small: it needs at least {MIN_BPE_VOCAB} "
             "(the 256 bytes and <|endoftext|>)"
         )
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -175,6 +163,15 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     return _wrap(backend, {})
 
 
+def _byte_level(model: Any) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
 def _added_token(content: str):
     from tokenizers import AddedToken
 
@@ -184,7 +181,7 @@ def _added_token(content: str):
 def _wrap(
     backend: Tokenizer, named: dict[str, str], chat_template: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """`backend` with the tokens that it names (`bos_token`, ...), and with those it should."""
+    """Wrap `backend` with its `named` tokens (`bos_token`, ...) and those that it needs."""
     from transformers import PreTrainedTokenizerFast
 
     backend.no_padding()
@@ -206,7 +203,7 @@ def _wrap(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes the files of a tokenizer, from which `load_tokenizer` reads it.
+    """Write the files of a tokenizer, which `load_tokenizer` reads.
 
     Raises:
         OSError: they cannot be written.
@@ -223,26 +220,26 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """V, the number of ids with the mask: one more than the largest id."""
+    """Return V, the number of ids with the mask: the largest id plus 1."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The ids of `text` alone: nothing is added, and no special token is read out of the text."""
+    """Return the ids of `text` alone, with no special tokens added or recognised."""
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     return backend.encode(text, add_special_tokens=False).ids
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 of all that decides what ids a text gets and which ids are special."""
+    """Return the sha256 of all that decides the ids of a text and the special ids."""
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id]
     content = json.dumps([tokenizer.backend_tokenizer.to_str(), special])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 def require_token(tokenizer: PreTrainedTokenizerFast, kind: str, option: str) -> int:
-    """The id of the tokenizer's `kind` ("bos" or "eos") token, which `option` needs.
+    """Return the id of the tokenizer's `kind` ("bos" or "eos") token, which `option` needs.
 
     Raises:
         UserError: the tokenizer has none.

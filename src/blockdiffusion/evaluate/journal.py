@@ -1,4 +1,4 @@
-"""What a long measurement has finished, kept in a file so that it goes on where it was stopped."""
+"""Finished parts of a long measurement, kept in a file from which it resumes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from blockdiffusion.files.disk import append, storage_error
+from blockdiffusion.files.disk import add_to
 from blockdiffusion.files.records import Damaged, json_lines, sealed, unsealed
 from blockdiffusion.models.block_diffusion import BlockDiffusion
 
@@ -20,9 +20,9 @@ class Journal:
     """Results by name, one JSON line each, appended as they are found.
 
     Args:
-        path: of the file; results in it that were found under another `identity` do not count.
-            None: nothing is kept.
-        identity: everything that the results depend on, as text.
+        path: of the file; None keeps nothing.
+        identity: everything that the results depend on, as text; results in the file that were
+            found under another one are ignored.
     """
 
     def __init__(self, path: Path | None, identity: str):
@@ -38,34 +38,28 @@ class Journal:
 
     @classmethod
     def of(cls, path: Path | None, model: Any, *others: Any) -> Journal:
-        """A journal of results that depend on a model and on `others`; see `fingerprint`."""
+        """Open a journal of results that depend on a model and on `others`; see `fingerprint`."""
         return cls(path, fingerprint(model, *others) if path else "")
 
     def __len__(self) -> int:
         return len(self._found)
 
     def get(self, name: str) -> Any | None:
-        """The result called `name`, or None."""
         return self._found.get(name)
 
     def put(self, name: str, result: Any) -> None:
-        """Adds a result, of plain values; it survives a kill from here on.
+        """Add a result of plain values; it survives a kill from here on.
 
         Raises:
             UserError: the disk is full.
         """
-        if self.path is None:
-            return
-        self._found[name] = result
-        entry = sealed({"identity": self.identity, "name": name, "result": result})
-        try:
-            with append(self.path) as file:
-                file.write(b"\n" + json.dumps(entry).encode() + b"\n")
-        except OSError as error:
-            raise storage_error(error, self.path) from error
+        if self.path is not None:
+            self._found[name] = result
+            entry = sealed({"identity": self.identity, "name": name, "result": result})
+            add_to(self.path, b"\n" + json.dumps(entry).encode() + b"\n")
 
     def result(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The result called `name`: found here, or else measured now and added."""
+        """Return the result called `name`, measured and added now if it is not there."""
         found = self.get(name)
         if found is None:
             found = measure()
@@ -77,21 +71,22 @@ NO_JOURNAL = Journal(None, "")
 
 
 def journal_beside(result: Path | None) -> Path | None:
-    """The journal of a measurement whose result goes into the file `result`; None without one."""
+    """Return the path of the journal for the file `result`; None without one."""
     return None if result is None else result.with_name(f"{result.name}.journal")
 
 
 def remove_journal(result: Path | None) -> None:
-    """Removes the journal beside `result`; only when all files of the result are written.
+    """Remove the journal beside `result`.
 
-    Otherwise a full disk at the end would cost the measurement.
+    Call it only after all files of the result are written: a full disk at the end would otherwise
+    cost the measurement.
     """
     if (journal := journal_beside(result)) is not None:
         journal.unlink(missing_ok=True)
 
 
 def fingerprint(model: Any, *others: Any) -> str:
-    """A hash of a model's configuration and weights, and of tensors and plain values."""
+    """Return a hash of a model's configuration and weights, and of tensors and plain values."""
     if isinstance(model, BlockDiffusion):
         facts = {**model.backbone.config.to_dict(), **asdict(model.config)}
     else:

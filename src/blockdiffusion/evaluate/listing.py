@@ -1,4 +1,4 @@
-"""Likelihoods and lengths of documents in words."""
+"""Likelihoods and lengths of documents as lines for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blockdiffusion.reports.tables import described
 
 
 def likelihood_lines(result: Likelihood, what: str) -> list[str]:
-    """A likelihood in words, one fact a line, the bound sign where it belongs."""
+    """Return a likelihood as lines, one fact each; bounds have their sign."""
     sign = "<= " if result.is_bound else ""
     facts = {
         f"{'bound on ' if sign else ''}nats/token": with_errors(
@@ -29,14 +29,15 @@ def likelihood_lines(result: Likelihood, what: str) -> list[str]:
         facts["bits/byte"] = f"{sign}{result.bits_per_byte:.4f}"
     notes = [
         f"{counted(result.num_tokens, 'token')} in {counted(result.num_rows, 'row')} counted; "
-        f"{_given(result.bos)}; {_how(result)}; {result.seconds:.1f} s",
+        f"{'BOS given, not counted' if result.bos else 'no BOS given'}; {_how(result)}; "
+        f"{result.seconds:.1f} s",
         *result.remarks,
     ]
     return described(what, facts | (_tighter(result) if sign else {}), notes)
 
 
 def _tighter(result: Likelihood) -> dict[str, str]:
-    """What stands below a bound."""
+    """Return the values that are tighter than the bound."""
     facts = {}
     if (nats := result.exact_nats_per_token) is not None:
         facts["exact nats/token"] = with_errors(nats, ".4f", data=result.exact_stderr_data)
@@ -50,10 +51,6 @@ def _tighter(result: Likelihood) -> dict[str, str]:
     return facts
 
 
-def _given(bos: bool) -> str:
-    return "BOS given, not counted" if bos else "no BOS given"
-
-
 def _how(result: Likelihood) -> str:
     if result.estimator == "exact":
         if result.block_size == 1:
@@ -64,7 +61,7 @@ def _how(result: Likelihood) -> str:
 
 
 def length_lines(result: DocumentLengths, what: str) -> list[str]:
-    """Lengths of documents in words, and their histogram."""
+    """Return the lengths of documents as lines, with their histogram."""
     bins = result.histogram()
     most = max(documents for _, _, documents in bins)
     facts = {

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A value and its standard error; None where it is not known (a single batch or sample)."""
+    """A value and its standard error; None if not known (a single batch or sample)."""
 
     value: float
     stderr: float | None
 
 
 def perplexity_of(nats_per_token: float) -> float:
-    """exp, but infinity instead of an overflow: a diverged run has results too."""
+    """Return exp, but infinity instead of an overflow: a diverged run has results, too."""
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
 
 def mean_of(values: Sequence[float]) -> Measured:
-    """Mean of independent values, with its standard error."""
+    """Return the mean of independent values with its standard error."""
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2 or math.isinf(mean):
@@ -31,9 +31,9 @@ def mean_of(values: Sequence[float]) -> Measured:
 
 
 def ratio_of(above: Sequence[float], below: Sequence[float]) -> Measured | None:
-    """Ratio of two sums over the same independent units; None over 0.
+    """Return the ratio of two sums over the same independent units; None if divided by 0.
 
-    The error is that of the delta method: the ratio is linear in small deviations of the sums.
+    The error is from the delta method: the ratio is linear in small deviations of the sums.
     """
     count, mean = len(below), math.fsum(below) / max(len(below), 1)
     if mean == 0:

@@ -19,14 +19,14 @@ MC_SAMPLES = "Independent draws of the masks; two or more give a noise error."
 class LikelihoodOptions:
     """How a likelihood is estimated.
 
-    "auto" is "exact" where that takes no more noisy copies than `mc_samples` complement pairs (with
-    the usual 8 up to S = 4), and else the unbiased estimator with the least noise: complement
-    pairs; "timesteps" for D3PM, which has no other. Distributions of masks are written as for
+    "auto" is "exact" if that takes no more noisy copies than `mc_samples` complement pairs (with
+    the default of 8: up to S = 4), else the unbiased estimator with the least noise: complement
+    pairs, or "timesteps" for D3PM, which has no other. Distributions of masks are written as for
     `estimators.make_estimator`, not clipped. "exact" and "orders" need masks and a network without
-    time input. The likelihood of an autoregressive model is exact, in one pass; it allows "exact"
-    and "auto" only. With a target, `mc_samples` replicates are drawn at a time until the noise
-    error (of the tighter bound, for "orders") is at most this and well known, or 4,096 are made;
-    the result's `remarks` say so. "exact" has no noise and draws nothing.
+    time input; "exact" has no noise. The likelihood of an autoregressive model is exact, in one
+    pass; it allows "exact" and "auto" only. With a target, `mc_samples` replicates are drawn at a
+    time until the noise error (of the tighter bound, for "orders") is at most the target and well
+    known, or until there are 4,096; the result's `remarks` then say so.
 
     Raises:
         UserError: a value is not allowed.

@@ -1,4 +1,4 @@
-"""Held-out text from a prepared data directory, checked against the model that is to score it."""
+"""Held-out text from a prepared data directory, checked against the model that scores it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from blockdiffusion.evaluate.likelihood import Likelihood
 from blockdiffusion.files.checksums import Report, silent
 from blockdiffusion.limits import check_limit
 
-# What a model card keeps of a likelihood.
+# The values of a likelihood that a model card keeps.
 MEASURED = (
     "nats_per_token", "perplexity", "is_bound", "stderr_noise", "stderr_data",
     "exact_nats_per_token", "exact_perplexity", "orders_nats_per_token", "orders_perplexity",
@@ -30,7 +30,7 @@ MEASURED = (
 class HeldOutText:
     """Rows to score, the UTF-8 bytes that they cover, and whether position 0 is a given BOS.
 
-    When only a part of the split is taken, the bytes are the split's times the share of tokens.
+    The bytes of a part of a split are the split's times the share of tokens.
     """
 
     batch: Batch
@@ -38,7 +38,7 @@ class HeldOutText:
     bos: bool
 
     def free_tokens(self) -> torch.Tensor:
-        """int64 (B,): the counted tokens of every row, so neither padding nor a given BOS."""
+        """Count the tokens of every row, int64 (B,), without padding and a given BOS."""
         return free_tokens(self.batch, self.bos).sum(1)
 
 
@@ -50,10 +50,10 @@ def read_rows(
     bos: bool | None = None,
     report: Report = silent,
 ) -> HeldOutText:
-    """The first `rows` rows (None = all) of a split.
+    """Read the first `rows` rows (None = all) of a split.
 
-    `bos` overrides what model and data say; without it they must agree, and where the model says
-    nothing the data decide. `report` is told how far the check of the files is.
+    Model and data must agree on the BOS unless `bos` is given; if the model does not say, the data
+    decide. `report` is called with the progress of the check of the files.
 
     Raises:
         UserError: no such data or split, no rows, damaged data, or data made for another
@@ -86,15 +86,15 @@ def read_rows(
 def evaluation_facts(
     result: Likelihood, manifest: Manifest, directory: str | Path, split: str, *, seed: int
 ) -> dict[str, Any]:
-    """What a model card says of a measured likelihood: all that is needed to repeat it.
+    """Return what a model card says of a measured likelihood, enough to repeat it.
 
     Args:
         result: of the first rows of a split.
         manifest: of the prepared data in `directory`.
         seed: of the masks.
     """
-    values = result.to_dict()
-    return {name: values[name] for name in MEASURED if values[name] is not None} | {
+    values = {name: getattr(result, name) for name in MEASURED}
+    return {name: value for name, value in values.items() if value is not None} | {
         "data": public_name(directory),
         "split": split,
         "data_sha256": data_fingerprint(manifest, split),

@@ -1,7 +1,7 @@
-"""Estimates per row, group of rows by group: computed exactly, or drawn again and again.
+"""Estimates for rows of text, by groups of rows: computed exactly, or from repeated draws.
 
-A group is one or a few passes of the network. Several processes deal the groups out, and a journal
-keeps those that are finished.
+A group takes one or a few passes of the network. Processes share the groups, and a journal keeps
+those that are finished.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from blockdiffusion.runtime.distributed import ProcessGroup
 
 PASS_TOKENS = 16_384  # tokens of one pass over all streams: bounds memory
 COPIES = 8  # noisy copies that share one clean stream
-MAX_SAMPLES = 4096  # replicates after which a target of the noise error is given up
-TRUSTED = 30  # degrees of freedom from which a noise error may end the drawing
+MAX_SAMPLES = 4096  # replicates, whatever the target of the noise error
+TRUSTED = 30  # degrees of freedom that a noise error needs to end the drawing
 Progress = Callable[[int, int], None]
 
 
 @dataclass
 class Found:
-    """Estimates per row and replicate (B, R), in nats; `orders` has one such for every K.
+    """Estimates per row and replicate (B, R), in nats; `orders` has one such tensor for every K.
 
-    Rows of one group share their draws, groups are independent: the noise of the whole is the sum
-    of the groups'.
+    Rows of one group share their draws, and groups are independent: their variances add up.
     """
 
     nelbo_BR: torch.Tensor
@@ -45,7 +44,7 @@ class Found:
     orders: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def noise_error(self, num_tokens: int, orders: int | None = None) -> float | None:
-        """Standard error per token of the mean over replicates; None from a single one."""
+        """Return the standard error per token of the mean over replicates; None from one."""
         value_BR = self.nelbo_BR if orders is None else self.orders[orders]
         replicates = value_BR.shape[1]
         if replicates < 2:
@@ -53,20 +52,15 @@ class Found:
         variance = sum(float(value_BR[rows].sum(0).var()) for rows in self.groups)
         return math.sqrt(variance / replicates) / num_tokens
 
-    @property
-    def degrees_of_freedom(self) -> int:
-        """Of the noise error: how far it can be trusted."""
-        return len(self.groups) * (self.nelbo_BR.shape[1] - 1)
-
     def extended(self, more: Found) -> Found:
-        """With further replicates of the same rows."""
+        """Add further replicates of the same rows."""
         orders = {k: torch.cat([v, more.orders[k]], dim=1) for k, v in self.orders.items()}
         nelbo_BR = torch.cat([self.nelbo_BR, more.nelbo_BR], dim=1)
         return Found(nelbo_BR, self.groups, self.copies + more.copies, orders=orders)
 
 
 class Advance:
-    """Counts units of work for a progress that is called with (done, total)."""
+    """Counts units of work and reports them to a progress, as (done, total)."""
 
     def __init__(self, progress: Callable[..., None] | None, total: int):
         self.progress, self.total, self.done = progress, total, 0
@@ -79,7 +73,7 @@ class Advance:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is to be scored: ids (B, L), which of them count, and which are no padding."""
+    """Rows to score: ids (B, L), which of them count, and which are not padding."""
 
     model: Any
     clean_BL: torch.Tensor
@@ -89,7 +83,7 @@ class Rows:
     journal: Journal
 
     def groups(self, streams: int) -> list[slice]:
-        """The rows, so many at a time as one pass over so many streams may have."""
+        """Cut the rows into groups that one pass over so many streams may hold."""
         num_rows, length = self.clean_BL.shape
         return row_groups(num_rows, length * streams, PASS_TOKENS)
 
@@ -100,33 +94,33 @@ class Rows:
         estimate: Callable[..., Sequence[torch.Tensor]],
         pass_over: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> list[torch.Tensor]:
-        """What `estimate` makes of each group's (clean, free, valid or None), over all rows.
+        """Call `estimate` with each group's (clean, free, valid or None); join its results.
 
         Args:
             name: of a group, in the journal.
-            estimate: gives float64 tensors, their first dimension the group's rows.
-            pass_over: called with (clean, free) instead, for a group of another process or one that
-                was finished before a kill.
+            estimate: returns float64 tensors; their first dimension is the group's rows.
+            pass_over: called with (clean, free) instead, if the group belongs to another process
+                or was finished before a kill.
         """
         own = {}
         for index, rows in enumerate(groups):
             tensors = (self.clean_BL[rows], self.free_BL[rows], self.valid_BL[rows])
             clean, free, valid = (tensor.to(self.model.device) for tensor in tensors)
             is_own, key = self.processes.is_mine(index), name(rows)
-            found = self.journal.get(key) if is_own else None
-            if is_own and found is None:
+            kept = self.journal.get(key) if is_own else None
+            if is_own and kept is None:
                 own[index] = estimate(clean, free, None if bool(valid.all()) else valid)
                 self.journal.put(key, [tensor.tolist() for tensor in own[index]])
                 continue
             pass_over(clean, free)
-            if is_own:
-                own[index] = [torch.tensor(values, dtype=torch.float64) for values in found or ()]
+            if kept is not None:
+                own[index] = [torch.tensor(values, dtype=torch.float64) for values in kept]
         return [torch.cat(parts) for parts in zip(*self.processes.collect(own), strict=True)]
 
 
 @torch.no_grad()
 def next_token_nll(rows: Rows, progress: Progress | None) -> Found:
-    """The exact negative log-likelihood of an autoregressive model."""
+    """Compute the exact negative log-likelihood of an autoregressive model."""
     groups = rows.groups(1)
     advance = Advance(progress, len(groups))
 
@@ -140,7 +134,7 @@ def next_token_nll(rows: Rows, progress: Progress | None) -> Found:
 
 
 def enumerated(rows: Rows, progress: Progress | None) -> Found:
-    """The bound (one replicate without noise) and the exact negative log-likelihood."""
+    """Compute the bound (one replicate without noise) and the exact negative log-likelihood."""
     sets = num_subsets(rows.model.config.block_size)
     groups = rows.groups(min(sets, COPIES) + 1)
     advance = Advance(progress, sets * len(groups))
@@ -158,37 +152,36 @@ def enumerated(rows: Rows, progress: Progress | None) -> Found:
 
 @dataclass(frozen=True, kw_only=True)
 class Replicates:
-    """Draws any number of independent replicates of what `estimator`, or orders, give for rows."""
+    """Draws independent replicates of an estimator, or of the K-order bound if it is None."""
 
     rows: Rows
     estimator: Estimator | None
-    """None: the K-order bound."""
     orders: int
     generator: torch.Generator
 
     @property
     def copies(self) -> int:
-        """Noisy copies of a row that one replicate evaluates."""
+        """The noisy copies of a row that one replicate evaluates."""
         if self.estimator is not None:
             return self.estimator.num_noisy
         return self.orders * self.rows.model.config.block_size
 
     @property
     def powers(self) -> list[int]:
-        """The numbers of orders that have a bound: 1, 2, 4, ... and `orders` itself."""
+        """The numbers of orders K that get a bound: 1, 2, 4, ... and `orders` itself."""
         if self.estimator is not None:
             return []
         return sorted({2**i for i in range(self.orders.bit_length())} | {self.orders})
 
     @torch.no_grad()
     def draw(self, samples: int, advance: Advance) -> Found:
-        """`samples` replicates; `advance` is told how many noisy copies of rows are done."""
+        """Draw `samples` replicates; `advance` counts the noisy copies of rows."""
         groups = self.rows.groups(min(samples * self.copies, COPIES) + 1)
         nelbo_BR, *tighter = self.rows.by_group(
             groups,
             lambda rows: f"{rows} {samples} {_digest(self.generator)}",
             lambda *tensors: self._estimates(samples, advance, *tensors),
-            lambda clean_BL, free_BL: self._pass_over(samples, advance, clean_BL, free_BL),
+            lambda *tensors: self._pass_over(samples, advance, *tensors),
         )
         bounds = dict(zip(self.powers, tighter, strict=True))
         return Found(nelbo_BR, groups, samples * self.copies, orders=bounds)
@@ -196,7 +189,7 @@ class Replicates:
     def _estimates(
         self, samples: int, advance: Advance, clean_BL, free_BL, valid_BL
     ) -> list[torch.Tensor]:
-        """The NELBO (B, samples) of a group of rows, and the bounds of 1, 2, 4, ... orders."""
+        """Return the NELBO (B, samples) of a group of rows, and the bound of each of `powers`."""
 
         def passed(copies: int) -> None:
             advance(copies * len(clean_BL))
@@ -217,7 +210,7 @@ class Replicates:
         return [bounds[0], *bounds]
 
     def _pass_over(self, samples: int, advance: Advance, clean_BL, free_BL) -> None:
-        """Draws the noise of a group of rows, so that the next one gets its own."""
+        """Draw the noise of a group and drop it, so that the next group gets its own."""
         config = self.rows.model.config
         if self.estimator is None:
             draw_orders(free_BL, config.block_size, samples * self.orders, self.generator)
@@ -232,13 +225,13 @@ class Replicates:
         return self.estimator(clean_BL, free_BL, config.block_size, config.mask_id, self.generator)
 
     def _tighter(self, nll_BRK: torch.Tensor, k: int) -> torch.Tensor:
-        """The k-order bound (B, samples): the mean over the whole groups of k of a replicate."""
+        """Return the k-order bound (B, samples): a replicate's mean over its whole groups of k."""
         usable = self.orders // k * k
         nll_BXK = nll_BRK.unflatten(1, (-1, self.orders))[:, :, :usable].flatten(1, 2)
         return order_bound(nll_BXK, k).unflatten(1, (-1, usable // k)).mean(-1)
 
     def _masked(self, samples: int, passed, clean_BL, free_BL, valid_BL) -> torch.Tensor:
-        """NELBO estimates (B, samples) of a group of rows."""
+        """Return NELBO estimates (B, samples) of a group of rows."""
         model, diffusion = self.rows.model, diffusion_of(self.rows.model.config)
         prior_B1 = diffusion.prior_nats * free_BL.sum(1, keepdim=True).double().cpu()
         together = max(1, COPIES // self.copies)
@@ -256,7 +249,7 @@ class Replicates:
 def drawn(
     replicates: Replicates, options: LikelihoodOptions, num_tokens: int, progress: Progress | None
 ) -> Found:
-    """`mc_samples` replicates, or as many times that as the target of the noise error asks for."""
+    """Draw `mc_samples` replicates, or a multiple if the target of the noise error needs it."""
     target, samples = options.target_stderr, options.mc_samples
     if target is not None:
         samples = max(samples, 2)
@@ -268,7 +261,8 @@ def drawn(
         error = found.noise_error(num_tokens, orders)
         assert error is not None  # two replicates at least
         made = found.nelbo_BR.shape[1]
-        if made >= MAX_SAMPLES or (error <= target and found.degrees_of_freedom >= TRUSTED):
+        degrees_of_freedom = len(found.groups) * (made - 1)
+        if made >= MAX_SAMPLES or (error <= target and degrees_of_freedom >= TRUSTED):
             break
         still = samples * -(-(MAX_SAMPLES - made) // samples)  # whole rounds, at most
         advance.total = int(advance.done * min(max(2, (error / target) ** 2), 1 + still / made))
@@ -277,5 +271,5 @@ def drawn(
 
 
 def _digest(generator: torch.Generator) -> str:
-    """Of what will be drawn next."""
+    """Return a hash of the generator's state: the name of its next draws."""
     return hashlib.sha256(generator.get_state().numpy().tobytes()).hexdigest()[:16]

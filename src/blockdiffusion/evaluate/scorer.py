@@ -1,8 +1,8 @@
-"""Scorers: language models that say how likely generated text is (generative perplexity).
+"""Scorers: language models that measure how likely generated text is (generative perplexity).
 
 A scorer, also called an evaluator model, is any Hugging Face causal language model, or one of ours:
-autoregressive, or block diffusion, whose value is a bound. Texts are tokenized anew with its
-tokenizer, and read in windows (`evaluate.generation.perplexity`).
+autoregressive, or block diffusion, whose value is a bound. Texts are tokenized again with its
+tokenizer and read in windows (`evaluate.generation.perplexity`).
 """
 
 from __future__ import annotations
@@ -34,45 +34,41 @@ MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # of a scorer's configuration
 INDEX = "model.safetensors.index.json"
 UNKNOWN_CONTEXT = 1024  # of a scorer that names no limit
 OURS = (BlockDiffusionConfig.model_type, "bd3lm")
-PAIRS = 8  # complement pairs per window, where a scorer's blocks are too long to enumerate
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScorerTokens:
-    """A sample as its scorer reads it.
-
-    Attributes:
-        ids: all tokens: the scorer's BOS where it belongs to the text, the text, its EOS where a
-            document ends and the next begins.
-        scored: which of them count: those of the text, without BOS and EOS, and without a first
-            token that nothing stands before.
-        text: the tokens of the text alone.
-    """
-
-    ids: tuple[int, ...]
-    scored: tuple[bool, ...]
-    text: tuple[int, ...]
+PAIRS = 8  # complement pairs per window, if a scorer's blocks are too long to enumerate
 
 
 @dataclass(frozen=True)
 class Row:
-    """One window: `ids` to read, `scored` of them."""
+    """One window: `ids` to read, and which of them are `scored`."""
 
     ids: tuple[int, ...]
     scored: tuple[bool, ...]
 
 
+@dataclass(frozen=True)
+class ScorerTokens(Row):
+    """A sample in the tokens of its scorer.
+
+    Attributes:
+        ids: the text, after a BOS if the scorer has one, with an EOS between documents.
+        scored: the tokens of the text, but not a first token that nothing precedes.
+        text: the tokens of the text alone.
+    """
+
+    text: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScorerFacts:
-    """What a result says about its scorer.
+    """The scorer of a result.
 
     Attributes:
         kind: "causal language model", "autoregressive" or "block diffusion".
         is_bound: whether its values are upper bounds (block diffusion, S > 1).
         context: tokens of a window.
         stride: tokens by which later windows move, and which they score.
-        first_token: what stands before the first token of a text (a BOS, say); None: nothing, and
-            it is not scored.
+        first_token: the token before the first one of a text, such as a BOS, in words. None: there
+            is no such token, and the first one is not scored.
         fingerprint: of its configuration and weights.
     """
 
@@ -94,62 +90,57 @@ class Scorer(Protocol):
     tokenizer: Any
     kind: str
     is_bound: bool
-    context: int
-    """Most tokens of a window."""
-    grain: int
-    """Windows end at multiples of it: S of a block diffusion model, else 1."""
-    lead: int
-    """Tokens that the scorer itself puts before every window: 1 for a given BOS, else 0."""
+    context: int  # most tokens of a window
+    grain: int  # windows end at its multiples: S of a block diffusion model, else 1
+    lead: int  # tokens that the scorer puts before every window: 1 for a given BOS, else 0
     first_token: str | None
 
     def read(self, documents: Sequence[str]) -> ScorerTokens:
-        """The tokens of a sample that consists of `documents`."""
+        """Return the tokens of a sample that consists of `documents`."""
         ...
 
     def nll(self, rows: Sequence[Row], number: int) -> list[float]:
-        """Nats of the scored tokens of every row (a bound where `is_bound`).
+        """Return the nats of the scored tokens of every row (a bound if `is_bound`).
 
-        `number` of the pass names its random draws, where there are any.
+        `number` of the pass names its random draws, if it has any.
         """
         ...
 
     def features(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Hidden states (B, D) of the last layer at the last token of every row, float32."""
+        """Return the last layer's hidden states (B, D) at the last token of every row, float32."""
         ...
 
 
 def load_scorer(name: str, *, device: torch.device | str | None = None) -> Scorer:
-    """The scorer in a directory or with a Hugging Face id.
+    """Load the scorer in a directory or with a Hugging Face id.
 
     Args:
         name: a model or run directory of ours, a directory that `save_pretrained` wrote (a causal
             language model and its tokenizer), or a Hugging Face id of either.
 
     Raises:
-        UserError: nothing there, no causal language model, weights that do not fit or could run
-            code, no tokenizer, one whose ids the network does not have, or one of ours that has no
-            likelihood here.
+        UserError: there is no causal language model, its weights do not fit or could run code, it
+            has no tokenizer, or one whose ids the network lacks, or it is one of ours without a
+            likelihood.
     """
-    scorer = _load(name, device)
+    scorer: Scorer
+    if _model_type(name) not in OURS:
+        scorer = CausalScorer(name, *_load_causal(name, device))
+    else:
+        model = load(name, device=device)
+        masked = model.config.objective == "block_diffusion" and not model.config.time_conditioning
+        if not is_autoregressive(model) and not masked:
+            raise UserError(
+                f"the scorer {name} reads the time of a diffusion, and its likelihood is no score; "
+                "take an autoregressive model, or a block diffusion model without time input"
+            )
+        scorer = OwnScorer(name, model)
     _check_ids(scorer)
     return scorer
 
 
-def _load(name: str, device: torch.device | str | None) -> Scorer:
-    if _model_type(name) not in OURS:
-        return CausalScorer(name, *_load_causal(name, device))
-    model = load(name, device=device)
-    is_masked = model.config.objective == "block_diffusion" and not model.config.time_conditioning
-    if not is_autoregressive(model) and not is_masked:
-        raise UserError(
-            f"the scorer {name} reads the time of a diffusion, and its likelihood is no score; "
-            "take an autoregressive model, or a block diffusion model without time input"
-        )
-    return OwnScorer(name, model)
-
-
 def _check_ids(scorer: Scorer) -> None:
-    """Refuses a tokenizer that can give ids to text which the network does not have."""
+    """Refuse a tokenizer that can give ids to text which the network does not have."""
     tokenizer, size = scorer.tokenizer, scorer.model.config.vocab_size
     if tokenizer is None or not encode(tokenizer, "a"):
         raise UserError(
@@ -167,29 +158,30 @@ def _check_ids(scorer: Scorer) -> None:
 
 
 def scorer_facts(scorer: Scorer, context: int, stride: int) -> ScorerFacts:
-    """What a result says about its scorer."""
-    told = {n: getattr(scorer, n) for n in ("name", "kind", "is_bound", "first_token")}
-    parameters = sum(parameter.numel() for parameter in scorer.model.parameters())
+    """Return the facts of a scorer that reads windows of `context` tokens."""
     return ScorerFacts(
-        **told,
-        parameters=parameters,
+        name=scorer.name,
+        kind=scorer.kind,
+        parameters=sum(parameter.numel() for parameter in scorer.model.parameters()),
+        is_bound=scorer.is_bound,
         context=context,
         stride=stride,
+        first_token=scorer.first_token,
         fingerprint=fingerprint(scorer.model),
     )
 
 
 def _tensors(
-    rows: Sequence[Row], multiple: int = 1
+    rows: Sequence[Row], device: torch.device, multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(ids, scored, valid), each (B, T), padded at the right to whole multiples."""
+    """Return (ids, scored, valid), each (B, T), padded at the right to whole multiples."""
     ids_BT, valid_BT = rectangle([row.ids for row in rows], multiple)
     scored_BT, _ = rectangle([row.scored for row in rows], multiple)
-    return ids_BT, scored_BT.bool(), valid_BT
+    return ids_BT.to(device), scored_BT.bool().to(device), valid_BT.to(device)
 
 
 class CausalScorer:
-    """A Hugging Face causal language model; its BOS, where it has one, stands before every text."""
+    """A Hugging Face causal language model; its BOS, if it has one, precedes every text."""
 
     kind, is_bound, grain, lead = "causal language model", False, 1, 0
 
@@ -199,16 +191,13 @@ class CausalScorer:
         self.first_token = tokenizer.bos_token
 
     def read(self, documents: Sequence[str]) -> ScorerTokens:
-        tokenizer = self.tokenizer
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        between = (
-            tokenizer.bos_token_id if tokenizer.eos_token_id is None else (tokenizer.eos_token_id)
-        )
-        return _joined(tokenizer, documents, start, between, scores_first=bool(start))
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        start, between = [] if bos is None else [bos], bos if eos is None else eos
+        return _joined(self.tokenizer, documents, start, between, scores_first=bool(start))
 
     @torch.no_grad()
     def nll(self, rows: Sequence[Row], number: int) -> list[float]:
-        ids_BT, scored_BT, valid_BT = (x.to(self.model.device) for x in _tensors(rows))
+        ids_BT, scored_BT, valid_BT = _tensors(rows, self.model.device)
         logits_BTV = self.model(input_ids=ids_BT, attention_mask=valid_BT.long()).logits
         scored_BT = scored_BT[:, 1:]
         nll_M = F.cross_entropy(
@@ -219,7 +208,7 @@ class CausalScorer:
 
     @torch.no_grad()
     def features(self, rows: Sequence[Row]) -> torch.Tensor:
-        ids_BT, _, valid_BT = (x.to(self.model.device) for x in _tensors(rows))
+        ids_BT, _, valid_BT = _tensors(rows, self.model.device)
         out = self.model(
             input_ids=ids_BT, attention_mask=valid_BT.long(), output_hidden_states=True
         )
@@ -227,9 +216,12 @@ class CausalScorer:
 
 
 class OwnScorer:
-    """One of our models. An autoregressive one begins every window with what its training rows
-    begin with, the BOS or the start symbol. A block diffusion model gives a bound, enumerated
-    (blocks of up to 8 tokens) or from drawn masks, exact at S = 1; its windows are whole blocks."""
+    """One of our models.
+
+    An autoregressive model begins every window as its training rows, with the BOS or the start
+    symbol. A block diffusion model gives a bound, enumerated (blocks of up to 8 tokens) or from
+    drawn masks, which is exact at S = 1; its windows are whole blocks.
+    """
 
     def __init__(self, name: str, model: Any):
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
@@ -249,12 +241,12 @@ class OwnScorer:
     def nll(self, rows: Sequence[Row], number: int) -> list[float]:
         model, config = self.model, self.model.config
         if is_autoregressive(model):
-            # `causal_nll` begins a window that goes on in a text by itself only where bos is false.
+            # `causal_nll` itself prepends the start symbol only if bos is false.
             begun = rows if config.bos is False else self._begun(rows)
-            tensors = (x.to(model.device) for x in _tensors(begun))
-            ids_BT, scored_BT, valid_BT = tensors
-            return causal_nll(model, ids_BT, scored_BT, valid_BT).double().sum(1).tolist()
-        ids_BT, scored_BT, valid_BT = _tensors(self._begun(rows) if self.lead else rows, self.grain)
+            tensors = _tensors(begun, model.device)
+            return causal_nll(model, *tensors).double().sum(1).tolist()
+        begun = self._begun(rows) if self.lead else rows
+        ids_BT, scored_BT, valid_BT = _tensors(begun, torch.device("cpu"), self.grain)
         estimator = "exact" if self.grain <= MAX_BLOCK_SIZE else "complement"
         found = likelihood(
             model,
@@ -274,11 +266,11 @@ class OwnScorer:
                 f"MAUVE needs the hidden state of a whole text, which the block diffusion scorer "
                 f"{self.name} does not have; take a causal language model as scorer"
             )
-        ids_BT, _, valid_BT = (x.to(self.model.device) for x in _tensors(self._begun(rows)))
+        ids_BT, _, valid_BT = _tensors(self._begun(rows), self.model.device)
         return _at_last(self.model.encode_causal(ids_BT, valid_BT), valid_BT)
 
     def _begun(self, rows: Sequence[Row]) -> list[Row]:
-        """The windows after the BOS or else, as in `denoiser.causal_nll`, the mask token."""
+        """Prepend the BOS or, as `denoiser.causal_nll` does, the mask token to the windows."""
         first = bos_id(self.model) if self.lead else self.model.config.mask_id
         return [Row((first, *row.ids), (False, *row.scored)) for row in rows]
 
@@ -298,7 +290,7 @@ def _joined(
         scored += [True] * len(found)
     if scored and not scores_first:
         scored[0] = False
-    return ScorerTokens(ids=tuple(ids), scored=tuple(scored), text=tuple(text))
+    return ScorerTokens(tuple(ids), tuple(scored), tuple(text))
 
 
 def _at_last(hidden_BTD: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
@@ -306,15 +298,23 @@ def _at_last(hidden_BTD: torch.Tensor, valid_BT: torch.Tensor) -> torch.Tensor:
     return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B].float()
 
 
-# --- Reading them ---------------------------------------------------------------------------------
+# --- Loading --------------------------------------------------------------------------------------
 
 
-def _model_type(name: str) -> str | None:
-    """`model_type` of a directory's or a hub id's config.json."""
+def _model_type(name: str) -> str:
+    """Return the `model_type` of a directory's or a hub id's config.json."""
+    config = _config_file(name)
+    kind = read_json(config, "give a model's directory").get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{config} is no model's configuration (its model_type is {shown(kind)})")
+    return kind
+
+
+def _config_file(name: str) -> Path:
     folder = Path(name)
     for place in (folder / "config.json", folder / "model" / "config.json"):
         if place.is_file():
-            return _read_type(place)
+            return place
     if folder.is_file():
         raise UserError(
             f"the scorer {name} is a file, and a scorer is a directory that holds its tokenizer, "
@@ -328,26 +328,18 @@ def _model_type(name: str) -> str | None:
     from huggingface_hub import hf_hub_download
 
     try:
-        place = Path(hf_hub_download(name, "config.json"))
+        return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # the hub client has no common base class for its failures
         raise UserError(
-            f"the scorer {name} is no local directory and could not be had from the hub "
+            f"the scorer {name} is no local directory and could not be loaded from the hub "
             f"({type(error).__name__}); check the name and the connection, or give a directory"
         ) from error
-    return _read_type(place)
 
 
 def _made_of(file: Path) -> str:
     if file.suffix != LIGHTNING:
         return "give that directory"
     return f"make one of the Lightning file: blockdiff convert {file} --out DIRECTORY"
-
-
-def _read_type(path: Path) -> str | None:
-    kind = read_json(path, "give a model's directory").get("model_type")
-    if not isinstance(kind, str):
-        raise UserError(f"{path} is no model's configuration (its model_type is {shown(kind)})")
-    return kind
 
 
 def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any]:
@@ -366,7 +358,7 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
         tokenizer = load_tokenizer(name)
     except UserError as error:
         raise UserError(f"the scorer {name} has no usable tokenizer: {error}") from error
-    logging.disable_progress_bar()  # it would cut through ours
+    logging.disable_progress_bar()  # it would interrupt ours
     try:
         model, info = from_pretrained(
             AutoModelForCausalLM,
@@ -394,21 +386,14 @@ def _load_causal(name: str, device: torch.device | str | None) -> tuple[Any, Any
 
 
 def _check_weights(folder: Path) -> None:
-    """Refuses what transformers would take: weights outside the folder, files that it would read
-    for long, whole numbers in the place of weights.
-
-    Links to a cache, as the hub's client makes them, are the user's own.
-    """
+    """Refuse what transformers would accept: weights outside the folder, oversized headers, and
+    integers instead of weights. Links to a cache, as the hub's client makes them, are allowed."""
     quantised = "quantization_config" in read_json(folder / "config.json", "take another scorer")
     if (index := folder / INDEX).exists():
         parts = read_json(index, "copy or download it again").get("weight_map")
-        names = set(parts.values()) if isinstance(parts, dict) else {None}
-        for part in names:
-            if (
-                not isinstance(part, str)
-                or Path(part).name != part
-                or not (folder / part).is_file()
-            ):
+        for part in set(parts.values()) if isinstance(parts, dict) else {None}:
+            is_name = isinstance(part, str) and Path(part).name == part
+            if not is_name or not (folder / part).is_file():
                 raise UserError(
                     f"{index} names {shown(part)} for weights, which is no file of its folder; "
                     "copy or download the scorer again"
@@ -426,7 +411,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def _check_sizes(path: Path) -> None:
-    """Refuses a network of other code whose numbers alone would fill the memory."""
+    """Refuse a network of other code whose size alone would fill the memory."""
     for name, value in read_json(path, "take another scorer").items():
         most = MOST_LAYERS if "layer" in name else MOST_NUMBER
         if isinstance(value, int) and value > most:
@@ -434,7 +419,7 @@ def _check_sizes(path: Path) -> None:
 
 
 def _context(config: Any) -> int:
-    """Most tokens that the network was made to read."""
+    """Return the most tokens that the network was made to read."""
     text = config.get_text_config()
     for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"):
         found = getattr(text, key, None)

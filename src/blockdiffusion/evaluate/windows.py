@@ -1,4 +1,4 @@
-"""Rows to score from documents of any length: wrapped as in training, or windows with a stride."""
+"""Windows over documents of any length, and rows padded to a rectangle."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ class Window:
 
     Attributes:
         ids: its tokens (T,).
-        given: how many at its beginning are read and not scored (BOS and context).
-        unit: the number of the document, or of the wrapped row, that its nats belong to: the unit
-            of the data error.
+        given: the number of tokens at its beginning that are read and not scored (BOS, context).
+        unit: the number of its document, or of its wrapped row: the unit of the data error.
     """
 
     ids: np.ndarray
@@ -34,13 +33,12 @@ def document_windows(
     stride: int,
     bos_id: int | None = None,
 ) -> Iterator[Window]:
-    """Windows of at most `context` tokens over a document; every token is scored exactly once.
+    """Yield windows of at most `context` tokens over a document; every token is scored once.
 
-    The first window scores all of its tokens, each next one lies `stride` tokens further and scores
-    the last `stride` (the last window: what is left). So every token is scored with at least
-    `context - stride` positions before it (a BOS counts as one), or else with all of the document
-    that there is. Window by window the model begins anew: positions start at 0, after a BOS of
-    its own if `bos_id` is not None.
+    The first window scores all of its tokens; each later one starts `stride` tokens further and
+    scores its last `stride` tokens (the last window: the rest). So every token is scored with at
+    least `context - stride` positions before it (a BOS counts as one), or with all that precedes it
+    in the document. Every window starts at position 0, with its own BOS if `bos_id` is not None.
 
     Args:
         ids: tokens of the document (T,), at least one.
@@ -55,10 +53,10 @@ def document_windows(
 
 
 def spans(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, first scored) of the windows over `length` tokens.
+    """Yield (start, end, first scored) of the windows over `length` tokens.
 
-    The scored parts follow each other without gap or overlap. The rule is the authors'
-    (`record_generative_perplexity`): window i starts at i * stride.
+    The scored parts follow each other without gap or overlap. As the authors' do
+    (`record_generative_perplexity`), window i starts at i * stride.
     """
     first = 0
     for start in range(0, max(length - context, 0) + stride, stride):
@@ -68,19 +66,19 @@ def spans(length: int, context: int, stride: int) -> Iterator[tuple[int, int, in
 
 
 def default_stride(context: int, block_size: int) -> int:
-    """Half of the context, in whole blocks where it has several."""
+    """Return half of the context, in whole blocks if it has several."""
     half = max(context // 2, 1)
     return half if block_size >= context else max(half // block_size, 1) * block_size
 
 
 def check_stride(context: int, stride: int, block_size: int, bos: bool) -> None:
-    """Refuses windows that a model of this block size cannot score.
+    """Refuse windows that a model of this block size cannot score.
 
-    What is scored must begin with a block: context and stride are multiples of S. A model of one
-    block a row (S is the context: MDLM) takes any stride, as its block is then partly given.
+    The scored part must begin with a block: context and stride are multiples of S. A model of one
+    block a row (S is the context: MDLM) takes any stride, as its block may be partly given.
 
     Raises:
-        UserError: the context or the stride is not one of those.
+        UserError: the context or the stride is another number.
     """
     if context < 1 + bos or not 1 <= stride <= context:
         raise UserError(
@@ -99,7 +97,7 @@ def check_stride(context: int, stride: int, block_size: int, bos: bool) -> None:
 def rectangle(
     rows: Sequence[Sequence[int] | np.ndarray], multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of any length as int64 (B, L), padded with 0 to whole multiples, and which is valid."""
+    """Pad rows of any length with 0 to int64 (B, L), L a multiple; return them and validity."""
     tensors = [torch.from_numpy(np.asarray(row, dtype=np.int64)) for row in rows]
     found = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)
     found = torch.nn.functional.pad(found, (0, -found.shape[1] % multiple))

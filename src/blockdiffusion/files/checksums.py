@@ -1,8 +1,8 @@
 """Checksums of written files, kept beside them in a format that `sha256sum -c` reads.
 
-A directory without checksums is older or comes from another program; nothing is compared there.
-Hashing takes longer than reading, so a verified file is noted (`NOTES`) with its size, dates and
-inode, and is not read again until one of these changes.
+A directory without checksums is older or from another program; nothing is compared there. A
+verified file is noted in `NOTES` with its size, dates and inode, and is not hashed again until one
+of these changes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from blockdiffusion.runtime.distributed import current_group
 SUMS = "SHA256SUMS"
 NOTES = ".verified"
 LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
-REWRITTEN = {"README.md", "card.json"}  # for people, who edit them; nothing is computed from them
+REWRITTEN = {"README.md", "card.json"}  # people edit them; nothing is computed from them
 MOST_BYTES = 2**24  # of either file: names and sums of 100,000 files
 PIECE = 2**22
-Report = Callable[[str, int, int | None], None]  # as `data.packing.Progress`
+Report = Callable[[str, int, int | None], None]  # gets a stage, and what is done of how much
 
 
 class Changed(UserWarning):
@@ -35,11 +35,11 @@ class Changed(UserWarning):
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
-    """Reports nothing."""
+    """Report nothing."""
 
 
 def sha256_of(path: Path, read: Callable[[int], None] = lambda count: None) -> str:
-    """Returns the sha256 of a file, calling `read` with the size of each piece."""
+    """Return the sha256 of a file, calling `read` with the size of each piece."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(PIECE):
@@ -49,28 +49,26 @@ def sha256_of(path: Path, read: Callable[[int], None] = lambda count: None) -> s
 
 
 def sums_of(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns the checksums of the files in a folder by name; `known` ones are not read."""
-    known = known or {}
+    """Return the checksums of the files in a folder by name; `known` ones are not read."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    left_out = {SUMS, *REWRITTEN}
     return {
-        name: known.get(name) or sha256_of(folder / name)
+        name: (known or {}).get(name) or sha256_of(folder / name)
         for name in names
-        if name not in left_out and not name.startswith(".")
+        if name not in {SUMS, *REWRITTEN} and not name.startswith(".")
     }
 
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Writes `SHA256SUMS` into a folder."""
+    """Write `SHA256SUMS` into a folder."""
     with written_aside(folder / SUMS) as file:
         file.write("".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()).encode())
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
-    """Reads `SHA256SUMS` into sums by file name; returns None if there is no such file.
+    """Read `SHA256SUMS` into sums by file name; return None if there is no such file.
 
-    A line that says nothing about a file in the folder is told as a sum of `SHA256SUMS` itself,
-    which no file has: so it is found to be damaged.
+    A line that is not about a file in the folder gives `SHA256SUMS` itself a sum that no file has,
+    so that it is reported as damaged.
     """
     path = folder / SUMS
     if not path.is_file():
@@ -90,11 +88,11 @@ def read_sums(folder: Path) -> dict[str, str] | None:
 def differing(
     folder: Path, sums: Mapping[str, str], report: Report = silent, *, remember: bool = False
 ) -> list[str]:
-    """Returns the names of the files that are missing or differ from `sums`.
+    """Return the names of the files that are missing or differ from `sums`.
 
     Args:
-        report: told bytes read, of how many.
-        remember: leave out what was found whole before, and note what is found whole now.
+        report: gets the bytes read, of how many.
+        remember: skip files that are noted as verified, and note those verified now.
     """
     notes = _read_notes(folder) if remember else {}
     states = {name: _state(folder / name, sums[name]) for name in sums}
@@ -107,58 +105,56 @@ def differing(
         report("verify", done, total)
 
     bad = [name for name, state in states.items() if not state]
-    for name in unread:
-        if sha256_of(folder / name, read) != sums[name]:
-            bad.append(name)
+    bad += [name for name in unread if sha256_of(folder / name, read) != sums[name]]
     whole = {name: states[name] for name in unread if name not in bad}
     if remember and whole:
-        # Where it cannot be written, they are read each time.
+        # If it cannot be written, the files are read each time.
         with suppress(OSError, UserError), written_aside(folder / NOTES) as file:
             file.write(json.dumps(notes | whole).encode())
     return bad
 
 
 def check_files(folder: Path, sums: Mapping[str, str], remedy: str, report: Report) -> None:
-    """Refuses files that differ from `sums`, and remembers those that do not.
+    """Refuse files that differ from `sums`, and remember those that do not.
 
-    Of several processes the first looks.
+    Of several processes only the first looks.
 
     Raises:
-        UserError: one is missing or damaged; it is named.
+        UserError: a file is missing or damaged.
     """
     if current_group().is_first and (bad := differing(folder, sums, report, remember=True)):
         raise UserError(f"{named(folder, bad)}; {remedy}")
 
 
 def warn_of_changes(folder: Path) -> None:
-    """Warns about changed files in a model's folder; the user may have meant the change.
+    """Warn about changed files in a model's folder; the user may have meant the change.
 
-    Of several processes the first looks.
+    Of several processes only the first looks.
     """
     sums = read_sums(folder)
     while sums is not None and current_group().is_first:
         bad = differing(folder, sums, remember=True)
         before, sums = sums, read_sums(folder)
-        if sums == before:  # else a run has written it anew in the meantime
+        if sums == before:  # else a run has rewritten it meanwhile
             if bad:
                 warnings.warn(f"{named(folder, bad)}; {accept(folder)}", Changed, stacklevel=3)
             return
 
 
 def named(folder: Path, bad: Iterable[str]) -> str:
-    """Returns the beginning of a sentence about damaged files."""
+    """Return the beginning of a sentence about damaged files."""
     first, *more = (str(folder / name) for name in bad)
     others = f" (and {len(more)} more: {', '.join(more[:3])})" if more else ""
-    return f"{first} is damaged or was changed: it is not what its sha256 says{others}"
+    return f"{first} is damaged or was changed: it does not match its sha256{others}"
 
 
 def accept(folder: Path) -> str:
-    """Returns how a user confirms a change."""
-    return f"if you changed it yourself, say so by `blockdiff verify {folder} --update`"
+    """Return how a user confirms a change."""
+    return f"if you changed it yourself, confirm it with `blockdiff verify {folder} --update`"
 
 
 def _state(path: Path, sha256: str) -> list[Any]:
-    """Returns what identifies a file and its sum; an empty list if there is no file."""
+    """Return what identifies a file and its sum; an empty list if there is no file."""
     if not path.is_file():
         return []
     status = os.stat(path)

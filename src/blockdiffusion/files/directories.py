@@ -1,4 +1,4 @@
-"""Directories that appear whole: written aside, flushed to the disk, then renamed."""
+"""Directories that appear whole or not at all: written aside, flushed to the disk, renamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blockdiffusion.files.disk import FULL_DISK, remove, storage_error
 
 
 def sync(path: Path) -> None:
-    """Makes the contents of a file, or the names in a directory, survive a power cut."""
+    """Flush the contents of a file, or the names in a directory, to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a directory
     descriptor = os.open(path, os.O_RDONLY)
@@ -25,9 +25,9 @@ def sync(path: Path) -> None:
 
 
 def publish_directory(partial: Path, final: Path) -> None:
-    """Gives the complete directory `partial` the name `final`, once it is on the disk.
+    """Give the complete directory `partial` the name `final`, once it is on the disk.
 
-    Where there is one, its files are replaced, the checksums last: until then it has none.
+    Files of an existing directory are replaced, the checksums last: until then it has none.
     """
     for path in partial.iterdir():
         sync(path)
@@ -36,7 +36,7 @@ def publish_directory(partial: Path, final: Path) -> None:
         partial.rename(final)
         try:
             sync(final.parent)
-        except OSError:  # told as not written, it must not be there
+        except OSError:  # reported as not written, it must not be there
             remove(final)
             raise
     else:
@@ -49,7 +49,7 @@ def publish_directory(partial: Path, final: Path) -> None:
 
 @contextmanager
 def writing(what: str, partial: Path | None = None, then: str = "resume the run") -> Iterator[None]:
-    """Removes `partial` when writing `what` fails, and tells why in one sentence."""
+    """Remove `partial` if writing `what` fails, and report why in one sentence."""
     try:
         yield
     except OSError as error:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from blockdiffusion.errors import UserError
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Open already: standard input, and what a shell hands over as <(command).
+# Already open: standard input, and files that a shell passes as <(command).
 GIVEN = re.compile(r"/dev/stdin|/(dev|proc/self)/fd/\d+")
 EMPTY, FOLDER = "empty", "a folder"
 REMEDIES = {
@@ -35,9 +35,9 @@ REMEDIES = {
 
 
 def irregular(status: os.stat_result) -> str | None:
-    """Names the kind of a path that is not a regular file with content; None for such a file."""
+    """Return the kind of a path, or None for a regular file with content."""
     for kind, words in (
-        (stat.S_ISREG, None if status.st_size else EMPTY),  # as all below /proc claim to be
+        (stat.S_ISREG, None if status.st_size else EMPTY),  # files below /proc claim to be empty
         (stat.S_ISDIR, FOLDER),
         (stat.S_ISFIFO, "a named pipe"),
         (stat.S_ISSOCK, "a socket"),
@@ -48,7 +48,7 @@ def irregular(status: os.stat_result) -> str | None:
 
 
 def check_regular(path: Path, may_be_empty: bool = False) -> None:
-    """Refuses files that would block or never end; standard input may be of any kind.
+    """Refuse files that would block or never end; standard input may be of any kind.
 
     Raises:
         UserError: it is not a regular file, or it is empty.
@@ -60,26 +60,26 @@ def check_regular(path: Path, may_be_empty: bool = False) -> None:
 
 
 def open_regular(path: Path, may_be_empty: bool = False) -> BinaryIO:
-    """Opens a file to read what `check_regular` does not refuse."""
+    """Open a file to read that `check_regular` allows."""
     check_regular(path, may_be_empty)
-    # It may have become another one since, and a pipe waits for a writer.
+    # It may have been replaced by a pipe since, which waits for a writer.
     at_once = 0 if GIVEN.fullmatch(str(path)) else getattr(os, "O_NONBLOCK", 0)
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once))
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written before it gets its name; hidden, and unique to this process."""
+    """Return the name of `path` until it is complete: hidden, and unique to this process."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def create(path: Path) -> BinaryIO:
-    """A new file to write; what had its name, a leftover or a link, is removed first."""
+    """Open a new file to write; a leftover or a link of this name is removed first."""
     path.unlink(missing_ok=True)
     return open(path, "xb")
 
 
 def append(path: Path, buffering: int = -1) -> BinaryIO:
-    """A file to add to, made where there is none.
+    """Open a file to append to, made if there is none.
 
     Raises:
         UserError: the path is a link or not a regular file.
@@ -87,11 +87,24 @@ def append(path: Path, buffering: int = -1) -> BinaryIO:
     return open(path, "ab", buffering, opener=_open_itself)  # type: ignore[return-value]
 
 
+def add_to(path: Path, content: bytes) -> None:
+    """Appends to a file; the content survives a kill from here on.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with append(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
 def _open_itself(path: str, flags: int) -> int:
-    """Opens a regular file by its own name: who may place a link there must not choose the file."""
+    """Open a regular file, following no link: whoever places one must not choose the file."""
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # a FIFO would wait
     refused = UserError(
-        f"{path} is a link or no regular file, so it is not written; remove it, or choose "
+        f"{path} is a link or not a regular file, so it is not written; remove it, or choose "
         "another place"
     )
     try:
@@ -105,25 +118,21 @@ def _open_itself(path: str, flags: int) -> int:
 
 
 def refuse_no_file(path: Path) -> None:
-    """Refuses to put a file in the place of something else.
-
-    Raises:
-        UserError: `path` is a directory, a device or a pipe.
-    """
+    """Refuse to replace a directory, a device or a pipe by a file."""
     if path.is_dir():
         raise UserError(f"{path} is a directory; give the name of a file")
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no regular file; give the name of a file")
+        raise UserError(f"{path} is not a regular file; give the name of a file")
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that gets the name `path` when the block ends, and is removed if it fails.
+    """Yield a binary file that gets the name `path` when the block ends, unless it fails.
 
     A kill at any moment leaves the old `path` (or none), never half of the new one.
 
     Raises:
-        UserError: `path` is something else than a file, such as a device.
+        UserError: `path` is not a file, but a device, for example.
     """
     refuse_no_file(path)
     partial = partial_path(path)
@@ -139,7 +148,7 @@ def written_aside(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole, and makes the folders above it.
+    """Write a file whole, and make the folders above it.
 
     Raises:
         UserError: it cannot be written.
@@ -153,7 +162,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link (not what it points to) or a directory with all that is in it."""
+    """Remove a file, a link (not its target) or a directory with its contents."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -162,10 +171,10 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, taken: str) -> Iterator[None]:
-    """Holds the lock file `path` until the block ends; the system frees it if the process dies.
+    """Hold the lock file `path` until the block ends; the system frees it if the process dies.
 
     Raises:
-        UserError: another process holds it; `taken` is the sentence. Or it is a link.
+        UserError: another process holds it (with the message `taken`), or it is a link.
     """
     with append(path) as file:
         try:
@@ -181,12 +190,12 @@ def locked(path: Path, taken: str) -> Iterator[None]:
 
 
 def storage_error(error: OSError, where: Path | str | None = None) -> UserError:
-    """The sentence for reading or writing that failed, at `where` if the error does not say."""
+    """Return the error for failed reading or writing, at `where` if `error` names no file."""
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno in FULL_DISK:
         return UserError(
             f"no room left to write {where or error.filename or 'a file'} ({reason}): free some "
-            "space and run the same command again, it goes on from what is already done"
+            "space and run the same command again; it resumes from what is already done"
         )
     what = f"cannot read or write {error.filename or where}" if error.filename or where else ""
     told = ": ".join(filter(None, (what, reason)))

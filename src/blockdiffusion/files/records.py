@@ -1,9 +1,8 @@
-"""JSON and YAML that anybody may have touched, read strictly: bounded, whole, and of known types.
+"""JSON and YAML that anybody may have edited, read strictly: bounded, whole, and of known types.
 
-Nothing is guessed and nothing is dropped: a key that is given twice or is not known, a value of
-another type, a text of another encoding are each one sentence. Sizes are bounded before anything
-is parsed, depth and the number of values while it is: no file takes more than seconds, and memory
-in proportion to its size.
+Nothing is guessed or dropped: a repeated or unknown key, a value of another type and a text of
+another encoding are each one sentence. Sizes are bounded before parsing, depth and the number of
+values during it: a file takes seconds at most, and memory in proportion to its size.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,16 +29,16 @@ from blockdiffusion.options import current_word, with_new_names
 
 T = TypeVar("T")
 MOST_JSON = 2**28  # bytes of a file, or of a line of one
-MOST_YAML = 2**17  # its parser reads about as much in a second
+MOST_YAML = 2**17  # characters; about a second for its parser
 MOST_VALUES = 2**24
 DEEPEST = 100
 ROUNDING = 1e-9  # of what is measured
 
 
 class Damaged(ValueError):
-    """What is no JSON or YAML, or not of the expected type; its text says why.
+    """A text that is not JSON or YAML, or not of the expected type; the message says why.
 
-    Readers of whole files make a `UserError` of it, readers of lines leave the line out.
+    Readers of whole files turn it into a `UserError`; readers of lines skip the line.
     """
 
 
@@ -47,13 +46,13 @@ class Damaged(ValueError):
 
 
 def parse_json(content: bytes, *, finite: bool = True) -> Any:
-    """The plain values that a JSON text stands for.
+    """Parse JSON into plain values.
 
     Args:
         finite: refuse NaN and Infinity, which Python writes and JSON does not know.
 
     Raises:
-        Damaged: it is none, has a key twice, or is larger or deeper than any that is in use.
+        Damaged: it is not JSON, has a key twice, or is too large or deep.
     """
     if len(content) > MOST_JSON:
         raise Damaged(f"it has {len(content):,} bytes, more than the {MOST_JSON:,} that are read")
@@ -65,16 +64,16 @@ def parse_json(content: bytes, *, finite: bool = True) -> Any:
         raise Damaged(f"it is nested more than {DEEPEST} deep") from None
     except Damaged:
         raise
-    except ValueError as error:  # of numbers with thousands of digits, too
+    except ValueError as error:  # also for numbers with thousands of digits
         raise Damaged(f"it is not valid JSON: {reason(error)}") from None
     return _bounded(value, finite)
 
 
 def parse_yaml(text: str) -> Any:
-    """The plain values that a YAML text stands for; aliases, which can multiply, are refused.
+    """Parse YAML into plain values; aliases, which can multiply, are refused.
 
     Raises:
-        Damaged: it is none, has a key twice, or is larger or deeper than any recipe.
+        Damaged: it is not YAML, has a key twice, or is too large or deep.
     """
     if len(text) > MOST_YAML:
         raise Damaged(f"it has {len(text):,} characters, more than the {MOST_YAML:,} that are read")
@@ -84,14 +83,14 @@ def parse_yaml(text: str) -> Any:
         raise
     except RecursionError:
         raise Damaged(f"it is nested more than {DEEPEST} deep") from None
-    except Exception as error:  # a value's constructor fails in as many ways as there are types
-        said = " ".join(str(error).split())  # the place stands in a later line
-        raise Damaged(f"it is not valid YAML: {said[:200]}") from None
+    except Exception as error:  # constructors of values raise errors of any class
+        why = " ".join(str(error).split())  # the place is in a later line
+        raise Damaged(f"it is not valid YAML: {why[:200]}") from None
     return _bounded(value, finite=False)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses aliases, depth, and keys that are no text or given twice: YAML keeps the last."""
+    """Refuses aliases, depth, and keys that are not texts or given twice: YAML keeps the last."""
 
     depth = 0
 
@@ -125,10 +124,10 @@ _StrictLoader.add_constructor(yaml.resolver.Resolver.DEFAULT_MAPPING_TAG, _uniqu
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these keys and values; for a decoder of JSON, which keeps the last of a key.
+    """Return the object of these keys and values, for a JSON decoder.
 
     Raises:
-        Damaged: a key stands there twice.
+        Damaged: a key is given twice, of which a decoder would keep the last.
     """
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
@@ -145,7 +144,7 @@ def _text(content: bytes) -> str:
 
 
 def _bounded(value: Any, finite: bool) -> Any:
-    """`value`, looked through without recursion."""
+    """Return `value` after checking its depth and numbers, without recursion."""
     level, depth = [value], 0
     while level:
         depth += 1
@@ -160,7 +159,7 @@ def _bounded(value: Any, finite: bool) -> Any:
             elif isinstance(item, int) and not -WIDEST < item < WIDEST:
                 raise Damaged("it holds a whole number of more than 38 digits")
             elif finite and isinstance(item, float) and not math.isfinite(item):
-                raise Damaged(f"it holds {item}, which is no number")
+                raise Damaged(f"it holds {item}, which is not a number")
         level = inner
     return value
 
@@ -169,10 +168,10 @@ def _bounded(value: Any, finite: bool) -> Any:
 
 
 def read_json(path: Path, instead: str, *, finite: bool = True) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Args:
-        instead: what to do about a damaged one, for the message.
+        instead: what to do if it is damaged, for the message.
 
     Raises:
         UserError: it cannot be read, or holds something else.
@@ -182,13 +181,13 @@ def read_json(path: Path, instead: str, *, finite: bool = True) -> dict[str, Any
 
 
 def read_yaml(path: Path, instead: str) -> dict[str, Any]:
-    """The mapping in a YAML file; see `read_json`."""
+    """Read the mapping in a YAML file; see `read_json`."""
     with of_file(path, instead):
         return as_object(parse_yaml(_text(read_bytes(path, 4 * MOST_YAML))))
 
 
 def byte_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, one after the other; one that is too long comes in pieces.
+    """Yield the lines of a file; one that is too long comes in pieces.
 
     Raises:
         UserError: the file cannot be read.
@@ -199,7 +198,7 @@ def byte_lines(path: Path) -> Iterator[bytes]:
 
 
 def json_lines(path: Path, *, finite: bool = True) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON lines file, without its other lines: cut short by a kill, or foreign.
+    """Yield the objects of a JSON lines file, without lines that are cut short or foreign.
 
     Raises:
         UserError: the file cannot be read.
@@ -212,11 +211,7 @@ def json_lines(path: Path, *, finite: bool = True) -> Iterator[dict[str, Any]]:
 
 
 def as_object(value: Any) -> dict[str, Any]:
-    """`value`, which is a mapping.
-
-    Raises:
-        Damaged: it is something else.
-    """
+    """Return `value`, which must be a mapping."""
     if not isinstance(value, dict):
         raise Damaged(f"it holds {shown(value)}, and keys with values are needed")
     return value
@@ -232,13 +227,9 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """A file of at most `most` bytes.
-
-    Raises:
-        Damaged: it has more.
-    """
+    """Read a file of at most `most` bytes; a larger one is `Damaged`."""
     with _opened(path) as file:
-        content = file.read(most + 1) or b""  # None: nothing now, as from the kernel's log
+        content = file.read(most + 1) or b""  # None: nothing now
     if len(content) > most:
         raise Damaged(f"it has more than the {most:,} bytes that are read")
     return content
@@ -246,7 +237,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 @contextmanager
 def of_file(path: Path, instead: str) -> Iterator[None]:
-    """A block in which damage is a mistake about the file `path`; `instead` says what to do."""
+    """Turn errors in the block into a `UserError` about the file; `instead` says what to do."""
     try:
         yield
     except Damaged as error:
@@ -258,11 +249,7 @@ def of_file(path: Path, instead: str) -> Iterator[None]:
 
 
 def not_negative(values: dict[str, Any]) -> dict[str, Any]:
-    """`values`, measured ones: none of its numbers, however deep, is below zero or infinite.
-
-    Raises:
-        Damaged: one is; or is no number.
-    """
+    """Return measured `values`, whose numbers, however deep, must be finite and not negative."""
     for key, value in values.items():
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, dict):
@@ -273,16 +260,12 @@ def not_negative(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with a hash of them, by which a later change is seen."""
+    """Return `values` with a hash of them, which shows later changes."""
     return values | {"sha256": _hash(values)}
 
 
 def unsealed(values: dict[str, Any]) -> dict[str, Any]:
-    """What `sealed` was given.
-
-    Raises:
-        Damaged: it was changed since.
-    """
+    """Return the values that `sealed` got, or raise `Damaged` if they were changed since."""
     inner = {key: value for key, value in values.items() if key != "sha256"}
     if values.get("sha256") != _hash(inner):
         raise Damaged("its content was changed since it was written")
@@ -297,19 +280,19 @@ def _hash(values: dict[str, Any]) -> str:
 
 
 class Typed(str):
-    """A value typed on the command line, not yet interpreted: a text stays what was typed."""
+    """A value typed on the command line, not yet interpreted."""
 
 
 def build(kind: type[T], tree: Mapping[str, Any], prefix: str = "", *, strict: bool = True) -> T:
-    """An instance of the dataclass `kind` from a mapping, every key and type checked.
+    """Build the dataclass `kind` from a mapping, checking every key and type.
 
     Args:
         prefix: of the keys in messages, with a dot at its end.
-        strict: refuse keys that `kind` does not have; else they are left out.
+        strict: refuse keys that `kind` does not have, instead of leaving them out.
 
     Raises:
-        Damaged: a key is not known or missing, or its value of another type.
-        UserError: what `kind` itself refuses.
+        Damaged: a key is unknown or missing, or its value has another type.
+        UserError: `kind` itself refuses a value.
     """
     try:
         return _build(kind, tree, prefix, strict)
@@ -334,7 +317,7 @@ def _build(kind: Any, tree: Mapping[str, Any], prefix: str, strict: bool) -> Any
     for name, item in known.items():
         if name in tree:
             values[name] = _checked(hints[name], tree[name], f"{prefix}{name}", strict)
-        elif is_dataclass(hints[name]):  # a section may be left out where its keys may
+        elif is_dataclass(hints[name]):  # a section may be left out if its keys may
             values[name] = _build(hints[name], {}, f"{prefix}{name}.", strict)
         elif item.default is MISSING and item.default_factory is MISSING:
             raise Damaged(f"{prefix}{name} is missing; give it {describe(hints[name])}")
@@ -342,16 +325,12 @@ def _build(kind: Any, tree: Mapping[str, Any], prefix: str, strict: bool) -> Any
 
 
 def typed(hints: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of `tree` that `hints` names a type of, each as that type; others are left out.
-
-    Raises:
-        Damaged: one is of another type.
-    """
+    """Return the values of `tree` that `hints` has a type for, each checked for that type."""
     return {n: _checked(hint, tree[n], n, strict=False) for n, hint in hints.items() if n in tree}
 
 
 def _checked(kind: Any, value: Any, key: str, strict: bool) -> Any:
-    """`value` as `kind`; the message of what is something else names the key."""
+    """Return `value` as `kind`, or raise `Damaged` with the key."""
     if is_dataclass(kind):
         if value is not None and not isinstance(value, Mapping):
             raise Damaged(f"{key} is {shown(value)}; it is a section with keys")
@@ -368,7 +347,7 @@ class _NotAllowed(Exception):
 
 
 def _interpreted(kind: Any, value: Any) -> Any:
-    """What was typed, as YAML; where a text is meant, as it was typed."""
+    """Interpret a typed value as YAML, unless `kind` is a text."""
     if not isinstance(value, Typed):
         return value
     options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
@@ -381,13 +360,15 @@ def _interpreted(kind: Any, value: Any) -> Any:
 
 
 def convert(kind: Any, value: Any, key: str = "", strict: bool = True) -> Any:
-    """`value` as `kind`; YAML reads 1e-4 as a string, which becomes a float where one is meant."""
+    """Return `value` as `kind`; a string becomes a float if one is meant (YAML reads 1e-4 so)."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
     if origin in (Union, UnionType):
-        return _first(lambda option: convert(option, value, key, strict), arguments)
-    if is_dataclass(kind):
+        for option in arguments:
+            with suppress(_NotAllowed):
+                return convert(option, value, key, strict)
+    elif is_dataclass(kind):
         if isinstance(value, Mapping):
             return _build(kind, value, f"{key}.", strict)
     elif origin is Literal:
@@ -413,33 +394,22 @@ def convert(kind: Any, value: Any, key: str = "", strict: bool = True) -> Any:
             return None
     elif kind is float:
         if isinstance(value, int | float | str) and not isinstance(value, bool):
-            try:
+            with suppress(ValueError, OverflowError):
                 return float(value)
-            except (ValueError, OverflowError):
-                pass
     elif type(value) is kind:
         return value
     raise _NotAllowed
 
 
-def _first(attempt: Callable[[Any], Any], options: tuple[Any, ...]) -> Any:
-    for option in options:
-        try:
-            return attempt(option)
-        except _NotAllowed:
-            continue
-    raise _NotAllowed
-
-
 def _key(kind: Any, name: Any) -> Any:
-    """A key of a mapping; JSON writes whole numbers as texts."""
+    """Return a key of a mapping as `kind`; JSON writes whole numbers as texts."""
     if kind is int and isinstance(name, str) and name.isdecimal() and len(name) < 20:
         return int(name)
     return convert(kind, name)
 
 
 def describe(kind: Any) -> str:
-    """A type in words."""
+    """Describe a type in words."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return " or ".join(describe(option) for option in arguments)
@@ -456,7 +426,7 @@ def describe(kind: Any) -> str:
 
 
 def _nearest(root: type, prefix: str, key: str, known: list[str]) -> str:
-    """The message for an unknown key, with the nearest known one of its section, or of any."""
+    """Return the message for an unknown key, with the nearest one of its section, or of any."""
     path, here = f"{prefix}{key}"[:SHOWN], [f"{prefix}{name}" for name in known]
     everywhere = list(dotted_keys(root))
     nearest = difflib.get_close_matches(path, here, n=1, cutoff=0.75) or [
@@ -470,7 +440,7 @@ def _nearest(root: type, prefix: str, key: str, known: list[str]) -> str:
 
 
 def dotted_keys(kind: type, prefix: str = "") -> Iterator[str]:
-    """The keys of a dataclass and of the dataclasses in it."""
+    """Yield the keys of a dataclass and of the dataclasses in it."""
     hints = get_type_hints(kind)
     for item in fields(kind):  # type: ignore[arg-type]
         if is_dataclass(hints[item.name]):

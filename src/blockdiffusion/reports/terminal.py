@@ -27,7 +27,7 @@ from blockdiffusion.reports.numbers import clock
 from blockdiffusion.text import Detokenizer, token_text
 
 if TYPE_CHECKING:
-    from blockdiffusion.data.packing import Progress as Stages
+    from blockdiffusion.files.checksums import Report as Stages
     from blockdiffusion.sampling import Event
 
 __getattr__ = partial(moved_name, __name__)

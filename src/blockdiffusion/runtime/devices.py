@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def select_device(name: str, option: str = "device") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then MPS, then the CPU.
+    """Return the device called `name`; "auto" takes CUDA, then MPS, then the CPU.
 
     Args:
-        option: what the user would change, for the message.
+        option: its name in messages.
 
     Raises:
-        UserError: there is no such device, or not on this machine.
+        UserError: this machine has no such device.
     """
     import torch
 
@@ -45,14 +45,13 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MOST = -1, -3, 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory that it frees, for what it allocates next.
+    """Let this process keep the memory that it frees, for its next allocations.
 
-    By default the C library of Linux gives blocks above 32 MB back to the kernel at once and gets
-    them again page by page, filled with zeros: as many bytes more to write in every step of a
-    training whose activations are so large.
+    By default glibc returns blocks above 32 MB to the kernel at once and gets them again page by
+    page, filled with zeros, in every step of a training with such large activations.
 
     Returns:
-        Whether it was done: with glibc only, and not where the environment sets its own thresholds
+        Whether it was done: only with glibc, and unless the environment sets its own thresholds
         (`MALLOC_..._`, `GLIBC_TUNABLES`).
     """
     own = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
@@ -66,22 +65,22 @@ SPINS = 1000  # turns of a loop: some microseconds
 
 
 def spin_briefly_if_busy() -> None:
-    """On a busy machine, lets waiting threads of this process sleep after a short spin.
+    """On a busy machine, let waiting threads of this process sleep after a short spin.
 
     Call it before PyTorch is imported. Between two parallel regions GNU OpenMP lets a thread spin
-    for milliseconds. On a quiet machine this saves waking the thread. On a busy machine the spin
-    occupies the core that the other thread needs, and neither makes progress. The number of threads
-    does not change, because the last digits of results may depend on it.
-
-    Values that the environment sets (`GOMP_SPINCOUNT`, `OMP_WAIT_POLICY`) take precedence.
+    for milliseconds, which saves waking it. On a busy machine the spin occupies the core that the
+    other thread needs. The number of threads does not change, because the last digits of results
+    may depend on it. `GOMP_SPINCOUNT` and `OMP_WAIT_POLICY` of the environment take precedence.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() and is_busy():
         os.environ["GOMP_SPINCOUNT"] = str(SPINS)
 
 
 def is_busy() -> bool:
-    """Whether other programs leave this process fewer cores than it may use; False without
-    Linux's /proc."""
+    """Return whether other programs leave this process fewer cores than it may use.
+
+    Without Linux's /proc it is False.
+    """
     try:
         spare = (os.cpu_count() or 1) - len(os.sched_getaffinity(0))
         for _ in range(5):  # programs that run only briefly do not count
@@ -98,7 +97,7 @@ COMPILATIONS = 64  # of one function, each for other shapes
 
 
 def allow_compilations() -> None:
-    """Lets PyTorch compile a function for many shapes: after 8 it would go on uncompiled."""
+    """Let PyTorch compile a function for many shapes: after 8 it would run uncompiled."""
     import torch._dynamo
 
     limit = torch._dynamo.config.recompile_limit

@@ -1,12 +1,11 @@
-"""The processes that share one job: which of them this is, what is its share, what all must know.
+"""The processes that share one job: their ranks, shares of the work, and collective operations.
 
-`torchrun` starts a command N times and gives each process its number, the rank. They all do the
-same, but each a share of the work, and what has to be said, shown or written is said, shown and
-written by the first. Without `torchrun` there is one process, `SINGLE`, and nothing here does
-anything.
+`torchrun` starts a command N times and gives each process its number, the rank. Each does a share
+of the work; only the first reports and writes. Without `torchrun` there is one process, `SINGLE`,
+and nothing here does anything.
 
-What the processes tell each other here is small and goes through the CPU (gloo), also where their
-networks are on GPUs and exchange gradients there (NCCL).
+The messages here are small and go through the CPU (gloo), even if the networks are on GPUs and
+exchange gradients there (NCCL).
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ENVIRONMENT = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 MOST_PROCESSES = 10**6
-SECONDS_TO_FIND = 10  # the machine that processes meet at
-SECONDS_TO_MEET = 300  # until the last process has started
+SECONDS_TO_FIND = 10  # for the machine that processes meet at
+SECONDS_TO_MEET = 300  # for the start of the last process
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
 SHARED = ("train", "eval", "generate-eval")  # commands whose processes share the work
 SPEAKERS = 2  # ranks that report a lost process: one may be the lost one
@@ -41,11 +40,11 @@ SPEAKERS = 2  # ranks that report a lost process: one may be the lost one
 class ProcessGroup:
     """The processes of a job, as one of them sees them.
 
-    What is marked as *collective* has to be called by all of them, in the same order.
+    All processes must call *collective* methods, in the same order.
 
     Attributes:
         rank: the number of this process, from 0.
-        size: how many there are.
+        size: the number of processes.
         local_rank: the number of this process on its machine.
     """
 
@@ -55,21 +54,21 @@ class ProcessGroup:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that speaks and writes."""
+        """Whether this is the process that reports and writes."""
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` things, which the number of processes divides."""
+        """Return this process's part of `count` items; the number of processes divides `count`."""
         assert count % self.size == 0
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def is_mine(self, number: int) -> bool:
-        """Whether piece `number` (from 0) of work that is dealt out in turn is this process's."""
+        """Return whether piece `number` (from 0) of work dealt out in turn is this process's."""
         return number % self.size == self.rank
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; collective."""
+        """Return the values of all processes, by rank; collective."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -79,14 +78,14 @@ class ProcessGroup:
         return values
 
     def collect(self, values: dict[int, T]) -> list[T]:
-        """The numbered pieces that the processes have, all of them, in order; collective."""
+        """Return the numbered pieces of all processes, in order; collective."""
         pieces = {n: piece for part in self.gather(values) for n, piece in part.items()}
         return [pieces[number] for number in sorted(pieces)]
 
     def broadcast(self, make: Callable[[], T]) -> T:
-        """What `make` gives the first process, to all of them; collective.
+        """Return to all processes what `make` returns to the first; collective.
 
-        Where it fails there, the other processes end with `PeerFailure`.
+        If it fails there, the other processes end with `PeerFailure`.
         """
         if self.size == 1:
             return make()
@@ -97,15 +96,15 @@ class ProcessGroup:
         return values[0]  # type: ignore[return-value]
 
     def sum(self, value: float) -> float:
-        """The sum of a number over the processes, added up by rank; collective."""
+        """Return the sum of a number over the processes, added by rank; collective."""
         return sum(self._numbers(value))
 
     def max(self, value: int) -> int:
-        """The largest of a number; collective."""
+        """Return the largest value of a number; collective."""
         return int(max(self._numbers(value)))
 
     def barrier(self) -> None:
-        """Returns when all processes have called it; collective."""
+        """Return when all processes have called it; collective."""
         self._numbers(0)
 
     def _numbers(self, value: float) -> list[float]:
@@ -119,10 +118,10 @@ class ProcessGroup:
         return [number.item() for number in values]
 
     def set_device(self, device: torch.device) -> torch.device:
-        """Makes this process's own of the machine's devices of this kind the current one.
+        """Make this process's own device of this kind the current one.
 
         Raises:
-            UserError: the machine has too few of them, or they cannot be used by several processes.
+            UserError: the machine has too few of them, or several processes cannot use them.
         """
         if self.size == 1:
             return device
@@ -148,10 +147,9 @@ ENDS_WITH_INPUT = "BLOCKDIFFUSION_ENDS_WITH_INPUT"  # an environment variable
 
 
 def end_with_input() -> None:
-    """Ends this process as a kill would when its standard input ends, where it was started so.
+    """End this process as a kill would when its standard input ends, if it was started so.
 
-    The input is a pipe from the process that started this one. It closes with that process, also
-    where that is killed and can tell nobody.
+    The input is a pipe from the parent process, which closes even if the parent is killed.
     """
     if os.environ.get(ENDS_WITH_INPUT):
 
@@ -164,11 +162,11 @@ def end_with_input() -> None:
 
 
 def several_processes() -> bool:
-    """Whether this process was started as one of several; needs no import of PyTorch.
+    """Return whether this process was started as one of several, without importing PyTorch.
 
     Raises:
-        UserError: the launcher's variables contradict each other, such as those that an earlier
-            job left in a shell.
+        UserError: the launcher's variables contradict each other, for example after an earlier job
+            in this shell.
     """
     if "WORLD_SIZE" not in os.environ and "RANK" not in os.environ:
         return False
@@ -187,7 +185,7 @@ def several_processes() -> bool:
 
 
 def _variable(name: str, least: int, most: int) -> int:
-    """A number that the launcher put into the environment; `least` where there is none."""
+    """Return a number that the launcher put into the environment; `least` if there is none."""
     text = os.environ.get(name, str(least)).strip()
     if not re.fullmatch(r"[0-9]{1,9}", text) or not least <= int(text) <= most:
         raise UserError(
@@ -198,7 +196,7 @@ def _variable(name: str, least: int, most: int) -> int:
 
 
 def current_group() -> ProcessGroup:
-    """The processes that this process has joined, or `SINGLE`."""
+    """Return the processes that this process has joined, or `SINGLE`."""
     if not several_processes():
         return SINGLE
     import torch.distributed as dist
@@ -212,14 +210,14 @@ def current_group() -> ProcessGroup:
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Joins the processes of this job for the context; within another such context, the same ones.
+    """Join the processes of this job for the context; a nested context has the same processes.
 
-    Of the processes that fail by a `UserError` one says so: the others end with `PeerFailure`,
-    whether they failed too or lost contact with the one that did.
+    One of the processes that fail with a `UserError` reports it; the others end with `PeerFailure`,
+    whether they failed too or lost contact.
 
     Raises:
-        PeerFailure: another process ended; it has an exit code, and a sentence where nobody else
-            says what happened.
+        PeerFailure: another process ended; it has an exit code, and a sentence if no other process
+            reports.
     """
     if not several_processes() or current_group() is not SINGLE:
         yield current_group()
@@ -238,31 +236,31 @@ def process_group() -> Iterator[ProcessGroup]:
             raise
         if _told_before(notes, this=False):
             raise PeerFailure("", exit_code=2) from None
-        said = f"{LOST_SENTENCE} (noticed by process {rank}: {reason(error)})"
-        raise PeerFailure(said if rank < SPEAKERS else "", exit_code=1) from error
-    # Not after a failure: the others may never come to part.
+        lost = f"{LOST_SENTENCE} (noticed by process {rank}: {reason(error)})"
+        raise PeerFailure(lost if rank < SPEAKERS else "", exit_code=1) from error
+    # Not after a failure: the others may never get here.
     dist.destroy_process_group()
 
 
 def _meet() -> tuple[int, Any]:
-    """Joins the other processes; returns this one's rank and a store for notes.
+    """Join the other processes; return this one's rank and a store for notes.
 
     Raises:
-        UserError: the place to meet is nowhere, or the others do not come.
+        UserError: the address cannot be found, or the others do not join.
     """
     import torch
     import torch.distributed as dist
 
     place = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    for attempt in range(SECONDS_TO_FIND):  # machines that start together learn names late
+    for attempt in range(SECONDS_TO_FIND):  # machines that start together resolve names late
         try:
             socket.getaddrinfo(*place)
             break
         except (OSError, UnicodeError) as error:
             if attempt == SECONDS_TO_FIND - 1:
                 raise UserError(
-                    f"torchrun's variable MASTER_ADDR is {shown(place[0])}, which is no machine "
-                    f"that can be found ({error}); start the processes by torchrun, or unset "
+                    f"torchrun's variable MASTER_ADDR is {shown(place[0])}, which cannot be "
+                    f"found ({error}); start the processes by torchrun, or unset "
                     f"{', '.join(ENVIRONMENT)}"
                 ) from error
             time.sleep(1)
@@ -272,7 +270,7 @@ def _meet() -> tuple[int, Any]:
         has_nccl = dist.is_nccl_available() and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        store.set_timeout(dist.constants.default_pg_timeout)  # of what they wait for later
+        store.set_timeout(dist.constants.default_pg_timeout)  # for later waits
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"the processes could not meet at {':'.join(place)} "
@@ -284,37 +282,37 @@ def _meet() -> tuple[int, Any]:
 
 LOST_SENTENCE = (
     "another process of this job was killed or has failed; what was saved is intact: start the job "
-    "again (training goes on with --resume)"
+    "again (training resumes with --resume)"
 )
 
 
 def _told_before(notes: Any, this: bool) -> bool:
-    """Whether a process has told its user what is wrong, before `this` one does."""
-    with suppress(Exception):  # the process that keeps the notes may be gone
+    """Return whether another process has reported the error before `this` one does."""
+    with suppress(Exception):  # the process that keeps the store may be gone
         return notes.add("told", int(this)) > int(this)
     return this
 
 
-# --- Tensors that are spread over the processes ---------------------------------------------------
+# --- Sharded tensors ------------------------------------------------------------------------------
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds: all of it, or its rows of a shard."""
+    """Return the part of a tensor that this process holds: all of it, or the rows of a shard."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that the processes may hold in shards; collective."""
+    """Return all of a tensor that may be sharded; collective."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether the processes hold rows of it each (a `DTensor`)."""
+    """Return whether each process holds some rows of the tensor (a `DTensor`)."""
     return hasattr(tensor, "full_tensor")
 
 
 def first_row(tensor: torch.Tensor) -> int:
-    """The number of the first row of a tensor that this process holds."""
+    """Return the number of the first row of a tensor that this process holds."""
     if not is_sharded(tensor):
         return 0
     mesh = tensor.device_mesh  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""What devices can do: a table of public specifications, and this machine, measured.
+"""The performance of devices: a table of public specifications, and this machine, measured.
 
-The figures of the table are those of the makers' data sheets: dense products (no sparsity) with
-float32 sums, without TF32, which PyTorch leaves off for float32 products. The assumed shares were
-found on one GPU, an H100, and on one CPU, see docs/results/estimate.md.
+The table has the figures of data sheets: dense products (no sparsity) with float32 sums, without
+TF32, which PyTorch leaves off for float32 products. The assumed shares were measured on one GPU, an
+H100, and on one CPU, see docs/results/estimate.md.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from blockdiffusion.errors import UserError, shown
 if TYPE_CHECKING:
     import torch
 
-CONTEXT_SHARE = 0.08  # of a GPU's memory: its context, and what allocation in pieces loses
+CONTEXT_SHARE = 0.08  # of a GPU's memory: its context and fragmentation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shares:
-    """How much of its peak a device is assumed to reach.
+    """The share of its peak that a device is assumed to reach.
 
     Attributes:
         products: of its FLOP/s, in the products of training.
         attention: the same, in attention.
         traffic: of its bandwidth, between the products of training.
         traffic_compiled: the same with `train.compile`.
-        reading: of its bandwidth, when a network call in sampling reads the weights.
+        reading: of its bandwidth, while a network call in sampling reads the weights.
         call_products: of its FLOP/s, in the small products of a network call.
-        call_rows: of its bandwidth there, for keys, values and the logits that are drawn from.
-        layer_seconds: to start the kernels of a layer in a network call, all small ones besides. On
-            a GPU weights are read meanwhile; on a CPU it comes besides.
+        call_rows: of its bandwidth there, for keys, values and logits.
+        layer_seconds: to start the kernels of a layer in a network call. A GPU reads weights
+            meanwhile; on a CPU it is additional.
     """
 
     products: float
@@ -66,13 +66,13 @@ class Hardware:
     """One device.
 
     Attributes:
-        name: as `--device` takes it.
+        name: for `--device`.
         flops: dtype ("float32", "bfloat16") -> peak of matrix products, FLOP/s.
         bandwidth: of memory, bytes/s.
         memory: bytes that a program can use.
-        link: bytes/s to another device, each way; where no table knows, that of PCIe 4.0 x16.
+        link: bytes/s to another device, each way; PCIe 4.0 x16 if unknown.
         cuda: whether it is a GPU.
-        measured: whether the peaks were measured here, and not taken from a data sheet.
+        measured: whether the peaks were measured here, not taken from a data sheet.
     """
 
     name: str
@@ -86,14 +86,9 @@ class Hardware:
 
 
 def _gpu(
-    name: str,
-    bf16: float,
-    float32: float,
-    bandwidth: float,
-    memory: float,
-    link: float = 25.0,
+    name: str, bf16: float, float32: float, bandwidth: float, memory: float, link: float = 25.0
 ) -> Hardware:
-    """From TFLOP/s, GB/s and GB."""
+    """Make a device from TFLOP/s, GB/s and GB."""
     return Hardware(
         name=name,
         flops={"bfloat16": bf16 * 1e12, "float32": float32 * 1e12},
@@ -126,11 +121,12 @@ def choose_hardware(
     bandwidth: float | None = None,
     memory: float | None = None,
 ) -> Hardware:
-    """The device called `name`, or another one that the three numbers describe.
+    """Return the device called `name`, or another one described by the three numbers.
 
     Args:
-        tflops: peak of dense products in the precision that is asked about, TFLOP/s.
-        bandwidth: GB/s. memory: GB.
+        tflops: peak of dense products in the precision in question, TFLOP/s.
+        bandwidth: GB/s.
+        memory: GB.
 
     Raises:
         UserError: see `find_hardware`; or a number is missing or not positive.
@@ -151,7 +147,7 @@ def choose_hardware(
 
 
 def find_hardware(name: str) -> Hardware:
-    """The device called `name`; "cpu" is this machine, which is measured for some seconds.
+    """Return the device called `name`; "cpu" is this machine, which is measured for some seconds.
 
     Raises:
         UserError: there is none of that name.
@@ -169,7 +165,7 @@ def find_hardware(name: str) -> Hardware:
 
 
 def hardware_of_gpu(gpu_name: str) -> Hardware | None:
-    """The device of the table that a driver calls `gpu_name`, such as "NVIDIA H100 80GB HBM3"."""
+    """Return the device of the table for a driver's name, such as "NVIDIA H100 80GB HBM3"."""
     words = gpu_name.lower().replace("-", " ").split()
     known = [gpu for gpu in GPUS if set(gpu.name.split("-")) <= set(words)]
     return max(known, key=lambda gpu: len(gpu.name), default=None)
@@ -184,10 +180,11 @@ def best_seconds(
     clock: Callable[[], float] = time.perf_counter,
     most: float = 3.0,
 ) -> float:
-    """Shortest time of a call, after one warm-up.
+    """Return the shortest time of a call, after one warm-up.
 
-    Calls go on until `repeats` of them in a row were not faster by 1 % than the best before: other
-    programs take a core away for longer than a call. After `most` seconds `repeats` calls do.
+    Calls repeat until `repeats` of them in a row were not 1 % faster than the best before, since
+    other programs take a core away for longer than a call. After `most` seconds `repeats` calls are
+    enough.
     """
     function()
     best, spent, calls, since = math.inf, 0.0, 0, 0
@@ -203,10 +200,8 @@ def best_seconds(
 def matrix_flops(
     dtype: torch.dtype, rows: int = 2048, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """FLOP/s of matrix products as in a training step, the fastest of three shapes.
-
-    They are rows x 768 x 3072, rows x 1536 x 1536 and rows x 3072 x 768.
-    """
+    """Return FLOP/s of matrix products as in a training step, the fastest of three shapes:
+    rows x 768 x 3072, rows x 1536 x 1536 and rows x 3072 x 768."""
     import torch
     import torch.nn.functional as F
 
@@ -220,12 +215,12 @@ def matrix_flops(
 
 
 def share_of_peak(flops: float, peak: float) -> float | None:
-    """How much of the peak was reached; None where it was passed, so that it is no peak."""
+    """Return the share of the peak that was reached; None if it was exceeded, so is no peak."""
     return flops / peak if flops <= peak else None
 
 
 def read_bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
-    """Bytes per second when summing 512 MB that no cache holds."""
+    """Return bytes per second in a sum of 512 MB, which no cache holds."""
     import torch
 
     x = torch.ones(128 * 1024 * 1024)
@@ -233,7 +228,7 @@ def read_bandwidth(clock: Callable[[], float] = time.perf_counter) -> float:
 
 
 def this_cpu(clock: Callable[[], float] = time.perf_counter) -> Hardware:
-    """This machine's processor with as many threads as PyTorch uses now; takes some seconds."""
+    """Measure this machine's processor with PyTorch's current threads, for some seconds."""
     import torch
 
     return Hardware(
@@ -252,14 +247,14 @@ def this_cpu(clock: Callable[[], float] = time.perf_counter) -> Hardware:
 
 @functools.lru_cache(maxsize=8)
 def quick_peak(device: str, dtype: str, threads: int) -> float | None:
-    """Peak FLOP/s of where a run takes place, or None where it is not known at once.
+    """Return the peak FLOP/s of a device, or None if it is not known at once.
 
-    On a GPU that of the table; on a CPU it is measured where that takes a second or so.
+    A GPU's is in the table; a CPU's is measured if that takes a second or so.
 
     Args:
         device: as PyTorch names it.
         dtype: "float32" or "bfloat16".
-        threads: in use; for the memory of this function only.
+        threads: in use; a key of the cache.
     """
     import torch
 
@@ -270,16 +265,16 @@ def quick_peak(device: str, dtype: str, threads: int) -> float | None:
     if kind != "cpu":
         return None
     torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    guess = matrix_flops(torch_dtype, rows=16)  # of few rows: lower than the peak
+    guess = matrix_flops(torch_dtype, rows=16)  # below the peak
     seconds = 3 * 7 * 2 * 256 * 768 * 3072 / guess  # three shapes, each a few times
     return matrix_flops(torch_dtype, rows=256) if seconds < 2 else None
 
 
 def machine_memory() -> float:
-    """Bytes of memory of this machine, of the container that it is, or that `ulimit -v` leaves."""
+    """Return the bytes of memory of this machine or container, or of `ulimit -v`."""
     try:
         import resource
-    except ImportError:  # not told on this system
+    except ImportError:  # unknown on this system
         return math.inf
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     own, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -293,14 +288,15 @@ def machine_memory() -> float:
 
 
 def check_memory(needed: float, what: str, lower: str, device: Any = "cpu") -> None:
-    """Refuses work that cannot fit into memory, before any of it is begun.
+    """Refuse work that cannot fit into memory, before it begins.
 
     Args:
-        needed: bytes, at the least.
-        what: needs them. lower: what to change.
+        needed: bytes, at least.
+        what: the work, for the message.
+        lower: what to change, for the message.
 
     Raises:
-        UserError: there are not so many.
+        UserError: there is less memory.
     """
     import torch
 
@@ -314,7 +310,7 @@ def check_memory(needed: float, what: str, lower: str, device: Any = "cpu") -> N
 
 
 def describe() -> str:
-    """One line: processor, threads, versions."""
+    """Describe processor, threads and versions in one line."""
     import torch
 
     name = platform.processor() or platform.machine()

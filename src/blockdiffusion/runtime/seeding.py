@@ -1,8 +1,8 @@
-"""Random streams that are functions of a seed and of names, not of what ran before.
+"""Random streams that are functions of a seed and of names, whatever ran before.
 
-Every random draw of training and evaluation comes from a stream named by what it is for
-(`("corruption", step)`, `("dropout", step, micro_batch)`), so that resuming, accumulation and the
-number of processes never change a draw.
+Every random draw of training and evaluation comes from a stream named after its purpose
+(`("corruption", step)`, `("dropout", step, micro_batch)`), so resuming, accumulation and the number
+of processes never change a draw.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ TWISTER_WORDS = 624  # of 32 bits each
 
 
 def derive_seed(seed: int, *names: int | str) -> int:
-    """A 63-bit seed for the stream `names` of `seed`; equal on every machine and Python version."""
+    """Return a 63-bit seed for the stream `names` of `seed`, equal on every machine."""
     digest = hashlib.blake2b(_named(seed, names).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(seed: int, *names: int | str) -> torch.Generator:
-    """A fresh CPU `torch.Generator` for the stream `names` of `seed`."""
+    """Return a new CPU `torch.Generator` for the stream `names` of `seed`."""
     return _expanded(_named(seed, names))
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A fresh CPU `torch.Generator` for a seed that a caller gives.
+    """Return a new CPU `torch.Generator` for a caller's seed.
 
     Raises:
         UserError: the seed is out of range or not a whole number.
@@ -45,13 +45,12 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def fresh_seed() -> int:
-    """Returns a random seed."""
+    """Return a random seed."""
     return secrets.randbits(63)
 
 
 def seed_global(seed: int, *names: int | str) -> None:
-    """Seeds PyTorch's global generators, which dropout and initial weights use, with the stream
-    `names` of `seed`."""
+    """Seed PyTorch's global generators (of dropout and initial weights) with the stream `names`."""
     import torch
 
     torch.manual_seed(derive_seed(seed, *names))  # GPUs, whose generators read all 64 bits
@@ -63,7 +62,7 @@ def _named(seed: int, names: tuple[int | str, ...]) -> str:
 
 
 def _expanded(name: str) -> torch.Generator:
-    """Creates a generator whose whole state is the SHAKE-256 hash of the name.
+    """Return a generator whose whole state is the SHAKE-256 hash of the name.
 
     PyTorch's `manual_seed` uses only the lowest 32 bits of a seed for its Mersenne Twister: seeds
     that differ in higher bits give equal numbers, and of 100,000 named streams two probably agree.

@@ -11,6 +11,6 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python and the packages that numbers may depend on."""
+    """Return the versions of this package, Python and the packages that affect results."""
     found = {"blockdiffusion": blockdiffusion.__version__, "python": platform.python_version()}
     return found | {package: version(package) for package in PACKAGES}

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside and renamed, without pickle, resumable bit for bit.
+"""Checkpoints of a run: written aside and renamed, without pickle, resumed bit for bit.
 
 A run lives in one directory:
 
@@ -8,9 +8,9 @@ A run lives in one directory:
                                  (of processes that hold shards: a file of each), SHA256SUMS
     model/                       the averaged weights and the tokenizer, ready to be loaded
 
-A kill at any moment leaves either the whole of a checkpoint under its final name or none of it.
-What is being written or removed is called `.*.partial`; the next start clears it. Checkpoints and
-the model have checksums (`checksums`): a run is not resumed from what is not what was written.
+A kill at any moment leaves a whole checkpoint under its final name or none. What is being written
+or removed is called `.*.partial`; the next start clears it. Checkpoints and the model have
+checksums (`checksums`): a run is not resumed from a changed file.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from blockdiffusion.files.records import (
 )
 from blockdiffusion.limits import check_limits
 from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.options import option
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup, is_sharded
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
@@ -64,10 +65,8 @@ STATE = "state.json"
 class CheckpointOptions:
     """When checkpoints are written; one is always written at the end and when interrupted."""
 
-    every: int = 1000
-    """Steps between two checkpoints."""
-    keep: int = 2
-    """Number of checkpoints that stay; older ones are removed."""
+    every: int = option(1000, "steps between two checkpoints")
+    keep: int = option(2, "checkpoints that stay; older ones are removed")
 
     def __post_init__(self) -> None:
         check_limits(self, "checkpoint.")
@@ -91,25 +90,25 @@ class TrainState:
     device: str
     versions: dict[str, str]
     clip: tuple[float, float] | None = None
-    """What the schedule search found last; None: nothing yet, the recipe's clip is in force."""
+    """The clip of the last schedule search; None: no search yet, the recipe's clip is used."""
     evaluation: dict[str, Any] | None = None
-    """The last evaluation: its step, what it measured and how; None: there was none yet."""
+    """The last evaluation: its step, what it measured and how; None: none yet."""
     processes: int = 1
-    """How many trained together; with another number sums round differently."""
+    """The number of processes; with another number sums round differently."""
 
 
 # --- The run directory ----------------------------------------------------------------------------
 
 
 def holds_run(out: Path) -> bool:
-    """Whether `out` holds something that a new run would overwrite."""
+    """Return whether a new run would overwrite something in `out`."""
     names = ("config.yaml", "metrics.jsonl", "checkpoints", "model")
     return any((out / name).exists() for name in names)
 
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """The run's directory, made, locked against a second process and cleared of leftovers.
+    """Make the run's directory, lock it against a second process and clear it of leftovers.
 
     Raises:
         UserError: another process is at work in it, or it cannot be written.
@@ -128,7 +127,7 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def latest(out: Path) -> Path | None:
-    """The directory of the newest checkpoint of the run in `out`, or None."""
+    """Return the directory of the newest checkpoint in `out`, or None."""
     checkpoints = _all_checkpoints(out)
     return checkpoints[-1] if checkpoints else None
 
@@ -146,13 +145,13 @@ def save(
     keep: int,
     processes: ProcessGroup = SINGLE,
 ) -> Path:
-    """Writes checkpoint `state.step` of the run in `out` and removes all but the last `keep`.
+    """Write checkpoint `state.step` of the run in `out` and remove all but the last `keep`.
 
-    All `processes` call it. Each writes its shards, and the first what is not sharded.
+    All `processes` call it. Each writes its shards; the first writes what is not sharded.
 
     Raises:
-        UserError: it cannot be written; nothing is left of the new checkpoint (of one in shards,
-            what others may be writing, which the next start clears), the earlier ones stay.
+        UserError: it cannot be written. The earlier checkpoints stay, and nothing of the new one
+            (the next start clears shards that other processes may be writing).
     """
     final = out / "checkpoints" / f"step-{state.step:08d}"
     partial = final.with_name(f".{final.name}.partial")
@@ -168,15 +167,13 @@ def save(
         if processes.is_first:
             partial.mkdir(parents=True)
         if sharded:
-            processes.barrier()  # for the directory
+            processes.barrier()  # the directory exists
         sums: dict[str, str] = {}
         for name, tensors_of_file in tensors.items():
             path, sums[path.name] = save_tensors(tensors_of_file, partial / name, processes)
             sync(path)
-        if sharded:  # the others' files
-            sums = {
-                name: sha256 for part in processes.gather(sums) for name, sha256 in part.items()
-            }
+        if sharded:  # of all processes' files
+            sums = {name: s for part in processes.gather(sums) for name, s in part.items()}
         if not processes.is_first:
             return final
         text = json.dumps({"format": FORMAT, **asdict(state)}, indent=2)
@@ -189,11 +186,7 @@ def save(
 
 
 def remove_old(out: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints.
-
-    Raises:
-        UserError: one cannot be removed.
-    """
+    """Remove all but the last `keep` checkpoints."""
     with writing(f"checkpoints of {out}"):
         for old in _all_checkpoints(out)[:-keep]:
             # Renamed first: a kill in the middle must not leave half of it under its name.
@@ -203,10 +196,10 @@ def remove_old(out: Path, keep: int) -> None:
 def export_model(
     out: Path, model: BlockDiffusionModel, tokenizer: Path | None, card: Card | None = None
 ) -> None:
-    """Writes the weights of `model`, the tokenizer's files and the model card to `out`/model/.
+    """Write the weights of `model`, the tokenizer's files and the model card to `out`/model/.
 
     The files of an earlier export are replaced one by one. Only the weights and the card differ
-    between two exports of a run, so that the directory can be loaded at every moment.
+    between two exports of a run, so the directory can be loaded at every moment.
 
     Raises:
         UserError: it cannot be written; an earlier export stays.
@@ -227,10 +220,10 @@ def export_model(
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """The state of a checkpoint directory.
+    """Read the state of a checkpoint directory.
 
     Raises:
-        UserError: state.json is missing, damaged, or not one of ours.
+        UserError: state.json is missing, damaged, or of another format.
     """
     path = checkpoint / STATE
     try:
@@ -247,15 +240,15 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def check_sums(checkpoint: Path) -> bool:
-    """Compares a checkpoint's files with their checksums; whether it has some.
+    """Compare a checkpoint's files with their checksums; return whether it has any.
 
     Raises:
-        UserError: a file is missing or is not what was written.
+        UserError: a file is missing or changed.
     """
     sums = read_sums(checkpoint)
     if sums is not None and (bad := differing(checkpoint, sums)):
         raise UserError(
-            f"cannot resume: {named(checkpoint, bad)}; remove the directory {checkpoint} to go on "
+            f"cannot resume: {named(checkpoint, bad)}; remove the directory {checkpoint} to resume "
             f"from the checkpoint before it, or {accept(checkpoint)}"
         )
     return sums is not None
@@ -267,7 +260,7 @@ def load(
     average: MovingAverage,
     optimizer: torch.optim.Optimizer,
 ) -> TrainState:
-    """Restores weights, average and optimizer from a checkpoint directory; returns its state.
+    """Restore weights, average and optimizer from a checkpoint directory; return its state.
 
     Raises:
         UserError: a file is missing, truncated, or belongs to a model of another shape.
@@ -326,7 +319,7 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Removes what a killed process had not finished writing or removing."""
+    """Remove what a killed process had not finished writing or removing."""
     for folder in (out, out / "checkpoints"):
         for path in folder.glob(".*.partial"):
             remove(path)

@@ -1,6 +1,6 @@
-"""What a run shows while it trains: a live line on a terminal, plain lines elsewhere.
+"""The display of a run: a live line on a terminal, plain lines elsewhere.
 
-Both are loggers (see `loggers.Logger`): the training loop does not know that they draw.
+Both are loggers (see `loggers.Logger`) to the training loop.
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ from blockdiffusion.train.loggers import Logger
 SMOOTHING = 0.95  # of the loss that is shown; the true one is in metrics.jsonl
 LONGEST_BAR, SHORTEST_BAR = 16, 4
 SPARK = "▁▂▃▄▅▆▇█"
-TIGHTER = (("valid_exact", "exact", ""), ("valid_orders", "tighter bound", "<= "))  # than the bound
+TIGHTER = (("valid_exact", "exact", ""), ("valid_orders", "tighter bound", "<= "))
 
 
 def make_display(steps: int, console: Console | None = None, every_seconds: float = 10) -> Logger:
-    """The live display when `console` (default: standard error) is a terminal, else the plain one.
-
-    Args:
-        steps: updates of the whole run.
-        every_seconds: time between two plain lines.
-    """
+    """Return the live display if `console` (default: standard error) is a terminal, else the plain
+    one, with `every_seconds` between two lines."""
     console = console or Console(stderr=True)
     if console.is_terminal:
         return LiveDisplay(steps, console)
@@ -41,7 +37,7 @@ def make_display(steps: int, console: Console | None = None, every_seconds: floa
 
 
 class LossCurve:
-    """The smoothed loss, and its course in at most `2 * width` points, however long the run."""
+    """The smoothed loss and its history in fewer than `2 * width` points."""
 
     def __init__(self, width: int = 24):
         self.width = width
@@ -52,7 +48,6 @@ class LossCurve:
 
     @property
     def value(self) -> float:
-        """The exponential average of the losses so far."""
         return self._sum / self._weight
 
     def add(self, loss: float) -> None:
@@ -66,7 +61,6 @@ class LossCurve:
                 self._stride *= 2
 
     def spark(self) -> str:
-        """The curve in `width` characters or fewer."""
         points = self._points[-self.width :] if self._stride == 1 else self._points
         if len(points) > self.width:
             points = points[len(points) % 2 :: 2]
@@ -77,14 +71,14 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of the live line. What has a `rank` is shown where there is room, the least first."""
+    """A piece of the live line; one with a `rank` needs room, and the lowest rank comes first."""
 
     text: Text
     rank: int = 0
 
 
 class _LiveLine(Progress):
-    """The progress of a run in one line; in several where what must be told does not fit in one."""
+    """The progress of a run in one line, or in several if the necessary parts need them."""
 
     parts: Callable[[Task], tuple[str, Sequence[_Part]]]
 
@@ -95,7 +89,7 @@ class _LiveLine(Progress):
 
 
 def _fitted(task: Task, step: str, parts: Sequence[_Part], width: int) -> RenderableType:
-    """Step, bar and parts, with as many of those that may be missing as fit in the width."""
+    """Return step, bar and parts, with as many optional ones as fit in the width."""
 
     def length(kept: Sequence[_Part]) -> int:
         return len(step) + sum(1 + part.text.cell_len for part in kept)
@@ -122,8 +116,7 @@ def _fitted(task: Task, step: str, parts: Sequence[_Part], width: int) -> Render
 
 
 class LiveDisplay:
-    """A progress bar with the loss, the bound, the time left and the speed; the rest where there is
-    room."""
+    """A progress bar with loss, bound, time left and speed, and more if there is room."""
 
     def __init__(self, steps: int, console: Console):
         self._steps, self._console = steps, console
@@ -140,7 +133,7 @@ class LiveDisplay:
         self._progress.start()
 
     def _parts(self, task: Task) -> tuple[str, list[_Part]]:
-        """The step, and what stands behind the bar, in its order."""
+        """Return the step, and the parts behind the bar."""
         left, plain = task.time_remaining, self._console.options.ascii_only
         loss = f"{self._curve.value:.3f}" if self._curve.seen else "-"
         parts = [
@@ -210,7 +203,7 @@ class PlainDisplay:
             self._line(line.plain)
 
     def finish(self) -> None:
-        """Nothing is held open."""
+        pass
 
     def _line(self, text: str) -> None:
         shown = for_stream(text, self._console.file)
@@ -218,7 +211,7 @@ class PlainDisplay:
 
 
 def _sentences(step: int, values: Mapping[str, Any]) -> Sequence[Text]:
-    """What an evaluation, a set of samples or a note says, one line each."""
+    """Return one line for an evaluation, a search, a set of samples and a note."""
     lines = []
     if "valid_bound" in values:
         exact = "valid_perplexity" in values
@@ -248,7 +241,7 @@ def _sentences(step: int, values: Mapping[str, Any]) -> Sequence[Text]:
 
 
 def _rate(values: Mapping[str, Any]) -> list[str]:
-    """FLOP/s, and the share of the device's peak where that is known."""
+    """Return FLOP/s, and the share of the device's peak if known."""
     if "tflops_per_second" not in values:
         return []
     rate, share = scaled(1e12 * values["tflops_per_second"], "FLOP/s"), values.get("peak_share")

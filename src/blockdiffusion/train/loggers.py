@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -16,13 +17,16 @@ from blockdiffusion.escape import markdown_prose
 from blockdiffusion.files.directories import writing
 from blockdiffusion.files.disk import append, written_aside
 from blockdiffusion.files.records import json_lines
+from blockdiffusion.options import option
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogOptions:
     """Which services get the numbers, besides metrics.jsonl."""
 
-    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+        (), "services that get the numbers besides metrics.jsonl"
+    )
 
 
 class Logger(Protocol):
@@ -108,65 +112,53 @@ class TensorBoard:
         self._writer.close()
 
 
-class WandB:
-    """A Weights & Biases run named after the output directory; resumed with the run.
+class Trackio:
+    """A Trackio run named after the output directory; resumed with the run.
 
     Samples and the grid of a schedule search stay in metrics.jsonl.
     """
 
+    package = "trackio"
+
     def __init__(self, out: Path):
-        self._wandb = _import("wandb", "wandb")
+        self._module = _import(self.package, self.package)
         self._out = out
 
     def start(self, config: Mapping[str, Any], first_step: int) -> None:
+        self._run = self._module.init(
+            project="blockdiffusion",
+            name=self._out.resolve().name,
+            config=dict(config),
+            resume="allow",
+            **self._more(),
+        )
+
+    def _more(self) -> dict[str, str]:
+        return {}
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if numbers := _numbers(values):
+            self._run.log(numbers, step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class WandB(Trackio):
+    """The same on Weights & Biases, which knows a run again by an id."""
+
+    package = "wandb"
+
+    def _more(self) -> dict[str, str]:
         path = self._out / "wandb-id"
         if not path.exists():
             with written_aside(path) as file:
                 file.write(uuid.uuid4().hex.encode())
-        self._run = self._wandb.init(
-            project="blockdiffusion",
-            name=self._out.resolve().name,
-            id=path.read_text(encoding="utf-8"),
-            dir=str(self._out),
-            config=dict(config),
-            resume="allow",
-        )
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        numbers = _numbers(values)
-        if numbers:
-            self._run.log(numbers, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
-    """A Trackio run named after the output directory; it gets what `WandB` gets."""
-
-    def __init__(self, out: Path):
-        self._trackio = _import("trackio", "trackio")
-        self._out = out
-
-    def start(self, config: Mapping[str, Any], first_step: int) -> None:
-        self._run = self._trackio.init(
-            project="blockdiffusion",
-            name=self._out.resolve().name,
-            config=dict(config),
-            resume="allow",
-        )
-
-    def log(self, step: int, values: Mapping[str, Any]) -> None:
-        numbers = _numbers(values)
-        if numbers:
-            self._run.log(numbers, step=step)
-
-    def finish(self) -> None:
-        self._run.finish()
+        return {"id": path.read_text(encoding="utf-8"), "dir": str(self._out)}
 
 
 def make_loggers(options: LogOptions, out: Path) -> list[Logger]:
-    """The loggers that `options` names.
+    """Make the loggers that `options` names.
 
     Raises:
         UserError: a package is not installed.
@@ -180,7 +172,7 @@ def _json_line(values: Mapping[str, Any]) -> bytes:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """What is one number, and the two ends of a clip."""
+    """Return the values that are single numbers, and the two ends of a clip."""
     numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
     if "clip" in values:
         numbers["clip_low"], numbers["clip_high"] = values["clip"]
@@ -188,8 +180,6 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _import(module: str, package: str) -> ModuleType:
-    from importlib import import_module
-
     try:
         return import_module(module)
     except ImportError as error:

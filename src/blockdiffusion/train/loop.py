@@ -57,18 +57,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Periodic:
-    """Something to do with the averaged model every so many steps, and after the last one.
+    """An evaluation or samples of the averaged model, every so many steps and after the last one.
 
     `run` returns values to log: `{"valid_bound": nats per token, ...}` of an evaluation,
-    `{"samples": [text, ...]}` of samples. `evaluation`, a mapping of what was measured and how, is
-    not logged but kept in the state, for the model card.
+    `{"samples": [text, ...]}` of samples. `evaluation`, a mapping, is not logged but kept in the
+    state, for the model card.
     """
 
     every: int
     run: Callable[[BlockDiffusionModel], Mapping[str, Any]]
 
     def due(self, step: int, steps: int) -> bool:
-        """Whether it is time after update `step` of `steps`."""
         return step % self.every == 0 or step == steps
 
 
@@ -92,7 +91,7 @@ def train(
     resume_command: str | None = None,
     processes: ProcessGroup = SINGLE,
 ) -> TrainState:
-    """Trains `model` in place on the rows of prepared data; writes the run into `out`.
+    """Train `model` in place on the rows of prepared data; write the run into `out`.
 
     All processes of a job call it with equal arguments, within `distributed.process_group`.
 
@@ -100,16 +99,16 @@ def train(
         model: with its initial weights, of the sizes of the data; moved to the device.
         rows: the training split.
         out: the run's directory, see `train.checkpoint` for what it holds.
-        search: for the clip of `objective`, with the averaged model; what it found is logged, and
-            trained with from the step on that began with it.
-        periodic: evaluations and samples of the averaged model, in this order; what they return is
+        search: for the clip of `objective`, with the averaged model; the clip is logged and used
+            from the step that begins with the search.
+        periodic: evaluations and samples of the averaged model, in this order; their values are
             logged, and the best bound is taken from `valid_bound`.
         loggers: displays and services that get every number, besides metrics.jsonl.
         tokenizer: directory of tokenizer files to copy beside the released model.
-        describe: what the card of the released model says at a state.
+        describe: makes the card of the released model from a state.
         config: the resolved configuration, saved with the run.
         notes: sentences to log at the start.
-        resume: go on from the newest checkpoint in `out` (from the start when there is none yet).
+        resume: from the newest checkpoint in `out` (from the start if there is none yet).
         resume_command: the shell command that resumes this run, quoted when it is interrupted.
         processes: the processes that share every batch; the first of them logs and writes.
 
@@ -121,8 +120,7 @@ def train(
         UserError: data and model do not fit, the processes cannot share a batch, `out` holds a run
             (or none, to resume), a checkpoint is damaged, the disk is full, or the loss is not
             finite.
-        Interrupted: SIGINT or SIGTERM came, to any of the processes; the step was finished and
-            saved.
+        Interrupted: any of the processes got SIGINT or SIGTERM; the step was finished and saved.
     """
     check_fit(model, rows, objective)
     check_shares(options, processes)
@@ -161,8 +159,8 @@ class _Training:
 
     Attributes:
         state: after the last update.
-        notes: what to tell about the data and the estimator.
-        clip: of the mask probabilities, in force now.
+        notes: about the data and the estimator, for the log.
+        clip: of the mask probabilities, in use now.
     """
 
     def __init__(
@@ -177,12 +175,8 @@ class _Training:
         processes: ProcessGroup,
     ):
         self.model, self.rows, self.out, self.options = model, rows, out, options
-        self.objective, self.optim, self.processes, self._search = (
-            objective,
-            optim,
-            processes,
-            search,
-        )
+        self.objective, self.optim, self.processes = objective, optim, processes
+        self._search = search
         self.device = processes.set_device(select_device(options.device, "train.device"))
         if options.threads is not None:
             torch.set_num_threads(options.threads)
@@ -240,7 +234,7 @@ class _Training:
         return resumed
 
     def search(self, step: int, report: Report) -> None:
-        """Searches for the clip that update `step` and later ones train with, where that is due."""
+        """Search for the clip of update `step` and later ones, if a search is due."""
         if self._search is None or not self._search.due(step):
             return
         with self.parallelism.ema_weights(self.average) as averaged:
@@ -251,7 +245,7 @@ class _Training:
         self.estimator = diffusion_of(self.model.config).fitted(estimator)
 
     def update(self, step: int, report: Report) -> None:
-        """Update `step` of the weights and their average.
+        """Make update `step` of the weights and their average.
 
         Raises:
             UserError: the loss or its gradient is not finite; the weights are left as they were.
@@ -267,8 +261,14 @@ class _Training:
         loss, grad_norm = torch.stack([losses.sum(), norm]).tolist()  # waits for the device
         loss = self.processes.sum(loss)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            where = _not_finite_where(losses, loss, indices, self.parallelism, options)
-            raise UserError(_not_finite_message(step, where, checkpoints.latest(self.out)))
+            found = _first_not_finite(losses, loss, indices, self.parallelism, options)
+            where = min(self.processes.gather(found))[1]
+            newest = checkpoints.latest(self.out)
+            good = f"{newest} is the last good checkpoint" if newest else "there is no checkpoint"
+            raise UserError(
+                f"step {step}: {where}; the weights were left as they were before this step and "
+                f"{good}; a new run with a lower optim.lr or train.dtype=float32 may hold"
+            )
         lr = learning_rate(self.optim, step, options.steps)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
@@ -285,7 +285,7 @@ class _Training:
         })  # fmt: skip
 
     def _batch_loss(self, step: int, indices: np.ndarray) -> tuple[BatchLoss, int]:
-        """The loss of the rows of update `step`, and how many tokens it is of."""
+        """Return the loss of the rows of update `step`, and its number of free tokens."""
         batch = self.rows.rows(indices)
         free_BL = free_tokens(batch, self.rows.manifest.row_bos)
         num_free = int(free_BL.sum())
@@ -297,23 +297,24 @@ class _Training:
         return DiffusionLoss(batch, corrupted), num_free
 
     def measure(self, step: int, due: Sequence[Periodic], report: Report) -> None:
-        """Reports what each of `due` says of the averaged model; the state keeps evaluations."""
+        """Report what each of `due` returns for the averaged model; the state keeps evaluations."""
         for what in due:
             with self.parallelism.ema_weights(self.average) as model, torch.no_grad():
                 values = dict(what.run(model.eval()))
             if measured := values.pop("evaluation", None):
                 self.state = replace(self.state, evaluation={**measured, "step": step})
             report(step, values)
-            best = _lower(self.state.best_bound, values.get("valid_bound"))
+            bounds = (self.state.best_bound, values.get("valid_bound"))
+            best = min((bound for bound in bounds if bound is not None), default=None)
             self.state = replace(self.state, best_bound=best)
 
     def finish(self, step: int) -> None:
-        """Update `step` is made, and what was due after it."""
+        """Record that update `step` is made, and all that was due after it."""
         self.state = replace(self.state, step=step, seconds=time.perf_counter() - self._began)
 
 
 class _Release:
-    """Checkpoints of a run, and the averaged model, ready to be loaded."""
+    """Writes the checkpoints of a run and its averaged model."""
 
     def __init__(
         self,
@@ -327,7 +328,7 @@ class _Release:
         self._tokenizer, self._describe = tokenizer, describe
 
     def save(self) -> None:
-        """Writes a checkpoint of the state, and exports the model."""
+        """Write a checkpoint of the state, and export the model."""
         t = self._training
         checkpoints.save(
             self._out, t.state, t.model.backbone, t.average, t.optimizer,
@@ -336,8 +337,7 @@ class _Release:
         self._export()
 
     def again(self) -> None:
-        """What comes after a checkpoint: a kill may have come between it and its export, or the end
-        of old ones."""
+        """Repeat what follows a checkpoint: a kill may have come before its export."""
         self._export()
         if self._training.processes.is_first:
             checkpoints.remove_old(self._out, self._options.keep)
@@ -358,13 +358,13 @@ def accumulate_gradients(
     options: TrainOptions,
     autocast: torch.autocast,
 ) -> torch.Tensor:
-    """Adds the gradient of a global batch's loss to the parameters, one micro-batch at a time.
+    """Add the gradient of a global batch's loss to the parameters, one micro-batch at a time.
 
     The loss is that of the whole batch divided by its number of free tokens `num_free`: nats per
     token, whatever the size of the micro-batches. A process passes its share of the rows.
 
     Returns:
-        What each micro-batch of this process contributes to the loss; the sum is the loss.
+        The contribution of each micro-batch of this process; their sum is the loss.
     """
     passes = _passes(len(batch_loss.batch.ids_BL), options, parallelism.processes)
     losses = []
@@ -380,9 +380,9 @@ def accumulate_gradients(
 
 
 def _passes(num_rows: int, options: TrainOptions, processes: ProcessGroup) -> dict[int, slice]:
-    """The micro-batches of this process: their number in the whole batch -> their rows.
+    """Return the micro-batches of this process: their number in the whole batch -> their rows.
 
-    Where `micro_batch_size` divides the processes' shares, they are those of one process.
+    If `micro_batch_size` divides the processes' shares, they are those of one process.
     """
     share = processes.share(num_rows)
     size = options.micro_batch_size or num_rows
@@ -394,21 +394,6 @@ def _passes(num_rows: int, options: TrainOptions, processes: ProcessGroup) -> di
     }
 
 
-def _not_finite_where(
-    losses: torch.Tensor,
-    total: float,
-    indices: np.ndarray,
-    parallelism: Parallelism,
-    options: TrainOptions,
-) -> str:
-    """Which micro-batch, or else which parameter, a non-finite number is first seen in.
-
-    All processes ask; each looks at its own.
-    """
-    found = _first_not_finite(losses, total, indices, parallelism, options)
-    return min(parallelism.processes.gather(found))[1]
-
-
 def _first_not_finite(
     losses: torch.Tensor,
     total: float,
@@ -416,7 +401,8 @@ def _first_not_finite(
     parallelism: Parallelism,
     options: TrainOptions,
 ) -> tuple[int, str]:
-    """The same for one process, and a place in the order of micro-batches and parameters."""
+    """Return where this process first sees a number that is not finite: its place in the order of
+    micro-batches and parameters, and a sentence."""
     passes = _passes(len(indices), options, parallelism.processes)
     for loss, (number, share) in zip(losses.tolist(), passes.items(), strict=True):
         if not math.isfinite(loss):
@@ -433,17 +419,5 @@ def _first_not_finite(
     return sys.maxsize, f"the loss is {total:.4g} but the norm of the gradient overflows"
 
 
-def _not_finite_message(step: int, where: str, newest: Path | None) -> str:
-    kept = f"{newest} is the last good checkpoint" if newest else "there is no checkpoint yet"
-    return (
-        f"step {step}: {where}; the weights were left as they were before this step and {kept}; "
-        "a new run with a lower optim.lr or train.dtype=float32 may hold"
-    )
-
-
 def _num_tokens(batch: Batch) -> int:
     return batch.ids_BL.numel() if batch.valid_BL is None else int(batch.valid_BL.sum())
-
-
-def _lower(best: float | None, bound: float | None) -> float | None:
-    return min((value for value in (best, bound) if value is not None), default=None)

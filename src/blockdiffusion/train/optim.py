@@ -13,6 +13,7 @@ from torch import nn
 
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
+from blockdiffusion.options import option
 from blockdiffusion.runtime.distributed import first_row, is_sharded, local, whole
 
 MOMENTUM = 0.95
@@ -22,52 +23,41 @@ MOMENTUM = 0.95
 class OptimOptions:
     """The optimizer and what surrounds it; the defaults are the paper's recipe."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon for the matrices of attention and MLP, AdamW for everything else."""
-    lr: float = 3e-4
-    """After the warm-up, of both: Muon's updates are scaled to the size of AdamW's."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = MOMENTUM
-    """Of Muon."""
-    weight_decay: float = 0.0
-    """Decoupled, on matrices only: never on biases and norm gains."""
-    warmup_steps: int = 2500
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """What the learning rate does after the warm-up; cosine and linear end at zero."""
-    clip_norm: float | None = 1.0
-    """The gradient's global norm is cut to this; null: never."""
-    ema_decay: float = 0.9999
-    """Of the moving average that is evaluated and released; 0 makes it the weights themselves."""
+    name: Literal["adamw", "muon"] = option(
+        "adamw", "muon: Muon for the matrices of attention and MLP, AdamW for everything else"
+    )
+    lr: float = option(3e-4, "learning rate after the warm-up, of AdamW and of Muon")
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates, in [0, 1)")
+    eps: float = option(1e-8, "AdamW's epsilon")
+    momentum: float = option(MOMENTUM, "of Muon")
+    weight_decay: float = option(0.0, "decoupled, on matrices only")
+    warmup_steps: int = option(2500, "updates of the linear warm-up")
+    schedule: Literal["constant", "cosine", "linear"] = option(
+        "constant", "after the warm-up; cosine and linear end at zero"
+    )
+    clip_norm: float | None = option(1.0, "the gradient's global norm is cut to this; null: never")
+    ema_decay: float = option(
+        0.9999,
+        "of the moving average that is evaluated and released, warmed up as (1 + n) / (10 + n); 0 "
+        "makes it the weights themselves",
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"optim.lr is {self.lr}; it must be positive")
+        check_limits(self, "optim.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optim.betas is {list(self.betas)}; both must be in [0, 1)")
-        if not 0 < self.eps < math.inf:
-            raise UserError(f"optim.eps is {self.eps}; it must be positive")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"optim.momentum is {self.momentum}; it must be in [0, 1)")
         if self.name != "muon" and self.momentum != MOMENTUM:
             raise UserError(
                 f"optim.momentum is {self.momentum}, but optim.name is {self.name}, which has "
                 f"optim.betas; set optim.momentum={MOMENTUM}, or optim.name=muon"
             )
-        if not 0 <= self.weight_decay < math.inf:
-            raise UserError(f"optim.weight_decay is {self.weight_decay}; it must not be negative")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise UserError(f"optim.clip_norm is {self.clip_norm}; it must be positive, or null")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"optim.ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        check_limits(self, "optim.")
 
 
 def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
-    """The learning rate of update `step` (1 .. steps): linear warm-up, then the schedule.
+    """Return the learning rate of update `step` (1 .. steps): linear warm-up, then the schedule.
 
-    The warm-up reaches `lr` at update `warmup_steps`. A decay starts there and would reach zero one
-    update after the last, so that no update is spent on a rate of zero.
+    The warm-up reaches `lr` at update `warmup_steps`. A decay starts there and reaches zero one
+    update after the last.
     """
     warmup = options.warmup_steps
     if step < warmup:
@@ -83,10 +73,10 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 
 
 def make_optimizer(network: Any, options: OptimOptions) -> torch.optim.Optimizer:
-    """The optimizer of a network's trainable parameters: AdamW in two groups, matrices (decayed)
-    and vectors (not); with `muon` the hidden matrices are Muon's, also where they are in shards.
+    """Return the optimizer of a network: AdamW with weight decay on matrices only; with `muon`,
+    Muon has the hidden matrices.
 
-    AdamW's fused kernel is used everywhere: on CPUs too it is several times faster than the others.
+    AdamW is fused: several times faster than the other kernels, on CPUs too.
     """
     trainable = [p for p in network.parameters() if p.requires_grad]
     of_muon = {id(p) for p in network.hidden_matrices()} if options.name == "muon" else set()
@@ -113,13 +103,13 @@ def make_optimizer(network: Any, options: OptimOptions) -> torch.optim.Optimizer
         weight_decay=options.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return Together(muon, adamw)
+    return CombinedOptimizer(muon, adamw)
 
 
 def optimizer_state_keys(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter
 ) -> tuple[str, ...]:
-    """Names of the tensors that the optimizer keeps for a parameter."""
+    """Return the names of the tensors that the optimizer keeps for a parameter."""
     for group in optimizer.param_groups:
         if "ns_steps" in group and any(parameter is p for p in group["params"]):
             return ("momentum_buffer",)
@@ -127,18 +117,17 @@ def optimizer_state_keys(
 
 
 class ShardedMuon(torch.optim.Muon):
-    """Muon of matrices whose rows are shared out (FSDP2); from equal gradients it makes the numbers
-    that `torch.optim.Muon` makes of whole matrices, bit for bit.
+    """Muon for matrices sharded by rows (FSDP2), with the numbers of `torch.optim.Muon` on whole
+    matrices, bit for bit.
 
-    Weights and momentum stay in shards. Of one matrix at a time the direction is put together, in
-    the bf16 that Muon rounds it to, and every process makes all of it orthogonal, to keep its rows.
-    So an update exchanges 2 bytes for each number of the matrices, and takes every process the
-    operations of one that has them whole (`flops.muon_flops`), as with replicas.
+    Weights and momentum stay in shards. The direction of one matrix at a time is gathered, in the
+    bfloat16 that Muon rounds it to; every process orthogonalizes all of it and keeps its rows. An
+    update exchanges 2 bytes per number of the matrices, and costs every process as many operations
+    as with replicas (`flops.muon_flops`).
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update; common."""
         assert closure is None
         for group in self.param_groups:
             assert group["nesterov"] and group["adjust_lr_fn"] == "match_rms_adamw"
@@ -161,7 +150,7 @@ class ShardedMuon(torch.optim.Muon):
 
 
 def _orthogonalized(direction_RC: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
-    """The Newton-Schulz iteration of `torch.optim.Muon`, whose singular values end near 1."""
+    """Return the Newton-Schulz iteration of `torch.optim.Muon`: singular values near 1."""
     a, b, c = group["ns_coefficients"]
     is_tall = direction_RC.shape[0] > direction_RC.shape[1]
     x = direction_RC.T if is_tall else direction_RC
@@ -172,7 +161,7 @@ def _orthogonalized(direction_RC: torch.Tensor, group: dict[str, Any]) -> torch.
     return x.T if is_tall else x
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Several optimizers of different parameters as one: one list of groups, one state."""
 
     def __init__(self, *parts: torch.optim.Optimizer):
@@ -181,7 +170,6 @@ class Together(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update by each of them."""
         assert closure is None
         first = 0
         for part, count in self._parts:
@@ -193,13 +181,12 @@ class Together(torch.optim.Optimizer):
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every parameter group the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) -> torch.Tensor:
-    """Scales the gradients in place to a global 2-norm of at most `clip_norm`.
+    """Scale the gradients in place to a global 2-norm of at most `clip_norm`.
 
     Returns:
         The norm before clipping, a scalar tensor on the device of the parameters.
@@ -214,8 +201,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], clip_norm: float | None) 
 class MovingAverage:
     """Exponential moving average (EMA) of a model's trainable parameters.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) with n the number of updates: without it
-    the average of a short run is its initialisation.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) with n the number of updates; otherwise the
+    average of a short run would be its initialisation.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -225,17 +212,16 @@ class MovingAverage:
         self.average: dict[str, torch.Tensor] = {n: p.detach().clone() for n, p in named.items()}
 
     def decay_at(self, step: int) -> float:
-        """The decay that update `step` (from 1) uses."""
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the average towards the weights after update `step` (from 1)."""
+        """Move the average towards the weights after update `step` (from 1)."""
         torch._foreach_lerp_(list(self.average.values()), self._parameters, 1 - self.decay_at(step))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within the context the model holds the average; afterwards its weights, bit for bit."""
+        """Let the model hold the average within the context, and its weights again afterwards."""
         self._exchange()
         try:
             yield

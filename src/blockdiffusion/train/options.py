@@ -1,4 +1,4 @@
-"""What a recipe says of the objective and of the training: which noise, how long, how precisely."""
+"""Options of the objective and of training: which noise, how long, how precisely."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from blockdiffusion.diffusion.estimators import (
 )
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
+from blockdiffusion.options import REQUIRED, option
 
 Parallel = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveKind:
-    """What an objective's name stands for.
+    """The meaning of an objective's name.
 
     Attributes:
-        network: what the configuration of such a network says.
-        stored: what it remembers of the options: its name there -> the name of the option.
-        usual_estimator: what `estimator` null means.
-        reads: the options that mean something.
-        why_not: why the others do not.
+        network: values in the configuration of such a network.
+        stored: options that the configuration keeps: its name there -> the name of the option.
+        usual_estimator: for `estimator` null.
+        reads: the options that it reads.
+        why_not: why it does not read the others.
     """
 
     network: Mapping[str, Any]
@@ -62,33 +63,50 @@ OBJECTIVES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveOptions:
-    """What the network is trained on: which noise, or the next token."""
+    """The training objective: which noise, or the next token."""
 
-    name: Literal["bd3lm", "mdlm", "sedd", "d3pm", "ar"] = "bd3lm"
-    """bd3lm: masked diffusion in blocks; mdlm: the same, one block a row; sedd, d3pm: score entropy
-    and discrete time in blocks; ar: the autoregressive baseline. See `OBJECTIVES`."""
-    estimator: EstimatorName | None = None
-    """How masks are drawn, and what they weigh; null: complement. The paper's is bernoulli. See
-    docs/concepts.md."""
-    schedule: str = "linear"
-    """linear, cosine, square, sqrt or log; of bernoulli, resampled, d3pm and clips."""
-    clip: tuple[float, float] | None = None
-    """Mask probabilities are kept in this interval; null: all of (0, 1]."""
-    num_noisy: int | None = None
-    """Noisy copies that share one clean stream; null: 1, and a pair for complement."""
-    t_min: float = T_MIN
-    """Mask probabilities below are left out by bernoulli: 1/t has no finite variance."""
-    stratify: Stratify = "row"
-    """Draws are spread evenly over the batch and each row, over the batch only, or not at all."""
-    transition: Transition = "absorbing"
-    """What noise makes of a token in d3pm: the mask, or a uniform token."""
-    timesteps: int = 1000
-    """T, the time steps of d3pm."""
+    name: Literal["bd3lm", "mdlm", "sedd", "d3pm", "ar"] = option(
+        "bd3lm",
+        "masked diffusion in blocks; the same with one block a row; SEDD or D3PM in blocks; or the "
+        "autoregressive baseline, which reads no other key of this section",
+    )
+    estimator: EstimatorName | None = option(
+        None,
+        "how masks are drawn and weighed; the paper's is bernoulli. null: complement, which learns "
+        "most from a row. Not read by d3pm",
+    )
+    schedule: str = option(
+        "linear",
+        "noise schedule: linear, cosine, square, sqrt or log. Without a clip, count and complement "
+        "integrate t out and allow linear only. For d3pm it is part of the model",
+    )
+    clip: tuple[float, float] | None = option(
+        None,
+        "keep mask probabilities in this interval, such as [0.3, 0.8]; null: all of (0, 1]. With a "
+        "clip the training loss is not a bound",
+    )
+    num_noisy: int | None = option(
+        None,
+        "N, noisy copies of a row that share one clean stream in a pass of (N + 1) L tokens; null: "
+        "1, and a pair for complement",
+    )
+    t_min: float = option(
+        T_MIN,
+        "bernoulli leaves out smaller mask probabilities (with the linear schedule p = t), since "
+        "1/t has no finite variance near 0; must be below the end of the clip",
+    )
+    stratify: Stratify = option(
+        "row",
+        "spread the draws evenly over the batch and over each row, over the batch only, or draw "
+        "independently",
+    )
+    transition: Transition = option(
+        "absorbing", "what noise turns a token into in d3pm: the mask, or a uniform token"
+    )
+    timesteps: int = option(1000, "T, the time steps of d3pm")
 
     def __post_init__(self) -> None:
         self._refuse_what_is_not_read()
-        if not 0 <= self.t_min < 1:
-            raise UserError(f"objective.t_min is {self.t_min}; it must be in [0, 1)")
         check_limits(self, "objective.")
         self.make_estimator()
         self._refuse_times_where_none_is_drawn()
@@ -101,12 +119,11 @@ class ObjectiveOptions:
 
     @property
     def used_estimator(self) -> EstimatorName:
-        """The estimator that masks are drawn with."""
         return self.estimator or OBJECTIVES[self.name].usual_estimator
 
     @property
     def of_network(self) -> dict[str, Any]:
-        """What the configuration of such a network says."""
+        """Values in the configuration of such a network."""
         kind = OBJECTIVES[self.name]
         stored = {name: getattr(self, option) for name, option in kind.stored.items()}
         return {**kind.network, **stored}
@@ -145,7 +162,7 @@ class ObjectiveOptions:
                 )
 
     def make_estimator(self) -> Estimator:
-        """The law of the masks that the options name; `Diffusion.fitted` makes it the network's."""
+        """Make the estimator of the options; `Diffusion.fitted` fits it to a network."""
         return build_estimator(
             self.used_estimator,
             schedule=self.schedule,
@@ -158,27 +175,36 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
-    """How long, on what and in which precision to train."""
+    """How long, on which device and in which precision to train."""
 
-    steps: int
-    """Updates of the weights."""
-    batch_size: int = 512
-    """Rows of the global batch, one update."""
-    micro_batch_size: int | None = None
-    """Rows of one forward and backward pass; null: the whole batch. It saves memory only."""
-    activation_checkpointing: bool = False
-    """Keep only what enters the layers, and compute them again in the backward pass."""
-    compile: bool = False
-    """On GPUs, make few of the layers' small operations (after some twenty seconds)."""
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is autocast, in training: weights, average, optimizer and evaluation are float32."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int | None = None
-    """Threads of the CPU operators; null: what PyTorch chooses."""
-    parallel: Parallel = "ddp"
-    """What several processes (torchrun) hold: each all of the network (ddp), or a shard of every
-    tensor (fsdp). One process holds all of it, so that a recipe is good for any number."""
+    steps: int = option(REQUIRED, "updates of the weights")
+    batch_size: int = option(512, "rows of one update, of all processes together")
+    micro_batch_size: int | None = option(
+        None, "rows of one forward and backward pass; null: the whole batch"
+    )
+    activation_checkpointing: bool = option(
+        False,
+        "keep only the inputs of the layers and compute the rest again in the backward pass: less "
+        "memory, a third more work, the same numbers",
+    )
+    compile: bool = option(
+        False, "compile the layers on GPUs: faster steps, after some twenty seconds"
+    )
+    seed: int = option(0, "of the initial weights, the order of rows, masks and dropout")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "bfloat16 is autocast, in training only: weights, average, optimizer and evaluation are "
+        "float32",
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = option(
+        "auto", "auto takes CUDA, then MPS, then the CPU"
+    )
+    threads: int | None = option(None, "threads of the CPU operators; null: what PyTorch chooses")
+    parallel: Parallel = option(
+        "ddp",
+        "what each of several processes holds: the whole network, or a shard of every tensor. One "
+        "process holds all of it either way",
+    )
 
     def __post_init__(self) -> None:
         check_limits(self, "train.")

@@ -1,12 +1,12 @@
-"""How a network in training is spread over the processes of its job.
+"""How a network in training is distributed over the processes of its job.
 
-* `Parallelism`: one process has all of it,
-* `DDP`: every process has all of it, and the gradients are added up (DDP),
-* `FSDP`: every process has a part of every tensor, of its gradient, its average and its moments,
-  and layers are put together while they are needed (FSDP2).
+* `Parallelism`: one process holds all of it,
+* `DDP`: every process holds all of it, and gradients are summed,
+* `FSDP`: every process holds a shard of every tensor, of its gradient, average and moments, and
+  layers are gathered while they are needed.
 
-The loop asks one of these and has no case for the number of processes. Each of the processes passes
-its rows of the global batch through the network; the sum of the gradients is that of the batch.
+The loop has no case for the number of processes. Each process passes its rows of the global batch
+through the network; the sum of the gradients is that of the batch.
 """
 
 from __future__ import annotations
@@ -31,55 +31,58 @@ class Parallelism:
     """A network on one process.
 
     Attributes:
-        model: its parameters are what is optimized, averaged and saved; of `FSDP` they are
-            shards, and only `nats` and `ema_weights` can run it.
-        processes: the processes.
+        model: its parameters are optimized, averaged and saved; those of `FSDP` are shards, and
+            only `nats` and `ema_weights` can run it.
     """
 
     def __init__(self, model: BlockDiffusionModel, processes: ProcessGroup):
         self.model, self.processes = model, processes
 
     def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
-        """The loss of some rows of the global batch, see `BatchLoss`."""
+        """Return the loss of some rows of the global batch."""
         return batch_loss.nats(self.model, rows)
 
     def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Around a forward and a backward pass: after the last one gradients are added up."""
+        """Wrap a forward and a backward pass; gradients are summed after the last one."""
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of this process's part of the loss."""
+        """Add the gradient of this process's part of the loss."""
         loss.backward()
 
     @contextmanager
     def ema_weights(self, average: MovingAverage) -> Iterator[BlockDiffusionModel]:
-        """Within the context a network with the averaged weights, which this process has whole."""
+        """Yield a network with the averaged weights, whole on this process."""
         with average.swapped():
             yield self.model
 
 
-class DDP(Parallelism):
+class _Wrapped(Parallelism):
+    """A network whose loss is wrapped by PyTorch, which averages gradients over the processes."""
+
+    _loss: Any  # of some rows of a batch, as a module
+
+    def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
+        return self._loss(batch_loss, rows)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this process's gradient: the sum over the processes is needed, not their mean."""
+        (loss * self.processes.size).backward()
+
+
+class DDP(_Wrapped):
     """Distributed data parallel training."""
 
     def __init__(self, model: BlockDiffusionModel, processes: ProcessGroup):
         super().__init__(model, processes)
         self._loss = nn.parallel.DistributedDataParallel(_Loss(model), gradient_as_bucket_view=True)
 
-    def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
-        """See `Parallelism`."""
-        return self._loss(batch_loss, rows)
-
     def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
-        """See `Parallelism`."""
         return nullcontext() if is_last else self._loss.no_sync()
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """DDP takes the mean over the processes; the sum of their parts is needed."""
-        (loss * self.processes.size).backward()
 
-
-class FSDP(Parallelism):
-    """Fully sharded data parallel training, FSDP2: layers are the units that are put together."""
+class FSDP(_Wrapped):
+    """Fully sharded data parallel training, FSDP2: layers are the units that are gathered."""
 
     def __init__(self, model: BlockDiffusionModel, processes: ProcessGroup):
         super().__init__(model, processes)
@@ -89,25 +92,15 @@ class FSDP(Parallelism):
         mesh = init_device_mesh(model.device.type, (processes.size,))
         for unit in model.backbone.units():
             fully_shard(unit, mesh=mesh)
-        self._loss: Any = fully_shard(_Loss(model), mesh=mesh)
+        self._loss = fully_shard(_Loss(model), mesh=mesh)
 
-    def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
-        """See `Parallelism`."""
-        return self._loss(batch_loss, rows)
-
-    @contextmanager
-    def last_pass(self, is_last: bool) -> Iterator[None]:
-        """See `Parallelism`."""
+    def last_pass(self, is_last: bool) -> AbstractContextManager[Any]:
         self._loss.set_requires_gradient_sync(is_last)
-        yield
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """FSDP takes the mean over the processes; the sum of their parts is needed."""
-        (loss * self.processes.size).backward()
+        return nullcontext()
 
     @contextmanager
     def ema_weights(self, average: MovingAverage) -> Iterator[BlockDiffusionModel]:
-        """A copy of the network, gathered once: every process can run it as often as it likes."""
+        """Yield a gathered copy, which each process can run as often as it likes."""
         model = self.model
         backbone = model.backbone.empty_copy()
         tensors = model.backbone.state_dict() | average.average
@@ -116,7 +109,7 @@ class FSDP(Parallelism):
 
 
 class _Loss(nn.Module):
-    """The loss as a module's forward pass, which is what DDP and FSDP wrap."""
+    """The loss as a module's forward pass, which DDP and FSDP wrap."""
 
     def __init__(self, model: BlockDiffusionModel):
         super().__init__()
@@ -129,9 +122,9 @@ class _Loss(nn.Module):
 def parallelize(
     model: BlockDiffusionModel, processes: ProcessGroup, parallel: Parallel
 ) -> Parallelism:
-    """The network, spread over the processes as `parallel` says; on one process as it is.
+    """Distribute the network as `parallel` says; one process keeps it as it is.
 
-    FSDP are made in place: `model` has them as its parameters from here on.
+    FSDP works in place: the parameters of `model` are shards from here on.
     """
     if processes.size == 1:
         return Parallelism(model, processes)

@@ -1,8 +1,7 @@
 """Recipes: YAML files and `section.key=value` overrides, read strictly into frozen dataclasses.
 
-Nothing is guessed and nothing is dropped: an unknown key is refused with the nearest known one, a
-value of the wrong type with what is allowed. The resolved recipe is saved with the run, and is
-itself a recipe.
+Nothing is guessed or dropped: an unknown key is refused with the nearest known one, a value of the
+wrong type with the allowed ones. The resolved recipe is saved with the run, and is itself a recipe.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.options import MC_SAMPLES, LikelihoodOptions
 from blockdiffusion.files.records import Typed, build, of_file, read_yaml
 from blockdiffusion.limits import check_limits
-from blockdiffusion.options import option
+from blockdiffusion.options import REQUIRED, option
 from blockdiffusion.runtime.hardware import check_memory
 from blockdiffusion.train.checkpoint import CheckpointOptions
 from blockdiffusion.train.loggers import LogOptions
@@ -35,8 +34,10 @@ USUAL_BLOCK_SIZE = 4
 class DataOptions:
     """The prepared data."""
 
-    path: str
-    """Directory that `blockdiff prepare` made; it decides L and the vocabulary."""
+    path: str = option(
+        REQUIRED,
+        "directory that blockdiff prepare made; it decides L, V, the mask and the BOS convention",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,16 +45,25 @@ class ModelOptions:
     """The network; the defaults are the paper's. See `BlockDiffusionConfig`."""
 
     num_hidden_layers: int = option(12, "layers", was="num_layers")
-    hidden_size: int = option(768, "width of the layers", was="width")
-    num_attention_heads: int = option(12, "attention heads of a layer", was="num_heads")
-    cond_dim: int = 128
-    block_size: int | None = None
-    """S, tokens of a diffusion block; it divides the data's L. null: 4, and L for `mdlm`, whose
-    block is the row. `ar` has none and stores 1."""
-    dropout: float = 0.1
-    clean_attention: Literal["block", "causal"] = "block"
-    init_from: str | None = None
-    """Run or model whose weights to start from; null: random ones."""
+    hidden_size: int = option(768, "width; a multiple of 2 · num_attention_heads", was="width")
+    num_attention_heads: int = option(12, "attention heads", was="num_heads")
+    cond_dim: int = option(128, "width of the conditioning that modulates the layers (adaLN)")
+    block_size: int | None = option(
+        None,
+        "S, tokens of a diffusion block; divides L. 1 is autoregressive, L is plain diffusion. "
+        "null: 4, and L for objective.name: mdlm, which allows no other. ar has no blocks: leave "
+        "it out, the run stores 1",
+    )
+    dropout: float = option(0.1, "dropout in training")
+    clean_attention: Literal["block", "causal"] = option(
+        "block",
+        "how clean tokens see each other: by whole blocks (paper) or causally token by token",
+    )
+    init_from: str | None = option(
+        None,
+        "start from the weights of this run or model directory (or Hugging Face id, or Lightning "
+        "file) of the same sizes; null: random weights",
+    )
 
     def __post_init__(self) -> None:
         check_limits(self, "model.")
@@ -62,8 +72,6 @@ class ModelOptions:
                 f"model.hidden_size is {self.hidden_size}; it must be a multiple of 2 * "
                 f"model.num_attention_heads, which is {2 * self.num_attention_heads}"
             )
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout is {self.dropout}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,20 +81,21 @@ class EvalOptions(LikelihoodOptions):
     PREFIX: ClassVar[str] = "eval."
 
     mc_samples: int = option(4, MC_SAMPLES, was="samples")
-    every: int | None = 1000
-    """Steps between two evaluations; null: never. The last step is always evaluated otherwise."""
-    rows: int | None = 256
-    """Validation rows that are scored, the first ones; null: all."""
+    every: int | None = option(
+        1000, "steps between two evaluations, and one after the last step; null: never"
+    )
+    rows: int | None = option(256, "validation rows to score, the first ones; null: all")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleOptions:
     """Samples during training."""
 
-    every: int | None = 1000
-    """Steps between two sets of samples; null: never."""
-    num: int = 1
-    max_new_tokens: int = 64
+    every: int | None = option(
+        1000, "steps between two sets, and one after the last step; null: never"
+    )
+    num: int = option(1, "samples of a set")
+    max_new_tokens: int = option(64, "tokens of a sample")
 
     def __post_init__(self) -> None:
         check_limits(self, "sample.")
@@ -96,8 +105,7 @@ class SampleOptions:
 class Recipe:
     """Everything that a training run depends on."""
 
-    out: str
-    """Directory of the run."""
+    out: str = option(REQUIRED, "directory of the run, made if needed")
     data: DataOptions
     model: ModelOptions = field(default_factory=ModelOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
@@ -121,13 +129,13 @@ class Recipe:
         object.__setattr__(self, "model", replace(self.model, block_size=size))
 
     def _check_autoregressive(self) -> None:
-        usual = ModelOptions(block_size=USUAL_BLOCK_SIZE)
-        for name in ("block_size", "cond_dim", "clean_attention"):
-            value, default = getattr(self.model, name), getattr(usual, name)
-            stored = 1 if name == "block_size" else default
-            if value is None:
-                continue
-            if value not in (default, stored):
+        usual = ModelOptions()
+        for name, stored, allowed in (
+            ("block_size", 1, (None, 1, USUAL_BLOCK_SIZE)),
+            ("cond_dim", usual.cond_dim, (usual.cond_dim,)),
+            ("clean_attention", usual.clean_attention, (usual.clean_attention,)),
+        ):
+            if (value := getattr(self.model, name)) not in allowed:
                 raise UserError(
                     f"model.{name} is {value}, but objective.name is ar, whose network has no "
                     f"blocks and no conditioning; set model.{name}={stored}"
@@ -143,7 +151,7 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a YAML recipe; each of `overrides` is `section.key=value` and wins over the file.
+    """Read a YAML recipe; each of `overrides` is `section.key=value` and wins over the file.
 
     Raises:
         UserError: the file cannot be read, a key is unknown, or a value is not allowed.
@@ -165,19 +173,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as nested plain values: what `config.yaml` and checkpoints hold."""
+    """Return the recipe as nested plain values, as in `config.yaml` and checkpoints."""
     return _plain(asdict(recipe))
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """The dotted keys whose values differ between two recipes given as nested mappings."""
+    """Return the dotted keys whose values differ between two recipes given as nested mappings."""
     flat_before, flat_after = dict(_flatten(before)), dict(_flatten(after))
     keys = [*flat_before, *(key for key in flat_after if key not in flat_before)]
     return [key for key in keys if flat_before.get(key, MISSING) != flat_after.get(key, MISSING)]
 
 
 def _plain(value: Any) -> Any:
-    """Tuples become lists, as YAML and JSON have them."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
@@ -195,7 +202,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
-    """The recipe with the block size that the data's L decides where there is a choice.
+    """Return the recipe with its block size, which the data's L may decide.
 
     Raises:
         UserError: the block size does not divide L, or is not L for `mdlm`.
@@ -218,7 +225,7 @@ def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
 
 
 def network_config(recipe: Recipe, manifest: Manifest) -> BlockDiffusionConfig:
-    """The configuration of a network of the recipe's sizes for the data's L and vocabulary.
+    """Return the configuration of a network of the recipe's sizes for the data's L and vocabulary.
 
     Raises:
         UserError: see `with_block_size`.
@@ -240,11 +247,7 @@ def network_config(recipe: Recipe, manifest: Manifest) -> BlockDiffusionConfig:
 
 
 def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
-    """That network. Its weights are random, a function of `train.seed`.
-
-    Raises:
-        UserError: see `with_block_size`.
-    """
+    """Build that network with random weights, a function of `train.seed`."""
     import torch
 
     from blockdiffusion.models.meta import count_parameters

@@ -1,4 +1,4 @@
-"""From a recipe to a run: the network, the data, the evaluations and samples, and the training."""
+"""From a recipe to a run: network, data, evaluations, samples, and training."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ from blockdiffusion.train.schedule_search import ScheduleSearch
 
 MOST_NAMES = 20  # sources that a model card names
 
-# What a resumed run may change: nothing here touches the weights. (Data that were moved are
-# recognised by their fingerprint.)
+# A resumed run may change these, which do not touch the weights. (Moved data are recognised by
+# their fingerprint.)
 CHANGEABLE = ("out", "data.path", "eval.", "sample.", "checkpoint.", "log.", "train.parallel")
 
 
 def run_training(
     recipe: Recipe, *, resume: bool = False, resume_command: str | None = None
 ) -> TrainState:
-    """Trains as the recipe says, with a display on standard error; see `train.loop.train`.
+    """Train as the recipe says, with a display on standard error; see `train.loop.train`.
 
-    Started by torchrun, the processes share the work; the first of them logs and writes.
+    Processes started by torchrun share the work; the first of them logs and writes.
 
     Args:
-        resume: go on with the run in `recipe.out`; the recipe may differ from the run's in
+        resume: the run in `recipe.out`; the recipe may differ from the run's in
             `out`, `data.path`, `eval`, `sample`, `checkpoint`, `log` and `train.parallel`, and in
             `train.steps` where the learning rate does not depend on it.
-        resume_command: what an interrupted run tells its user to type; by default a command that
-            resumes from the run's own config.yaml.
+        resume_command: the command that an interrupted run shows; by default one that resumes from
+            the run's own config.yaml.
 
     Raises:
-        UserError: see `train.loop.train`; and the recipe is not the one of the run to resume.
-        Elsewhere: another process of the job ended.
+        UserError: see `train.loop.train`; or the recipe is not that of the run to resume.
+        PeerFailure: another process of the job ended.
     """
     with process_group() as processes:
         return _run_training(recipe, processes, resume, resume_command)
@@ -67,7 +67,6 @@ def run_training(
 def _run_training(
     recipe: Recipe, processes: ProcessGroup, resume: bool, resume_command: str | None
 ) -> TrainState:
-
     out, data = Path(recipe.out), Path(recipe.data.path)
     with progress_bar("data", quiet=not processes.is_first) as report:
         rows = TokenRows(data, "train", report)
@@ -107,8 +106,7 @@ def _run_training(
 
 
 def _start_weights(init_from: str, out: Path, model: BlockDiffusionModel) -> str:
-    """Copies the weights in; returns what to tell about it."""
-
+    """Copy the weights in; return a note for the log."""
     if Path(init_from).resolve() in (out.resolve(), (out / "model").resolve()):
         raise UserError(
             f"model.init_from and out are both {out}; choose another out=... for the new run"
@@ -138,26 +136,19 @@ def _search(
 ) -> ScheduleSearch | None:
     if recipe.search.every is None:
         return None
-
     if "valid" not in manifest.splits:
         raise UserError(f"{data} has no validation rows; set search.every=null to train without")
-    return ScheduleSearch(
-        recipe.search,
-        recipe.objective,
-        TokenRows(data, "valid"),
-        block_size,
-        recipe.train.seed,
-        processes,
-    )
+    rows = TokenRows(data, "valid")
+    seed = recipe.train.seed
+    return ScheduleSearch(recipe.search, recipe.objective, rows, block_size, seed, processes)
 
 
 def _evaluation(
     recipe: Recipe, data: Path, manifest: Manifest, network: Any, processes: ProcessGroup
 ) -> list[Periodic]:
-    """The validation bound, with the same masks at every evaluation: less noise in the curve."""
+    """Return the evaluation of the validation bound, with the same masks every time."""
     if recipe.eval.every is None:
         return []
-
     if "valid" not in manifest.splits:
         raise UserError(f"{data} has no validation rows; set eval.every=null to train without")
     choose_estimator(recipe.eval, network)  # now, not at the first evaluation
@@ -190,12 +181,11 @@ def _evaluation(
 
 
 def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
-    """What the card of the run's released model says."""
-
+    """Return the card of the run's released model."""
     sections = {name: to_dict(recipe)[name] for name in ("model", "objective", "train", "optim")}
     init_from = recipe.model.init_from
     sections["model"]["init_from"] = None if init_from is None else public_name(init_from)
-    # What is of this machine tells nobody anything.
+    # Settings of this machine do not matter to others.
     memory = ("micro_batch_size", "activation_checkpointing", "parallel")
     for name in ("steps", "device", "threads", "compile", *memory):
         del sections["train"][name]

@@ -1,15 +1,14 @@
 """The data-driven search of the clipped schedule (paper, section 5.3, and its recipe).
 
 Which clip [beta, omega] of the mask probabilities has the least variance depends on the data, the
-block size and how far the training has come. So every so often a grid of clips is tried with the
-averaged weights on validation text, each with the same random numbers, and training goes on with
-the clip whose loss (or gradient) scatters least when the masks of a batch are drawn again.
+block size and the state of the training. So from time to time a grid of clips is tried with the
+averaged weights on validation text, all with the same random numbers. Training continues with the
+clip whose loss (or gradient) varies least over draws of the masks of a batch.
 
-The variance falls with the noise of the masks, not with what is learnt from them: masking
-everything, the clip [1, 1], has none at any block size. For blocks of one token that is the right
-answer, as all clips have the same expectation there (the autoregressive likelihood), and the grid
-contains it. For longer blocks it is another objective, tokens predicted without each other, and
-the grid must not contain it.
+Masking everything, the clip [1, 1], has no variance at any block size. For blocks of one token it
+is the right answer: all clips have the same expectation there (the autoregressive likelihood), and
+the grid contains it. For longer blocks it is another objective (tokens predicted independently),
+and the grid must not contain it.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from blockdiffusion.diffusion.estimators import Estimator, for_block_size
 from blockdiffusion.diffusion.variance import Moments, batch_moments
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limits
+from blockdiffusion.options import option
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train.options import OBJECTIVES, ObjectiveOptions
@@ -44,20 +44,21 @@ MOST_WIDTHS = 100
 class SearchOptions:
     """When, on what and over which clips to search; widths and offsets are the paper's."""
 
-    every: int | None = None
-    """Steps between two searches; null: never."""
-    widths: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
-    """Widths of the clips that are tried, in (0, 1]."""
-    offset_step: float = 0.05
-    """Each width is tried at 0 and at every multiple of this that fits below 1."""
-    rows: int = 64
-    """Validation rows that are used, the first ones."""
-    batch_size: int = 8
-    """Rows of a batch whose variance is taken."""
-    replicates: int = 8
-    """Draws of the masks, per clip and batch."""
-    by: Criterion = "loss"
-    """What is to scatter least: the batch's loss (paper), or its gradient."""
+    every: int | None = option(
+        None, "steps between two searches (the paper: about 5000); null: never"
+    )
+    widths: tuple[float, ...] = option(
+        (0.5, 0.6, 0.7, 0.8, 0.9), "widths of the clips that are tried, in (0, 1]"
+    )
+    offset_step: float = option(
+        0.05, "each width is tried at 0 and at every multiple of this that fits below 1"
+    )
+    rows: int = option(64, "validation rows that are used, the first ones")
+    batch_size: int = option(8, "rows of a batch whose variance is taken")
+    replicates: int = option(8, "draws of the masks, per clip and batch")
+    by: Criterion = option(
+        "loss", "whose variance is compared: the batch's loss (paper), or its gradient"
+    )
 
     def __post_init__(self) -> None:
         check_limits(self, "search.")
@@ -71,22 +72,21 @@ class SearchOptions:
 
 
 def clip_grid(options: SearchOptions, block_size: int) -> list[Clip]:
-    """The clips (beta, omega) to try, by rising width, then by rising beta; at S = 1 also [1, 1].
+    """Return the clips (beta, omega) by rising width, then rising beta; at S = 1 also [1, 1].
 
     Ends are rounded to nine digits: 0.15 + 0.8 is 0.95.
     """
     grid = [EVERYTHING_MASKED] if block_size == 1 else []
     for width in sorted(set(options.widths)):
         num_offsets = math.floor((1 - width) / options.offset_step + 1e-9) + 1
-        for index in range(num_offsets):
-            beta = round(index * options.offset_step, 9)
-            grid.append((beta, min(1.0, round(beta + width, 9))))
+        betas = [round(index * options.offset_step, 9) for index in range(num_offsets)]
+        grid += [(beta, min(1.0, round(beta + width, 9))) for beta in betas]
     return grid
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
-    """What a search found: the variance of every clip, in the order of the grid, and the best."""
+    """The best clip and the variance of every clip, in the order of the grid."""
 
     clip: Clip
     variances: dict[Clip, float]
@@ -104,10 +104,9 @@ class SearchResult:
 class ScheduleSearch:
     """Tries the clips of a grid, with the estimator that `objective` trains with.
 
-    A step that is due begins with a search. There is none before the first step: an untrained
-    network predicts the same everywhere, so that only the weights of the estimator would be
-    measured, which for `count` tells no clip from another. Until the first search, training uses
-    the clip of the recipe, or none.
+    A step that is due begins with a search. The first step has none: an untrained network predicts
+    the same everywhere, so the search would measure only the weights of the estimator. Until the
+    first search, training uses the clip of the recipe, if any.
 
     Attributes:
         estimators: the estimator of every clip of the grid.
@@ -141,14 +140,12 @@ class ScheduleSearch:
         }
 
     def due(self, step: int) -> bool:
-        """Whether update `step` begins with a search."""
         return self._options.every is not None and step % self._options.every == 0
 
     def run(self, model: BlockDiffusionModel, step: int) -> SearchResult:
-        """Searches with the weights that `model` holds; dropout is off, gradients are cleared.
+        """Search with the weights of `model`; dropout is off, gradients are cleared.
 
-        All clips see the same rows and the same random numbers, so that they are compared, not
-        their luck.
+        All clips see the same rows and the same random numbers.
 
         Raises:
             UserError: a variance is not finite.
@@ -185,7 +182,7 @@ class ScheduleSearch:
                 valid_BL,
                 estimator,
                 self._options.replicates,
-                generator(self._seed, "search", step, number),  # of one seed: common numbers
+                generator(self._seed, "search", step, number),  # the same for every clip
                 gradients=self._options.by == "gradient",
             )
             variances.append(variance_of(moments, self._options.by))
@@ -193,11 +190,7 @@ class ScheduleSearch:
 
 
 def check_objective(objective: ObjectiveOptions) -> None:
-    """Refuses what has no clip: there is nothing to search.
-
-    Raises:
-        UserError: the objective has no clip.
-    """
+    """Refuse an objective that has no clip to search."""
     if objective.allows_clip:
         return
     kind, name = OBJECTIVES[objective.name], objective.name
@@ -214,17 +207,16 @@ def check_objective(objective: ObjectiveOptions) -> None:
 
 
 def variance_of(moments: Moments, by: Criterion) -> float:
-    """The variance that is compared: of a batch's loss, or the trace of that of its gradient."""
+    """Return the variance of a batch's loss, or the trace of the covariance of its gradient."""
     if by == "loss":
         return moments.loss_variance
     return math.fsum(moments.gradient_variance.values())
 
 
 def least_variance(variances: dict[Clip, float], step: int) -> Clip:
-    """The clip of least variance; of equal ones that which masks most, then the widest.
+    """Return the clip of least variance; among equals the one that masks most, then the widest.
 
-    So where no clip has any variance (S = 1, masks that are no Bernoulli draws) everything is
-    masked.
+    So if no clip has any variance (S = 1, masks that are not Bernoulli draws), all is masked.
 
     Raises:
         UserError: a variance is not finite; `step` says when.

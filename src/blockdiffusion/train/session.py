@@ -1,4 +1,4 @@
-"""Around the training loop: the run's directory and its log, and signals that end it."""
+"""What surrounds the training loop: the run's directory and log, and signals that end it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Interrupted(Exception):
     """A signal ended the run after its step was finished and saved.
 
     Attributes:
-        exit_code: what a shell expects of a process that the signal ended (130, 143).
+        exit_code: by the shell's convention for the signal (130, 143).
     """
 
     def __init__(self, number: int, message: str):
@@ -44,7 +44,7 @@ def running(
     first_step: int,
     processes: ProcessGroup,
 ) -> Iterator[Report]:
-    """The run's directory, claimed by the first process, and a function that reports there."""
+    """Yield a function that reports into the run's directory, which the first process claims."""
     if processes.is_first:
         with checkpoints.claimed(out), _reporting(out, loggers, config, first_step) as report:
             processes.barrier()
@@ -63,7 +63,7 @@ def running(
 def _reporting(
     out: Path, loggers: Sequence[Logger], config: Mapping[str, Any], first_step: int
 ) -> Iterator[Report]:
-    """A function that logs values to metrics.jsonl and to every logger; saves the configuration."""
+    """Save the configuration; yield a function that logs to metrics.jsonl and every logger."""
     with written_aside(out / "config.yaml") as file:
         file.write(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
     cut_metrics(out / "metrics.jsonl", first_step - 1)
@@ -80,20 +80,19 @@ def _reporting(
         yield report
 
 
-TWICE = 2.0  # seconds
+TWICE = 2.0  # seconds in which a signal that comes twice counts once
 
 
 class StopSignals:
     """Remembers the first SIGINT or SIGTERM; a second one acts as usual.
 
-    A process of several may get the same one twice, from who stops the job and from torchrun: what
-    comes within `TWICE` is one.
+    One of several processes may get the same signal twice, from the user and from torchrun.
     """
 
     def __init__(self, processes: ProcessGroup) -> None:
         self._processes = processes
         self._signal = 0
-        self._again = 0.0  # from when on a signal is a second one
+        self._again = 0.0  # when a second signal starts to count
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -107,7 +106,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def seen(self) -> int:
-        """The signal that this process or another one got, 0 for none; all processes ask."""
+        """Return the signal that a process got, 0 for none; collective."""
         return self._processes.max(self._signal)
 
     def _remember(self, number: int, _frame: object) -> None:
@@ -124,4 +123,4 @@ class StopSignals:
 
 def farewell(number: int, state: TrainState, out: Path, resume_command: str | None) -> str:
     message = f"{signal.Signals(number).name}: saved step {state.step} in {out}"
-    return f"{message}; go on with: {resume_command}" if resume_command else message
+    return f"{message}; resume with: {resume_command}" if resume_command else message

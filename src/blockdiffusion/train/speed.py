@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Speed:
-    """Knows what an update takes, and what the devices of all processes could do.
+    """Counts the operations of updates and knows the peak of the devices of all processes.
 
-    The peak is that of the table for a known GPU; on a CPU it is measured now, where that takes
-    a second or so. Elsewhere there is no share, and none any more once an update was faster than
-    the peak: other programs ran while it was measured.
+    The peak of a known GPU is in a table; on a CPU it is measured now, if that takes a second or
+    so. Otherwise no share is reported, and none after an update that was faster than the peak,
+    which other programs then disturbed.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Speed:
         self.peak = None if peak is None else peak * processes
 
     def reached(self, update: BatchLoss, seconds: float) -> dict[str, float]:
-        """What metrics.jsonl says of an update that took `seconds`."""
+        """Return what metrics.jsonl gets about an update that took `seconds`."""
         whole = Pass(
             rows=len(update.batch.ids_BL),
             scored=update.num_scored,

@@ -1,4 +1,4 @@
-"""What a run begins with: checks of the model, the data and the directory; a checkpoint, if any."""
+"""The start of a run: checks of the model, the data and the directory; a checkpoint, if any."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def check_shares(options: TrainOptions, processes: ProcessGroup) -> None:
 
 
 def find_checkpoint(out: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, if any, once `out` is found to be fit for the run."""
+    """Return the checkpoint to resume from, if any, after checking that `out` fits the run."""
     if out.exists() and not out.is_dir():
         raise UserError(f"out is {out}, which is a file; choose a directory")
     if resume and not checkpoints.holds_run(out):
         raise UserError(f"{out} holds no run to resume; check out, or start without --resume")
     if not resume and checkpoints.holds_run(out):
         raise UserError(
-            f"{out} already holds a run; go on with it by --resume, or choose another out=..."
+            f"{out} already holds a run; resume it with --resume, or choose another out=..."
         )
     return checkpoints.latest(out)
 
@@ -66,13 +66,13 @@ def restore(
     average: MovingAverage,
     optimizer: torch.optim.Optimizer,
 ) -> tuple[TrainState, str]:
-    """Loads checkpoint `newest`; returns the state to go on from, and what to tell about it."""
+    """Load checkpoint `newest`; return the state to resume from and a note for the log."""
     has_sums = checkpoints.check_sums(newest) if current_group().is_first else True
     saved = checkpoints.read_state(newest)
     if saved.data != fresh.data:
         raise UserError(
-            f"the prepared data are not those that the run in {newest.parent.parent} began with; "
-            "resume with the same data, or start a new run in another out=..."
+            f"the prepared data are not those of the run in {newest.parent.parent}; resume with "
+            "the same data, or start a new run in another out=..."
         )
     if saved.step > steps:
         raise UserError(

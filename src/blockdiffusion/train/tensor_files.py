@@ -1,7 +1,7 @@
-"""Named tensors in safetensors files: in one file, or in one of each process that holds shards.
+"""Named tensors in safetensors files: in one file, or in one per process that holds shards.
 
-A shard is some rows (of the first dimension) of a tensor, in the order of the ranks. Files that any
-number of processes wrote can be read by any other number: each process reads the rows it holds.
+A shard is some rows (of the first dimension) of a tensor, in the order of the ranks. Any number of
+processes can read the files of any other number: each reads the rows that it holds.
 """
 
 from __future__ import annotations
@@ -28,16 +28,13 @@ Shape = tuple[int, ...]
 def save_tensors(
     tensors: Mapping[str, torch.Tensor], path: Path, processes: ProcessGroup
 ) -> tuple[Path, str]:
-    """Writes the tensors, or where they are in shards the rows that this process holds.
+    """Write the tensors; of sharded ones, the rows that this process holds.
 
-    What is not in shards is written by the first process only.
+    The first process writes what is not sharded.
 
     Returns:
-        The file (`path`, and for shards that with the rank: weights-00001-of-00002.safetensors),
-        and its sha256.
-
-    Raises:
-        OSError: it cannot be written.
+        The file (`path`; with shards, weights-00001-of-00002.safetensors and the like), and its
+        sha256.
     """
     if any(map(is_sharded, tensors.values())):
         rank = f"{processes.rank + 1:05d}-of-{processes.size:05d}"
@@ -47,12 +44,12 @@ def save_tensors(
 
 
 class SavedTensors:
-    """What `save_tensors` wrote, looked through but not yet read.
+    """The files of `save_tensors`, checked but not yet read.
 
     Args:
-        path: of the one file; those of several processes lie beside where it would.
-        shapes: of what has to be there, whole.
-        may_lack: some of it may be missing.
+        path: of the one file; the files of several processes are beside it.
+        shapes: of the tensors that must be there, whole.
+        may_lack: whether some may be missing.
 
     Raises:
         UserError: a file is missing or truncated, or belongs to another model.
@@ -78,9 +75,9 @@ class SavedTensors:
         return name in self._pieces
 
     def read_into(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """Copies the tensor `name` into `tensor`, of a shard its rows; returns `tensor`."""
+        """Copy the tensor `name`, or the rows of a shard, into `tensor`; return `tensor`."""
         own, first = local(tensor), first_row(tensor)
-        start, file = 0, None  # of a file's rows
+        start, file = 0, None  # the first row of a file
         for file, shape in self._pieces[name]:
             if not shape:
                 with safe_open(file, "pt") as opened:
@@ -98,7 +95,6 @@ class SavedTensors:
 
 
 def _files(path: Path) -> list[Path]:
-    """The one file, or those of all the processes."""
     shards = sorted(path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"))
     if path.exists() or not shards:
         return [path]
@@ -126,13 +122,12 @@ def _read_shapes(file: Path) -> dict[str, Shape]:
 
 
 def _joined(shapes: list[Shape]) -> Shape:
-    """The shape of pieces put together."""
     return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
 
 def damaged(path: Path, why: str) -> UserError:
-    """The sentence for a checkpoint's file that cannot be used."""
+    """Return the error for an unusable file of a checkpoint."""
     return UserError(
-        f"cannot resume from {path}: {why}; remove the directory {path.parent} to go on from the "
+        f"cannot resume from {path}: {why}; remove the directory {path.parent} to resume from the "
         "checkpoint before it"
     )

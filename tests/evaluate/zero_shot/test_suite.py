@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from blockdiffusion.data.detokenizers import detokenize_ptb
+from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate import scoring
@@ -70,7 +70,7 @@ def test_by_default_rows_are_framed_and_wrapped_as_in_the_paper(make_model, loca
     model = with_bytes(make_model(**BYTES))
     table = measure_zero_shot(model, only(local))
     assert (table.frame, table.context, table.stride) == ("bos-eos", 16, None)
-    stream = "".join(detokenize_ptb(sentence) for sentence in SENTENCES).encode()
+    stream = "".join(DETOKENIZERS["ptb"](sentence) for sentence in SENTENCES).encode()
     count = len(stream) // 14
     rows = [[256, *stream[14 * n : 14 * n + 14], 256] for n in range(count)]
     expected = likelihood(model, torch.tensor(rows), "exact", bos=True, num_bytes=14 * count)
@@ -188,7 +188,7 @@ def test_the_asked_split_must_be_there(make_model, place, local):
     table = measure_zero_shot(model, only((*local[1:], f"ptb:test={place}")))
     assert table.rows[0].source.startswith("ptb:test=")
     table = measure_zero_shot(model, only((*local[1:], f"ptb={place / 'ptb.test.txt'}")))
-    assert "is named as the split test, and validation of ptb is asked" in table.rows[0].missing
+    assert "the split test, but validation of ptb is asked" in table.rows[0].missing
 
 
 def test_a_stopped_measurement_goes_on(make_model, local, tmp_path, monkeypatch):

@@ -1,9 +1,10 @@
-"""Whether a scorer may score: it is not the model under test, and it learnt from other text."""
+"""Check that a scorer is independent: not the model under test, and trained on other text."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,18 @@ from blockdiffusion.train.checkpoint import latest, read_state
 
 
 def check_scorer(model_name: str | None, model: Any, scorer: Scorer) -> list[str]:
-    """Refuses a scorer that is the model itself; warns of one that learnt from the same text.
+    """Refuse a scorer that is the model itself, and warn of one that learnt from the same text.
 
     Args:
-        model_name: directory or hub id of the model under test; None where only its samples are
-            known, and nothing can be checked.
-        model: the model, or None where it was not loaded.
+        model_name: directory or hub id of the model under test; None if only its samples are known
+            and nothing can be checked.
+        model: the model, or None if it was not loaded.
 
     Returns:
-        Warnings, to be shown with every result. They are about what can be read: the data of our
-        own runs.
+        Warnings to show with every result. Only the data of our own runs are known.
 
     Raises:
-        UserError: the scorer is the model under test, by its place, its run or its weights.
+        UserError: the scorer has the location, the run or the weights of the model under test.
     """
     if model_name is None:
         return ["which model drew the samples is not known, so the scorer may be that model"]
@@ -51,7 +51,7 @@ def check_scorer(model_name: str | None, model: Any, scorer: Scorer) -> list[str
 
 
 def _home(name: str) -> Path | str:
-    """Where the weights are: a run's are in its folder `model`."""
+    """Return the location of the weights; a run has them in its folder `model`."""
     path = Path(name)
     if not path.exists():
         return name
@@ -60,7 +60,7 @@ def _home(name: str) -> Path | str:
 
 
 def _run(name: str) -> Path | None:
-    """The training run that a model's directory belongs to."""
+    """Return the training run that a model's directory belongs to."""
     home = _home(name)
     if isinstance(home, Path) and (home.parent / "config.yaml").is_file():
         return home.parent
@@ -68,28 +68,25 @@ def _run(name: str) -> Path | None:
 
 
 def _run_config(name: str) -> _Recipe | None:
-    run = _run(name)
-    if run is None:
-        return None
-    try:
-        return build(_Recipe, read_yaml(run / "config.yaml", ""), strict=False)
-    except (UserError, Damaged):  # not our file to complain about
-        return None
+    if (run := _run(name)) is not None:
+        with suppress(UserError, Damaged):  # it is not checked here
+            return build(_Recipe, read_yaml(run / "config.yaml", ""), strict=False)
+    return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Data:
     path: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Model:
     init_from: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Recipe:
-    """What is read of a run's recipe."""
+    """The keys of a run's recipe that are read here."""
 
     out: str
     data: _Data
@@ -97,8 +94,8 @@ class _Recipe:
 
 
 def _weights(model: Any) -> Counter[tuple[tuple[int, ...], str]]:
-    """Shape and content of every parameter, whatever their names; in bf16, so that a copy in
-    another precision has the same."""
+    """Return shape and content of every parameter without their names, in bfloat16, so that a copy
+    in another precision has the same."""
     found = []
     for parameter in model.parameters():
         rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous()
@@ -108,10 +105,10 @@ def _weights(model: Any) -> Counter[tuple[tuple[int, ...], str]]:
 
 
 def _same_text(model_name: str, scorer_name: str) -> list[str]:
-    rows = [_training_rows(name) for name in (model_name, scorer_name)]
-    if rows[0] is None or rows[1] is None:
+    ours, theirs = _training_rows(model_name), _training_rows(scorer_name)
+    if ours is None or theirs is None:
         return []
-    if rows[0] == rows[1]:
+    if ours == theirs:
         shared = "on the same rows as the model"
     elif common := _training_sources(model_name) & _training_sources(scorer_name):
         shared = f"on the same text as the model ({', '.join(sorted(n for n, _ in common))})"
@@ -124,33 +121,30 @@ def _same_text(model_name: str, scorer_name: str) -> list[str]:
 
 
 def _training_rows(name: str) -> str | None:
-    """Fingerprint of the rows that a run was trained on, from its newest checkpoint."""
-    run = _run(name)
-    checkpoint = None if run is None else latest(run)
-    try:
-        return None if checkpoint is None else read_state(checkpoint).data
-    except UserError:  # not our file to complain about
-        return None
+    """Return the fingerprint of the rows that a run was trained on, from its newest checkpoint."""
+    if (run := _run(name)) is not None and (checkpoint := latest(run)) is not None:
+        with suppress(UserError):  # it is not checked here
+            return read_state(checkpoint).data
+    return None
 
 
 def _training_sources(name: str) -> set[tuple[str, int | None]]:
-    """Name and size of the files (or name of the data sets) that a run's rows were made from."""
+    """Return name and size of the files (or the names of data sets) of a run's rows."""
     config = _run_config(name)
-    try:
-        manifest = Manifest.load(config.data.path) if config and config.data.path else None
-    except UserError:  # moved or removed since
-        return set()
-    return {
-        (Path(source["name"]).name, source.get("size"))
-        for source in (manifest.sources if manifest else ())
-        if not source.get("valid_only")
-    }
+    if config is not None and config.data.path:
+        with suppress(UserError):  # moved or removed since
+            return {
+                (Path(source["name"]).name, source.get("size"))
+                for source in Manifest.load(config.data.path).sources
+                if not source.get("valid_only")
+            }
+    return set()
 
 
 def _related(
     model_name: str, scorer_name: str, ours: _Recipe | None, theirs: _Recipe | None
 ) -> list[str]:
-    """One of the two started from the weights of the other."""
+    """Warn if one of the two started from the weights of the other."""
     for config, other in ((ours, scorer_name), (theirs, model_name)):
         start = None if config is None else config.model.init_from
         if start is not None and _home(start) == _home(other):

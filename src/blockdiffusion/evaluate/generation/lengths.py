@@ -1,9 +1,10 @@
-"""How long documents become: tokens until a sampled EOS (paper, table 6)."""
+"""Lengths of sampled documents: tokens until a sampled EOS (paper, table 6)."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,9 +29,8 @@ class DocumentLengths:
 
     Attributes:
         lengths: tokens of each document, without BOS and EOS.
-        cut: whether the document was cut at the limit, before any EOS.
-        max_new_tokens: the limit.
-        nfe: network passes that all documents took part in.
+        cut: whether each was cut at the limit `max_new_tokens`, before any EOS.
+        nfe: network passes, summed over documents.
         seconds: time spent since the last start.
     """
 
@@ -46,7 +46,7 @@ class DocumentLengths:
 
     @property
     def mean(self) -> float:
-        """Of the documents as they are, cut ones included."""
+        """The mean over all documents, cut ones included."""
         return statistics.fmean(self.lengths)
 
     @property
@@ -63,17 +63,13 @@ class DocumentLengths:
         return (sum(self.lengths) + self.cut.count(False)) / self.nfe
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(low, high, documents) by powers of two: low <= length < high, without gaps."""
-        last = max(self.maximum.bit_length(), 1)
-        bins = [0] * last
-        for length in self.lengths:
-            bins[max(length.bit_length(), 1) - 1] += 1
-        edges = [0, *(2**power for power in range(1, last + 1))]
-        filled = next(index for index, documents in enumerate(bins) if documents)
-        return list(zip(edges[:-1], edges[1:], bins, strict=True))[filled:]
+        """Return (low, high, documents) by powers of two: low <= length < high, without gaps."""
+        bins = Counter(max(length.bit_length(), 1) for length in self.lengths)
+        powers = range(min(bins), max(bins) + 1)
+        return [(2 ** (p - 1) if p > 1 else 0, 2**p, bins[p]) for p in powers]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         derived = ("median", "mean", "maximum", "share_cut", "tokens_per_forward")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
@@ -89,16 +85,16 @@ def document_lengths(
     progress: Progress | None = None,
     **sampling: Any,
 ) -> DocumentLengths:
-    """Samples documents from nothing, each until EOS or the limit, and measures their lengths.
+    """Sample documents from nothing, each until EOS or the limit, and measure their lengths.
 
-    Rows of a batch that have ended cost nothing more. Memory is that of one batch, and constant
-    over the length with a `window` (or for a model of one block, whose frame slides).
+    Rows of a batch that have ended cost nothing more. Memory is that of one batch, and does not
+    grow with the length if there is a `window` (or for a model of one block, whose frame slides).
 
     Args:
         batch_size: documents sampled at a time.
-        seed: of the documents; every batch has a random stream of its own.
-        journal: a file that keeps finished batches, so that a measurement that was stopped goes on;
-            the caller removes it.
+        seed: of the documents; every batch has its own random stream.
+        journal: file that keeps finished batches, from which a stopped measurement resumes; the
+            caller removes it.
         progress: called with (stage, done, total) documents.
         sampling: further options of `blockdiffusion.stream`, such as `window` or `top_p`.
 
@@ -106,31 +102,24 @@ def document_lengths(
         UserError: the model has no EOS, or options out of range.
     """
     if model.config.eos_id is None:
-        raise UserError("this model names no EOS, at which a document would end; train it with one")
+        raise UserError("this model names no EOS to end a document; train it with one")
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         check_limit(name, value)
     began = time.perf_counter()
     settings = (num_samples, max_new_tokens, batch_size, seed, sorted(sampling.items()))
-    kept = Journal.of(journal, model, settings)
-
-    lengths: list[int] = []
-    cut: list[bool] = []
-    nfe = 0
+    kept, found = Journal.of(journal, model, settings), []
     for batch in range(-(-num_samples // batch_size)):
         count = min(batch_size, num_samples - batch * batch_size)
         source = generator(seed, "lengths", batch)
         draw = partial(_drawn, model, count, max_new_tokens, source, sampling)
-        found = kept.result(str(batch), draw)
-        lengths += found["lengths"]
-        cut += found["cut"]
-        nfe += found["nfe"]
+        found.append(kept.result(str(batch), draw))
         if progress is not None:
-            progress("documents", len(lengths), num_samples)
+            progress("documents", batch * batch_size + count, num_samples)
     return DocumentLengths(
-        lengths=tuple(lengths),
-        cut=tuple(cut),
+        lengths=tuple(length for batch in found for length in batch["lengths"]),
+        cut=tuple(cut for batch in found for cut in batch["cut"]),
         max_new_tokens=max_new_tokens,
-        nfe=nfe,
+        nfe=sum(batch["nfe"] for batch in found),
         seconds=time.perf_counter() - began,
     )
 
@@ -138,7 +127,7 @@ def document_lengths(
 def _drawn(
     model: Denoiser, count: int, max_new_tokens: int, source: torch.Generator, sampling: Any
 ) -> dict[str, Any]:
-    """The lengths of a batch, as a journal keeps them."""
+    """Sample a batch; return its lengths as plain values."""
     result = generate(
         model, num_samples=count, max_new_tokens=max_new_tokens, generator=source, **sampling
     )

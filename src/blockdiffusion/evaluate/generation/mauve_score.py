@@ -11,7 +11,7 @@ from blockdiffusion.errors import UserError
 
 
 def require_mauve() -> Any:
-    """The package `mauve`.
+    """Import the package `mauve`.
 
     Raises:
         UserError: it is not installed.
@@ -26,10 +26,10 @@ def require_mauve() -> Any:
 
 
 def mauve_score(reference_ND: np.ndarray, samples_MD: np.ndarray, seed: int = 0) -> float:
-    """MAUVE in [0, 1], 1 where the two cannot be told apart; with the package's own settings.
+    """Return MAUVE in [0, 1], with the package's defaults; 1 if the two cannot be distinguished.
 
     Args:
-        reference_ND, samples_MD: a feature vector of every text, see `scorer.scorer_features`.
+        reference_ND, samples_MD: feature vectors of texts, see `perplexity.scorer_features`.
         seed: of the clustering.
 
     Raises:

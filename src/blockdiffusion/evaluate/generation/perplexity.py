@@ -1,7 +1,8 @@
-"""Texts under a scorer, window by window: every token is scored once, in passes of many windows."""
+"""Score texts window by window: every token once, in passes of many windows."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ LOGIT_BYTES = 2**28  # logits of one pass: bounds memory
 
 
 def window_sizes(scorer: Scorer, context: int | None, stride: int | None) -> tuple[int, int]:
-    """The context and stride to use: the scorer's own context and half of it by default.
+    """Return the context and stride to use; the defaults are the scorer's context and half of it.
 
     Raises:
         UserError: they do not fit the scorer or each other.
@@ -27,21 +28,21 @@ def window_sizes(scorer: Scorer, context: int | None, stride: int | None) -> tup
     if not 2 <= used <= scorer.context:
         raise UserError(
             f"the context is {used} tokens, but the scorer {scorer.name} reads from 2 to "
-            f"{scorer.context}; choose one in between"
+            f"{scorer.context}; choose a number between them"
         )
     half = max((used + scorer.lead) // 2 // scorer.grain, 1) * scorer.grain
     step = half if stride is None else stride
-    # Windows of ours begin with a start of their own, so that a whole one may be scored.
+    # Windows of block diffusion models start by themselves, so that all of one may be scored.
     if not 1 <= step < used and not (step == used and scorer.grain > 1):
         raise UserError(
             f"the stride is {step}; it must be at least 1 and smaller than the context of {used} "
-            "tokens, so that no window begins with a token that is to be scored"
+            "tokens, so that no window begins with a token that is scored"
         )
     if (used + scorer.lead) % scorer.grain or step % scorer.grain:
         raise UserError(
             f"the context is {used} and the stride {step} tokens, but the scorer {scorer.name} "
-            f"reads whole blocks of {scorer.grain}; choose a context of "
-            f"{scorer.context} or that less a multiple of {scorer.grain}, and a stride that is one"
+            f"reads whole blocks of {scorer.grain}; choose a multiple of {scorer.grain} as stride, "
+            f"and {scorer.context} or a multiple less as context"
         )
     return used, step
 
@@ -55,13 +56,13 @@ def score_texts(
     progress: Callable[[int, int], None] | None = None,
     journal: Path | None = None,
 ) -> list[float]:
-    """Nats that the scorer gives to the scored tokens of every text.
+    """Return the scorer's nats of every text, summed over its scored tokens.
 
     Args:
         context, stride: see `window_sizes`.
         progress: called with (done, total) tokens read.
-        journal: file that keeps finished passes, so that the same call goes on after a kill. The
-            caller removes it.
+        journal: file that keeps finished passes, from which the same call resumes after a kill.
+            The caller removes it.
 
     Raises:
         UserError: context and stride do not fit.
@@ -85,9 +86,9 @@ def score_texts(
 
 def _finite(scorer: Scorer, rows: Sequence[Row], number: int) -> list[float]:
     found = scorer.nll(rows, number)
-    scored = [sum(row.scored) for row in rows]
-    if not all(nats < MOST_NATS * n for nats, n in zip(found, scored, strict=True)):
-        raise UserError(  # nan is not less, either
+    most = [MOST_NATS * sum(row.scored) for row in rows]
+    if not all(map(operator.lt, found, most)):  # nan is not less, either
+        raise UserError(
             f"the scorer {scorer.name} gives a text {max(found):.4g} nats: its logits are "
             "not finite or far too large; take another scorer"
         )
@@ -97,8 +98,8 @@ def _finite(scorer: Scorer, rows: Sequence[Row], number: int) -> list[float]:
 def scorer_features(
     scorer: Scorer, samples: Sequence[ScorerTokens], context: int | None = None
 ) -> np.ndarray:
-    """Features (number of samples, D) for MAUVE: the scorer's last hidden state at the last token
-    of the first window of each sample.
+    """Return features (number of samples, D) for MAUVE: the scorer's last hidden state at the last
+    token of the first window of each sample.
 
     Raises:
         UserError: the scorer is a block diffusion model, which has no such state.
@@ -114,7 +115,7 @@ def scorer_features(
 
 
 def _rows(tokens: ScorerTokens, context: int, stride: int) -> Iterator[Row]:
-    """The windows that have something to score."""
+    """Yield the windows in which a token is scored."""
     for start, end, first in spans(len(tokens.ids), context, stride):
         scored = (False,) * (first - start) + tokens.scored[first:end]
         if any(scored):
@@ -122,7 +123,7 @@ def _rows(tokens: ScorerTokens, context: int, stride: int) -> Iterator[Row]:
 
 
 def _passes(scorer: Scorer, rows: Sequence[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
-    """Windows with the numbers of their texts, the longest first, in passes whose logits take at
+    """Yield windows with the numbers of their texts, longest first, in passes whose logits take at
     most `LOGIT_BYTES`."""
     left = sorted(rows, key=lambda row: len(row[1].ids), reverse=True)
     while left:

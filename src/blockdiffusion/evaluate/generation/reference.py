@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.generation.samples import Sample, documents_of
 
 DOCUMENT_BYTES = 65_536
-POOL = 20  # pieces of text files that are looked at for each one that is taken
+POOL = 20  # pieces of text files that are read for each one taken
 
 
 def evenly_spread(number: int, most: int) -> list[int]:
-    """At most `most` of the indices 0 .. number - 1, evenly spread, the last one among them."""
+    """Return at most `most` of the indices 0 .. number - 1, evenly spread, with the last one."""
     kept = min(number, most)
     return [(index + 1) * number // kept - 1 for index in range(kept)]
 
@@ -28,13 +29,13 @@ def evenly_spread(number: int, most: int) -> list[int]:
 def reference_samples(
     sources: Sequence[str], count: int, max_tokens: int, tokenizer: Any, split: str = "valid"
 ) -> list[Sample]:
-    """At most `count` pieces of real text of at most `max_tokens` tokens each.
+    """Read at most `count` pieces of real text of at most `max_tokens` tokens each.
 
     Args:
-        sources: one directory that `blockdiff prepare` made, whose rows are taken evenly spread
-            over `split`; or text files, folders and the like, as `prepare` reads them, cut into
-            pieces that are taken evenly spread over their beginning.
-        tokenizer: that counts the tokens of text files.
+        sources: one directory that `blockdiff prepare` made, for rows evenly spread over `split`;
+            or text files, folders and the like, as `prepare` reads them, for pieces evenly spread
+            over their beginning.
+        tokenizer: counts the tokens of text files.
 
     Raises:
         UserError: there is nothing to read, or no text in it.
@@ -42,11 +43,7 @@ def reference_samples(
     if len(sources) == 1 and (Path(sources[0]) / MANIFEST_FILE).is_file():
         samples = _rows(Path(sources[0]), count, max_tokens, split)
     else:
-        pieces = []
-        for piece in _pieces(sources, max_tokens, tokenizer):
-            pieces.append(piece)
-            if len(pieces) == POOL * count:
-                break
+        pieces = list(islice(_pieces(sources, max_tokens, tokenizer), POOL * count))
         samples = [pieces[index] for index in evenly_spread(len(pieces), count)]
     if not samples:
         raise UserError(f"the reference {', '.join(sources)} holds no text; give other text")
@@ -71,7 +68,7 @@ def _pieces(sources: Sequence[str], max_tokens: int, tokenizer: Any) -> Iterator
     for source in opened:
         for document in source.documents():
             ids = encode(tokenizer, document)
-            # The rest of a document that has whole pieces would be short without a reason.
+            # The rest of a document is dropped unless it is all of it: it would be shorter.
             for start in range(0, max(len(ids) - max_tokens, 0) + 1, max_tokens):
                 text = tokenizer.decode(ids[start : start + max_tokens])
                 yield Sample(text=text, documents=(text,))

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,20 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TextNumbers:
-    """What some texts are like, in tokens of the scorer. None: nothing to compute it from.
+    """Numbers of some texts, in tokens of the scorer; None if nothing can be computed.
 
     Attributes:
-        num_samples: texts, the empty ones included.
-        num_empty: texts without a token that could be scored; they are in no number below.
+        num_samples: texts, empty ones included.
+        num_empty: texts without a token that could be scored; no number below includes them.
         num_tokens: scored tokens.
-        nats_per_token: of the scorer, all scored tokens pooled; its error is that of a ratio over
+        nats_per_token: of the scorer, over all scored tokens; its error is that of a ratio over
             samples (delta method).
-        mean_perplexity: mean over samples of exp(nats per token of the sample), which is what the
-            paper's table 7 holds.
+        mean_perplexity: mean over samples of exp(nats per token of the sample), as in the paper's
+            table 7.
         entropy: mean over samples of the entropy of a sample's tokens, nats.
         pooled_entropy: entropy of the tokens of all samples together, nats.
         distinct: n -> different n-grams over all n-grams, of all samples together.
-        repetition: n -> mean over samples of the share of n-grams that were there before.
+        repetition: n -> mean over samples of the share of n-grams that occurred before.
         longest_repeat: mean over samples of the length of the longest span that occurs twice, over
             the sample's length.
         self_bleu: mean BLEU-4 of a sample with the others as references.
@@ -74,7 +75,7 @@ class TextNumbers:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of `perplexity`; None from a single sample."""
+        """The 95 % interval of `perplexity`; None from a single sample."""
         nats = self.nats_per_token
         if nats is None or nats.stderr is None:
             return None
@@ -82,51 +83,41 @@ class TextNumbers:
         return perplexity_of(nats.value - reach), perplexity_of(nats.value + reach)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self) | {"perplexity": self.perplexity, "interval": self.interval}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """How long samples are, in tokens of the model, without BOS and the EOS that ends them.
-
-    Attributes:
-        ended: share of the samples that a sampled EOS ended; None where not known.
-        edges, counts: a histogram; bin i holds edges[i] <= length < edges[i + 1].
-    """
+    """Lengths of samples, in tokens of the model, without BOS and the EOS that ends them."""
 
     median: float
     mean: Measured
     maximum: int
-    ended: float | None
+    ended: float | None  # share of the samples that a sampled EOS ended, if known
     edges: list[int]
-    counts: list[int]
+    counts: list[int]  # a histogram; bin i holds edges[i] <= length < edges[i + 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What drawing the samples cost.
+    """The cost of drawing the samples."""
 
-    Attributes:
-        nfe: mean over samples of the network passes that a sample took part in.
-        tokens_per_forward: new tokens over passes, EOS included.
-        tokens_per_second: new tokens over the time of all batches; None where not known.
-    """
-
-    nfe: Measured
-    tokens_per_forward: float
-    tokens_per_second: float | None
+    nfe: Measured  # mean over samples of the network passes that a sample took part in
+    tokens_per_forward: float  # new tokens over passes, EOS included
+    tokens_per_second: float | None  # new tokens over the time of all batches, if known
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where samples come from.
+class Conditions:
+    """The origin of samples.
 
     Attributes:
-        label: what the result is called in tables and pictures.
-        model: directory or id; None where only samples were given.
-        sampling: how the samples were drawn, plain values; None where they were given.
+        label: name of the result in tables and pictures.
+        model: directory or id; None if only samples were given.
+        sampling: how the samples were drawn, as plain values; None if they were given.
         guard: minimum entropy and window of the guard; None without one.
+        seed: of the random choices of metrics: samples for self-BLEU, clusters of MAUVE.
     """
 
     label: str
@@ -135,25 +126,19 @@ class Origin:
     guard: dict[str, Any] | None = None
     reference_source: str | None = None
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditions(Origin):
-    """That, and the seed of what a metric draws: samples for self-BLEU, clusters of MAUVE."""
-
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationResult(Origin):
+class GenerationResult(Conditions):
     """Generated text under a scorer.
 
     Attributes:
         judge: the scorer.
         drawn, rejected: samples drawn, and how many of them the guard rejected.
-        reference: the same numbers of real text; None without.
+        reference: the same numbers of real text, if given.
         mauve: None unless asked for.
-        per_sample: nats, scored tokens, entropy, length of every sample that counts.
+        per_sample: nats, scored tokens, entropy and length of every sample.
     """
 
     judge: ScorerFacts
@@ -169,7 +154,7 @@ class GenerationResult(Origin):
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the versions that they were measured with."""
+        """Return plain values for JSON, with the versions that they were measured with."""
         return {
             "format": FORMAT,
             **asdict(self),
@@ -191,15 +176,15 @@ def evaluate_samples(
     progress: Progress | None = None,
     journal: Path | None = None,
 ) -> GenerationResult:
-    """All numbers of `drawn`, and those of `reference` beside them.
+    """Compute all numbers of `drawn`, and those of `reference`.
 
     Args:
-        drawn: the samples; there must be one with a token at least.
-        context, stride: of the scorer's windows, see `scorer.window_sizes`.
+        drawn: the samples; at least one must have a token.
+        context, stride: of the scorer's windows, see `perplexity.window_sizes`.
         reference: real texts, about as many and as long.
         mauve: whether to compute MAUVE against the reference, from the scorer's hidden states.
         progress: called with (stage, done, total).
-        journal: file that keeps what the scorer has finished; the caller removes it.
+        journal: file that keeps finished passes of the scorer; the caller removes it.
 
     Raises:
         UserError: nothing to score; MAUVE without its package, a reference or hidden states.
@@ -210,10 +195,8 @@ def evaluate_samples(
         if reference is None:
             raise UserError("MAUVE compares with real text; give --reference, or leave it out")
     used, step = window_sizes(scorer, context, stride)
-    texts = [sample.documents for sample in drawn.samples]
-    count = len(texts)
-    texts += [sample.documents for sample in reference or ()]
-    tokens = [scorer.read(documents) for documents in texts]
+    samples, count = drawn.samples, len(drawn.samples)
+    tokens = [scorer.read(sample.documents) for sample in [*samples, *(reference or ())]]
     if not any(any(found.scored) for found in tokens[:count]):
         raise UserError(
             f"there is nothing to score: all {count} samples are empty or a single token; draw "
@@ -224,7 +207,7 @@ def evaluate_samples(
         tokens,
         context=used,
         stride=step,
-        progress=None if progress is None else lambda done, total: progress("scorer", done, total),
+        progress=None if progress is None else partial(progress, "scorer"),
         journal=journal,
     )
     score = None
@@ -234,21 +217,29 @@ def evaluate_samples(
             for part in (tokens[count:], tokens[:count])
         ]
         score = mauve_score(features[0], features[1], conditions.seed)
+    real = None
+    if reference is not None:
+        real = text_numbers(tokens[count:], nats[count:], conditions.seed)
     return GenerationResult(
-        **{name: value for name, value in vars(conditions).items() if name != "seed"},
+        **vars(conditions),
         judge=scorer_facts(scorer, used, step),
         drawn=drawn.drawn,
         rejected=drawn.rejected,
         text=text_numbers(tokens[:count], nats[:count], conditions.seed),
-        reference=(
-            None
-            if reference is None
-            else text_numbers(tokens[count:], nats[count:], conditions.seed)
-        ),
+        reference=real,
         mauve=score,
-        lengths=_lengths(drawn.samples),
-        cost=_cost(drawn.samples),
-        per_sample=_per_sample(drawn.samples, tokens[:count], nats[:count]),
+        lengths=_lengths(samples),
+        cost=_cost(samples),
+        per_sample=[
+            {
+                "nats": value,
+                "tokens": sum(found.scored),
+                "entropy": token_entropy(found.text) if found.text else None,
+                "length": sample.length,
+                "nfe": sample.nfe,
+            }
+            for sample, found, value in zip(samples, tokens, nats, strict=False)
+        ],
         device=str(scorer.model.device),
         seconds=time.perf_counter() - begin,
     )
@@ -257,9 +248,8 @@ def evaluate_samples(
 def text_numbers(
     tokens: Sequence[ScorerTokens], nats: Sequence[float], seed: int = 0
 ) -> TextNumbers:
-    """The numbers of some texts, from their tokens and what the scorer gives to each."""
-    scored = [(found, value) for found, value in zip(tokens, nats, strict=True)
-              if any(found.scored)]  # fmt: skip
+    """Compute the numbers of some texts from their tokens and the scorer's nats of each."""
+    scored = [pair for pair in zip(tokens, nats, strict=True) if any(pair[0].scored)]
     counts = [sum(found.scored) for found, _ in scored]
     values = [value for _, value in scored]
     ids = [found.text for found, _ in scored]
@@ -301,28 +291,13 @@ def _lengths(samples: Sequence[Sample]) -> Lengths | None:
 
 def _cost(samples: Sequence[Sample]) -> Cost | None:
     known = [s for s in samples if s.nfe is not None and s.length is not None]
-    passes = sum(s.nfe or 0 for s in known)
-    if not passes:
+    nfe = [float(s.nfe or 0) for s in known]
+    if not any(nfe):
         return None
     tokens = sum((s.length or 0) + bool(s.ended) for s in known)
     seconds = math.fsum(s.seconds or 0.0 for s in known)
     return Cost(
-        nfe=mean_of([float(s.nfe or 0) for s in known]),
-        tokens_per_forward=tokens / passes,
+        nfe=mean_of(nfe),
+        tokens_per_forward=tokens / sum(nfe),
         tokens_per_second=tokens / seconds if seconds else None,
     )
-
-
-def _per_sample(
-    samples: Sequence[Sample], tokens: Sequence[ScorerTokens], nats: Sequence[float]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "nats": value,
-            "tokens": sum(found.scored),
-            "entropy": token_entropy(found.text) if found.text else None,
-            "length": sample.length,
-            "nfe": sample.nfe,
-        }
-        for sample, found, value in zip(samples, tokens, nats, strict=True)
-    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +42,21 @@ def generate_and_score(
     progress: Progress | None = None,
     processes: ProcessGroup = SINGLE,
 ) -> GenerationResult | None:
-    """Draws the samples (or reads them) and evaluates them.
+    """Draw the samples (or read them) and evaluate them.
 
     Args:
         load_model: loads the model under test by its name.
         device: of the scorer.
-        beside: where the result will be written: finished samples are kept beside it in
-            `NAME.samples.jsonl`, and finished passes of the scorer in `NAME.journal`, so that the
-            same call goes on after a kill; the caller removes the journal. None: nothing is kept.
-        processes: those that call this alike and share the drawing; the first one scores.
+        beside: path of the result to be written. Finished samples are kept beside it in
+            `NAME.samples.jsonl`, and finished passes of the scorer in `NAME.journal`, from which
+            the same call resumes after a kill; the caller removes the journal. None keeps nothing.
+        processes: those that make this call together and share the drawing; the first one scores.
 
     Returns:
         The result; None in all processes but the first.
 
     Raises:
-        UserError: whatever does not fit is refused before samples are drawn, as far as it can be.
+        UserError: options that do not fit, as far as possible before samples are drawn.
     """
     if options.mauve:
         require_mauve()
@@ -68,29 +69,25 @@ def generate_and_score(
     window_sizes(scorer, options.context, options.stride)
     warnings = check_scorer(options.model, model, scorer)
     drawn = _samples(options, model, beside, progress, processes)
-    reference = None
-    if options.reference:
-        reference = _reference(options, drawn, model, scorer)
-    own = options.samples_from is None
+    guard = None
+    if options.min_entropy is not None:
+        guard = {"min_entropy": options.min_entropy, "window": options.entropy_window}
+    conditions = Conditions(
+        label=options.label or options.model or str(options.samples_from),
+        model=options.model,
+        sampling=asdict(options.draw) if options.samples_from is None else None,
+        guard=guard,
+        reference_source=", ".join(options.reference) or None,
+        warnings=tuple(warnings),
+        seed=options.draw.seed,
+    )
     return evaluate_samples(
         drawn,
         scorer,
-        Conditions(
-            label=options.label or options.model or str(options.samples_from),
-            model=options.model,
-            sampling=asdict(options.draw) if own else None,
-            guard=(
-                None
-                if options.min_entropy is None
-                else {"min_entropy": options.min_entropy, "window": options.entropy_window}
-            ),
-            reference_source=", ".join(options.reference) or None,
-            warnings=tuple(warnings),
-            seed=options.draw.seed,
-        ),
+        conditions,
         context=options.context,
         stride=options.stride,
-        reference=reference,
+        reference=_reference(options, drawn, model, scorer) if options.reference else None,
         mauve=options.mauve,
         progress=progress,
         journal=journal_beside(beside),
@@ -106,33 +103,30 @@ def _samples(
 ) -> Drawn:
     guard = None
     if options.min_entropy is not None:
-        guard = EntropyGuard(
-            min_entropy=options.min_entropy,
-            window=options.entropy_window,
-            step=1 if model is None else model.config.block_size,
-        )
+        step = 1 if model is None else model.config.block_size
+        window = options.entropy_window
+        guard = EntropyGuard(min_entropy=options.min_entropy, window=window, step=step)
     if options.samples_from is not None:
         samples = read_samples(options.samples_from)
         accepted = [sample for sample in samples if guard is None or guard.accepts(sample)]
         return Drawn(accepted, len(samples), len(samples) - len(accepted))
-    assert model is not None
     return draw_samples(
         model,
         options.draw,
         file=beside and samples_file(beside),
         guard=guard,
-        progress=None if progress is None else lambda done, total: progress("sample", done, total),
+        progress=None if progress is None else partial(progress, "sample"),
         processes=processes,
     )
 
 
 def samples_file(result: Path) -> Path:
-    """Where the samples of the result `result` are kept: a.json -> a.samples.jsonl."""
+    """Return the file that keeps the samples of a result: a.json -> a.samples.jsonl."""
     return result.with_name(f"{result.stem}.samples.jsonl")
 
 
 def _reference(options: GenerateEval, drawn: Drawn, model: Any, scorer: Scorer) -> list[Sample]:
-    """As many pieces of real text as samples, as long as samples may be."""
+    """Return as many pieces of real text as samples, as long as samples may be."""
     most = options.draw.max_new_tokens
     lengths = [s.length for s in drawn.samples if s.length is not None]
     if options.samples_from is not None and lengths:

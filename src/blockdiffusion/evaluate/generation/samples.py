@@ -1,8 +1,7 @@
-"""Samples for an evaluation: drawn in batches that can be repeated, kept in a JSON lines file.
+"""Samples for an evaluation: drawn in repeatable batches, and kept in a JSON lines file.
 
-A batch is drawn from a random stream that is named by the number of its first sample, and is
-written when it is finished. So a killed run goes on with the first batch that is missing, and the
-result is what it would have been.
+The number of a batch's first sample names its random stream, and a batch is written when it is
+finished. So a killed run resumes with the first batch that is missing, to the same result.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,8 @@ from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.generation.metrics import lowest_window_entropy
 from blockdiffusion.evaluate.generation.options import DrawOptions, check_min_entropy
 from blockdiffusion.evaluate.journal import fingerprint
-from blockdiffusion.files.disk import append, storage_error, write_whole
-from blockdiffusion.files.records import (
-    Damaged,
-    as_object,
-    build,
-    byte_lines,
-    parse_json,
-)
+from blockdiffusion.files.disk import add_to, write_whole
+from blockdiffusion.files.records import Damaged, as_object, build, byte_lines, parse_json
 from blockdiffusion.limits import MOST_COUNT, check_limits
 from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup
@@ -37,28 +31,29 @@ from blockdiffusion.sampling.params import SETTINGS
 from blockdiffusion.text import whole_text
 
 STREAM = "generate-eval"
-# What a sample depends on, by the names and in the order of the first files that tell it.
+# The options that a sample depends on, by the names and in the order of the first files.
 IDENTITY = {"max_new_tokens": "max_new_tokens", "eos": "eos", "policy": "sampler"} | {
     name: name
     for name in (*SETTINGS, "temperature", "top_k", "top_p", "top_p_rule", "use_cache", "window")
 }
-MOST_TRIES = 10  # samples drawn for each one that a guard lets through
+MOST_TRIES = 10  # samples drawn for each one that a guard accepts
 Progress = Callable[[int, int], None]
+Batch = tuple[int, int]  # the number of its first sample, and how many it has
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One text.
+    """One text; None stands for what is not known of a text from elsewhere.
 
     Attributes:
         text: decoded, without special tokens.
-        documents: the text, cut where an EOS was sampled before its end.
-        ids: the model's tokens, BOS included; None for a text from elsewhere.
-        length: new tokens without the EOS that ended it; None for a text from elsewhere.
-        ended: whether a sampled EOS ended it; None where not known.
-        nfe: network passes it took part in; None where not known.
-        seconds: its share of the time of its batch; None where not known.
-        seed: of the generator that its batch was drawn with; None where not known.
+        documents: the text, cut at every sampled EOS before its end.
+        ids: the model's tokens, BOS included.
+        length: new tokens without the EOS that ended it.
+        ended: whether a sampled EOS ended it.
+        nfe: network passes it took part in.
+        seconds: its share of the time of its batch.
+        seed: of the generator that its batch was drawn with.
     """
 
     text: str
@@ -79,15 +74,15 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyGuard:
-    """Rejects samples that repeat themselves; the authors' rule is that of the defaults.
+    """Rejects samples that repeat themselves; the defaults are the authors' rule.
 
-    Their samplers draw a sample anew, whatever was asked for, once the entropy of its last 256
-    tokens falls below 4 nats, checked after every block. Here it is an option.
+    Their samplers always draw a sample anew once the entropy of its last 256 tokens falls below 4
+    nats, checked after every block. Here it is an option.
 
     Attributes:
         min_entropy: nats, of the model's tokens.
-        window: tokens that are looked at; samples that are not longer always pass.
-        step: the check is made at multiples of it and at the end: the block size.
+        window: the number of last tokens to look at; a sample that is not longer always passes.
+        step: the block size: the check is made at its multiples and at the end.
     """
 
     min_entropy: float = 4.0
@@ -115,7 +110,7 @@ class EntropyGuard:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Accepted samples in their order, how many were drawn for them, how many a guard rejected."""
+    """Accepted samples in order, how many were drawn for them, how many a guard rejected."""
 
     samples: list[Sample]
     drawn: int
@@ -131,17 +126,17 @@ def draw_samples(
     progress: Progress | None = None,
     processes: ProcessGroup = SINGLE,
 ) -> Drawn:
-    """Draws `options.num_samples` samples that the guard accepts.
+    """Draw `options.num_samples` samples that the guard accepts.
 
     Args:
         model: any model that `sampling.stream` takes, with a tokenizer. A copy made for sampling
             draws (`models.inference`).
-        file: JSON lines that keep every finished sample, rejected ones too; what it has already is
-            not drawn again.
-        guard: rejected samples are counted and replaced by further ones; None: none is rejected.
+        file: JSON lines that keep every finished sample, also rejected ones. Samples that it has
+            are not drawn again.
+        guard: rejected samples are counted and replaced by further ones; None rejects none.
         progress: called with (done, total) tokens.
-        processes: those that call this alike; each draws whole batches, the first writes `file`,
-            and all return what one process would.
+        processes: those that make this call together; each draws whole batches, the first writes
+            `file`, and all return what one process would.
 
     Raises:
         UserError: the model has no tokenizer; `file` holds samples of something else; or the guard
@@ -153,10 +148,9 @@ def draw_samples(
             "put its tokenizer.json there"
         )
     sampler = optimize_for_inference(model, int8=True) if options.int8 else model
-    # What is kept, one process knows: others might read the file while it is written.
-    kept = None
-    if file is not None and processes.is_first:
-        kept = SampleFile(file, identity(model, options))
+    # Only the first process reads the file: others might while it is being written.
+    file = file if processes.is_first else None
+    kept = SampleFile(file, identity(model, options) if file else "")
     accepted: list[Sample] = []
     drawn = 0
     batches = _batches(options.num_samples, options.batch_size)
@@ -167,55 +161,45 @@ def draw_samples(
                 "its minimum entropy, or leave it out"
             )
         due = list(islice(batches, min(processes.size, -(-missing // options.batch_size))))
-        known = processes.broadcast(partial(_known, kept, due))
+        known = processes.broadcast(partial(kept.batches, due))
         own = {}
-        for number, (first, rows) in enumerate(due):
+        for number, batch in enumerate(due):
             if known[number] is None and processes.is_mine(number):
-                expected = drawn + max(missing, rows)
-                advance = _advance(progress, drawn, expected, options.max_new_tokens, len(due))
-                own[number] = _draw_batch(sampler, options, first, rows, advance)
+                total = (drawn + max(missing, batch[1])) * options.max_new_tokens
+                advance = partial(_advance, progress, drawn * options.max_new_tokens, total)
+                own[number] = _draw_batch(sampler, options, *batch, len(due), advance)
         new = iter(processes.collect(own))
-        for (first, rows), found in zip(due, known, strict=True):
+        for batch, found in zip(due, known, strict=True):
             if found is None:
                 found = next(new)
-                if kept is not None:
-                    kept.add(first, found)
-            drawn += rows
+                kept.add(batch[0], found)
+            drawn += len(found)
             accepted += [s for s in found if guard is None or guard.accepts(s)]
     return Drawn(accepted[: options.num_samples], drawn, drawn - len(accepted))
 
 
-def _known(kept: SampleFile | None, due: Sequence[tuple[int, int]]) -> list[list[Sample] | None]:
-    """What is kept of the batches that are due."""
-    return [None if kept is None else kept.batch(first, rows) for first, rows in due]
+def _advance(progress: Progress | None, before: int, total: int, tokens: int) -> None:
+    if progress is not None:
+        progress(min(before + tokens, total), total)
 
 
-def _advance(
-    progress: Progress | None, drawn: int, expected: int, max_new_tokens: int, together: int
-) -> Callable[[int], None]:
-    """Takes the tokens of one of `together` batches that are drawn at the same time."""
-
-    def advance(tokens: int) -> None:
-        if progress is not None:
-            done = drawn * max_new_tokens + tokens * together
-            progress(min(done, expected * max_new_tokens), expected * max_new_tokens)
-
-    return advance
-
-
-def _batches(num_samples: int, batch_size: int) -> Iterator[tuple[int, int]]:
-    """(first, rows) of the batches: those of the samples asked for, then whole ones without end."""
+def _batches(num_samples: int, batch_size: int) -> Iterator[Batch]:
+    """Yield the batches of the samples asked for, then whole ones without end."""
     for first in range(0, num_samples, batch_size):
         yield first, min(batch_size, num_samples - first)
-    first = num_samples
-    while True:
+    for first in count(num_samples, batch_size):
         yield first, batch_size
-        first += batch_size
 
 
 def _draw_batch(
-    model: Any, options: DrawOptions, first: int, rows: int, advance: Callable[[int], None]
+    model: Any,
+    options: DrawOptions,
+    first: int,
+    rows: int,
+    together: int,
+    advance: Callable[[int], None],
 ) -> list[Sample]:
+    """Draw one of `together` batches; `advance` is told the tokens of all of them."""
     begin, tokens = time.perf_counter(), 0
     advance(0)
     seed = derive_seed(options.seed, STREAM, first)
@@ -223,32 +207,31 @@ def _draw_batch(
     for event in stream(model, None, options, num_samples=rows, seed=seed):
         if isinstance(event, BlockDone):
             tokens += int((event.ends - event.starts).sum())
-            advance(min(tokens, rows * options.max_new_tokens))
+            advance(min(tokens, rows * options.max_new_tokens) * together)
         elif isinstance(event, Finished):
             finished.append(event)
-    share = (time.perf_counter() - begin) / rows
-    finished.sort(key=lambda event: event.row)
-    return [_sample(model, options, event, share, seed) for event in finished]
-
-
-def _sample(model: Any, options: DrawOptions, event: Finished, seconds: float, seed: int) -> Sample:
-    assert event.text is not None
-    ids, given = event.ids, event.prompt_tokens
-    ended = event.reason == "eos"
-    return Sample(
-        text=event.text,
-        documents=documents_of(ids[given:], model.config.eos_id, model.tokenizer),
-        ids=tuple(ids),
-        length=len(ids) - given - ended,
-        ended=ended,
-        nfe=event.nfe,
-        seconds=seconds,
-        seed=seed,
-    )
+    seconds = (time.perf_counter() - begin) / rows
+    samples = []
+    for event in sorted(finished, key=lambda event: event.row):
+        assert event.text is not None
+        new, ended = event.ids[event.prompt_tokens :], event.reason == "eos"
+        samples.append(
+            Sample(
+                text=event.text,
+                documents=documents_of(new, model.config.eos_id, model.tokenizer),
+                ids=tuple(event.ids),
+                length=len(new) - ended,
+                ended=ended,
+                nfe=event.nfe,
+                seconds=seconds,
+                seed=seed,
+            )
+        )
+    return samples
 
 
 def documents_of(ids: Sequence[int], eos_id: int | None, tokenizer: Any) -> tuple[str, ...]:
-    """The texts between the EOS of `ids`; those without a token are left out."""
+    """Return the texts between the EOS of `ids`, without empty ones."""
     parts: list[list[int]] = [[]]
     for token in ids:
         if token == eos_id:
@@ -262,7 +245,7 @@ def documents_of(ids: Sequence[int], eos_id: int | None, tokenizer: Any) -> tupl
 
 
 def identity(model: Any, options: DrawOptions) -> str:
-    """Everything that a sample depends on but its number, as a hash."""
+    """Return a hash of everything that a sample depends on, except its number."""
     bos = model.config.bos if options.bos is None else options.bos
     precision = ["int8"] if options.int8 else []
     sampling = {name: getattr(options, new) for name, new in IDENTITY.items()}
@@ -270,92 +253,76 @@ def identity(model: Any, options: DrawOptions) -> str:
 
 
 class SampleFile:
-    """Finished batches, one JSON line a sample. What a kill or a full disk left of another batch is
-    removed.
-
-    Args:
-        identity: of what is drawn; see `identity`.
+    """Finished batches, one JSON line a sample; parts of other batches, which a kill or a full
+    disk left, are removed. A path of None keeps nothing.
 
     Raises:
-        UserError: the file holds something else, or samples of another model or other options.
+        UserError: the file holds something else, or samples of another `identity`.
     """
 
-    def __init__(self, path: Path, identity: str):
+    def __init__(self, path: Path | None, identity: str):
         self.path, self.identity = path, identity
-        self._found: dict[tuple[int, int], dict[int, Sample]] = {}
-        lines = list(byte_lines(path)) if path.exists() else []
+        self._found: dict[Batch, dict[int, Sample]] = {}
+        lines = list(byte_lines(path)) if path and path.exists() else []
         for record in filter(None, map(self._read, lines)):
-            self._found.setdefault(record.batch, {})[record.index] = record.sample()
-        whole = [batch for batch in self._found if self.batch(*batch) is not None]
-        if len(lines) != sum(rows for _, rows in whole) or not all(
-            line.endswith(b"\n") for line in lines
-        ):
-            write_whole(path, b"".join(self._lines(*b, self.batch(*b) or ()) for b in whole))
+            self._found.setdefault(record.batch, {})[record.index] = record
+        whole = {b: found for b in self._found if (found := self.batches([b])[0]) is not None}
+        clean = all(line.endswith(b"\n") for line in lines)
+        if path and (len(lines) != sum(map(len, whole.values())) or not clean):
+            write_whole(path, b"".join(self._lines(b[0], found) for b, found in whole.items()))
 
     def _read(self, line: bytes) -> _Record | None:
-        """Reads a line; returns None for one of ours that was cut short."""
+        """Read a line; return None for one of ours that was cut short."""
         begin = json.dumps({"identity": self.identity})[:-1].encode()
         try:
             values = as_object(parse_json(line))
         except Damaged:
             if begin.startswith(line.strip()) or line.startswith(begin):
                 return None
-            raise self._foreign() from None
-        try:
+            values = {}
+        with suppress(Damaged):
             record = build(_Record, values, strict=False)
-        except Damaged:
-            raise self._foreign() from None
-        if record.identity != self.identity:
-            raise self._foreign()
-        return record
-
-    def _foreign(self) -> UserError:
-        return UserError(
+            if record.identity == self.identity:
+                return record
+        raise UserError(
             f"{self.path} holds samples of another model or of other options; choose another place "
             "for the result, or remove that file"
         )
 
-    def batch(self, first: int, rows: int) -> list[Sample] | None:
-        """The samples `first` .. `first + rows - 1`, if drawn together and all there."""
-        found = self._found.get((first, rows), {})
-        wanted = range(first, first + rows)
-        return [found[row] for row in wanted] if found.keys() == set(wanted) else None
+    def batches(self, due: Sequence[Batch]) -> list[list[Sample] | None]:
+        """Return the samples of each batch, or None if they were not drawn together as that."""
+        found = [(range(b[0], sum(b)), self._found.get(b, {})) for b in due]
+        return [[of[n] for n in rows] if {*rows} == of.keys() else None for rows, of in found]
 
     def add(self, first: int, samples: Sequence[Sample]) -> None:
-        """Adds a finished batch; it survives a kill from here on.
+        """Add a finished batch; it survives a kill from here on.
 
         Raises:
             UserError: the file cannot be written.
         """
-        try:
-            with append(self.path) as file:
-                file.write(self._lines(first, len(samples), samples))
-        except OSError as error:
-            raise storage_error(error, self.path) from error
+        if self.path is not None:
+            add_to(self.path, self._lines(first, samples))
 
-    def _lines(self, first: int, rows: int, samples: Sequence[Sample]) -> bytes:
+    def _lines(self, first: int, samples: Sequence[Sample]) -> bytes:
         text = ""
         for index, sample in enumerate(samples, first):
-            values = {"identity": self.identity, "batch": [first, rows], "index": index}
+            values = {"identity": self.identity, "batch": [first, len(samples)], "index": index}
             text += json.dumps(values | asdict(sample), ensure_ascii=False) + "\n"
         return text.encode()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Record(Sample):
-    """A line of the file: a sample, of what it is one, the batch (first, rows), and its number."""
+    """A sample as a line of the file."""
 
     identity: str
-    batch: tuple[int, int]
+    batch: Batch
     index: int
-
-    def sample(self) -> Sample:
-        return Sample(**{item.name: getattr(self, item.name) for item in fields(Sample)})
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a JSON lines file: one of ours, of `blockdiff sample --json`, or any with a
-    `text` in every line.
+    """Read the samples of a JSON lines file: one of ours, of `blockdiff sample --json`, or any with
+    a `text` in every line.
 
     Raises:
         UserError: there is no such file, no sample in it, or a line without a text.
@@ -376,9 +343,9 @@ def read_samples(path: Path) -> list[Sample]:
                 f"line {number} of {path} is no sample ({error}); each line must be a JSON object "
                 "with a text"
             ) from None
-        # A last batch that was short is drawn again, whole, when more samples are asked for.
+        # A last batch that was short is drawn again, whole, if more samples are asked for.
         if own.index not in samples or own.batch[1] > samples[own.index][0]:
-            samples[own.index] = (own.batch[1], own.sample())
+            samples[own.index] = (own.batch[1], own)
     if not samples:
         raise UserError(f"there is no sample in {path}; give a file with a JSON object a line")
     return [sample for _, sample in samples.values()]
@@ -399,7 +366,7 @@ def _from_elsewhere(record: dict[str, Any]) -> Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class _Elsewhere:
-    """What is read of a line of another kind."""
+    """The known keys of a line from elsewhere."""
 
     text: str
     ids: tuple[int, ...] | None = None

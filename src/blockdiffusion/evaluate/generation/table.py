@@ -11,12 +11,12 @@ from blockdiffusion.evaluate.generation.result import FORMAT, GenerationResult
 from blockdiffusion.files.records import Damaged, build, not_negative, of_file, read_json
 from blockdiffusion.reports.tables import Column, Table, found
 
-Result = Mapping[str, Any]  # what `GenerationResult.to_dict` gives
+Result = Mapping[str, Any]  # from `GenerationResult.to_dict`
 KINDS = ("samples", "real text")
 
 
 def read_result(path: Path) -> Result:
-    """A result that `blockdiff generate-eval --json` wrote.
+    """Read a result that `blockdiff generate-eval --json` wrote.
 
     Raises:
         UserError: it cannot be read, or is something else.
@@ -34,14 +34,13 @@ def read_result(path: Path) -> Result:
 
 
 def check_comparable(results: Sequence[Result], names: Sequence[str]) -> list[str]:
-    """Refuses results of different scorers; returns what else makes numbers differ.
+    """Refuse results of different scorers; return notes on what else makes numbers differ.
 
     Raises:
         UserError: two scorers, or one with other windows.
     """
-    keys = ("fingerprint", "context", "stride")
     for result, name in zip(results, names, strict=True):
-        for key in keys:
+        for key in ("fingerprint", "context", "stride"):
             if result["judge"][key] != results[0]["judge"][key]:
                 what = "another scorer" if key == "fingerprint" else f"another {key} of the scorer"
                 raise UserError(
@@ -57,18 +56,18 @@ def check_comparable(results: Sequence[Result], names: Sequence[str]) -> list[st
 
 
 def csv_text(results: Sequence[Result]) -> str:
-    """A line for every result, and one for the real text beside it."""
+    """Return a line for every result, and one for its real text."""
     return _table(results).csv()
 
 
 def markdown_text(results: Sequence[Result], notes: Sequence[str] = ()) -> str:
-    """The table for a page, with the conventions and warnings under it."""
+    """Return the table for a page, with conventions and warnings below it."""
     warnings = dict.fromkeys(warning for result in results for warning in result["warnings"])
     return _table(results, [conventions(results[0]), *notes, *warnings]).markdown()
 
 
 def generation_lines(result: Result) -> list[str]:
-    """The numbers of generated text, those of real text beside them, and the conventions."""
+    """Return the numbers of generated text beside those of real text, and the conventions."""
     real = [real_label(result)] if result["reference"] else []
     warnings = [f"warning: {warning}" for warning in result["warnings"]]
     table = _table([result], [conventions(result), *real, *warnings])
@@ -77,12 +76,12 @@ def generation_lines(result: Result) -> list[str]:
 
 
 def real_label(result: Result) -> str:
-    """What the reference of a result is called."""
+    """Return the name of a result's reference."""
     return f"{KINDS[1]} ({result['reference_source']})"
 
 
 def conventions(result: Result) -> str:
-    """Under which scorer, and how, in one line."""
+    """Describe the scorer and its windows in one line."""
     judge = result["judge"]
     before = judge["first_token"]
     first = f"first token scored after {before}" if before else "first token not scored"
@@ -94,7 +93,7 @@ def conventions(result: Result) -> str:
 
 
 def perplexity(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The perplexity of a row's text, with its interval."""
+    """Return the perplexity of a row's text with its interval."""
     low, high = row["text"]["interval"] or (None, None)
     return {"value": row["text"]["perplexity"], "low": low, "high": high}
 

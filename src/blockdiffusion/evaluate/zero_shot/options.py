@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from blockdiffusion.data.named import NamedSet
 from blockdiffusion.data.registry import find_set
@@ -16,9 +17,8 @@ PACKINGS = ("wrap", "document")
 FRAMES = ("auto", "none", "bos", "bos-eos")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """One line of a suite: which split of which named set."""
+class Task(NamedTuple):
+    """One task of a suite: a split of a named set."""
 
     name: str
     data_set: str
@@ -27,13 +27,13 @@ class Task:
 
 SUITES = {
     "paper": (
-        Task(name="ptb", data_set="ptb", split="validation"),
-        Task(name="wikitext", data_set="wikitext2", split="validation"),
-        Task(name="lm1b", data_set="lm1b", split="test"),
-        Task(name="lambada", data_set="lambada", split="test"),
-        Task(name="ag_news", data_set="ag_news", split="test"),
-        Task(name="pubmed", data_set="scientific_papers_pubmed", split="validation"),
-        Task(name="arxiv", data_set="scientific_papers_arxiv", split="validation"),
+        Task("ptb", "ptb", "validation"),
+        Task("wikitext", "wikitext2", "validation"),
+        Task("lm1b", "lm1b", "test"),
+        Task("lambada", "lambada", "test"),
+        Task("ag_news", "ag_news", "test"),
+        Task("pubmed", "scientific_papers_pubmed", "validation"),
+        Task("arxiv", "scientific_papers_arxiv", "validation"),
     )
 }
 
@@ -42,11 +42,11 @@ SUITES = {
 class ZeroShotOptions:
     """What to measure, and by which conventions.
 
-    With packing `wrap` the documents of a set are one stream, cut to rows of `context` tokens, the
-    last partial row dropped (the paper); with `document` each is read by itself, in windows (see
-    `windows.document_windows`). `local` holds `NAME=PATH` or `NAME:split=PATH`. The frame `bos` is
-    given and not counted; `bos-eos` (the paper's) has a counted EOS at the end of a wrapped row,
-    too; `auto` is as the model was trained, and `bos-eos` if it does not say.
+    Packing `wrap` joins the documents of a set to one stream and cuts it to rows of `context`
+    tokens; the last partial row is dropped (the paper). `document` scores each document by itself,
+    in windows (see `windows.document_windows`). `local` holds `NAME=PATH` or `NAME:split=PATH`.
+    The frame `bos` is given and not counted; `bos-eos` (the paper's) has a counted EOS at the end
+    of a wrapped row, too; `auto` is as the model was trained, and `bos-eos` if it does not say.
 
     Raises:
         UserError: something does not exist, or options contradict each other.
@@ -95,27 +95,27 @@ class ZeroShotOptions:
             raise UserError("stride goes with packing document: wrapped rows do not overlap")
         if self.limit is not None and self.packing == "document":
             raise UserError("limit goes with packing wrap: give max_documents instead")
-        self.sources()  # refuses what is wrong in local
+        self.sources()  # checks local
 
     def sources(self) -> list[tuple[Task, NamedSet]]:
-        """Every task, with the set that it reads."""
-        local: dict[str, tuple[str, Path]] = {}
-        tasks = {alias: task for task in SUITES[self.suite] for alias in (task.name, task.data_set)}
+        """Return every task with the set that it reads."""
+        suite, local = SUITES[self.suite], {}
+        tasks = {alias: task for task in suite for alias in (task.name, task.data_set)}
         for entry in self.local:
             head, equals, path = entry.partition("=")
             name, _, split = head.partition(":")
             if not equals or name not in tasks:
                 raise UserError(
                     f"local is {shown(entry)}: it must be NAME=PATH, with a name of the suite "
-                    f"({', '.join(task.name for task in SUITES[self.suite])})"
+                    f"({', '.join(task.name for task in suite)})"
                 )
             if not Path(path).expanduser().exists():
                 raise UserError(f"there is no file or folder {path!r} to read {name} from")
-            local[tasks[name].name] = (split or tasks[name].split, Path(path).expanduser())
+            local[tasks[name]] = (split or tasks[name].split, Path(path).expanduser())
         chosen = []
-        for task in SUITES[self.suite]:
+        for task in suite:
             if not self.tasks or task.name in self.tasks:
-                split, path = local.get(task.name, (task.split, None))
-                data_set = find_set(task.data_set)
-                chosen.append((task, NamedSet(data_set=data_set, split=split, path=path)))
+                split, path = local.get(task, (task.split, None))
+                named = NamedSet(data_set=find_set(task.data_set), split=split, path=path)
+                chosen.append((task, named))
         return chosen

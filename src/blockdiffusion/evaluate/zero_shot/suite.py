@@ -1,19 +1,18 @@
-"""Zero-shot perplexity: one model on text of other kinds than it was trained on (paper, table 5).
+"""Zero-shot perplexity: one model on other kinds of text than it was trained on (paper, table 5).
 
-By default the conventions are those of the paper's evaluation: documents detokenized, one after the
-other with nothing between them, wrapped to rows of the model's length. Every number comes with the
-conventions that it has.
+The default conventions are those of the paper's evaluation: documents detokenized, one after the
+other with nothing between them, wrapped to rows of the model's length. Every number comes with its
+conventions.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,12 +26,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.evaluate.likelihood import Likelihood, choose_estimator
 from blockdiffusion.evaluate.scoring import score
-from blockdiffusion.evaluate.windows import (
-    Window,
-    check_stride,
-    default_stride,
-    document_windows,
-)
+from blockdiffusion.evaluate.windows import Window, check_stride, default_stride, document_windows
 from blockdiffusion.evaluate.zero_shot.options import Task, ZeroShotOptions
 from blockdiffusion.runtime.versions import versions
 
@@ -41,16 +35,16 @@ Progress = Callable[[str, int, int | None], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotRow:
-    """One set: its likelihood and its conventions, or why there is none.
+    """One set: its likelihood and its conventions, or why it is missing.
 
     Attributes:
         task: its name in the suite.
         source: set, split and local path.
         detokenizer: see `data.detokenizers`.
-        documents: read, blank ones left out.
-        num_bytes: UTF-8 bytes that the counted tokens cover, after detokenizing; the whole text
-            times the share of its tokens that were kept.
-        result: None where `missing` says why.
+        documents: those read, without blank ones.
+        num_bytes: UTF-8 bytes that the counted tokens cover, after detokenizing: those of the whole
+            text times the share of its tokens that were kept.
+        result: None if the set is `missing`, with the reason there.
     """
 
     task: str
@@ -62,18 +56,14 @@ class ZeroShotRow:
     missing: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; those of the likelihood beside the others."""
-        values = {name: value for name, value in vars(self).items() if name != "result"}
-        return values | ({} if self.result is None else self.result.to_dict())
+        """Return plain values, with those of the likelihood beside the others."""
+        values = vars(self) | ({} if self.result is None else self.result.to_dict())
+        return {name: value for name, value in values.items() if name != "result"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotTable:
-    """All sets of a suite, and the conventions that they share.
-
-    Attributes:
-        context, stride, frame: those that were used; no stride for wrapped rows.
-    """
+    """All sets of a suite, and the context, stride (None if wrapped) and frame that were used."""
 
     rows: tuple[ZeroShotRow, ...]
     options: ZeroShotOptions
@@ -83,11 +73,12 @@ class ZeroShotTable:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, with the versions that they were measured with."""
-        used = {"context": self.context, "stride": self.stride, "frame": self.frame}
+        """Return plain values for JSON, with the versions that they were measured with."""
         return {
             **asdict(self.options),
-            **used,
+            "context": self.context,
+            "stride": self.stride,
+            "frame": self.frame,
             "seconds": self.seconds,
             "versions": versions(),
             "sets": [row.to_dict() for row in self.rows],
@@ -100,21 +91,21 @@ def measure_zero_shot(
     progress: Progress | None = None,
     journal: Path | None = None,
 ) -> ZeroShotTable:
-    """The likelihood of every set of a suite under a model.
+    """Measure the likelihood of every set of a suite under a model.
 
     A set that cannot be read is in the table with the reason, and the others are measured.
 
     Args:
         model: any kind that `likelihood` takes, with a tokenizer.
-        progress: called with (set and what is counted, done, how many there are or None).
-        journal: file that keeps what is finished, so that the same call goes on after an
-            interruption, or when a missing set can be read; the caller removes it.
+        progress: called with (the set and the unit, done, total or None).
+        journal: file that keeps finished parts, from which the same call resumes after an
+            interruption, or once a missing set can be read; the caller removes it.
 
     Raises:
         UserError: the options do not fit the model, or no set at all can be read.
     """
     start = time.perf_counter()
-    options = ZeroShotOptions() if options is None else options
+    options = options or ZeroShotOptions()
     cutter = _Cutter.of(model, options)
     kept = Journal.of(journal, model, asdict(options.score), options.seed)
     rows = [
@@ -142,7 +133,6 @@ def _measure(
     journal: Journal,
     progress: Progress,
 ) -> ZeroShotRow:
-    """One set, or why it cannot be read."""
     split = f"{named.data_set.name}:{named.split}"
     row = ZeroShotRow(
         task=task.name,
@@ -154,7 +144,7 @@ def _measure(
             named.validation(), lambda done: progress(f"{task.name}: documents", done, None)
         )
     except UserError as error:
-        return dataclasses.replace(row, missing=str(error))
+        return replace(row, missing=str(error))
     result = score(
         model,
         text.windows,
@@ -166,16 +156,13 @@ def _measure(
         name=task.name,
         progress=lambda done, total: progress(f"{task.name}: rows", int(done), int(total)),
     )
-    return dataclasses.replace(
-        row, documents=text.documents, num_bytes=text.num_bytes, result=result
-    )
+    return replace(row, documents=text.documents, num_bytes=text.num_bytes, result=result)
 
 
 # --- from documents to rows --------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Text:
+class _Text(NamedTuple):
     windows: list[Window]
     documents: int
     num_bytes: float
@@ -183,12 +170,11 @@ class _Text:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cutter:
-    """Makes rows of a set's documents; an id that is None is not put anywhere."""
+    """Makes rows from a set's documents; tokens whose id is None are not inserted."""
 
     tokenizer: Any
     context: int
-    stride: int | None
-    """None: the documents are wrapped."""
+    stride: int | None  # None: the documents are wrapped
     frame: str
     bos: int | None
     row_eos: int | None
@@ -197,7 +183,7 @@ class _Cutter:
 
     @classmethod
     def of(cls, model: Denoiser, options: ZeroShotOptions) -> _Cutter:
-        """The conventions for this model.
+        """Return the conventions for this model.
 
         Raises:
             UserError: the model has no tokenizer, or the options do not fit it.
@@ -205,7 +191,7 @@ class _Cutter:
         tokenizer, config = model.tokenizer, model.config
         if tokenizer is None:
             raise UserError(
-                "this model's directory has no tokenizer, which texts need: save one into it, or "
+                "this model's directory has no tokenizer, and texts need one: save one into it, or "
                 "name one (--tokenizer gpt2)"
             )
         if vocab_size(tokenizer) > config.vocab_size or (
@@ -216,7 +202,7 @@ class _Cutter:
                 f"{tokenizer.mask_token_id}, the model V = {config.vocab_size} and mask "
                 f"{config.mask_id}: name the tokenizer that the model was trained with"
             )
-        choose_estimator(options.score, config)  # fails before anything is read
+        choose_estimator(options.score, config)  # must fail before anything is read
         frame = options.frame
         if frame == "auto":
             frame = {None: "bos-eos", True: "bos", False: "none"}[config.bos]
@@ -243,7 +229,7 @@ class _Cutter:
         )
 
     def read(self, source: NamedSplit, progress: Callable[[int], None]) -> _Text:
-        """The rows of a set; `progress` is told how many documents are read.
+        """Return the rows of a set; `progress` is called with the number of documents read.
 
         Raises:
             UserError: it cannot be read, or does not fill a row.
@@ -260,7 +246,7 @@ class _Cutter:
     def _documents(
         self, source: NamedSplit, progress: Callable[[int], None]
     ) -> Iterator[tuple[np.ndarray, int]]:
-        """(token ids, UTF-8 bytes) of each document."""
+        """Yield (token ids, UTF-8 bytes) of each document."""
         detokenize = DETOKENIZERS[source.data_set.detokenize]
         texts = (text for text in source.documents() if text.strip())
         for number, text in enumerate(map(detokenize, islice(texts, self.options.max_documents))):
@@ -287,13 +273,10 @@ class _Cutter:
             num_tokens += len(ids) + (self.document_eos is not None)
             if limit is not None and len(rows) >= limit:
                 break
-        rows = rows[:limit]
-        windows = [
-            Window(ids=row, given=int(self.bos is not None), unit=number)
-            for number, row in enumerate(rows)
-        ]
-        share = len(rows) * rules.payload / max(num_tokens, 1)
-        return _Text(windows=windows, documents=documents, num_bytes=num_bytes * share)
+        given = int(self.bos is not None)
+        windows = [Window(ids=row, given=given, unit=n) for n, row in enumerate(rows[:limit])]
+        share = len(windows) * rules.payload / max(num_tokens, 1)
+        return _Text(windows, documents, num_bytes * share)
 
     def _windows(self, read: Iterator[tuple[np.ndarray, int]]) -> _Text:
         assert self.stride is not None
@@ -305,4 +288,4 @@ class _Cutter:
             windows += document_windows(ids, documents, self.context, self.stride, self.bos)
             documents += 1
             num_bytes += size
-        return _Text(windows=windows, documents=documents, num_bytes=num_bytes)
+        return _Text(windows, documents, num_bytes)
