@@ -299,7 +299,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(compare(args.names[0], args.child == "memory")))
         return
-    from blockdiffusion.runtime.hardware import describe
+    from benchmarks.machine import describe
 
     print(f"{describe()} (one thread used)\n\n{HEAD}")
     lines = []

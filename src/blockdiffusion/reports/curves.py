@@ -1,4 +1,4 @@
-"""A run's curves: read from `metrics.jsonl`, drawn for the report."""
+"""The curves of a run: read from `metrics.jsonl`, drawn for the report."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Points = Sequence[tuple[float, float]]
-SATURATED = 8.0  # times the least variance of a search: what is worse than that is not told apart
+SATURATED = 8.0  # end of the scale of colours, in times the least variance of a search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationPoint:
     """One evaluation during training: the bound in nats per token and its standard errors.
 
-    `is_bound` is False where the value is itself exact (autoregressive models). `exact` is the
-    exact value below a bound, `orders` a tighter bound, where the evaluation gave one.
+    `exact` is the exact value below a bound and `orders` a tighter bound, if evaluated. `is_bound`
+    is False if the value is itself exact (autoregressive models).
     """
 
     step: int
@@ -59,10 +59,8 @@ class ClipSearch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curves:
-    """What `metrics.jsonl` recorded, each a list of (step, finite value) by rising step.
-
-    `samples` are the texts drawn during training.
-    """
+    """The records of `metrics.jsonl`, each a list of (step, finite value) by rising step; `samples`
+    are the texts drawn during training."""
 
     loss: Sequence[tuple[int, float]] = ()
     learning_rate: Sequence[tuple[int, float]] = ()
@@ -74,12 +72,12 @@ class Curves:
 
     @property
     def half_width(self) -> int:
-        """Of the window of `smooth`, in records."""
+        """Half of the window of `smooth`, in records."""
         return max(len(self.loss) // 80, 2)
 
     @property
     def smooth(self) -> Points:
-        """The mean over each record of the loss and its neighbours, where it has all of them."""
+        """The mean over each record of the loss and its neighbours, if it has all of them."""
         count = 2 * self.half_width + 1
         if len(self.loss) < count:
             return []
@@ -89,10 +87,10 @@ class Curves:
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
-    """The curves of a run's `metrics.jsonl`; empty ones where there is no such file.
+    """Read the curves of a run's `metrics.jsonl`; they are empty if there is no such file.
 
-    A step that was trained again after a resume counts once, the last time. What is not a finite
-    number, and a line that a kill cut short, is left out.
+    A step that was trained again after a resume counts once, the last time. Values that are not
+    finite numbers, and lines that a kill cut short, are left out.
     """
     records: dict[str, dict[int, Any]] = {}
     for line in read_lines(Path(run_dir) / "metrics.jsonl"):
@@ -103,9 +101,10 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
         values = sorted(records.get(key, {}).items())
         return [(step, float(value)) for step, value in values if _is_finite(value)]
 
-    is_exact = dict(curve("valid_perplexity"))
-    exact, orders = dict(curve("valid_exact")), dict(curve("valid_orders"))
-    noise, data = dict(curve("valid_stderr_noise")), dict(curve("valid_stderr_data"))
+    is_exact, exact, orders, noise, data = (
+        dict(curve(f"valid_{name}"))
+        for name in ("perplexity", "exact", "orders", "stderr_noise", "stderr_data")
+    )
     return Curves(
         loss=curve("loss"),
         learning_rate=curve("lr"),
@@ -142,7 +141,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> Curves:
 
 @dataclass(frozen=True, kw_only=True)
 class _Searched:
-    """What a search leaves in a line."""
+    """The values that a search leaves in a line."""
 
     clip: tuple[float, float]
     clip_grid: tuple[tuple[float, float, float], ...]
@@ -150,7 +149,7 @@ class _Searched:
 
 
 def _searches(records: Mapping[str, Mapping[int, Any]]) -> Iterator[tuple[int, _Searched]]:
-    """Those over one grid, the last one's, without lines of something else."""
+    """Yield the searches over the grid of the last one, without other lines."""
     names = [item.name for item in fields(_Searched)]
     grid: set[tuple[float, float]] = set()
     for step in sorted(records.get("clip_grid", {}), reverse=True):
@@ -174,7 +173,7 @@ def _is_finite(value: object) -> bool:
 
 @plots.style()
 def loss_figure(curves: Curves, width: float, height: float) -> Figure:
-    """The training loss, its running mean, and the evaluations with both standard errors."""
+    """Draw the training loss, its running mean, and the evaluations with both standard errors."""
     name = validation_name(curves.validation)
     figure = plots.new_figure(
         width, height, f"Training loss and {name}, in nats per token, against steps"
@@ -197,7 +196,7 @@ def loss_figure(curves: Curves, width: float, height: float) -> Figure:
 
 
 def _evaluations(axes: Axes, validation: Sequence[ValidationPoint]) -> None:
-    """Bounds with their errors; what is known better than they are, below."""
+    """Draw bounds with their errors, and the tighter values below them."""
     if not validation:
         return
     for name, points in tighter(validation).items():
@@ -218,7 +217,7 @@ def _evaluations(axes: Axes, validation: Sequence[ValidationPoint]) -> None:
 
 
 def evaluation_words(point: ValidationPoint) -> str:
-    """What one evaluation found."""
+    """Describe one evaluation."""
     bound, sign = ("bound ", "≤ ") if point.is_bound else ("", "")
     return (
         f"step {point.step:,}: {bound}{point.bound:.4f} nats per token, "
@@ -229,25 +228,22 @@ def evaluation_words(point: ValidationPoint) -> str:
 
 
 def validation_name(validation: Sequence[ValidationPoint]) -> str:
-    """What the values are; a bound where any of them is one."""
+    """Name the values: a bound if any of them is one."""
     if validation and not any(point.is_bound for point in validation):
         return "validation loss, exact"
     return "validation bound"
 
 
 def tighter(validation: Sequence[ValidationPoint]) -> dict[str, Points]:
-    """Name -> points of what is known better than the bound, where anything is."""
-    known: dict[str, Points] = {
-        "validation, exact": [(p.step, p.exact) for p in validation if p.exact is not None],
-        "validation, tighter bound": [
-            (p.step, p.orders) for p in validation if p.orders is not None
-        ],
-    }
+    """Return name -> points of the values that are tighter than the bound, if there are any."""
+    exact = [(p.step, p.exact) for p in validation if p.exact is not None]
+    orders = [(p.step, p.orders) for p in validation if p.orders is not None]
+    known = {"validation, exact": exact, "validation, tighter bound": orders}
     return {name: points for name, points in known.items() if points}
 
 
 def loss_range(curves: Curves) -> tuple[float, float]:
-    """What the loss's frame shows: of the records all but 1 % on either side, the rest whole."""
+    """Return the y range of the loss: of the records all but 1 % at either end, the rest whole."""
     ends = [value for points in tighter(curves.validation).values() for _, value in points]
     for point in curves.validation:
         reach = max(point.stderr_noise or 0.0, point.stderr_data or 0.0)
@@ -261,7 +257,7 @@ def loss_range(curves: Curves) -> tuple[float, float]:
 
 
 def small_figures(curves: Curves, width: float = 360, height: float = 150) -> Iterator[Figure]:
-    """The later evaluations close up, and every other curve from 0 on."""
+    """Draw the later evaluations close up, and every other curve from 0 on."""
     if len(curves.validation) > 3:
         later = Curves(validation=curves.validation[len(curves.validation) // 2 :])
         title = f"{validation_name(later.validation).capitalize()}, close up, nats per token"
@@ -296,9 +292,9 @@ def _small_figure(title: str, width: float, height: float, shown: Curves | Point
 
 @plots.style()
 def search_figure(searches: Sequence[ClipSearch], width: float, most: int) -> Figure:
-    """The variance of every clip in at most `most` searches, relative to the search's least.
+    """Draw the variance of every clip in at most `most` searches, relative to the search's least.
 
-    The clip that a search took is outlined.
+    The clip that a search chose is outlined.
     """
     from matplotlib.patches import PathPatch, Rectangle
     from matplotlib.path import Path as Outline
@@ -343,9 +339,9 @@ def _by_width(clip: tuple[float, float]) -> tuple[float, float]:
 
 
 def levels(search: ClipSearch) -> dict[tuple[float, float], float]:
-    """Of every clip, from 0 (the least variance) to 1 (`SATURATED` times it, or more)."""
+    """Return the level of every clip: 0 for the least variance, 1 from `SATURATED` times it on."""
     least = min(search.variances.values())
-    if least == 0:  # everything masked: all others are beyond the scale
+    if least == 0:  # everything is masked: all others are beyond the scale
         return {clip: float(variance > 0) for clip, variance in search.variances.items()}
     return {
         clip: min(math.log(variance / least, SATURATED), 1.0)

@@ -1,6 +1,6 @@
-"""The attention mask as a picture, drawn from `blockdiffusion.models.masks`: no second description.
+"""The attention mask as a picture, computed from `blockdiffusion.models.masks`.
 
-It needs no library, so every report has it, and the documentation, too.
+It needs no library, so every report has it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,14 @@ from blockdiffusion.reports.plots import colours
 if TYPE_CHECKING:
     from blockdiffusion.models.masks import CleanAttention
 
-# Letter in the rows of a mask -> (class and colour, name, what it means). "." is not seen.
+# Letter in the rows of a mask -> (class and colour, name, meaning). "." is not seen.
 PARTS = {
     "d": ("diagonal", "block diagonal", "a noisy token sees the noisy tokens of its own block"),
-    "o": (
-        "offset",
-        "offset block causal",
-        "a noisy token sees the clean tokens before its block",
-    ),
+    "o": ("offset", "offset block causal", "a noisy token sees the clean tokens before its block"),
     "c": ("clean", "block causal", "a clean token sees the clean tokens up to its own block"),
 }
-TOKEN_CAUSAL = (
-    "clean",
-    "block causal, token by token",
-    "a clean token sees the clean tokens up to itself",
-)
+TOKEN_CAUSAL = ("clean", "block causal, token by token",
+                "a clean token sees the clean tokens up to itself")  # fmt: skip
 LARGEST_DRAWN_BLOCK = 16
 LEFT, TOP, SIDE = 74, 74, 384
 STYLE = (
@@ -43,7 +36,7 @@ STYLE = (
 
 
 def drawn_blocks(block_size: int, seq_len: int) -> tuple[int, int]:
-    """(block size, number of blocks) of a picture that is small enough to read."""
+    """Return (block size, number of blocks) of a picture that is small enough to read."""
     size = min(block_size, LARGEST_DRAWN_BLOCK)
     return size, max(1, min(seq_len // block_size, max(3, min(8, 16 // size))))
 
@@ -51,7 +44,7 @@ def drawn_blocks(block_size: int, seq_len: int) -> tuple[int, int]:
 def mask_rows(
     block_size: int, num_blocks: int, clean_attention: CleanAttention = "block"
 ) -> list[str]:
-    """The mask on [noisy ; clean], one string per query: a part's letter, or `.` where unseen."""
+    """Return the mask on [noisy ; clean], a string per query: a part's letter, or `.` if unseen."""
     from blockdiffusion.models.masks import Streams, dense_mask
 
     streams = Streams(block_size * num_blocks, block_size, clean_attention=clean_attention)
@@ -67,12 +60,12 @@ def mask_rows(
 
 
 def causal_rows(num_tokens: int) -> list[str]:
-    """The mask of an autoregressive network: a token sees those up to itself."""
+    """Return the mask of an autoregressive network: a token sees those up to itself."""
     return [("c" * seen).ljust(num_tokens, ".") for seen in range(1, num_tokens + 1)]
 
 
 def legend(clean_attention: CleanAttention = "block") -> list[tuple[str, str, str]]:
-    """(CSS class, name, what it means) of the mask's three parts."""
+    """Return (CSS class, name, meaning) of the mask's three parts."""
     last = TOKEN_CAUSAL if clean_attention == "causal" else PARTS["c"]
     return [PARTS["d"], PARTS["o"], last]
 
@@ -83,9 +76,9 @@ def mask_picture(
     streams: Sequence[str] = ("noisy", "clean"),
     words: Sequence[tuple[str, str, str]] | None = None,
 ) -> str:
-    """The mask as one `<svg>`: rows are queries, columns are keys.
+    """Draw the mask as one `<svg>`: rows are queries, columns are keys.
 
-    With `words`, a legend, it is a file of its own; without, part of a page, which has the colours.
+    With `words`, a legend, it is a complete file; without, a part of a page, which has the colours.
     """
     cell, length = SIDE / len(rows), len(rows) // len(streams)
     names = [f"{stream} token {n + 1}" for stream in streams for n in range(length)]
@@ -126,7 +119,7 @@ def mask_picture(
 
 
 def _labels(streams: Sequence[str], num_blocks: int) -> list[str]:
-    """Above and on the left: what an axis is, its streams, the numbers of its blocks."""
+    """Label the axes above and on the left: their names, streams, and numbers of blocks."""
     part = SIDE / len(streams)
     labels = [("", SIDE / 2, 16, "key: what is looked at", "query: what looks")]
     for start, stream in enumerate(streams):

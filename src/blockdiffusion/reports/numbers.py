@@ -1,4 +1,4 @@
-"""Numbers as people read them: one formatter for each kind of number."""
+"""Numbers for people: one formatter for each kind of number."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ LONGEST_WAIT = 30 * 86_400.0  # seconds
 
 
 def number(value: float | None) -> str:
-    """Four significant digits; whole numbers whole; an empty text where not known."""
+    """Four significant digits; whole numbers whole; an empty text if not known."""
     if value is None:
         return ""
     if abs(value) >= 1e7 or not math.isfinite(value):
         return f"{value:.3g}".replace("e+0", "e").replace("e+", "e")
     if value == int(value):
         return f"{value:,.0f}"
-    if abs(value) < 5e-4:  # four decimals would say nothing
+    if abs(value) < 5e-4:  # four decimals would show at most one digit
         return scientific(value)
     digits = 3 - math.floor(math.log10(abs(value)))
     return f"{value:,.{min(max(digits, 0), 4)}f}"
 
 
 def with_error(found: Mapping[str, Any] | None, spec: str | None = None) -> str:
-    """12.3 ± 0.4: both as `spec` says, or to as many places as two digits of the error."""
+    """12.3 ± 0.4: both in the format `spec`, or to the decimals of two digits of the error."""
     if found is None:
         return ""
     value, error = found["value"], found["stderr"]
@@ -55,7 +55,7 @@ def two_digits(error: float) -> str:
 
 
 def _places(error: float) -> int:
-    """Decimals that give two digits of an error."""
+    """Return the decimals that show two digits of an error."""
     return max(1 - math.floor(math.log10(error)), 0)
 
 
@@ -78,7 +78,7 @@ def scaled(value: float, unit: str) -> str:
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
-    # What rounds to 1000 K is 1 M.
+    # A number that rounds to 1000 K is 1 M.
     power = sum(value >= 0.9995 * 1000**power for power in range(1, len(units)))
     return f"{value / 1000**power:.3g}{units[power]}"
 
@@ -97,7 +97,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03; with days before it, up to what anybody waits for."""
+    """1:02:03; from a day on with days before it, at most `LONGEST_WAIT`."""
     if seconds > LONGEST_WAIT:
         return f"more than {timedelta(seconds=LONGEST_WAIT).days} days"
     return str(timedelta(seconds=round(seconds)))

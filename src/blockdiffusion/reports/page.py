@@ -1,7 +1,7 @@
 """One self-contained HTML page about one training run: numbers, curves, mask, trace, samples.
 
-`write_report(path, contents)` needs nothing but the values in `ReportContents`; whatever is missing
-there becomes a sentence that says so. The page is `page.html.j2`; what is here is what it shows. It
+`write_report(path, contents)` needs only the values in `ReportContents`; a sentence stands for each
+one that is missing. The template is `page.html.j2`, and this module computes its values. The page
 uses no network, no external font or script, and every part of it can be read without JavaScript
 (which adds values under the pointer, and replay).
 """
@@ -23,7 +23,7 @@ from markupsafe import Markup
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import seen
 from blockdiffusion.evaluate.measured import perplexity_of
-from blockdiffusion.files.disk import storage_error, written_aside
+from blockdiffusion.files.disk import write_whole
 from blockdiffusion.files.records import build, not_negative
 from blockdiffusion.reports import curves as drawn
 from blockdiffusion.reports import mask, plots
@@ -36,16 +36,15 @@ if TYPE_CHECKING:
 
     from blockdiffusion.models.masks import CleanAttention
 
-MOST_RECORDS = 900  # under the pointer: more would only make the file larger
+MOST_RECORDS = 900  # shown at the pointer: more would only make the file larger
 MOST_COLUMNS = {"wide": 80, "narrow": 14}  # of searches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LikelihoodNumbers:
-    """A held-out likelihood, in the names of `evaluate.likelihood.Likelihood` (see there).
+    """A held-out likelihood; for the names see `evaluate.likelihood.Likelihood`.
 
-    `nats_per_token` is a bound unless `is_bound` is False; its standard errors are None where they
-    were not estimated. `text` names what was measured, in words that fit after "N tokens of".
+    `text` names the text that was measured, in words that fit after "N tokens of".
     """
 
     nats_per_token: float
@@ -68,7 +67,7 @@ class LikelihoodNumbers:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], text: str = "held-out text") -> LikelihoodNumbers:
-        """From `Likelihood.to_dict()`, or from what `blockdiff eval --json` wrote."""
+        """Read `Likelihood.to_dict()`, or what `blockdiff eval --json` wrote."""
         numbers = build(cls, {**values, "text": text}, strict=False)
         not_negative(asdict(numbers))
         return numbers
@@ -76,7 +75,7 @@ class LikelihoodNumbers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFacts:
-    """What was trained, on what, how fast. None or empty means unknown and is left out."""
+    """The model, its data, its speed. None or empty means unknown and is left out."""
 
     block_size: int
     seq_len: int
@@ -97,7 +96,7 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A generated text and how it was drawn. `prompt` is the part of the text that was given."""
+    """A generated text and how it was drawn. `prompt` is the given part of the text."""
 
     text: str
     prompt: str = ""
@@ -109,7 +108,7 @@ class Sample:
 
     @property
     def facts(self) -> list[str]:
-        """How it was drawn, in words, as far as that is known."""
+        """The known facts of how it was drawn, in words."""
         words = {
             "seed {}": self.seed,
             "{}": self.policy or None,
@@ -130,7 +129,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportContents:
-    """All that a report shows. `summary` is one plain sentence saying what this run is."""
+    """All that a report shows. `summary` is one plain sentence about the run."""
 
     name: str
     facts: RunFacts
@@ -144,23 +143,16 @@ class ReportContents:
 
 
 def write_report(path: str | os.PathLike[str], contents: ReportContents) -> None:
-    """Write the page under `path`, aside and renamed: it is there whole or not at all.
+    """Write the page to `path`, whole or not at all.
 
-    Raises UserError where the file cannot be written.
+    Raises UserError if the file cannot be written.
     """
-    target = Path(path)
-    page = render_report(contents)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(target) as file:
-            # A token may hold half a character; it must not cost the report.
-            file.write(page.encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise storage_error(error, target.parent) from error
+    # A token may hold half a character; it must not cost the report.
+    write_whole(Path(path), render_report(contents).encode("utf-8", errors="replace"))
 
 
 def render_report(contents: ReportContents) -> str:
-    """The page as a string."""
+    """Return the page as a string."""
     environment = Environment(
         loader=FunctionLoader(_asset),
         autoescape=True,
@@ -201,7 +193,7 @@ def _asset(name: str) -> str:
 
 
 class _Card(NamedTuple):
-    """A number and its standard errors, as (kind, error); an error is None where not known."""
+    """A number and its standard errors, each (kind, error or None if not known)."""
 
     name: str
     value: float
@@ -212,43 +204,39 @@ class _Card(NamedTuple):
 
 
 def _cards(found: LikelihoodNumbers) -> Iterator[_Card]:
-    nats, exact, orders = (
-        found.nats_per_token,
-        found.exact_nats_per_token,
-        found.orders_nats_per_token,
-    )
-    bound, known = found.is_bound, {"noise": found.stderr_noise, "data": found.stderr_data}
+    nats, bound = found.nats_per_token, found.is_bound
+    exact, orders = found.exact_nats_per_token, found.orders_nats_per_token
 
-    def scaled(value: float, errors: Mapping[str, float | None]) -> list[tuple[str, float | None]]:
-        """Of a function of the nats, with this derivative."""
+    def scaled(value: float, **errors: float | None) -> list[tuple[str, float | None]]:
+        """Return the errors of a function of the nats that has this derivative."""
         return [(kind, None if error is None else value * error) for kind, error in errors.items()]
 
-    value = perplexity_of(nats)
-    name = "Perplexity, bound" if bound else "Perplexity, exact"
-    yield _Card(name, value, scaled(value, known), bound)
+    def perplexity(name: str, nats: float, bound: bool, note: str = "", **errors) -> _Card:
+        value = perplexity_of(nats)
+        return _Card(f"Perplexity, {name}", value, scaled(value, **errors), bound, note=note)
+
+    known = {"noise": found.stderr_noise, "data": found.stderr_data}
+    yield perplexity("bound" if bound else "exact", nats, bound, **known)
     if bound and exact is not None:
-        value, data = perplexity_of(exact), found.exact_stderr_data
-        errors = scaled(value, {} if data is None else {"noise": 0.0, "data": data})
-        gap = f"the bound lies {nats - exact:.3f} nats per token above it"
-        yield _Card("Perplexity, exact", value, errors, False, note=gap)
+        data, gap = found.exact_stderr_data, f"the bound lies {nats - exact:.3f} nats per token"
+        errors = {} if data is None else {"noise": 0.0, "data": data}
+        yield perplexity("exact", exact, False, f"{gap} above it", **errors)
     if orders is not None:
-        value, noise = perplexity_of(orders), found.orders_stderr_noise
-        errors = scaled(value, {} if noise is None else {"noise": noise, "data": None})
-        gap = f"{nats - orders:.3f} nats per token below the NELBO"
-        yield _Card("Perplexity, tighter bound", value, errors, True, note=gap)
-    for name, measured, better in (
+        noise, gap = found.orders_stderr_noise, f"{nats - orders:.3f} nats per token"
+        errors = {} if noise is None else {"noise": noise, "data": None}
+        yield perplexity("tighter bound", orders, True, f"{gap} below the NELBO", **errors)
+    for name, value, better in (
         ("Nats per token", nats, exact),
         ("Bits per byte", found.bits_per_byte, found.exact_bits_per_byte),
     ):
-        if measured is not None:
+        if value is not None:
             note = f"exact: {better:.4f}" if bound and better is not None else ""
-            yield _Card(
-                name, measured, scaled(measured / nats if nats else 1, known), bound, 4, note
-            )
+            errors = scaled(value / nats if nats else 1, **known)
+            yield _Card(name, value, errors, bound, 4, note)
 
 
 def _flatten(group: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, value as YAML would show it) of all leaves."""
+    """Yield (dotted key, value as YAML would show it) of all leaves."""
     for key, value in group.items():
         if isinstance(value, Mapping) and value:
             yield from _flatten(value, f"{prefix}{key}.")
@@ -261,7 +249,7 @@ def _flatten(group: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _charts(curves: Curves) -> dict[str, Any]:
-    """The curves' pictures, wide and narrow, or why there are none."""
+    """Draw the curves, wide and narrow, or say why there are no pictures."""
     try:
         plots.require()
     except UserError as error:
@@ -280,14 +268,14 @@ def _charts(curves: Curves) -> dict[str, Any]:
 
 
 def _plot_area(figure: Figure) -> str:
-    """Where the axes begin and end, in parts of the picture's width, and at which steps."""
+    """Return the ends of the x axis, in parts of the picture's width, and their steps."""
     axes = figure.axes[0]
     box = axes.get_position()
     return " ".join(f"{value:.6g}" for value in (box.x0, box.x1, *axes.get_xlim()))
 
 
 def _records(curves: Curves) -> list[tuple[int, str, bool]]:
-    """(step, what was recorded, whether it was an evaluation), for the pointer."""
+    """Return (step, text, whether it is an evaluation) of every record, for the pointer."""
     means = dict(curves.smooth)
     records = [
         (step, f"step {step:,}\ntraining loss {loss:.3f}"
@@ -303,13 +291,13 @@ def _records(curves: Curves) -> list[tuple[int, str, bool]]:
 
 
 def _outside(curves: Curves) -> int:
-    """How many records the picture of the loss does not show."""
+    """Count the records that the picture of the loss does not show."""
     low, high = drawn.loss_range(curves)
     return sum(not low <= value <= high for _, value in curves.loss)
 
 
 def _mask(facts: RunFacts) -> dict[str, Any]:
-    """The picture of the mask, its legend, and the L and S that it is drawn for."""
+    """Draw the mask; return it with its legend, L and S."""
     if facts.autoregressive:
         length = min(facts.seq_len, 16)
         picture = mask.mask_picture(mask.causal_rows(length), 1, ("",))

@@ -1,6 +1,6 @@
 """All charts, drawn by matplotlib (the extra `plots`): the same numbers give the same SVG.
 
-A function that ends in `_figure` gives a `Figure`, which `svg` writes; those of a run are in
+Functions that end in `_figure` return a `Figure`, and `svg` writes it; those of a run are in
 `curves`. Texts stay texts, and colours are CSS variables with a light and a dark value.
 """
 
@@ -51,7 +51,7 @@ PAPER, INK, MUTED, RULE, STRONG_RULE, ACCENT, WARM, RAW, CHOSEN = (
     PALETTE[name][0]
     for name in ("paper", "ink", "muted", "rule", "strong-rule", "accent", "warm", "raw", "chosen")
 )
-# Of many curves: readable on both grounds.
+# Of many curves: readable on a light and a dark ground.
 COLOURS = ("#3b75af", "#c8643a", "#4f9a54", "#9465b8", "#b58a1f", "#c5508a", "#3f98a3")
 STYLE = {
     "svg.fonttype": "none",
@@ -81,11 +81,11 @@ STYLE = {
     "legend.fontsize": 11.5,
 }
 LONGEST_LABEL = 58
-TIP = "tip: "  # begins the id of an artist whose rest is a text for the pointer
+TIP = "tip: "  # prefix of an artist's id; the rest is shown at the pointer
 
 
 def require() -> None:
-    """Raises UserError where matplotlib is not installed."""
+    """Raise UserError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -96,34 +96,31 @@ def require() -> None:
 
 
 def colours(selector: str) -> str:
-    """CSS: the variables of the palette, for light and for dark."""
-    light, dark = (
-        "".join(f"--{name}:{values[scheme]};" for name, values in PALETTE.items())
-        for scheme in (0, 1)
-    )
-    dark = f"@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}"
-    return f"{selector}{{{light}}}{dark}"
+    """Return CSS that sets the variables of the palette, for light and for dark."""
+    light = "".join(f"--{name}:{value};" for name, (value, _) in PALETTE.items())
+    dark = "".join(f"--{name}:{value};" for name, (_, value) in PALETTE.items())
+    return f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}"
 
 
 def svg(figure: Figure, inline: str = "") -> str:
-    """The figure as one `<svg>` with a title.
+    """Return the figure as one `<svg>` with a title.
 
     Args:
-        inline: for a picture within a page, a name that makes its ids unique there; the page then
-            has the colours. Without it the picture is a file that has its own.
+        inline: for a picture within a page, a name that makes its ids unique there; the page must
+            define the colours. Without it the picture is a file with its own colours.
     """
     out = io.StringIO()
     with style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the reader's fonts draw the texts
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # which would begin anew from where it ended
+        figure.set_layout_engine("none")  # a second layout would move everything again
         figure.savefig(out, format="svg", metadata={"Date": None})
     root = ET.fromstring(out.getvalue())
     referred = set(re.findall(r"#([mp]\w+)", out.getvalue()))
     for element in list(root.iter()):
         element.tag = element.tag.partition("}")[2]
         _tidy(element, referred, inline)
-    del root[:2]  # who made it, and a style that would hold for a whole page
+    del root[:2]  # metadata, and a style that would hold for a whole page
     title, (width, height) = figure.get_label(), figure.get_size_inches() * 72
     root.attrib.clear()
     root.attrib.update({
@@ -145,7 +142,7 @@ def _element(tag: str, text: str) -> ET.Element:
 
 
 def _tidy(element: ET.Element, referred: set[str], inline: str) -> None:
-    """Leaves the ids that are used, two decimals, and colours that know light and dark."""
+    """Keep only ids that are used and two decimals; replace colours by CSS variables."""
     name = element.attrib.pop("id", "")
     if name.startswith(TIP):
         element.insert(0, _element("title", name.removeprefix(TIP)))
@@ -170,7 +167,7 @@ def _tidy(element: ET.Element, referred: set[str], inline: str) -> None:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The settings of all charts, whatever the user's own are."""
+    """Apply the settings of all charts, whatever the user's own are."""
     require()
     import matplotlib
 
@@ -181,20 +178,19 @@ def style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure, in pixels; the title is its name for who does not see it."""
+    """Make an empty figure of this size in pixels; the title is for readers who cannot see it."""
     from matplotlib.figure import Figure
 
-    size = (width / 72, height / 72)
-    return Figure(size, layout="constrained", label=one_line(title))
+    return Figure((width / 72, height / 72), layout="constrained", label=one_line(title))
 
 
 def columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """All x, all y."""
+    """Return all x and all y of points."""
     return [x for x, _ in points], [y for _, y in points]
 
 
 def ticks(axes: Axes, x: int = 6, y: int = 7) -> None:
-    """About so many round values, written plainly; on logarithmic axes powers of ten, or more."""
+    """Set about x and y round ticks, plainly written; on log axes powers of ten, or more."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     for axis, most in ((axes.xaxis, x), (axes.yaxis, y)):
@@ -208,7 +204,7 @@ def ticks(axes: Axes, x: int = 6, y: int = 7) -> None:
 
 
 def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) -> None:
-    """Writes the title above; below, in room added for it, notes and a legend (label -> artist)."""
+    """Write the title above; below, in added room, notes and a legend (label -> artist)."""
     width, height = figure.get_size_inches() * 72
     lines = [line for n in notes for line in textwrap.wrap(one_line(n), int(width / 6.3))]
     figure.suptitle(
@@ -220,17 +216,17 @@ def _complete(figure: Figure, entries: Mapping[str, Any], notes: Sequence[str]) 
         title_fontproperties={"size": 11.5}, prop={"family": "monospace", "size": 11},
     )  # fmt: skip
     legend.get_title().set_color(MUTED)
-    added = 14 * len(lines) + 17 * len(entries) + 50
+    added = 14 * len(lines) + 16.5 * len(entries) + 34
     figure.set_size_inches(width / 72, (height + added) / 72)
-    figure.draw_without_rendering()  # so that places are known
+    figure.draw_without_rendering()  # so that positions are known
 
 
 def _number(axes: Axes, marks: Sequence[tuple[float, float, str, str]]) -> None:
-    """The mark of every dot (x, y, mark, colour) beside it, where it covers no other mark."""
+    """Write the mark of every dot (x, y, mark, colour) beside it, clear of other marks."""
     taken: list[tuple[float, float]] = []
     for x, y, mark, colour in marks:
         left, bottom = axes.transData.transform((x, y))
-        around = [(dx, dy) for dy in (7, -15, 20, -28) for dx in (10, -10)]
+        around = [(dx, dy) for dy in (7, -15, 20, -28, 33, -41) for dx in (10, -10)]
         free = [
             (dx, dy) for dx, dy in around
             if all(abs(left + dx - a) > 13 or abs(bottom + dy - b) > 11 for a, b in taken)
@@ -242,18 +238,18 @@ def _number(axes: Axes, marks: Sequence[tuple[float, float, str, str]]) -> None:
 
 
 def _label(text: object) -> str:
-    """One line, not too long."""
+    """Return one line, not too long."""
     line = one_line(text)
     return line if len(line) <= LONGEST_LABEL else "…" + line[1 - LONGEST_LABEL :]
 
 
 def _interval(value: float, ends: Sequence[float] | None) -> Any:
-    """A value, and how far its interval reaches down and up, as matplotlib takes it."""
+    """Return a value and the reach of its interval down and up, as matplotlib takes it."""
     return value, None if ends is None else [[value - ends[0]], [ends[1] - value]]
 
 
 def _measured(found: Mapping[str, Any]) -> Any:
-    """The same of a value with a standard error."""
+    """Return the same of a value with a standard error."""
     return found["value"], found["stderr"] and Z95 * found["stderr"]
 
 
@@ -262,11 +258,13 @@ def _measured(found: Mapping[str, Any]) -> Any:
 
 @style()
 def generation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Generative perplexity against entropy, with 95 % intervals, and the lengths of samples.
+    """Draw generative perplexity against entropy, with 95 % intervals, and the samples' lengths.
 
-    Samples are better the closer they come to real text (the hollow dots), not the lower they lie:
-    low perplexity at low entropy is text that repeats itself. `results` are what
-    `GenerationResult.to_dict` gives, of one judge.
+    Better samples are closer to real text (the hollow dots), not lower: low perplexity at low
+    entropy is text that repeats itself.
+
+    Args:
+        results: from `GenerationResult.to_dict`, all of one scorer.
     """
     lengths = {str(n): r["lengths"] for n, r in enumerate(results, 1) if r["lengths"]}
     spread = {mark: found for mark, found in lengths.items() if len(found["counts"]) > 1}
@@ -275,9 +273,8 @@ def generation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
     axes, *below = figure.subplots(len(heights), height_ratios=heights, squeeze=False)[:, 0]
     marks, entries = [], {}
     for mark, (label, text, colour) in _texts(results).items():
-        (x, x_error), (y, y_error) = (
-            _measured(text["entropy"]), _interval(text["perplexity"], text["interval"]),
-        )  # fmt: skip
+        x, x_error = _measured(text["entropy"])
+        y, y_error = _interval(text["perplexity"], text["interval"])
         words = f"{mark}  {label}: perplexity {number(y)}, entropy {number(x)}"
         entries[words], *_ = axes.errorbar(
             x, y, y_error, x_error, fmt="o", color=colour, ms=8, mew=1.6, gid=TIP + words,
@@ -304,7 +301,7 @@ def generation_figure(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _texts(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Mapping[str, Any], str]]:
-    """Mark -> (label, numbers, colour): every result, then every different real text."""
+    """Return mark -> (label, numbers, colour) of every result, then of the real texts."""
     texts, real = {}, {}
     for index, result in enumerate(results, 1):
         texts[str(index)] = (_label(result["label"]), result["text"], ACCENT)
@@ -328,11 +325,14 @@ def _length_words(lengths: Mapping[str, Any]) -> str:
 
 @style()
 def pareto_figure(result: Mapping[str, Any], what: str) -> Figure:
-    """Quality over what a token costs, in network calls and in seconds, of `measure_pareto`.
+    """Draw the quality of samples against the cost of a token, in network calls and in seconds.
 
-    The quality has three sides, one above the other: perplexity under the judge, entropy, the
-    model's own bound. A line joins the points of a policy; a dashed line is real text. `what` says
-    which model was sampled and how.
+    Quality has three measures, one above the other: perplexity under the scorer, entropy, the
+    model's own bound. A line joins the points of a policy; a dashed line is real text.
+
+    Args:
+        result: from `measure_pareto`.
+        what: which model was sampled, and how.
     """
     points, sign = result["points"], "upper bound on " if result["judge"]["is_bound"] else ""
     found = [_qualities(sign, p["text"], p["bound"]) for p in points]
@@ -365,7 +365,7 @@ def pareto_figure(result: Mapping[str, Any], what: str) -> Figure:
 
 
 def _qualities(sign: str, text: Mapping[str, Any], bound: Mapping[str, Any] | None) -> Any:
-    """Name -> (value, how far its interval reaches), of every side of the quality."""
+    """Return name -> (value, reach of its interval) of every measure of quality."""
     return {
         f"{sign}generative perplexity": _interval(text["perplexity"], text["interval"]),
         "entropy of a sample's tokens (nats)": _measured(text["entropy"]),
@@ -374,7 +374,7 @@ def _qualities(sign: str, text: Mapping[str, Any], bound: Mapping[str, Any] | No
 
 
 def _points(axes: Axes, shown: Sequence[Any], words: Sequence[str]) -> Any:
-    """Draws points (point, cost, value, reach); gives their legend, and their marks with places."""
+    """Draw points (point, cost, value, reach); return their legend and their marks."""
     policies = dict.fromkeys(point["policy"] for point, *_ in shown)
     colours = dict(zip(policies, itertools.cycle(COLOURS), strict=False))
     known = [(n, *found) for n, found in enumerate(shown, 1) if found[1] and found[2] is not None]
@@ -395,7 +395,7 @@ def _points(axes: Axes, shown: Sequence[Any], words: Sequence[str]) -> Any:
 
 
 def _point_words(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for every point, the numbers in columns."""
+    """Return a line for every point, with the numbers in columns."""
     cells = [
         (
             str(n),
@@ -413,10 +413,10 @@ def _point_words(points: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @style()
 def variance_figure(table: VarianceTable, what: str) -> Figure:
-    """The variance of every estimator at equal compute, with its standard error over batches.
+    """Draw the variance of every estimator at equal compute, with its standard error over batches.
 
-    A band for every block size, loss and gradient side by side, all on one axis; hollow dots are
-    biased. `what` says which model and data are measured.
+    Every block size has a band; loss and gradient stand side by side, each on one axis. Hollow dots
+    are biased. `what` names the model and the data.
     """
     kinds = {"loss": "variance of the batch's loss (nats per token)"}
     if table.options.gradients:
@@ -452,8 +452,8 @@ def variance_figure(table: VarianceTable, what: str) -> Figure:
 
 
 def _variances(axes: Axes, rows: Sequence[VarianceRow], kind: str) -> dict[str, Any]:
-    """Draws dots with bars and gives their legend. A bar down to 0 ends at a third: the axis is
-    logarithmic."""
+    """Draw dots with bars and return their legend. As the axis is logarithmic, a bar down to 0 ends
+    at a third of the value."""
     axes.set_xscale("log")
     entries = {}
     for y, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The report of one training run, gathered from its directory and from fresh samples."""
+"""The report of one training run, from its directory and from fresh samples."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def report_run(
     max_new_tokens: int = 128,
     seed: int = 0,
 ) -> Path:
-    """Writes the page of the run in `run` and returns its path.
+    """Write the page of the run in `run` and return its path.
 
     Args:
-        evaluation: JSON of `blockdiff eval --json`; `eval.json` of the run where it exists.
+        evaluation: JSON of `blockdiff eval --json`; by default the `eval.json` of the run, if any.
         out: the page; `report.html` of the run by default.
-        num_samples, max_new_tokens, seed: fresh samples for the page; the first one is the trace.
-            An autoregressive model has samples only.
+        num_samples, max_new_tokens, seed: fresh samples for the page. The first one is also shown
+            as a trace, unless the model is autoregressive.
 
     Raises:
         UserError: `run` holds no run, or the evaluation cannot be read.
@@ -89,24 +89,24 @@ def _read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Data:
     path: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Train:
     batch_size: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Search:
     by: Literal["loss", "gradient"] = "loss"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Run:
-    """What the page reads of a recipe; the rest it shows."""
+    """The keys of a recipe that the page reads; it only shows the others."""
 
     data: _Data
     train: _Train
@@ -149,7 +149,7 @@ def _likelihood(run: Path, evaluation: str | Path | None) -> LikelihoodNumbers |
 def _draw(
     model: BlockDiffusionModel, num_samples: int, max_new_tokens: int, seed: int
 ) -> tuple[Trace | None, list[Sample]]:
-    """Samples without filters, each from its own stream of the seed, and the first one's trace."""
+    """Draw samples without filters, each from its own random stream; trace the first."""
     trace, samples = None, []
     for number in range(num_samples):
         source = generator(seed, "report", number)
@@ -176,7 +176,7 @@ def _commands(run: Path, config: Mapping[str, Any]) -> list[Command]:
     place, data = shlex.quote(str(run)), shlex.quote(str(config["data"]["path"]))
     return [
         Command(purpose="Train it again", command=f"blockdiff train {place}/config.yaml out=again"),
-        Command(purpose="Go on training", command=f"blockdiff train {place}/config.yaml --resume"),
+        Command(purpose="Resume training", command=f"blockdiff train {place}/config.yaml --resume"),
         Command(purpose="Measure it", command=f"blockdiff eval {place} --data {data}"),
         Command(purpose="Read it", command=f"blockdiff sample {place} --stream"),
     ]

@@ -1,8 +1,8 @@
-"""One table for a terminal, Markdown, CSV and JSON: columns that know what they hold, and rows.
+"""One table for a terminal, Markdown, CSV and JSON.
 
 A row is a mapping or an object; a column finds its value in it by a dotted path or a function. A
 value is text, a number, {"value", "stderr"} or {"value", "low", "high"} for a number with its error
-or interval, or another mapping, of several numbers by name.
+or interval, or another mapping of several numbers by name.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ WIDTH = 98  # of a line
 
 @dataclass(frozen=True)
 class Column:
-    """What a table says of every row.
+    """A column of a table.
 
     Attributes:
-        head: its heading; none where only CSV and JSON have the column.
-        of: dotted path, or function of a row. None is an empty cell.
-        show: how numbers are shown, as a format; by default as `shown` does.
-        name: of the column in CSV and JSON, which leave it out without one.
-        bound: path to whether the row's value is an upper bound, which is marked.
+        head: its heading; empty if only CSV and JSON have the column.
+        of: dotted path to its value, or function of a row. None is an empty cell.
+        show: format of numbers; see `shown` for the default.
+        name: its name in CSV and JSON, which leave out a column without one.
+        bound: path to whether the value is an upper bound, which is then marked.
     """
 
     head: str
@@ -37,11 +37,11 @@ class Column:
     bound: str = ""
 
     def value(self, row: Any) -> Any:
-        """What the column holds of a row."""
+        """Return the column's value of a row."""
         return found(row, self.of) if isinstance(self.of, str) else self.of(row)
 
     def cell(self, row: Any) -> str:
-        """The same as it is shown."""
+        """Return the value as text."""
         text = shown(value := self.value(row), self.show)
         bound = self.bound and found(row, self.bound) and not isinstance(value, str)
         return f"<= {text}" if text and bound else text
@@ -49,7 +49,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows; in `notes`, what the numbers depend on."""
+    """Columns, rows, and notes on what the numbers depend on."""
 
     columns: Sequence[Column]
     rows: Sequence[Any]
@@ -57,7 +57,7 @@ class Table:
     notes: Sequence[str] = ()
 
     def lines(self, gap: int = 2) -> list[str]:
-        """A line for every row, `gap` spaces between columns, and the notes."""
+        """Return a line for every row, `gap` spaces between columns, and the notes."""
         columns = self._shown()
         cells = [[column.head for column in columns]]
         cells += [[column.cell(row) for column in columns] for row in self.rows]
@@ -69,7 +69,7 @@ class Table:
         return lines + wrapped(self.notes)
 
     def facts(self, width: int = 38) -> list[str]:
-        """A line for every column that has a value; the rows stand side by side."""
+        """Return a line for every column that has a value, with the rows side by side."""
         cells = {column.head: [column.cell(row) for row in self.rows] for column in self._shown()}
         rows = {
             head: "".join(f"{text:<{width}}" for text in texts).rstrip()
@@ -78,28 +78,28 @@ class Table:
         return described(self.title, rows, self.notes)
 
     def markdown(self) -> str:
-        """A page: title, table, notes."""
+        """Return a page: title, table, notes."""
         head = [f"# {markdown(self.title)}", ""] if self.title else []
         return "\n".join([*head, *self.markdown_lines(), "", *bullets(self.notes), ""])
 
     def markdown_lines(self) -> list[str]:
-        """The table alone."""
+        """Return the lines of the table alone."""
         columns = self._shown()
         rules = ["---" if self._is_text(column) else "---:" for column in columns]
         cells = [[column.cell(row) for column in columns] for row in self.rows]
         return markdown_table([[column.head for column in columns], rules, *cells])
 
     def records(self) -> list[dict[str, Any]]:
-        """Every row as plain values, for JSON."""
+        """Return every row as plain values, for JSON."""
         named = [column for column in self.columns if column.name]
         return [{column.name: column.value(row) for column in named} for row in self.rows]
 
     def csv(self) -> str:
-        """The records as lines, with a column for every number."""
+        """Return the records as CSV, with a column for every number."""
         return csv_table([flat(record) for record in self.records()])
 
     def _shown(self) -> list[Column]:
-        """The columns in which something stands."""
+        """Return the columns that are not empty."""
         return [c for c in self.columns if c.head and any(map(c.cell, self.rows))]
 
     def _is_text(self, column: Column) -> bool:
@@ -108,14 +108,14 @@ class Table:
 
 
 def found(row: Any, path: str) -> Any:
-    """What lies at a dotted path of mappings and objects; None where it ends early."""
+    """Return the value at a dotted path of mappings and objects; None if it ends early."""
     for name in path.split("."):
         row = row.get(name) if isinstance(row, Mapping) else getattr(row, name, None)
     return row
 
 
 def shown(value: Any, spec: str | None = None) -> str:
-    """A value as text: numbers as the format `spec` says, or to four digits."""
+    """Return a value as text: numbers in the format `spec`, or to four digits."""
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, Mapping) and "stderr" in value:
@@ -132,7 +132,7 @@ def shown(value: Any, spec: str | None = None) -> str:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested values side by side: {"a": {"value": 1, "low": 0}} -> {"a": 1, "a_low": 0}."""
+    """Flatten nested values: {"a": {"value": 1, "low": 0}} -> {"a": 1, "a_low": 0}."""
     out = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -145,19 +145,18 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def described(title: str, facts: Mapping[str, str], notes: Iterable[str] = ()) -> list[str]:
-    """Lines for a terminal: a title, named facts but for empty ones, and notes."""
+    """Return lines for a terminal: a title, named facts that are not empty, and notes."""
     known = {name: text for name, text in facts.items() if text}
     width = max([22, *(len(name) + 1 for name in known)])
     return [title, *(f"  {name:<{width}}{text}" for name, text in known.items()), *wrapped(notes)]
 
 
 def wrapped(notes: Iterable[str]) -> list[str]:
-    """Notes as lines, of which those after a note's first are set further in."""
-    lines = (textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="    ")
-             for note in notes)  # fmt: skip
-    return [line for note in lines for line in note]
+    """Wrap notes to indented lines; those after a note's first are indented further."""
+    wrapper = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return [line for note in notes for line in wrapper.wrap(note)]
 
 
 def bullets(notes: Iterable[str]) -> list[str]:
-    """Notes as a list in Markdown."""
+    """Return notes as a list in Markdown."""
     return [f"* {markdown(note)}" for note in notes]

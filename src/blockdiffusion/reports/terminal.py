@@ -1,4 +1,4 @@
-"""What the command line shows while it works: progress bars, a sample as its blocks fill in."""
+"""Live output of the command line: progress bars, and a sample as its blocks fill in."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __getattr__ = partial(moved_name, __name__)
 HIDDEN = "░"
 SECONDS_BETWEEN_LINES = 30.0
-LIVE_CHARACTERS = 4000  # of a sample that are drawn anew with every token
+LIVE_CHARACTERS = 4000  # of a sample that are drawn again with every token
 
 
 def error_console() -> Console:
@@ -43,10 +43,10 @@ def error_console() -> Console:
 
 @contextmanager
 def progress_bar(title: str, quiet: bool = False) -> Iterator[Stages]:
-    """Gives a function (stage, done, total) that draws a bar with rate and time left.
+    """Yield a function (stage, done, total) that draws a bar with rate and time left.
 
-    On what is no terminal (a log file) it prints a line every `SECONDS_BETWEEN_LINES`; `quiet`,
-    for all processes of a job but the first, nothing.
+    If the output is not a terminal (a log file) it prints a line every `SECONDS_BETWEEN_LINES`;
+    with `quiet`, for all processes of a job but the first, nothing.
     """
     if quiet:
         yield lambda stage, done, total: None
@@ -55,7 +55,7 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[Stages]:
     if not console.is_terminal:
         yield _ProgressLines(title)
         return
-    # Where it is narrow the name gives way, and not the digits behind it.
+    # On a narrow terminal the name is cut, not the digits after it.
     elapsed = [TimeElapsedColumn()] if console.width >= 60 else []
     width = min(30, max(console.width - 60, 6))
     name = Column(
@@ -81,7 +81,7 @@ def progress_bar(title: str, quiet: bool = False) -> Iterator[Stages]:
 
 
 class _ProgressLines:
-    """Progress for a log file: seldom a line, and none for what is done soon."""
+    """Progress for a log file: a line now and then, and none for short tasks."""
 
     def __init__(self, title: str):
         self.title = title
@@ -102,7 +102,7 @@ class _ProgressLines:
 def show_stream(
     events: Iterator[Event], tokenizer: Any, prompt: list[int], text: str | None = None
 ) -> Event:
-    """Draws one sample while it is denoised; returns the last event. `text` is its prompt's.
+    """Draw one sample while it is denoised; return the last event. `text` is that of the prompt.
 
     On a terminal the current block fills in token by token; elsewhere the text of each finished
     block is printed. A long text costs no more per token than a short one.
@@ -152,7 +152,7 @@ def _print_blocks(events: Iterator[Event], view: _SampleView) -> Event:
 class _SampleView:
     """The first row's tokens as text: given, finished, just decided, hidden.
 
-    `shown` is the text of the finished tokens but for what was taken or settled before.
+    `shown` is the text of the finished tokens, without the part that was taken or settled before.
     """
 
     def __init__(self, tokenizer: Any, prompt: list[int], text: str | None):
@@ -168,24 +168,24 @@ class _SampleView:
             self.block[position] = token
 
     def finish(self, event: Any) -> None:
-        """Adds a block, up to where the kept text ends."""
+        """Add a block, up to the end of the kept text."""
         start, end = int(event.starts[0]), int(event.ends[0])
         self.shown += self.stream.push(event.ids[0].tolist()[self.finished - start : end - start])
         self.finished = end
         self.block = {}
 
     def end(self) -> None:
-        """There is no more: what waited for later tokens is shown as it is."""
+        """End the text: bytes that waited for later tokens are shown as they are."""
         self.shown += self.stream.end()
         self.block = {}
 
     def take(self) -> str:
-        """The shown text, which is shown no more."""
+        """Return the shown text and forget it."""
         taken, self.shown = self.shown, ""
         return taken
 
     def settle(self) -> Text | None:
-        """Gives up the lines of a long text that will not change any more."""
+        """Return and forget the lines of a long text that will not change any more."""
         cut = max(self.shown.rfind("\n"), 0) or self.shown.rfind(" ")
         if len(self.shown) <= LIVE_CHARACTERS or cut <= 0:
             return None
@@ -208,5 +208,5 @@ class _SampleView:
 
 
 def _styled(text: str, given: int) -> Text:
-    """Text whose first `given` characters are those of the prompt."""
+    """Return text whose first `given` characters, those of the prompt, are bold."""
     return Text().append(terminal(text[:given]), style="bold").append(terminal(text[given:]))

@@ -1,4 +1,4 @@
-"""How one sample came to be: which token was decided when, and with what confidence."""
+"""The denoising trace of one sample: when each token was decided, and with what confidence."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ if TYPE_CHECKING:
 
     from blockdiffusion.sampling import Event
 
-LONGEST_WORD = 24  # characters that are kept on one line, where a word consists of several tokens
+LONGEST_WORD = 24  # characters of a word of several tokens that are kept on one line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceStep:
-    """One denoising step of one sample: the tokens that were decided in it.
+    """The tokens that one denoising step of one sample decided.
 
-    `positions` count from 0 at the start of the sequence, prompt included; `block` counts from 0
-    there too, `step` from 0 within the block. A confidence is the probability that the network gave
-    the token.
+    `positions` and `block` count from 0 at the start of the sequence, prompt included; `step`
+    counts from 0 within the block. A confidence is the network's probability of the token.
     """
 
     block: int
@@ -36,9 +35,9 @@ class TraceStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """All steps of a sample in the order they happened, after the prompt (BOS included).
+    """All steps of a sample in order, after the prompt (BOS included).
 
-    A position decided twice (a policy that masks again) counts as decided the last time.
+    A position that is decided twice (by a sampler that masks again) counts the last time.
     """
 
     steps: Sequence[TraceStep]
@@ -52,10 +51,9 @@ def trace_of_events(
     block_size: int,
     row: int = 0,
 ) -> Trace:
-    """The trace of one row of a sampling run, from all its events (`blockdiffusion.stream`).
+    """Build the trace of one row of a sampling run from all its events (`blockdiffusion.stream`).
 
-    Tokens that the sampler decided and then cut (behind EOS, or over `max_new_tokens`) are left
-    out.
+    Tokens that the sampler decided and then cut (after EOS, or over `max_new_tokens`) are left out.
     """
     from blockdiffusion.sampling import Finished, TokensRevealed
 
@@ -87,7 +85,7 @@ def trace_of_events(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[str]:
-    """Every token's own text, with the space before it where it has one; special ones by name."""
+    """Return every token's own text, with its leading space; special tokens by name."""
     return [
         token_text(tokenizer, token) or str(tokenizer.convert_ids_to_tokens(token)) for token in ids
     ]
@@ -95,29 +93,25 @@ def token_texts(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """A token of the finished text; a given one has no `when`.
-
-    Attributes:
-        when: its step's place in the whole trace, from 1; `order` the same within its block.
-    """
+    """A token of the finished text; a given one has no `when`."""
 
     position: int
     text: str
     id: int = -1
-    when: int = 0
-    order: int = 0
+    when: int = 0  # its step's place in the whole trace, from 1
+    order: int = 0  # the same within its block
     confidence: float = 1.0
     step: int = 0
 
     @property
     def shown(self) -> str:
-        """Its text with signs for what has no shape."""
+        """Its text with signs for whitespace."""
         signs = {"\n": "↵", "\t": "⇥", "\r": "␍", "\0": "␀"}
         return "".join(signs.get(letter, letter) for letter in self.text) or "∅"
 
     @property
     def hint(self) -> str:
-        """All that is known of it."""
+        """All its values, in words."""
         if not self.when:
             return f"{self.shown} · given"
         return (
@@ -136,7 +130,7 @@ class Block:
 
 
 class Replay:
-    """A trace as the page shows it: the finished text, fully annotated, and the steps to it."""
+    """A trace as the page shows it: the finished, annotated text and its steps."""
 
     def __init__(self, trace: Trace, block_size: int):
         self.steps = trace.steps
@@ -153,7 +147,7 @@ class Replay:
 
     @property
     def summary(self) -> str:
-        """What it comes to, in words."""
+        """The trace in a sentence."""
         sure = [token.confidence for token in self._tokens if token.when]
         mean = sum(sure) / len(sure) if sure else 0.0
         return (
@@ -163,7 +157,7 @@ class Replay:
 
 
 def _tokens(trace: Trace) -> list[Token]:
-    """The finished text by position; a later decision replaces an earlier one."""
+    """Return the finished text by position; a later decision replaces an earlier one."""
     tokens = {
         position: Token(position=position, text=text)
         for position, text in enumerate(trace.prompt_texts)
@@ -181,7 +175,7 @@ def _tokens(trace: Trace) -> list[Token]:
 
 
 def _words(tokens: Sequence[Token]) -> list[list[Token]]:
-    """The tokens of one word together: they stay on one line, up to `LONGEST_WORD` letters."""
+    """Group the tokens of each word, which stays on one line, up to `LONGEST_WORD` letters."""
     words, letters = [[tokens[0]]], len(tokens[0].text)
     for before, token in pairwise(tokens):
         starts = token.text[:1].isspace() or before.text[-1:].isspace()

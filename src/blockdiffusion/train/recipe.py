@@ -6,6 +6,7 @@ wrong type with the allowed ones. The resolved recipe is saved with the run, and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
@@ -174,7 +175,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as nested plain values, as in `config.yaml` and checkpoints."""
-    return _plain(asdict(recipe))
+    return json.loads(json.dumps(asdict(recipe)))  # with lists instead of tuples
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -182,12 +183,6 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     flat_before, flat_after = dict(_flatten(before)), dict(_flatten(after))
     keys = [*flat_before, *(key for key in flat_after if key not in flat_before)]
     return [key for key in keys if flat_before.get(key, MISSING) != flat_after.get(key, MISSING)]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
