@@ -5,9 +5,27 @@ python -m benchmarks.machine
 
 from __future__ import annotations
 
+import platform
+from typing import Any
+
 import torch
 
-from blockdiffusion.runtime.hardware import describe, matrix_flops, read_bandwidth
+from blockdiffusion.runtime.hardware import matrix_flops, read_bandwidth
+
+
+def describe() -> str:
+    """Describe processor, threads and versions in one line."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.split(":")[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    capability: Any = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{name} ({capability}), {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
 
 
 def main() -> None:

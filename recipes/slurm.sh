@@ -4,8 +4,8 @@
 #     sbatch recipes/slurm.sh
 #     sbatch recipes/slurm.sh recipes/owt.yaml runs/owt-s16 model.block_size=16
 #
-# The arguments are a recipe, the run's directory (which all machines see) and overrides. Submitted
-# again after its time is over, it goes on where it stopped.
+# The arguments are a recipe, the run's directory (visible to all machines) and overrides. Submit
+# it again after its time is over to resume the run.
 #SBATCH --job-name=blockdiffusion
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

@@ -63,7 +63,7 @@ def test_both_networks_train_on_the_same_batches(overrides, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("network", study.NETWORKS)
-def test_a_run_that_was_killed_goes_on_bit_for_bit(overrides, tmp_path, monkeypatch, network):
+def test_a_run_that_was_killed_resumes_bit_for_bit(overrides, tmp_path, monkeypatch, network):
     whole = study.Job(tmp_path / "whole", network, 1e-2, 1, overrides)
     stopped = study.Job(tmp_path / "stopped", network, 1e-2, 1, overrides)
     study.train_one(whole)

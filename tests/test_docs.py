@@ -336,6 +336,7 @@ def test_the_table_of_prepare_options_is_the_program():
             value = yaml.safe_load(default)
             assert value == (list(v) if isinstance(v := fields[name].default, tuple) else v), name
             assert (of_command[option].default or value) == value, option
+            assert plain(meaning) == plain(fields[name].metadata["help"]), option
 
 
 def test_the_table_of_rooms_is_the_program():

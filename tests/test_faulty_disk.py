@@ -228,7 +228,7 @@ def content(folder):
 
 
 def of_a_resume(line):
-    """Whether a line of the metrics only tells that a run goes on, and with which clip."""
+    """Whether a line of the metrics only says that a run is resumed, and with which clip."""
     return isinstance(line, dict) and ("note" in line or line.keys() == {"step", "clip"})
 
 

@@ -96,7 +96,7 @@ def test_a_part_of_a_set_is_never_taken_for_it(hub):
     """The hub converts only the first gigabytes of a large set."""
     name = "arxiv/partial/validation/0000.parquet"
     hub({"main": {}, "refs/convert/parquet": {name: rows(6000)}})
-    with pytest.raises(UserError, match=r"has 6,000 rows where validation of .* has 6,436"):
+    with pytest.raises(UserError, match=r"has 6,000 rows, but validation of .* has 6,436"):
         fetch_split(find_set("scientific_papers_arxiv"), "validation")
 
 
@@ -115,7 +115,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and ". " not in str(error.value)
 
 
-def test_a_download_that_breaks_off_is_one_sentence_and_goes_on(hub, monkeypatch):
+def test_a_download_that_breaks_off_is_one_sentence_and_resumes(hub, monkeypatch):
     fake = hub({"main": {f"data/test-{n}.parquet": rows(3800) for n in (0, 1)}})
     whole = fake.download
 

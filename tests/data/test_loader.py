@@ -51,7 +51,7 @@ def test_padding_is_marked(prepared):
     assert 0 < int((lengths < 16).sum()) < rows.num_rows
     right_end = torch.arange(16) < lengths[:, None]
     assert torch.equal(batch.valid_BL, right_end)
-    # A row ends with EOS, or is full and goes on in the next.
+    # A row ends with EOS, or is full and continues in the next.
     last = batch.ids_BL[torch.arange(rows.num_rows), lengths - 1]
     assert bool(((last == 256) | (lengths == 16)).all())
     assert (

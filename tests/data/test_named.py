@@ -64,7 +64,7 @@ def test_what_does_not_exist_is_one_sentence(text, sentence):
 
 def test_a_set_that_holds_nothing_out_says_so():
     assert parse_named("fineweb-edu").held_out() is None
-    with pytest.raises(UserError, match="holds no split out"):
+    with pytest.raises(UserError, match="has no held-out split"):
         parse_named("fineweb-edu").validation()
 
 

@@ -31,7 +31,7 @@ def submit(tmp_path):
     return submit
 
 
-def test_the_slurm_script_starts_a_run_and_goes_on_with_it(submit, tmp_path):
+def test_the_slurm_script_starts_a_run_and_resumes_with_it(submit, tmp_path):
     words = submit("recipes/owt.yaml", tmp_path / "run", "model.block_size=16")
     at = words.index("train")
     assert words[at - 2 : at] == ["-m", "blockdiffusion.cli"]

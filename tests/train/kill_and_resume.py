@@ -30,7 +30,7 @@ from blockdiffusion.train.run import run_training
 
 
 def start(recipe_path: str, out: Path) -> int:
-    """A child process that trains, or goes on training, into `out`."""
+    """A child process that trains, or resumes training, in `out`."""
     child = os.fork()
     if child == 0:
         code = 1

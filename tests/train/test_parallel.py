@@ -94,7 +94,7 @@ def assert_same_run(one: Path, two: Path, tolerance: float = 1e-9) -> None:
         pytest.param("muon", "fsdp", (2, 4), marks=pytest.mark.slow),
     ],
 )
-def test_the_losses_are_those_of_one_process_whoever_goes_on(
+def test_the_losses_are_those_of_one_process_whoever_resumes(
     recipe_file, tmp_path, optimizer, parallel, sizes
 ):
     """50 steps by 1, 2 and 4 processes, and the second half of those of 2 by 1 and by 4."""
@@ -154,7 +154,7 @@ def wait_for_step(out: Path, step: int, running: Running) -> None:
 
 
 @pytest.mark.parametrize(("parallel", "rank"), [("ddp", 1), ("fsdp", 0)])
-def test_a_killed_process_ends_the_job_which_goes_on(recipe_file, tmp_path, parallel, rank):
+def test_a_killed_process_ends_the_job_which_resumes(recipe_file, tmp_path, parallel, rank):
     out = tmp_path / "run"
     overrides = [f"out={out}", f"train.parallel={parallel}", "checkpoint.every=2"]
     long = [*overrides, "train.steps=100000"]

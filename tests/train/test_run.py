@@ -220,7 +220,7 @@ def started(out):
     return load_file(newest / checkpoint.WEIGHTS), load_file(newest / checkpoint.AVERAGE)
 
 
-def test_a_smaller_block_size_goes_on_from_the_weights_of_a_larger(recipe_file, tmp_path):
+def test_a_smaller_block_size_starts_from_the_weights_of_a_larger(recipe_file, tmp_path):
     whole, small = tmp_path / "whole", tmp_path / "small"
     run_training(load_recipe(recipe_file, [f"out={whole}", "model.block_size=16"]))
     start = [f"model.init_from={whole}", "model.dropout=0.2", "model.block_size=4"]
@@ -279,7 +279,7 @@ def test_a_run_cannot_start_from_itself(recipe_file, tmp_path, inside):
     ("overrides", "message"),
     [
         (["eval.estimator=exact", "model.block_size=16"], "S = 16; use the estimator auto"),
-        (["eval.estimator=cuont"], "no estimator.*auto, exact or orders"),
+        (["eval.estimator=cuont"], "unknown estimator.*auto, exact or orders"),
         (["eval.estimator=count[0.3,0.8]"], "clipped"),
     ],
 )

@@ -173,6 +173,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(name: str, hint: Any, default: Any, about: Mapping[str, Any]) -> inspect.Parameter:
     """The parameter from which typer makes one option."""
+    words = about["choices"].split()
     if _is_tuple_of(hint, str):
         hint, default = list[str] | None, None
     elif _is_tuple_of(hint, int):
@@ -180,8 +181,7 @@ def _parameter(name: str, hint: Any, default: Any, about: Mapping[str, Any]) -> 
     elif hint is Any:
         hint = str | None
     elif get_origin(hint) is Literal:
-        hint = str
-    words = about["choices"].split()
+        hint, words = str, words or list(get_args(hint))
     flags = (about["flags"],) if about["flags"] else ()
     kind = typer.Argument if about["positional"] else functools.partial(typer.Option, *flags)
     described = kind(help=about["help"], autocompletion=one_of(*words) if words else None)

@@ -54,7 +54,7 @@ PTB: list[Rule] = [  # `N` becomes 1, `<unk>` a question mark
     (" n't", "n't"),
     (" \n ", "\n"),
     ("\\/", "/"),
-    (re.compile(r" N(?= )"), " 1"),  # numbers; also where two stand side by side
+    (re.compile(r" N(?= )"), " 1"),  # numbers; also two side by side
     ("$ 1", "$1"),
     ("# 1", "#1"),
     ("<unk>", "?"),

@@ -52,17 +52,16 @@ def fetch_split(data_set: DataSet, split: str) -> list[Path]:
     found, expected = _rows(files, data_set), expected_rows(data_set, split)
     if expected not in (found, None):
         raise UserError(
-            f"{data_set.repository} on the Hugging Face hub has {found:,} rows where {split} of "
-            f"{data_set.name} has {expected:,}, so it is not this set or only a part of it: {local}"
+            f"{data_set.repository} on the Hugging Face hub has {found:,} rows, but {split} of "
+            f"{data_set.name} has {expected:,}: it is another set, or a part of this one; {local}"
         )
     return files
 
 
 def expected_rows(data_set: DataSet, split: str) -> int | None:
     """Return the number of rows of the files that hold a split; None if unknown."""
-    counts = list(data_set.splits.values()) if data_set.is_one_body else [data_set.splits[split]]
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
+    counts = data_set.splits.values() if data_set.is_one_body else [data_set.splits[split]]
+    return None if None in counts else sum(count or 0 for count in counts)
 
 
 def files_of_split(names: Iterable[str], data_set: DataSet, split: str) -> list[str]:
@@ -93,14 +92,8 @@ def _download(data_set: DataSet, split: str) -> list[Path]:
             continue
         names = [file.rfilename for file in found.siblings or ()]
         if chosen := files_of_split(names, data_set, split):
-            return [
-                Path(
-                    huggingface_hub.hf_hub_download(
-                        data_set.repository, name, repo_type="dataset", revision=found.sha
-                    )
-                )
-                for name in chosen
-            ]
+            get = functools.partial(huggingface_hub.hf_hub_download, data_set.repository)
+            return [Path(get(name, repo_type="dataset", revision=found.sha)) for name in chosen]
     return []
 
 

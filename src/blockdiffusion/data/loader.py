@@ -36,6 +36,10 @@ class Batch:
     ids_BL: torch.Tensor
     valid_BL: torch.Tensor | None = None
 
+    @property
+    def num_tokens(self) -> int:
+        return self.ids_BL.numel() if self.valid_BL is None else int(self.valid_BL.sum())
+
 
 class TokenRows:
     """The rows of one split of a prepared directory, memory-mapped.
@@ -162,10 +166,8 @@ class BatchOrder:
 
 def free_tokens(batch: Batch, row_bos: bool) -> torch.Tensor:
     """Return bool (B, L): the tokens that are scored, so neither padding nor a given BOS."""
-    if batch.valid_BL is None:
-        free_BL = torch.ones_like(batch.ids_BL, dtype=torch.bool)
-    else:
-        free_BL = batch.valid_BL.clone()
+    valid_BL = batch.valid_BL
+    free_BL = torch.ones_like(batch.ids_BL).bool() if valid_BL is None else valid_BL.clone()
     if row_bos:
         free_BL[:, 0] = False
     return free_BL

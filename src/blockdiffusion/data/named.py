@@ -27,13 +27,14 @@ from blockdiffusion.data.sources import (
     JsonLines,
     Parquet,
     TextFile,
+    open_file,
     refuse,
 )
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.disk import irregular
 
 PIECE_CHARACTERS = 65_536
-NO_TEXT = {".md", ".bin", ".len"}  # what is about a set, and what `prepare` writes
+NO_TEXT = {".md", ".bin", ".len"}  # notes about a set, and files of `prepare`
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # " = Title = "; a section has two signs or more
 HEADING = re.compile(r"\s*= .* =\s*")  # both
 
@@ -72,10 +73,8 @@ class NamedSet:
         """
         wanted = self.split or self.data_set.held_out
         if wanted is None:
-            name = self.data_set.name
-            raise UserError(
-                f"{name} holds no split out: name one, as {name}:{next(iter(self.data_set.splits))}"
-            )
+            name, split = self.data_set.name, next(iter(self.data_set.splits))
+            raise UserError(f"{name} has no held-out split: name one, as {name}:{split}")
         return self.source(wanted)
 
     def source(self, split: str) -> NamedSplit:
@@ -218,15 +217,10 @@ def _kind(file: Path) -> str:
 
 def _open(file: Path, data_set: DataSet) -> Parquet | JsonLines | Csv | TextFile:
     """Open the rows of a file: the lines of a text file, or its whole text if that is cut later."""
-    match _kind(file):
-        case "parquet":
-            return Parquet(str(file), file, data_set.field)
-        case "JSON lines":
-            return JsonLines(str(file), file, data_set.field)
-        case "CSV":
-            return Csv(str(file), file, data_set.field, data_set.columns)
+    if text_suffix(file) == ".csv":
+        return Csv(str(file), file, data_set.field, data_set.columns)
     rule = "auto" if data_set.documents == "piece" else "line"
-    return TextFile(str(file), file, rule, PIECE_CHARACTERS)
+    return open_file(file, str(file), data_set.field, rule, PIECE_CHARACTERS)
 
 
 def _text(file: Path) -> str:

@@ -25,15 +25,14 @@ class PrepareOptions:
         "bpe:SIZE (trained here, on the training text), byte, or a Hugging Face name or path.",
         choices="bpe: byte",
     )
-    seq_len: int = option(128, "L, tokens of a row.")
+    seq_len: int = option(128, "L, tokens per row; the block size must divide it.")
     packing: Literal["wrap", "document"] = option(
         "wrap",
         "wrap (documents one after another; the last partial row is dropped) or document (one a "
         "row, padded at the right; a longer one continues in the next rows).",
-        choices="wrap document",
     )
     row_bos: bool = option(
-        False, "Begin every row with a BOS, which is given: never masked, never scored."
+        False, "Begin every row with a BOS (context): never masked, never scored."
     )
     row_eos: bool = option(False, "End every row with an EOS.")
     document_eos: bool = option(True, "Put an EOS after every document.")
@@ -58,16 +57,14 @@ class PrepareOptions:
     documents: Literal["auto", "file", "line", "blank-line"] = option(
         "auto",
         "Documents of a text file: auto, file, line or blank-line.",
-        choices="auto file line blank-line",
     )
-    document_bytes: int = option(65536, "Size above which auto cuts a text file at a blank line.")
+    document_bytes: int = option(65536, "Size above which auto splits a text file at a blank line.")
     detokenize: Literal[
         "none", "wikitext", "wikitext-paper", "ptb", "lm1b", "lambada", "scientific-papers"
     ] = option(
         "none",
         "none (a set by name brings its own), wikitext, wikitext-paper, ptb, lm1b, lambada or "
         "scientific-papers: undo a corpus's marks and spaces.",
-        choices="none wikitext wikitext-paper ptb lm1b lambada scientific-papers",
     )
     seed: int = option(0, "Of the train/validation split.")
     num_workers: int = option(

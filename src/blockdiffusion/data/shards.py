@@ -7,7 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 
@@ -31,8 +31,15 @@ class RowRules:
         return self.seq_len - (self.row_bos_id is not None) - (self.row_eos_id is not None)
 
 
-class Packer(Protocol):
-    """Turns documents into rows; keeps tokens that do not fill a row yet."""
+class WrapPacker:
+    """The paper's packing: documents one after the other, cut wherever a row is full.
+
+    Keeps tokens that do not fill a row yet.
+    """
+
+    def __init__(self, rules: RowRules) -> None:
+        self.rules = rules
+        self._rest = np.empty(0, dtype=rules.dtype)
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the rows (n, L) that these documents complete, and their lengths (n,) if padded.
@@ -41,22 +48,6 @@ class Packer(Protocol):
             ids: the tokens of all documents, one after the other.
             lengths: the number of tokens of each document.
         """
-        ...
-
-    @property
-    def left_over(self) -> int:
-        """The number of tokens that never filled a row."""
-        ...
-
-
-class WrapPacker:
-    """The paper's packing: documents one after the other, cut wherever a row is full."""
-
-    def __init__(self, rules: RowRules) -> None:
-        self.rules = rules
-        self._rest = np.empty(0, dtype=rules.dtype)
-
-    def add(self, ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         rules = self.rules
         if rules.document_eos_id is not None:
             ids = np.insert(ids, np.cumsum(lengths), rules.document_eos_id)
@@ -72,6 +63,7 @@ class WrapPacker:
 
     @property
     def left_over(self) -> int:
+        """The number of tokens that never filled a row."""
         return len(self._rest)
 
 
@@ -89,34 +81,24 @@ class DocumentPacker:
         num_rows = int((-(-totals // rules.payload)).sum())
         rows = np.full((num_rows, rules.seq_len), rules.pad_id, dtype=rules.dtype)
         row_lengths = np.empty(num_rows, dtype="<u4")
+        bos, eos = (
+            np.array([] if token is None else [token], dtype=rules.dtype)
+            for token in (rules.row_bos_id, rules.row_eos_id)
+        )
         row = 0
         for document in np.split(ids, np.cumsum(lengths)[:-1]):
             if rules.document_eos_id is not None:
                 document = np.append(document, rules.document_eos_id)
             for start in range(0, len(document), rules.payload):
-                row_lengths[row] = self._fill(rows[row], document[start : start + rules.payload])
+                tokens = np.concatenate([bos, document[start : start + rules.payload], eos])
+                rows[row, : len(tokens)], row_lengths[row] = tokens, len(tokens)
                 row += 1
         assert row == num_rows
         return rows, row_lengths
 
-    def _fill(self, row: np.ndarray, tokens: np.ndarray) -> int:
-        """Write one row; return its number of valid positions."""
-        length = 0
-        if self.rules.row_bos_id is not None:
-            row[0] = self.rules.row_bos_id
-            length = 1
-        row[length : length + len(tokens)] = tokens
-        length += len(tokens)
-        if self.rules.row_eos_id is not None:
-            row[length] = self.rules.row_eos_id
-            length += 1
-        return length
 
-
-PACKERS: dict[str, type[WrapPacker | DocumentPacker]] = {
-    "wrap": WrapPacker,
-    "document": DocumentPacker,
-}
+Packer = WrapPacker | DocumentPacker
+PACKERS: dict[str, type[Packer]] = {"wrap": WrapPacker, "document": DocumentPacker}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

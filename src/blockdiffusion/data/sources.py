@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -28,11 +29,12 @@ from blockdiffusion.data.reading import (
     unpacked,
     walk,
 )
+from blockdiffusion.data.registry import BUILT_INS
 from blockdiffusion.errors import UserError, few, reason, shown
 from blockdiffusion.files.disk import EMPTY, check_regular
 from blockdiffusion.files.records import unique
 
-BUILT_IN = {"python-docs": python_docs, "python-source": python_source}
+BUILT_IN = dict(zip(BUILT_INS, (python_docs, python_source), strict=True))
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 # Surely meant as a file, so that a misspelt path is never looked up on the hub.
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tokens", ".text", ".csv")
@@ -105,21 +107,14 @@ def open_sources(
     Raises:
         UserError: there is no such source, or it is empty or not a regular file.
     """
-
-    def open_file(path: Path, name: str) -> Source:
-        if text_suffix(path) in JSON_SUFFIXES:
-            return JsonLines(name, path, field)
-        if text_suffix(path) == ".parquet":
-            return Parquet(name, path, field)
-        return TextFile(name, path, documents, document_bytes)
-
+    open_one = partial(open_file, field=field, documents=documents, document_bytes=document_bytes)
     opened: list[Source] = []
     for name in names:
         path = find(name)
         if path is not None and path.is_dir():
             found = dict(walk(path))
             unread = [f"{file} ({why})" for file, why in found.items() if why not in (None, EMPTY)]
-            files = [open_file(file, str(file)) for file, why in found.items() if why is None]
+            files = [open_one(file, str(file)) for file, why in found.items() if why is None]
             if not files:
                 but = f", but {few(unread)}" if unread else ""
                 raise UserError(
@@ -130,7 +125,7 @@ def open_sources(
                 left_out += unread
         elif path is not None:
             check_regular(path)
-            opened.append(open_file(path, name))
+            opened.append(open_one(path, name))
         elif name in BUILT_IN:
             opened.append(BuiltIn(name))
         elif HUB_NAME.fullmatch(name) and not name.lower().endswith(FILE_SUFFIXES):
@@ -142,6 +137,17 @@ def open_sources(
                 "data set as owner/name"
             )
     return opened
+
+
+def open_file(
+    path: Path, name: str, field: str, documents: str, document_bytes: int
+) -> JsonLines | Parquet | TextFile:
+    """Open a file as its suffix says; see `open_sources`."""
+    if text_suffix(path) in JSON_SUFFIXES:
+        return JsonLines(name, path, field)
+    if text_suffix(path) == ".parquet":
+        return Parquet(name, path, field)
+    return TextFile(name, path, documents, document_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,15 +276,15 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{where} holds half a surrogate pair, which is no character: mend it"
+            f"{where} holds half a surrogate pair, which is not a character: mend it"
         ) from None
     return value
 
 
 def _no_string(where: str, field: str, value: object, place: str) -> UserError:
     return UserError(
-        f"{where} has no string {field!r}: {_kind(value)} stands {place}; mend it, or name the "
-        "text's (--field NAME)"
+        f"{where} has no string {field!r}: {shown(value)} is {place}; mend it, or name the text's "
+        "(--field NAME)"
     )
 
 
@@ -287,17 +293,6 @@ def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
     return UserError(
         f"{where} has no string {field!r} (its fields: {there}): name the text's (--field NAME)"
     )
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    for kind, words in ((bool, "a truth value"), (int | float, "a number"), (str, "a string"),
-                        (list, "a list"), (Mapping, "an object"),
-                        (bytes, "a string of bytes")):  # fmt: skip
-        if isinstance(value, kind):
-            return words
-    return f"a value of type {type(value).__name__}"
 
 
 JSON = json.JSONDecoder(object_pairs_hook=unique)
@@ -339,7 +334,7 @@ class JsonLines(_File):
             ) from None
         if not isinstance(record, dict):
             raise UserError(
-                f"{where} is not a JSON object but {_kind(record)}: every line must be one, with "
+                f"{where} is not a JSON object but {shown(record)}: every line must be one, with "
                 "the text"
             )
         return field_text(record, self.field, where)
@@ -480,8 +475,8 @@ class HubDataset:
                 "download its parquet files (branch refs/convert/parquet) and name those"
             )
         return UserError(
-            f"{self.name!r} is no file here, and the Hugging Face data set of this name cannot be "
-            f"read ({reason(error)}): check the name and the network, or name local files"
+            f"{self.name!r} is not a local file, and the Hugging Face data set of this name cannot "
+            f"be read ({reason(error)}): check the name and the network, or name local files"
         )
 
 

@@ -36,7 +36,7 @@ def estimate_lines(estimate: Estimate) -> list[str]:
 
 
 def _section(lines: dict[str, list[str]]) -> list[str]:
-    """Lines by name, which stands before the first one."""
+    """Lines of texts by name, each name before its first text."""
     return [
         f"  {'' if index else name:<13}{text}"
         for name, texts in lines.items()
@@ -45,7 +45,7 @@ def _section(lines: dict[str, list[str]]) -> list[str]:
 
 
 def _device(device: Hardware) -> dict[str, list[str]]:
-    source = "measured just now" if device.measured else "of the data sheet"
+    source = "measured just now" if device.measured else "from the data sheet"
     peaks = ", ".join(f"{name} {_in(flops, 'FLOP/s')}" for name, flops in device.flops.items())
     shares = device.shares
     between = f"{shares.traffic:.0%}"
@@ -74,7 +74,7 @@ def _training_lines(a: TrainingEstimate, devices: int) -> list[str]:
     ]
     if extra := a.flops_evaluation + a.flops_search:
         time.append(
-            f"evaluation and search take {_in(extra, 'FLOP')} besides (samples not counted)"
+            f"evaluation and search take {_in(extra, 'FLOP')} in addition (samples not counted)"
         )
     whole = [f"whole while needed {_in(memory.gathered)}"] if memory.gathered else []
     return [

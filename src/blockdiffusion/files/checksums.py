@@ -31,7 +31,7 @@ Report = Callable[[str, int, int | None], None]  # gets a stage, and what is don
 
 
 class Changed(UserWarning):
-    """A file in use differs from what was written."""
+    """A file in use has changed since it was written."""
 
 
 def silent(stage: str, done: int, total: int | None) -> None:

@@ -32,7 +32,7 @@ MOST_JSON = 2**28  # bytes of a file, or of a line of one
 MOST_YAML = 2**17  # characters; about a second for its parser
 MOST_VALUES = 2**24
 DEEPEST = 100
-ROUNDING = 1e-9  # of what is measured
+ROUNDING = 1e-9  # of measured values
 
 
 class Damaged(ValueError):

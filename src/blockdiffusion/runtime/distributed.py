@@ -174,8 +174,8 @@ def several_processes() -> bool:
         return False
     if missing := [name for name in ENVIRONMENT if not os.environ.get(name)]:
         raise UserError(
-            f"of torchrun's variables {', '.join(ENVIRONMENT)} there is no {missing[0]}; start the "
-            "processes by torchrun, or unset them all for one process"
+            f"torchrun's variable {missing[0]} is not set; start the processes by torchrun, or "
+            f"unset {', '.join(ENVIRONMENT)} for one process"
         )
     size = _variable("WORLD_SIZE", 1, MOST_PROCESSES)
     _variable("RANK", 0, size - 1)

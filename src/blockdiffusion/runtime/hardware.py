@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -307,20 +306,3 @@ def check_memory(needed: float, what: str, lower: str, device: Any = "cpu") -> N
             f"{what} would take {needed / 1e9:,.1f} GB of memory or more, and there are "
             f"{there / 1e9:,.1f} GB; {lower}"
         )
-
-
-def describe() -> str:
-    """Describe processor, threads and versions in one line."""
-    import torch
-
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":")[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        pass
-    capability: Any = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"{name} ({capability}), {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )

@@ -53,7 +53,7 @@ from blockdiffusion.limits import check_limits
 from blockdiffusion.models.transformer import BlockDiffusionModel
 from blockdiffusion.options import option
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup, is_sharded
-from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys
+from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys, trainable
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
 
 FORMAT = "blockdiffusion-checkpoint-1"
@@ -74,7 +74,7 @@ class CheckpointOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What a checkpoint holds besides tensors."""
+    """The contents of a checkpoint besides tensors."""
 
     step: int
     """Updates made."""
@@ -120,7 +120,9 @@ def claimed(out: Path) -> Iterator[None]:
         try:
             (out / "checkpoints").mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out / ".lock", taken))
-            _remove_leftovers(out)
+            for folder in (out, out / "checkpoints"):
+                for path in folder.glob(".*.partial"):
+                    remove(path)
         except OSError as error:
             raise storage_error(error, out) from error
         yield
@@ -155,10 +157,15 @@ def save(
     """
     final = out / "checkpoints" / f"step-{state.step:08d}"
     partial = final.with_name(f".{final.name}.partial")
-    tensors = {
-        WEIGHTS: _weights(model),
+    parameters = trainable(model)
+    tensors: dict[str, dict[str, torch.Tensor]] = {
+        WEIGHTS: {name: p.detach() for name, p in parameters.items()},
         AVERAGE: average.average,
-        OPTIMIZER: _optimizer_tensors(model, optimizer),
+        OPTIMIZER: {
+            f"{name}.{key}": tensor
+            for name, p in parameters.items()
+            for key, tensor in optimizer.state[p].items()
+        },
     }
     sharded = any(map(is_sharded, tensors[WEIGHTS].values()))
     if not (sharded or processes.is_first):
@@ -266,7 +273,7 @@ def load(
         UserError: a file is missing, truncated, or belongs to a model of another shape.
     """
     state = read_state(checkpoint)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trainable(model)
     weights = SavedTensors(checkpoint / WEIGHTS, _shapes(parameters))
     averages = SavedTensors(checkpoint / AVERAGE, _shapes(average.average))
     kept = {name: optimizer_state_keys(optimizer, p) for name, p in parameters.items()}
@@ -299,30 +306,8 @@ def _like_moment(parameter: torch.Tensor, key: str) -> torch.Tensor:
     return torch.empty_like(parameter, requires_grad=False)
 
 
-def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": tensor
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        for key, tensor in optimizer.state[parameter].items()
-    }
-
-
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Remove what a killed process had not finished writing or removing."""
-    for folder in (out, out / "checkpoints"):
-        for path in folder.glob(".*.partial"):
-            remove(path)
 
 
 def _all_checkpoints(out: Path) -> list[Path]:

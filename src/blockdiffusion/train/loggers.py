@@ -75,7 +75,7 @@ class JsonLines:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without those that a kill cut short, or that tell no step."""
+    """Read the lines of metrics.jsonl, without those that are cut short or have no step."""
     if not path.exists():
         return []
     lines = json_lines(path, finite=False)
@@ -83,7 +83,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drops all lines after `step`, which a resumed run will write again; rewritten aside."""
+    """Drop all lines after `step`, which a resumed run writes again."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
     with written_aside(path) as file:
         file.writelines(_json_line(line) for line in kept)

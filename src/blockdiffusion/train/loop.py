@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from blockdiffusion.data.loader import Batch, BatchOrder, TokenRows, free_tokens
+from blockdiffusion.data.loader import BatchOrder, TokenRows, free_tokens
 from blockdiffusion.data.manifest import data_fingerprint
 from blockdiffusion.diffusion.denoiser import is_autoregressive
 from blockdiffusion.diffusion.estimators import for_block_size
@@ -45,9 +45,17 @@ from blockdiffusion.train.optim import (
 )
 from blockdiffusion.train.options import ObjectiveOptions, TrainOptions
 from blockdiffusion.train.parallel import Parallelism, parallelize
-from blockdiffusion.train.session import Interrupted, Report, StopSignals, farewell, running
+from blockdiffusion.train.session import (
+    Interrupted,
+    Report,
+    StopSignals,
+    check_fit,
+    check_shares,
+    find_checkpoint,
+    restore,
+    running,
+)
 from blockdiffusion.train.speed import Speed
-from blockdiffusion.train.start import check_fit, check_shares, find_checkpoint, restore
 
 if TYPE_CHECKING:
     from blockdiffusion.checkpoints.card import Card
@@ -148,9 +156,8 @@ def train(
             if interrupt or step % checkpoint.every == 0 or step == options.steps:
                 release.save()
             if interrupt:
-                raise Interrupted(
-                    interrupt, farewell(interrupt, training.state, out, resume_command)
-                )
+                hint = f"; resume with: {resume_command}" if resume_command else ""
+                raise Interrupted(interrupt, f"saved step {step} in {out}{hint}")
     return training.state
 
 
@@ -197,7 +204,7 @@ class _Training:
         self.speed = Speed(model, options, self.device, rows.manifest.row_bos, processes.size)
 
     def begin(self, newest: Path | None, config: dict[str, Any]) -> list[str]:
-        """Begins anew, or from the checkpoint `newest`; what to tell about that one."""
+        """Begin, from the checkpoint `newest` if there is one; return notes about it."""
         resumed = []
         self.state = TrainState(
             step=0,
@@ -279,7 +286,7 @@ class _Training:
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
-            "tokens_per_second": round(_num_tokens(batch_loss.batch) / (now - began), 1),
+            "tokens_per_second": round(batch_loss.batch.num_tokens / (now - began), 1),
             **self.speed.reached(batch_loss, now - began),
             "seconds": round(now - self._began, 3),
         })  # fmt: skip
@@ -313,41 +320,37 @@ class _Training:
         self.state = replace(self.state, step=step, seconds=time.perf_counter() - self._began)
 
 
+@dataclass(frozen=True)
 class _Release:
     """Writes the checkpoints of a run and its averaged model."""
 
-    def __init__(
-        self,
-        training: _Training,
-        out: Path,
-        options: CheckpointOptions,
-        tokenizer: Path | None,
-        describe: Callable[[TrainState], Card] | None,
-    ):
-        self._training, self._out, self._options = training, out, options
-        self._tokenizer, self._describe = tokenizer, describe
+    training: _Training
+    out: Path
+    options: CheckpointOptions
+    tokenizer: Path | None
+    describe: Callable[[TrainState], Card] | None
 
     def save(self) -> None:
         """Write a checkpoint of the state, and export the model."""
-        t = self._training
+        t = self.training
         checkpoints.save(
-            self._out, t.state, t.model.backbone, t.average, t.optimizer,
-            keep=self._options.keep, processes=t.processes,
+            self.out, t.state, t.model.backbone, t.average, t.optimizer,
+            keep=self.options.keep, processes=t.processes,
         )  # fmt: skip
         self._export()
 
     def again(self) -> None:
         """Repeat what follows a checkpoint: a kill may have come before its export."""
         self._export()
-        if self._training.processes.is_first:
-            checkpoints.remove_old(self._out, self._options.keep)
+        if self.training.processes.is_first:
+            checkpoints.remove_old(self.out, self.options.keep)
 
     def _export(self) -> None:
-        training = self._training
+        training = self.training
         with training.parallelism.ema_weights(training.average) as averaged:
             if training.processes.is_first:
-                card = None if self._describe is None else self._describe(training.state)
-                checkpoints.export_model(self._out, averaged, self._tokenizer, card)
+                card = None if self.describe is None else self.describe(training.state)
+                checkpoints.export_model(self.out, averaged, self.tokenizer, card)
 
 
 def accumulate_gradients(
@@ -417,7 +420,3 @@ def _first_not_finite(
         if parameter.grad is not None and not local(parameter.grad).isfinite().all():
             return place, f"the loss is {total:.4g} but the gradient of {name} is not finite"
     return sys.maxsize, f"the loss is {total:.4g} but the norm of the gradient overflows"
-
-
-def _num_tokens(batch: Batch) -> int:
-    return batch.ids_BL.numel() if batch.valid_BL is None else int(batch.valid_BL.sum())

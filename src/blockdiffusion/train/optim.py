@@ -72,16 +72,20 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
             return options.lr * (1 - progress)
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def make_optimizer(network: Any, options: OptimOptions) -> torch.optim.Optimizer:
     """Return the optimizer of a network: AdamW with weight decay on matrices only; with `muon`,
     Muon has the hidden matrices.
 
     AdamW is fused: several times faster than the other kernels, on CPUs too.
     """
-    trainable = [p for p in network.parameters() if p.requires_grad]
+    parameters = trainable(network).values()
     of_muon = {id(p) for p in network.hidden_matrices()} if options.name == "muon" else set()
-    hidden = [p for p in trainable if id(p) in of_muon]
-    others = [p for p in trainable if id(p) not in of_muon]
+    hidden = [p for p in parameters if id(p) in of_muon]
+    others = [p for p in parameters if id(p) not in of_muon]
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
@@ -207,7 +211,7 @@ class MovingAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay = decay
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        named = trainable(model)
         self._parameters: list[torch.Tensor] = list(named.values())
         self.average: dict[str, torch.Tensor] = {n: p.detach().clone() for n, p in named.items()}
 

@@ -6,6 +6,7 @@ wrong type with the allowed ones. The resolved recipe is saved with the run, and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
@@ -121,10 +122,10 @@ class Recipe:
         if self.search.every is not None:
             check_objective(self.objective)
         size = self.model.block_size
-        if self.objective.name == "ar":
+        if self.objective.is_autoregressive:
             self._check_autoregressive()
             size = 1
-        elif size is None and self.objective.name != "mdlm":  # which waits for the data's L
+        elif size is None and not self.objective.has_one_block:  # which waits for the data's L
             size = USUAL_BLOCK_SIZE
         object.__setattr__(self, "model", replace(self.model, block_size=size))
 
@@ -174,7 +175,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as nested plain values, as in `config.yaml` and checkpoints."""
-    return _plain(asdict(recipe))
+    return json.loads(json.dumps(asdict(recipe)))  # with lists instead of tuples
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -182,12 +183,6 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str
     flat_before, flat_after = dict(_flatten(before)), dict(_flatten(after))
     keys = [*flat_before, *(key for key in flat_after if key not in flat_before)]
     return [key for key in keys if flat_before.get(key, MISSING) != flat_after.get(key, MISSING)]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -208,7 +203,7 @@ def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
         UserError: the block size does not divide L, or is not L for `mdlm`.
     """
     size, length = recipe.model.block_size, manifest.seq_len
-    if recipe.objective.name == "mdlm":
+    if recipe.objective.has_one_block:
         if size not in (None, length):
             raise UserError(
                 f"model.block_size is {size}, but objective.name is mdlm, whose block is the whole "
@@ -250,8 +245,7 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     """Build that network with random weights, a function of `train.seed`."""
     import torch
 
-    from blockdiffusion.models.meta import count_parameters
-    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.models.transformer import BlockDiffusionModel, count_parameters
     from blockdiffusion.runtime.seeding import seed_global
 
     config = network_config(recipe, manifest)

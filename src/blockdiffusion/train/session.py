@@ -1,4 +1,4 @@
-"""What surrounds the training loop: the run's directory and log, and signals that end it."""
+"""What surrounds the training loop: checks, the run's directory and log, restoring, and signals."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
 
+from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.disk import written_aside
-from blockdiffusion.runtime.distributed import ProcessGroup
+from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.runtime.distributed import ProcessGroup, current_group
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import TrainState
 from blockdiffusion.train.loggers import JsonLines, Logger, cut_metrics
+from blockdiffusion.train.optim import MovingAverage
+from blockdiffusion.train.options import ObjectiveOptions, TrainOptions
 
 Report = Callable[[int, Mapping[str, Any]], None]
 
@@ -31,8 +38,8 @@ class Interrupted(Exception):
     """
 
     def __init__(self, number: int, message: str):
-        super().__init__(message)
         self.signal = signal.Signals(number)
+        super().__init__(f"{self.signal.name}: {message}")
         self.exit_code = 128 + number
 
 
@@ -121,6 +128,79 @@ class StopSignals:
             signal.raise_signal(number)
 
 
-def farewell(number: int, state: TrainState, out: Path, resume_command: str | None) -> str:
-    message = f"{signal.Signals(number).name}: saved step {state.step} in {out}"
-    return f"{message}; resume with: {resume_command}" if resume_command else message
+# --- The start of a run ---------------------------------------------------------------------------
+
+
+def check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: ObjectiveOptions) -> None:
+    config = model.full_config()
+    for name, value in objective.of_network.items():
+        of_model = getattr(config, name)
+        if of_model != value:
+            raise UserError(
+                f"objective.name is {objective.name}, but the network's {name} is {of_model}, not "
+                f"{value}; build the model for the objective"
+            )
+    for name in ("seq_len", "vocab_size", "mask_id"):
+        of_model, of_data = getattr(config, name), getattr(rows.manifest, name)
+        if of_model != of_data:
+            raise UserError(
+                f"the model's {name} is {of_model}, but the data's is {of_data}; "
+                "prepare the data for this model, or build the model for the data"
+            )
+
+
+def check_shares(options: TrainOptions, processes: ProcessGroup) -> None:
+    if options.batch_size % processes.size:
+        raise UserError(
+            f"train.batch_size is {options.batch_size}, which {processes.size} processes cannot "
+            "share equally; start another number of processes, or give a multiple of "
+            f"{processes.size}"
+        )
+
+
+def find_checkpoint(out: Path, resume: bool) -> Path | None:
+    """Return the checkpoint to resume from, if any, after checking that `out` fits the run."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out is {out}, which is a file; choose a directory")
+    if resume and not checkpoints.holds_run(out):
+        raise UserError(f"{out} holds no run to resume; check out, or start without --resume")
+    if not resume and checkpoints.holds_run(out):
+        raise UserError(
+            f"{out} already holds a run; resume it with --resume, or choose another out=..."
+        )
+    return checkpoints.latest(out)
+
+
+def restore(
+    newest: Path,
+    fresh: TrainState,
+    steps: int,
+    model: nn.Module,
+    average: MovingAverage,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[TrainState, str]:
+    """Load checkpoint `newest`; return the state to resume from and a note for the log."""
+    has_sums = checkpoints.check_sums(newest) if current_group().is_first else True
+    saved = checkpoints.read_state(newest)
+    if saved.data != fresh.data:
+        raise UserError(
+            f"the prepared data are not those of the run in {newest.parent.parent}; resume with "
+            "the same data, or start a new run in another out=..."
+        )
+    if saved.step > steps:
+        raise UserError(
+            f"train.steps is {steps}, but the run has already made {saved.step} steps; "
+            "give a larger number"
+        )
+    checkpoints.load(newest, model, average, optimizer)
+    note = f"resumed from step {saved.step}"
+    if saved.step == steps:
+        note = f"the run is complete: it has made its {steps} steps"
+    if not has_sums:
+        note += "; its checkpoint has no checksums, so damage would not be seen"
+    for name in ("threads", "device", "versions", "processes"):
+        before, now = getattr(saved, name), getattr(fresh, name)
+        if before != now:
+            note += f"; {name} changed from {before} to {now}: not bit for bit the same"
+    names = ("step", "seconds", "best_bound", "clip", "evaluation")
+    return replace(fresh, **{name: getattr(saved, name) for name in names}), note

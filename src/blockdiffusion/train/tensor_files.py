@@ -101,7 +101,7 @@ def _files(path: Path) -> list[Path]:
     number = shards[0].stem.rpartition("-")[2]
     count = int(number) if number.isdecimal() else 0
     if len(shards) != count:
-        raise damaged(path, f"of the {count} files of its processes {len(shards)} are there")
+        raise damaged(path, f"it has {len(shards)} of the {count} files of its processes")
     return shards
 
 
