@@ -66,10 +66,11 @@ def training(large: bool) -> tuple[Callable[[], object], int]:
 def sampling(large: bool) -> tuple[Callable[[], object], int]:
     """A short text, and its tokens."""
     from benchmarks.training_step import generic_model, paper_config
-    from blockdiffusion.models.inference import sampling_copy
+    from blockdiffusion.models.inference import optimize_for_inference
     from blockdiffusion.sampling import generate
 
-    model = sampling_copy(generic_model(paper_config(4) if large else demo_config()).eval())
+    config = paper_config(4) if large else demo_config()
+    model = optimize_for_inference(generic_model(config).eval())
     tokens = 16 if large else 64
     return lambda: generate(model, max_new_tokens=tokens, eos=False, top_p=0.9), tokens
 

@@ -21,7 +21,7 @@ from benchmarks.machine import describe
 from benchmarks.sampling_speed import TOP_P
 from benchmarks.training_step import VOCAB, paper_model
 from blockdiffusion import Engine
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.sampling import generate
 
 Request = tuple[list[int], int]  # prompt, new tokens
@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--tokens-per-step", type=int, default=4)
     args = parser.parse_args()
-    model = sampling_copy(paper_model(args.block_size).to(getattr(torch, args.dtype)).eval())
+    model = optimize_for_inference(
+        paper_model(args.block_size).to(getattr(torch, args.dtype)).eval()
+    )
     how = {"sampler": "random", "tokens_per_step": args.tokens_per_step, "top_p": TOP_P}
     requests = requests_of(args.requests)
     asked = sum(length for _, length in requests)

@@ -161,7 +161,7 @@ def measured_sampling(recipe: Any, manifest: Any, tokens: int) -> dict[str, floa
     """CPU seconds of a network call, over a text of `tokens` tokens."""
     import torch
 
-    from blockdiffusion.models.inference import sampling_copy
+    from blockdiffusion.models.inference import optimize_for_inference
     from blockdiffusion.sampling import generate
     from blockdiffusion.train.recipe import build_model
 
@@ -170,7 +170,7 @@ def measured_sampling(recipe: Any, manifest: Any, tokens: int) -> dict[str, floa
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02, generator=draw)
 
-    copy = sampling_copy(model)
+    copy = optimize_for_inference(model)
 
     def sample(count: int) -> Any:
         return generate(copy, num_samples=1, max_new_tokens=count, top_p=0.9, generator=draw)

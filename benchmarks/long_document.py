@@ -62,10 +62,10 @@ def write_document(
 
     from benchmarks.machine import describe
     from blockdiffusion.checkpoints.formats import load
-    from blockdiffusion.models.inference import sampling_copy
+    from blockdiffusion.models.inference import optimize_for_inference
     from blockdiffusion.sampling import BlockDone, Event, stream
 
-    network = sampling_copy(demo_network() if model is None else load(path_of(model)))
+    network = optimize_for_inference(demo_network() if model is None else load(path_of(model)))
 
     def sample(length: int) -> Iterator[Event]:
         generator = torch.Generator().manual_seed(0)

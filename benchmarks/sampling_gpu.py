@@ -30,7 +30,7 @@ from benchmarks.machine import describe
 from benchmarks.sampling_speed import TOP_P, gpt2, matrix_weights, ours, theirs
 from benchmarks.training_gpu import Place, chosen_place, product_flops
 from benchmarks.training_step import generic_model
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.runtime.hardware import best_seconds
 
 BYTES = 2  # of a number in bfloat16
@@ -115,7 +115,7 @@ def compare(table: Table, place: Place, args: argparse.Namespace) -> None:
     for size in args.block_sizes:
         with torch.device(place.device):
             plain = generic_model(place.config(size)).to(place.dtype).eval()
-        model = sampling_copy(plain)
+        model = optimize_for_inference(plain)
         for batch in args.batches:
             for count in (1, 4):
                 floor = table.floor(plain, batch, count)

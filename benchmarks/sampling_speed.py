@@ -27,7 +27,7 @@ import torch
 from benchmarks import authors
 from benchmarks.machine import describe, matrix_flops, read_bandwidth
 from benchmarks.training_step import LENGTH, VOCAB, paper_model
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.sampling import generate
 
 TOP_P = 0.9
@@ -124,7 +124,7 @@ def contestants_of(
     for size in sizes:
         plain = paper_model(size).to(kind).eval()
         number, head = matrix_weights(plain), plain.output.weight.numel()
-        model = sampling_copy(plain, int8=dtype == "int8")
+        model = optimize_for_inference(plain, int8=dtype == "int8")
         for count in (n for n in counts if n <= size):
             # Every weight meets every token of the block; the head those that are drawn.
             products = 2 * batch * ((number - head) * size + head * count)

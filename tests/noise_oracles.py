@@ -20,6 +20,18 @@ def sigma_of(p):
     return (-torch.log1p(-torch.as_tensor(p, dtype=torch.float64))).clamp(max=SIGMA_MAX)
 
 
+def log_score(
+    logits_MV: torch.Tensor, noisy_M: torch.Tensor, sigma_M: torch.Tensor
+) -> torch.Tensor:
+    """log s_y (M, V), the estimated ratios q(y) / q(x_t) of M noisy tokens at noise sigma.
+
+    SEDD with absorbing noise (Lou et al. 2024, section 3), as the authors of the paper scale
+    it: logits - log(e^sigma - 1) - log(V - 1), and 0 at the noisy token itself.
+    """
+    scale_M = torch.expm1(sigma_M).log() + math.log(logits_MV.shape[-1] - 1)
+    return (logits_MV - scale_M[:, None]).scatter(-1, noisy_M[:, None], 0.0)
+
+
 def block_states(model, data_only):
     """Every content of a block, (states, S)."""
     ids = range(model.config.vocab_size)

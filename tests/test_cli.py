@@ -483,7 +483,7 @@ MISTAKES = {
                  "--batches", "1"], "does not divide the 32 tokens"),
     "sizes": (["variance", "{run}", "--data", "{data}", "--block-sizes", "4;8"], "commas"),
     "size 0": (["variance", "{run}", "--data", "{data}", "--block-sizes", "0"], "at least 1"),
-    "law": (["variance", "{run}", "--data", "{data}", "--estimators", "x"], "no estimator"),
+    "law": (["variance", "{run}", "--data", "{data}", "--estimators", "x"], "unknown estimator"),
     "odd pairs": (["variance", "{run}", "--data", "{data}", "--estimators", "complementx3"],
                   "even"),
     "many rows": (["variance", "{run}", "--data", "{data}", "--batches", "5000"], "fewer batches"),

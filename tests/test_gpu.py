@@ -11,7 +11,7 @@ from blockdiffusion import Engine
 from blockdiffusion.diffusion.denoiser import masked_loss
 from blockdiffusion.diffusion.losses import exclude_mask_token_
 from blockdiffusion.models.attention import attend
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.models.masks import Streams
 from blockdiffusion.sampling import Finished
 from blockdiffusion.sampling.logits import draw_tokens, filtered_probs
@@ -80,7 +80,7 @@ def test_padding_changes_no_logits(make_model, random_ids):
 def test_samples_keep_the_law(tiny_law, tiny_law_expected, folded):
     """Chi-square with a false-alarm probability of 1e-4."""
     model = tiny_law.cuda()
-    model = sampling_copy(model) if folded else model
+    model = optimize_for_inference(model) if folded else model
     result = blockdiffusion.generate(
         model, num_samples=DRAWS, max_new_tokens=4, bos=False, generator=seeded()
     )
@@ -89,7 +89,7 @@ def test_samples_keep_the_law(tiny_law, tiny_law_expected, folded):
 
 def test_the_engine_keeps_the_law(tiny_law, tiny_law_expected):
     """Requests of one and of two blocks; chi-square with a false-alarm probability of 1e-4."""
-    engine = Engine(sampling_copy(tiny_law.cuda()), max_rows=128, max_tokens=4)
+    engine = Engine(optimize_for_inference(tiny_law.cuda()), max_rows=128, max_tokens=4)
     for seed in range(3000):
         engine.submit(max_new_tokens=4, bos=False, seed=seed)
         if seed % 3 == 0:
@@ -109,7 +109,7 @@ def test_every_policy_samples_what_a_cpu_samples(make_model, policy, recorded):
     """In float64, where rounding changes no draw; passes one kernel at a time, and as graphs."""
     model = make_model()
     on_gpu = copy.deepcopy(model).cuda()
-    on_gpu = sampling_copy(on_gpu) if recorded else on_gpu
+    on_gpu = optimize_for_inference(on_gpu) if recorded else on_gpu
     assert on_gpu.records_passes == recorded
     results = [
         blockdiffusion.generate(
@@ -151,7 +151,7 @@ def test_draws_keep_their_law(filters, rows):
 
 def test_the_autoregressive_baseline_samples_what_a_cpu_samples(make_ar):
     model = make_ar()
-    on_gpu = sampling_copy(copy.deepcopy(model).cuda())
+    on_gpu = optimize_for_inference(copy.deepcopy(model).cuda())
     assert on_gpu.records_passes
     results = [
         blockdiffusion.generate(

@@ -20,7 +20,10 @@ ROWS = [
     ["files"],
     ["diffusion.schedules", "diffusion.losses", "diffusion.estimators", "diffusion.config"],
     ["models.backbone"],
-    ["models.masks", "models.cuda_graphs", "models.cache", "models.attention"],
+    [
+        *("models.masks", "models.cuda_graphs", "models.cache", "models.attention"),
+        "models.block_diffusion",
+    ],
     ["diffusion"],
     ["models"],
     ["checkpoints"],

@@ -37,6 +37,7 @@ MOVED = {
     "models.card": "checkpoints.card",
     "models.formats": "checkpoints.formats",
     "models.lightning": "checkpoints.lightning",
+    "models.meta": "models.transformer",
     "models.settings": "checkpoints.settings",
     "models.tensors": "checkpoints.tensors",
     "models.unpickling": "checkpoints.unpickling",

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import blockdiffusion
-from blockdiffusion.checkpoints.formats import copy_weights, read_json
+from blockdiffusion.checkpoints.formats import COPY_AGAIN, copy_weights
 from blockdiffusion.checkpoints.tensors import is_finite, read_safetensors
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError
+from blockdiffusion.files.records import read_json
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from tests.conftest import GOLDEN
 
@@ -124,7 +125,7 @@ def test_no_hub_is_asked_for_a_path(name, tmp_path, monkeypatch):
 
 def test_a_file_that_is_gone_is_no_traceback(copy):
     with pytest.raises(UserError, match=r"cannot read .*config\.json \(No such file"):
-        read_json(copy / "gone" / "config.json")
+        read_json(copy / "gone" / "config.json", COPY_AGAIN)
     with pytest.raises(UserError, match=r"^there is no .*gone\.safetensors; copy or download"):
         read_safetensors(copy / "gone.safetensors")
 
@@ -136,7 +137,7 @@ def test_a_hub_id_that_cannot_be_had(monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(UserError, match=r"could not be had from the hub \(ConnectionError\)"):
+    with pytest.raises(UserError, match=r"the download from the hub failed \(ConnectionError\)"):
         blockdiffusion.load("someone/some-model")
 
 

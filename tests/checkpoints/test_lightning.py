@@ -14,7 +14,6 @@ from blockdiffusion.checkpoints.lightning import LightningOptions, read_lightnin
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.diffusion.denoiser import causal_nll, masked_nll
 from blockdiffusion.diffusion.estimators import Corrupted
-from blockdiffusion.diffusion.losses import log_score
 from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.diffusion.schedules import noise_level
 from blockdiffusion.errors import UserError
@@ -22,6 +21,7 @@ from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusi
 from tests.checkpoints.lightning_files import lightning, save_with_settings, settings
 from tests.checkpoints.test_unpickling import Calls
 from tests.conftest import GOLDEN
+from tests.noise_oracles import log_score
 
 TOLERANCE = 1e-4  # of the golden arrays
 

@@ -344,7 +344,7 @@ def test_only_unclipped_estimators_are_bounds():
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("bernouli", "is no estimator"),
+        ("bernouli", "unknown estimator"),
         ("bernoulli[0.3]", "two numbers"),
         ("bernoulli[0.8,0.3]", "empty or leaves"),
         ("bernoulli:lineal", "unknown schedule"),

@@ -4,7 +4,6 @@ import torch
 from blockdiffusion.diffusion.denoiser import masked_nll
 from blockdiffusion.diffusion.losses import (
     Pieces,
-    log_score,
     prior_kl,
     score_entropy,
     subs_nll,
@@ -12,6 +11,7 @@ from blockdiffusion.diffusion.losses import (
     uniform_reverse,
     weighted_subs_nll,
 )
+from tests.noise_oracles import log_score
 from tests.oracles import subs_log_prob
 
 

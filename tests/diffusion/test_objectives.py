@@ -284,7 +284,7 @@ def test_progress_and_a_target_work_as_for_masks(make_tiny):
         ),
         ("d3pm", "exact", "estimator exact needs a masked diffusion network"),
         ("score_entropy", "orders", "estimator orders needs a masked diffusion network"),
-        ("score_entropy", "timesteps", "no estimator"),
+        ("score_entropy", "timesteps", "unknown estimator"),
         ("score_entropy", "bernoulli[0.3,0.8]", "is clipped: it does not bound"),
         ("score_entropy", "count[0.3,0.8]", "with a clip take bernoulli"),
     ],

@@ -13,7 +13,6 @@ from blockdiffusion.estimate.listing import estimate_lines
 from blockdiffusion.estimate.run import estimate_recipe, manifest_of
 from blockdiffusion.estimate.sampling import SamplingRequest
 from blockdiffusion.estimate.training import drawn_rows, largest
-from blockdiffusion.models.transformer import is_hidden_matrix
 from blockdiffusion.runtime.hardware import find_hardware
 from blockdiffusion.sampling import generate
 from blockdiffusion.train.optim import OptimOptions, make_optimizer
@@ -58,7 +57,7 @@ def estimate_of(recipe, device=H100, **options):
 def matrices_of(recipe):
     """Shapes of the matrices that Muon takes."""
     model = build_model(recipe, manifest_of(recipe, 64, 50))
-    return [p.shape for n, p in model.backbone.named_parameters() if is_hidden_matrix(n, p.ndim)]
+    return [p.shape for p in model.backbone.hidden_matrices()]
 
 
 # --- against what is there --------------------------------------------------------------------
@@ -411,7 +410,10 @@ def test_every_objective_has_an_estimate(recipe_of):
         (["--window", "3"], "--window is 3, smaller than a block of 4"),
         (["--batch", "0"], "--batch is 0; it must be at least 1"),
         (["--sample-dtype", "int4"], "--sample-dtype is 'int4'; choose float32, bfloat16 or i"),
-        (["--sample-dtype", "int8"], "--sample-dtype is int8, which is for CPUs, and h100 is none"),
+        (
+            ["--sample-dtype", "int8"],
+            "--sample-dtype is int8, which is for CPUs",
+        ),
         (["model.block_size=5"], "model.block_size is 5, which does not divide the 64 tokens"),
         (
             ["model.block_size=64", "--max-new-tokens", "65"],

@@ -25,10 +25,11 @@ from blockdiffusion.estimate.flops import (
 from blockdiffusion.estimate.memory import cache_bytes, weight_bytes
 from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.models.attention import _flex_block_mask
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.models.masks import Streams, dense_mask
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
+from tests.models.hugging_face import FAMILIES, make_hugging_face
 
 SIZES = {
     "vocab_size": 53,
@@ -185,7 +186,7 @@ def test_pairs_of_a_causal_row():
 @pytest.mark.parametrize("sizes", [{"block_size": 4}, {"block_size": 4, **SEDD}, AR])
 def test_operations_of_a_call_are_those_that_are_counted(sizes):
     model, sizes_ = network({"seq_len": 64, **sizes})
-    model = sampling_copy(model.double())  # whose products are plain ones in float64
+    model = optimize_for_inference(model.double())  # whose products are plain ones in float64
     size, rows, past, scored = sizes_.block_size, 3, 12, 2
     ids = torch.zeros(rows, past, dtype=torch.long)
     with torch.no_grad():
@@ -218,7 +219,7 @@ def test_operations_of_a_call_are_those_that_are_counted(sizes):
 def test_bytes_of_weights_and_cache(sizes):
     """Those of the copy that samples; norms and biases that are folded away are less than 1 %."""
     model, sizes_ = network({"seq_len": 32, "block_size": 4, **sizes})
-    copied = sampling_copy(model.double())  # in float64, of which the weights stay as they are
+    copied = optimize_for_inference(model.double())  # float64 is not packed
     for dtype, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model.to(kind)
         held = sum(p.numel() * kind.itemsize for p in copied.parameters())
@@ -234,6 +235,45 @@ def test_bytes_of_weights_and_cache(sizes):
               and "modulation" not in name]  # fmt: skip
     saved = sum(3 * weight.numel() for weight in linear)
     assert weight_bytes(sizes_, "int8")[1] == weight_bytes(sizes_, "float32")[1] - saved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens", [0, 8])
+def test_any_backbone_can_be_estimated(family, tokens):
+    """Networks of transformers: sizes, and the operations of training and of a call.
+
+    Beside what the formulas know, PyTorch counts the product that makes rotary angles."""
+    model = make_hugging_face(family, vocab_size=53, seq_len=64, block_size=4)
+    network = model.backbone.model
+    sizes_ = NetworkSizes.of(model)
+    assert NetworkSizes.of(model.with_backbone(model.backbone.empty_copy())) == sizes_
+    assert sizes_.parameters == network.num_parameters()
+    layers = list(network.base_model.layers[1].parameters())
+    assert sizes_.layer_parameters == sum(p.numel() for p in layers)
+    assert sizes_.layer_numbers == 16 * (16 + 8 + 8 + 16) + 3 * 16 * 32
+    assert sizes_.cache_width == 2 * 2 * 4 and sizes_.conditioning == 0
+    assert sizes_.tied == network.config.tie_word_embeddings
+    ends = (1 if sizes_.tied else 2) * 53 * 16
+    assert sizes_.embedding_parameters == ends
+    angles = 2 * network.config.head_dim // 2
+    if not tokens:
+        loss, p = update(model, "complement")
+        p = replace(p, attention="chunked" if family == "llama" else "dense")
+        model.train()
+        got = counted(lambda: loss.nats(model, slice(0, 2)).backward())
+        # The written softmax of soft-capped scores keeps them: two products backward.
+        again = 0.5 * forward_flops(sizes_, p).attention if family == "gemma2" else 0
+        read = p.rows * p.tokens(sizes_)
+        expected = training_flops(sizes_, p).total - again
+        assert expected <= got <= expected + angles * read
+    else:
+        cache = model.make_cache(3, 64)
+        ids = torch.zeros(3, tokens, dtype=torch.long)
+        wanted = (torch.tensor([0, 2]), torch.tensor([4, 5]))
+        with torch.no_grad():
+            got = counted(lambda: model.head(model.decode(ids, 4, cache, wanted=wanted)))
+        expected = call_flops(sizes_, 3, tokens, tokens, 2).total
+        assert expected <= got <= expected + angles * 3 * tokens
 
 
 def test_muon_is_five_rounds_of_three_products():

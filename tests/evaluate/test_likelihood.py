@@ -395,7 +395,7 @@ def test_the_result_is_plain_json(make_model, random_ids):
 
 @pytest.mark.parametrize(("ids", "options", "message"), [
     ([[1, 2]], dict(estimator="count[0.3,0.8]"), "gives no perplexity"),
-    ([[1, 2]], dict(estimator="elbo"), "no estimator.*exact or orders"),
+    ([[1, 2]], dict(estimator="elbo"), "unknown estimator.*exact or orders"),
     ([[1, 2]], dict(mc_samples=0), "mc_samples"),
     ([[1, 2]], dict(orders=0), "orders"),
     ([[1, 2]], dict(target_stderr=0), "target_stderr"),

@@ -92,6 +92,10 @@ class HuggingFaceBackbone(nn.Module):
         layers = self.model.base_model.layers
         return [p for layer in layers for p in layer.parameters() if p.ndim == 2]
 
+    def empty_copy(self):
+        with torch.device("meta"):
+            return HuggingFaceBackbone(type(self.model)(self.config))
+
 
 def llama(vocab_size: int) -> LlamaForCausalLM:
     """Grouped keys and values, rotary positions, RMS norms, SwiGLU."""

@@ -10,7 +10,7 @@ import torch
 import blockdiffusion
 from blockdiffusion import likelihood
 from blockdiffusion.diffusion.denoiser import masked_loss, masked_nll
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.sampling import Engine, Finished, generate
 from tests.models.hugging_face import FAMILIES, make_hugging_face
 from tests.oracles import mask_by_loops, subs_log_prob
@@ -153,7 +153,7 @@ def test_samples_have_the_law_that_likelihood_says(family, reading):
     nll = torch.as_tensor(exact.exact_nats_per_row, dtype=torch.float64)
     law = dict(zip(texts, (-nll).exp().tolist(), strict=True))
     options = dict(max_new_tokens=4, bos=False, eos=False)
-    for other in (model, sampling_copy(model)):
+    for other in (model, optimize_for_inference(model)):
         for cache in (True, False):
             made = generate(
                 other, num_samples=DRAWS // 2, generator=seeded(), use_cache=cache, **options

@@ -177,6 +177,6 @@ def test_so_does_the_autoregressive_baseline(make_ar, recorded):
 
 
 def test_a_sampling_copy_records_on_gpus_only(make_model):
-    from blockdiffusion.models.inference import sampling_copy
+    from blockdiffusion.models.inference import optimize_for_inference
 
-    assert not sampling_copy(make_model()).records_passes
+    assert not optimize_for_inference(make_model()).records_passes

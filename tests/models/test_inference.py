@@ -8,9 +8,15 @@ from torch import nn
 
 import blockdiffusion
 from blockdiffusion.errors import UserError
-from blockdiffusion.models.inference import FoldedLayer, Int8Linear, PackedLinear, sampling_copy
+from blockdiffusion.models.inference import (
+    FoldedLayer,
+    Int8Linear,
+    PackedLinear,
+    optimize_for_inference,
+)
 from blockdiffusion.models.transformer import Linear, LinearGelu
 from tests.conftest import GOLDEN
+from tests.models.hugging_face import FAMILIES, make_hugging_face
 
 # The types whose products oneDNN has here.
 HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -45,9 +51,9 @@ def outputs(model, ids):
 def test_the_copy_has_the_same_logits(make_model, random_ids, kind):
     model, ids = make_model(**KINDS[kind]), random_ids(2, 16)
     before = copy.deepcopy(model.backbone.state_dict())
-    folded = sampling_copy(model)
+    folded = optimize_for_inference(model)
     assert torch.allclose(outputs(folded, ids), outputs(model, ids), atol=1e-10)
-    single = sampling_copy(copy.deepcopy(model).float())
+    single = optimize_for_inference(copy.deepcopy(model).float())
     assert (outputs(single, ids) - outputs(model, ids)).abs().max() < 1e-4
     assert all(
         torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items()
@@ -61,7 +67,7 @@ def test_the_copy_has_the_same_logits(make_model, random_ids, kind):
 
 def test_the_autoregressive_baseline_has_one_too(make_ar, random_ids):
     model, ids = make_ar(), random_ids(2, 12)
-    folded = sampling_copy(model)
+    folded = optimize_for_inference(model)
     assert torch.allclose(
         folded.head(folded.encode_causal(ids)), model.head(model.encode_causal(ids)), atol=1e-10
     )
@@ -74,7 +80,7 @@ def test_a_published_checkpoint_has_the_same_logits():
     noisy = ids.clone()
     noisy[:, ::2] = model.config.mask_id
     with torch.no_grad():
-        ours = sampling_copy(model).denoise_logits(noisy, ids)
+        ours = optimize_for_inference(model).denoise_logits(noisy, ids)
         assert (ours - model.denoise_logits(noisy, ids)).abs().max() < 1e-4
 
 
@@ -82,7 +88,7 @@ def test_the_copy_is_made_for_the_same_use(make_model):
     """Tokenizer and configuration are there; the embedding is not stored twice."""
     model = make_model(eos_id=5)
     model.tokenizer = object()
-    folded = sampling_copy(model)
+    folded = optimize_for_inference(model)
     assert folded.tokenizer is model.tokenizer and model.backbone.config.adaln
     assert folded.backbone.embedding.weight is model.backbone.embedding.weight
     assert folded.config.eos_id == 5 and not folded.training
@@ -125,7 +131,7 @@ def test_a_sum_rides_on_a_packed_product(dtype):
 def test_weights_are_packed_where_products_are_measured_to_gain(make_model):
     """float32 and bf16 on CPUs; float64 is left as it is."""
     for dtype in (torch.float64, *PACKED):
-        copied = sampling_copy(copy.deepcopy(make_model()).to(dtype))
+        copied = optimize_for_inference(copy.deepcopy(make_model()).to(dtype))
         parts = list(copied.modules())
         assert any(isinstance(part, PackedLinear) for part in parts) == (dtype in PACKED)
         assert any(isinstance(part, nn.Linear) for part in parts) == (dtype not in PACKED)
@@ -133,7 +139,7 @@ def test_weights_are_packed_where_products_are_measured_to_gain(make_model):
 
 def test_a_network_in_bf16_gives_logits_in_float32(make_model, random_ids):
     model, ids = copy.deepcopy(make_model()).bfloat16(), random_ids(1, 16)
-    for network in (model, sampling_copy(model)):
+    for network in (model, optimize_for_inference(model)):
         with torch.no_grad():
             assert network.denoise_logits(ids, ids).dtype == torch.float32
 
@@ -147,7 +153,7 @@ def test_int8_is_near(make_model, random_ids, kind):
         for parameter in model.parameters():
             parameter.mul_(0.5)
     ids = random_ids(2, 16)
-    rounded = sampling_copy(model, int8=True)
+    rounded = optimize_for_inference(model, int8=True)
     rest = [name for name, part in rounded.backbone.named_modules() if isinstance(part, nn.Linear)]
     assert all(name.startswith("time.") or name.endswith("modulation") for name in rest)
     assert sum(isinstance(part, Int8Linear) for part in rounded.modules()) >= 4 * 3 + 1
@@ -176,13 +182,13 @@ def test_int8_rounds_weights_to_the_nearest_step():
 )
 def test_where_there_is_no_int8(make_model, change, message):
     with pytest.raises(UserError, match=message):
-        sampling_copy(change(make_model()), int8=True)
+        optimize_for_inference(change(make_model()), int8=True)
 
 
 def test_a_machine_without_8_bit_products(make_model, monkeypatch):
     monkeypatch.setattr(torch.backends.quantized.__class__, "supported_engines", ["none"])
     with pytest.raises(UserError, match="no 8-bit products for"):
-        sampling_copy(make_model().float(), int8=True)
+        optimize_for_inference(make_model().float(), int8=True)
 
 
 @pytest.mark.parametrize("folded", [False, True])
@@ -190,7 +196,7 @@ def test_a_machine_without_8_bit_products(make_model, monkeypatch):
 def test_only_what_is_wanted_is_finished(make_model, random_ids, kind, folded):
     """The states at some rows and columns are those of the whole pass, and all keys are written."""
     model = make_model(**KINDS[kind])
-    model = sampling_copy(model) if folded else model
+    model = optimize_for_inference(model) if folded else model
     ids, rows, columns = random_ids(3, 12), torch.tensor([0, 2, 2]), torch.tensor([9, 8, 11])
     sigma = torch.tensor([0.3, 0.7, 1.1])
     with torch.no_grad():
@@ -207,3 +213,18 @@ def test_only_what_is_wanted_is_finished(make_model, random_ids, kind, folded):
     assert nothing.shape == (0, model.backbone.config.hidden_size)
     stored = [torch.stack([*cache.keys, *cache.values]) for cache in caches]
     assert all(torch.allclose(stored[0], found, atol=1e-12) for found in stored[1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_stay_as_they_are_are_shared(family):
+    """In float64 nothing is packed, so no weight is copied; in float32 no embedding and no norm."""
+    model = make_hugging_face(family).train()
+    copied = optimize_for_inference(model)
+    assert model.backbone.training and not copied.backbone.training
+    assert copied.backbone is not model.backbone
+    for one, two in zip(model.parameters(), copied.parameters(), strict=True):
+        assert one is two
+    packed = optimize_for_inference(model.float())
+    own = {id(p) for p in model.parameters()}
+    assert list(packed.parameters()) and all(id(p) in own for p in packed.parameters())
+    assert not any(isinstance(part, PackedLinear) for part in model.modules())

@@ -4,7 +4,7 @@ import torch
 from blockdiffusion.checkpoints.formats import load
 from blockdiffusion.diffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.models.transformer import (
     BlockDiffusionConfig,
     BlockDiffusionModel,
@@ -359,7 +359,7 @@ def test_the_mlp_has_its_gradients_though_it_keeps_less(short):
 
 def test_copies_of_networks_that_read_the_time_score_with_gradients_enabled(make_model, random_ids):
     """Their layers are packed, and no gradient goes through them."""
-    copy = sampling_copy(make_model(time_conditioning=True).float())
+    copy = optimize_for_inference(make_model(time_conditioning=True).float())
     ids = random_ids(1, 16)
     with torch.enable_grad():
         logits = copy.denoise_logits(ids, ids, torch.ones(1))

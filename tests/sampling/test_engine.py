@@ -9,7 +9,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion import Engine, UserError
-from blockdiffusion.models.inference import sampling_copy
+from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.sampling import BlockDone, Finished, TokensRevealed
 from tests.sampling.laws import FALSE_ALARM, law_of, p_value, seeded
 from tests.tiny import NOISES
@@ -118,7 +118,7 @@ def test_a_prompt_longer_than_a_pass_is_read_in_parts(make_model):
 def test_the_engine_keeps_the_law(tiny_law, tiny_law_expected):
     """Requests of one and of two blocks through 128 rows, of a copy with folded weights: those of
     two have the known law. Chi-square with a false-alarm probability of 1e-4."""
-    engine = Engine(sampling_copy(tiny_law), max_rows=128, max_tokens=4)
+    engine = Engine(optimize_for_inference(tiny_law), max_rows=128, max_tokens=4)
     draws = 4000
     for seed in range(draws):
         engine.submit(max_new_tokens=4, bos=False, seed=seed)
@@ -231,7 +231,7 @@ def test_how_many_requests_rounding_changes(make_model, kind, most):
         model = model.bfloat16() if kind == "bfloat16" else model.float()
     if kind == "int8" and "fbgemm" not in torch.backends.quantized.supported_engines:
         pytest.skip("no 8-bit products here")
-    model = sampling_copy(model, int8=kind == "int8")
+    model = optimize_for_inference(model, int8=kind == "int8")
     draw = random.Random(0)
     wanted = []
     for number in range(112):

@@ -279,7 +279,7 @@ def test_a_run_cannot_start_from_itself(recipe_file, tmp_path, inside):
     ("overrides", "message"),
     [
         (["eval.estimator=exact", "model.block_size=16"], "S = 16; use the estimator auto"),
-        (["eval.estimator=cuont"], "no estimator.*auto, exact or orders"),
+        (["eval.estimator=cuont"], "unknown estimator.*auto, exact or orders"),
         (["eval.estimator=count[0.3,0.8]"], "clipped"),
     ],
 )

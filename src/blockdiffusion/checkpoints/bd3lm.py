@@ -31,13 +31,13 @@ BD3LM_NAMES = {
     "backbone.output_layer.adaLN_modulation": "final_modulation",
     "backbone.output_layer.linear": "output",
 }
-# In the files, but no part of the network: the clip of the noise schedule, and rotary
-# frequencies, which follow from the sizes.
+# In the files, but not part of the network: the clip of the noise schedule, and rotary frequencies,
+# which follow from the sizes.
 ROTARY = "backbone.rotary_emb.inv_freq"
-CLIP = {"sampling_eps_min": 1e-3, "sampling_eps_max": 1.0}  # that of no clip
+CLIP = {"sampling_eps_min": 1e-3, "sampling_eps_max": 1.0}  # no clip
 BD3LM_IGNORED = {*CLIP, ROTARY}
 
-# Where the authors' code for the format is: with it transformers reads what is written here.
+# The authors' code for the format, with which transformers reads the files written here.
 AUTHORS_CODE = "kuleshov-group/bd3lm-owt-block_size4"
 # Our key -> theirs in config.json.
 CONFIG_KEYS = {
@@ -63,7 +63,7 @@ _KEYS = {
 def from_bd3lm(
     raw: Mapping[str, Any], state: Mapping[str, torch.Tensor], folder: Path
 ) -> tuple[BlockDiffusionConfig, dict[str, torch.Tensor]]:
-    """Our configuration and names for a published directory (sizes from its config).
+    """Return our configuration and names for a published directory (sizes from its config).
 
     Raises:
         UserError: the config lacks a key, or describes a causal network.
@@ -78,7 +78,7 @@ def from_bd3lm(
             )
         missing = [theirs for theirs in CONFIG_KEYS.values() if theirs not in found]
         if missing:
-            raise UserError(f"it lacks the key {missing[0]!r}")
+            raise UserError(f"the key {missing[0]!r} is missing")
         sizes = {ours: found[theirs] for ours, theirs in CONFIG_KEYS.items()}
         if not found.get("cross_attn", True):  # no clean stream: one block is the whole sequence
             sizes["block_size"] = sizes["seq_len"]
@@ -94,15 +94,15 @@ def from_bd3lm(
 def to_bd3lm(
     config: BlockDiffusionConfig, state: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """config.json and tensors of the published format for one of our networks.
+    """Return config.json and tensors of the published format for one of our networks.
 
-    What the format has no key for (BOS and EOS, the tokenizer) is left out; the clip of the noise
-    schedule, which is no part of the network, is written as none.
+    BOS, EOS and the tokenizer are left out, for which the format has no key. The clip of the noise
+    schedule, which is not part of the network, is written as none.
 
     Raises:
-        UserError: the network is none that the format can describe.
+        UserError: the format cannot describe the network.
     """
-    if config.objective != "block_diffusion" or config.clean_attention != "block":
+    if not config.is_masked_diffusion or config.clean_attention != "block":
         raise UserError(
             "the bd3lm format holds block diffusion networks whose clean tokens see whole blocks; "
             f"this one has objective {config.objective} and clean_attention "
@@ -136,12 +136,12 @@ def to_bd3lm(
 
 
 def our_name(published: str) -> str:
-    """Our name of a published tensor; the name itself where it is unknown (reported later)."""
+    """Return our name of a published tensor; an unknown one stays, and is reported later."""
     return _translated(published, BD3LM_NAMES, "blocks", "layers")
 
 
 def their_name(ours: str) -> str:
-    """The published name of one of our tensors."""
+    """Return the published name of one of our tensors."""
     names = {ours: theirs for theirs, ours in BD3LM_NAMES.items()}
     return _translated(ours, names, "layers", "blocks")
 

@@ -1,7 +1,7 @@
-"""The model card: what a model directory says about itself, to people and to hubs.
+"""The model card: the description of a model directory, for people and hubs.
 
-`card.json` holds the facts that config.json has no place for. README.md is written from the two and
-from nothing else, so that it can be written again at any time and never says what is not so.
+`card.json` holds the facts that config.json does not. README.md is written from these two files and
+nothing else, so it can be rewritten at any time and always agrees with them.
 """
 
 from __future__ import annotations
@@ -31,26 +31,15 @@ print(blockdiffusion.{call})
 ```"""
 # Rows of the table of the network, as config.json calls them.
 NETWORK = (
-    "objective",
-    "block_size",
-    "seq_len",
-    "vocab_size",
-    "mask_id",
-    "bos",
-    "bos_id",
-    "eos_id",
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "cond_dim",
-    "time_conditioning",
+    "objective", "block_size", "seq_len", "vocab_size", "mask_id", "bos", "bos_id", "eos_id",
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "cond_dim", "time_conditioning",
     "clean_attention",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """Facts about a model besides its configuration. All values are plain, as JSON has them."""
+    """Facts about a model beside its configuration, as plain values of JSON."""
 
     name: str
     """The title."""
@@ -59,12 +48,12 @@ class Card:
     training: dict[str, Any] | None = None
     """How the weights were trained: steps, and the sections of the recipe."""
     datasets: list[str] | None = None
-    """What they were trained on; ids of a hub where they look like `owner/name`."""
+    """Their training data; ids of a hub if they look like `owner/name`."""
     evaluation: dict[str, Any] | None = None
     """How the perplexity was measured, and what came out: see
     `evaluate.prepared.evaluation_facts`."""
     notes: list[str] | None = None
-    """What else its users should know, such as its limits; paragraphs, written by hand."""
+    """Other information for users, such as limits; paragraphs, written by hand."""
 
     def to_json(self) -> str:
         """The content of card.json."""
@@ -72,19 +61,19 @@ class Card:
 
 
 def public_name(source: str | Path) -> str:
-    """A hub's id as it is; of a local path only the last part, the rest is nobody's business."""
+    """Return a hub's id, or the last part of a local path, which keeps the rest private."""
     path = Path(source)
     return path.resolve().name if path.exists() or path.is_absolute() else str(source)
 
 
 def write_card(folder: Path, config: BlockDiffusionConfig, card: Card) -> None:
-    """Writes card.json and README.md into a model directory."""
+    """Write card.json and README.md into a model directory."""
     (folder / FACTS).write_text(card.to_json(), encoding="utf-8")
     (folder / README).write_text(render(config, card), encoding="utf-8")
 
 
 def read_card(folder: Path) -> Card | None:
-    """The facts of a model directory; None where it has none.
+    """Return the facts of a model directory; None if it has none.
 
     Raises:
         UserError: card.json is damaged, or of another version.
@@ -103,7 +92,7 @@ def read_card(folder: Path) -> Card | None:
 
 
 def check_evaluation(found: dict[str, Any] | None) -> None:
-    """Refuses measured facts that a card cannot be written of; see `Card.evaluation`.
+    """Refuse measured facts from which no card can be written; see `Card.evaluation`.
 
     Raises:
         Damaged: one is missing or of another type.
@@ -114,7 +103,7 @@ def check_evaluation(found: dict[str, Any] | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Told:
-    """Those of the measured facts that a card tells in words."""
+    """The measured facts that a card states in words."""
 
     data: str
     split: str
@@ -125,7 +114,7 @@ class _Told:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the README.md of a directory may be written: there is none, or we wrote it."""
+    """Return whether the README.md of a directory may be written: there is none, or it is ours."""
     path = folder / README
     if not path.is_file():
         return not path.exists()
@@ -133,11 +122,10 @@ def is_ours(folder: Path) -> bool:
 
 
 def render(config: BlockDiffusionConfig, card: Card) -> str:
-    """README.md: YAML front matter for the hub, then the facts in words and tables."""
-    autoregressive = config.objective == "autoregressive"
-    call = 'likelihood(model, ["Some text."])'
-    if not autoregressive:
-        call = "generate(model, max_new_tokens=64)"
+    """Return README.md: YAML front matter for the hub, then the facts in words and tables."""
+    call = "generate(model, max_new_tokens=64)"
+    if config.is_autoregressive:
+        call = 'likelihood(model, ["Some text."])'
     parts = [
         f"---\n{_front_matter(config, card)}\n---",
         MARK,
@@ -159,7 +147,7 @@ def render(config: BlockDiffusionConfig, card: Card) -> str:
 def _front_matter(config: BlockDiffusionConfig, card: Card) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    kind = "autoregressive" if config.objective == "autoregressive" else "block-diffusion"
+    kind = "autoregressive" if config.is_autoregressive else "block-diffusion"
     results, found = None, card.evaluation
     if found is not None:
         results = [
@@ -187,7 +175,7 @@ def _front_matter(config: BlockDiffusionConfig, card: Card) -> str:
 
 def _summary(config: BlockDiffusionConfig) -> str:
     paper = "[Block Diffusion](https://arxiv.org/abs/2503.09573)"
-    if config.objective == "autoregressive":
+    if config.is_autoregressive:
         return f"An autoregressive language model, the baseline of {paper}, for `blockdiffusion`."
     if config.block_size == config.seq_len:
         return (
@@ -205,7 +193,7 @@ def _evaluation(config: BlockDiffusionConfig, card: Card) -> str:
     given = {
         True: "Position 0 of every row is given (a BOS) and not counted.",
         False: "No BOS is given; position 0 is counted like any other.",
-        None: "Whether position 0 is a given BOS is not known of this model.",
+        None: "It is unknown whether position 0 is a given BOS for this model.",
     }[config.bos]
     if found is None:
         return (

@@ -1,8 +1,7 @@
 """Reading models: our own directories, published `bd3lm` directories, the authors' Lightning files.
 
-Weights are read from safetensors, or from a pickle that is not executed (`unpickling`), so that
-nothing in a file can run, and strictly: a missing, unexpected or misshapen tensor is an error that
-names it.
+Weights are read from safetensors, or from a pickle that is not executed (`unpickling`), so no code
+in a file can run. A missing, unexpected or misshapen tensor is an error that names it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from blockdiffusion.models.transformer import OLD_SIZES, BlockDiffusionConfig, B
 from blockdiffusion.options import renamed
 
 CONFIG = "config.json"
+COPY_AGAIN = "copy or download it again"
 WEIGHTS = "model.safetensors"
 LIGHTNING = ".ckpt"
 PICKLES = (".bin", LIGHTNING, ".pt", ".pth", ".pkl")
@@ -35,29 +35,20 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
 Format = Literal["blockdiffusion", "bd3lm", "lightning"]
 
-# What the weights of two networks must agree on, to mean the same.
+# What two networks must have in common if the weights of one are to fit the other.
 SAME = (
-    "objective",
-    "transition",
-    "vocab_size",
-    "mask_id",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "adaln",
-    "cond_dim",
-    "time_conditioning",
-    "clean_attention",
-)
+    "objective", "transition", "vocab_size", "mask_id", "hidden_size", "num_hidden_layers",
+    "num_attention_heads", "adaln", "cond_dim", "time_conditioning", "clean_attention",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A model and where it came from.
+    """A model and its source.
 
     Attributes:
         path: its local directory or file.
-        lightning: what else the file says, where the format is "lightning".
+        lightning: the other contents of a file whose format is "lightning".
     """
 
     model: BlockDiffusionModel
@@ -67,7 +58,7 @@ class Found:
 
     @property
     def config(self) -> BlockDiffusionConfig:
-        """The model's, sizes and conventions."""
+        """The model's sizes and conventions."""
         return self.model.full_config()
 
 
@@ -77,25 +68,23 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> BlockDiffusionModel:
-    """A model in eval mode, from one of our directories, a published one, or a Lightning file.
+    """Return a model in eval mode from our directory, a published one, or a Lightning file.
 
     Args:
-        path_or_hub_id: a directory with config.json and model.safetensors (a training run's
-            directory works too); a Hugging Face id such as
-            `kuleshov-group/bd3lm-owt-block_size4`; or a `last.ckpt` of the authors' code, whose
-            moving average is taken and in which nothing is run.
-        device, dtype: where the weights go and in which precision; the file's by default.
+        path_or_hub_id: a directory with config.json and model.safetensors, or a training run's; a
+            Hugging Face id such as `kuleshov-group/bd3lm-owt-block_size4`; or a `last.ckpt` of the
+            authors' code, whose moving average is read without running anything.
+        device, dtype: of the weights; by default the CPU and the type in the file.
 
     Returns:
-        The model; `.config.block_size`, `.config.mask_id` and `.tokenizer` (None where the
-        directory has none) are set.
+        The model with its `.config` and `.tokenizer` (None if the directory has none).
 
     Warns:
-        checksums.Changed: a file of the directory is not what was written.
+        checksums.Changed: a file of the directory has changed since it was written.
 
     Raises:
-        UserError: nothing there, a pickle of another kind, a truncated file, tensors that do not
-            fit, or a Lightning file that does not say all sizes (`blockdiff convert` takes them).
+        UserError: there is nothing to load, a pickle of another kind, a truncated file, tensors
+            that do not fit, or a Lightning file that lacks sizes (`blockdiff convert` takes them).
     """
     return find_model(path_or_hub_id, device=device, dtype=dtype).model
 
@@ -107,7 +96,7 @@ def find_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Found:
-    """As `load`, with what a Lightning file does not say, and telling where the model came from.
+    """Load as `load` does, with options for a Lightning file; return the model and its source.
 
     Raises:
         UserError: see `load`; or options for a Lightning file are given for something else.
@@ -120,8 +109,8 @@ def find_model(
         config, state, file = read.config, read.state, path
     elif lightning is not None and lightning.given():
         raise UserError(
-            f"{path} says everything itself; leave out {', '.join(lightning.given())}, which only "
-            "a Lightning file needs"
+            f"{path} is no Lightning file; leave out {', '.join(lightning.given())}, which only a "
+            "Lightning file needs"
         )
     else:
         file = path / WEIGHTS
@@ -135,17 +124,17 @@ def find_model(
     model.to(device=device, dtype=dtype)
     if read is None:
         model.tokenizer = _read_tokenizer(path)
-        warn_of_changes(path)  # last: what cannot be read at all is told in one sentence
+        warn_of_changes(path)  # last, so that an unreadable file gives one message only
     return Found(model=model.eval(), format=kind, path=path, lightning=read)
 
 
 def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None:
-    """Gives `model` the weights of another one, which may have another block size and length.
+    """Copy the weights of another model, which may have another block size and length, to `model`.
 
     Args:
         path_or_hub_id: as in `load`.
-        model: of the same sizes and conventions (`SAME`, and the given BOS where both say), with
-            its tokenizer, where it has one.
+        model: of the same sizes and conventions (`SAME`, and the given BOS if both name it), with
+            its tokenizer, if it has one.
 
     Raises:
         UserError: see `load`; or the two differ in what the weights depend on, or in their tokens.
@@ -177,13 +166,10 @@ def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None
 
 
 def write_model(model: BlockDiffusionModel, folder: Path) -> dict[str, str]:
-    """Writes config.json and the weights, as `save_pretrained` does.
+    """Write config.json and the weights, as `save_pretrained` does.
 
     Returns:
         The sha256 of the weights, by the name of their file.
-
-    Raises:
-        OSError: they cannot be written.
     """
     model.full_config().save_pretrained(folder)
     return {WEIGHTS: write_safetensors(model.backbone.state_dict(), folder / WEIGHTS)}
@@ -193,17 +179,21 @@ def write_model(model: BlockDiffusionModel, folder: Path) -> dict[str, str]:
 
 
 def find_directory(path: Path) -> Path | None:
-    """The model directory at `path`: itself, or the `model` in a run's directory; None = neither.
+    """Return `path` or the `model` in it (of a run), if it is a model directory.
 
     Raises:
         UserError: there is a config.json without weights.
     """
-    for folder in (path, path / "model"):
-        if (folder / CONFIG).is_file():
-            if not (folder / WEIGHTS).is_file():
-                raise UserError(_no_weights(folder))
-            return folder
-    return None
+    folder = next((f for f in (path, path / "model") if (f / CONFIG).is_file()), None)
+    if folder is not None and not (folder / WEIGHTS).is_file():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+        if pickles:
+            raise UserError(
+                f"{folder} holds {pickles[0]}, a pickle, which can hold code and is not opened; "
+                f"a {WEIGHTS} is needed"
+            )
+        raise UserError(f"{folder} has a {CONFIG} but no {WEIGHTS}")
+    return folder
 
 
 def _find(path_or_hub_id: str | Path) -> Path:
@@ -222,7 +212,11 @@ def _find(path_or_hub_id: str | Path) -> Path:
     if folder is not None:
         return folder
     if path.is_dir():
-        raise UserError(f"{path} holds no {CONFIG}; {_instead(path)}")
+        files = sorted(path.glob(f"*{LIGHTNING}"))
+        instead = "give a model's or a training run's directory"
+        if files:
+            instead = f"for a Lightning checkpoint give the file itself, such as {files[0]}"
+        raise UserError(f"{path} holds no {CONFIG}; {instead}")
     refuse_missing_path(path_or_hub_id)
     if not HUB_ID.fullmatch(str(path_or_hub_id)):
         raise _nowhere(path)
@@ -230,12 +224,12 @@ def _find(path_or_hub_id: str | Path) -> Path:
 
 
 def refuse_missing_path(name: str | Path) -> None:
-    """Refuses a local path where nothing is, before a hub is asked for it.
+    """Refuse a local path that does not exist, before a hub is asked for it.
 
-    OWNER/NAME is a path where there is a folder OWNER.
+    OWNER/NAME is a path if there is a folder OWNER.
 
     Raises:
-        UserError: it is one.
+        UserError: the name is such a path.
     """
     text, parent = str(name), Path(name).parent
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
@@ -251,23 +245,6 @@ def _nowhere(name: str | Path) -> UserError:
     return UserError(f"{name} does not exist; give a model directory or a Hugging Face id")
 
 
-def _instead(folder: Path) -> str:
-    files = sorted(folder.glob(f"*{LIGHTNING}"))
-    if files:
-        return f"for a Lightning checkpoint give the file itself, such as {files[0]}"
-    return "give a model's or a training run's directory"
-
-
-def _no_weights(folder: Path) -> str:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    if pickles:
-        return (
-            f"{folder} holds {pickles[0]}, a pickle, which can hold code and is not opened; "
-            f"a {WEIGHTS} is needed"
-        )
-    return f"{folder} has a {CONFIG} but no {WEIGHTS}"
-
-
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
@@ -275,10 +252,10 @@ def _download(hub_id: str) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", WEIGHTS, "*.txt"]))
     except Exception as error:  # the hub client has no common base class for its failures
         raise UserError(
-            f"{hub_id} is no local directory and could not be had from the hub "
+            f"{hub_id} is no local directory, and the download from the hub failed "
             f"({type(error).__name__}); check the name and the connection, or give a directory"
         ) from error
-    # Without a connection what an interrupted download left in the cache is the snapshot.
+    # Without a connection an interrupted download in the cache is taken for the snapshot.
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise UserError(
             f"{hub_id} is incomplete in the cache: {folder} has no {' and no '.join(missing)}; "
@@ -293,7 +270,7 @@ def _download(hub_id: str) -> Path:
 def _read_directory(
     folder: Path,
 ) -> tuple[Format, BlockDiffusionConfig, dict[str, torch.Tensor]]:
-    raw, state = read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+    raw, state = records.read_json(folder / CONFIG, COPY_AGAIN), read_safetensors(folder / WEIGHTS)
     model_type = raw.get("model_type")
     if model_type == BD3LM:
         return "bd3lm", *from_bd3lm(raw, state, folder)
@@ -305,26 +282,17 @@ def _read_directory(
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: it holds something else, or cannot be read.
-    """
-    return records.read_json(path, "copy or download it again")
-
-
 def read_config(path: Path, raw: Mapping[str, Any] | None = None) -> BlockDiffusionConfig:
-    """The configuration in one of our config.json; keys that are not ours are left out.
+    """Return the configuration in one of our config.json, without keys that are not ours.
 
     Raises:
         UserError: it cannot be read, or describes no network.
     """
-    raw = read_json(path) if raw is None else raw
+    raw = records.read_json(path, COPY_AGAIN) if raw is None else raw
     hints = get_type_hints(BlockDiffusionConfig.__init__)
     own = {name: hint for name, hint in hints.items() if name not in ("kwargs", "return")}
     own |= {"dtype": DtypeName | None, "architectures": list[str] | None}
-    with records.of_file(path, "copy or download it again"):
+    with records.of_file(path, COPY_AGAIN):
         return BlockDiffusionConfig(**records.typed(own, renamed(raw, OLD_SIZES)))
 
 
@@ -337,5 +305,5 @@ def _read_tokenizer(folder: Path) -> Any:
         PreTrainedTokenizerFast,
         folder,
         f"the tokenizer in {folder} cannot be read",
-        "copy or download it again",
+        COPY_AGAIN,
     )

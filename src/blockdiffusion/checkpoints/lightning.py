@@ -3,7 +3,7 @@
 Such a file holds the trained weights (`state_dict`), their moving average (`ema`, a list in the
 order of the parameters), optimizer and loop states, and in `hyper_parameters` the run's omegaconf
 configuration and its tokenizer. The sizes of the network come from the shapes of the tensors, from
-the configuration where it can be read, and from `LightningOptions` for what neither says.
+the configuration if it can be read, and from `LightningOptions` for the rest.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ COMPILED = "_orig_mod."  # in the names of a network that torch.compile wrapped
 
 @dataclass(frozen=True, kw_only=True)
 class LightningFile:
-    """What was read from a file.
+    """The contents of a file.
 
     Attributes:
         config: sizes and conventions of the network.
         state: its tensors, under our names.
         kind: the authors' algo.name.
         weights: which of the two sets of weights `state` is.
-        steps: updates made, where the file says so.
-        data: the authors' name of the training data, where the file says so.
-        tokenizer: the tokenizer's JSON, where the file holds one.
+        steps: number of updates, if recorded.
+        data: the authors' name of the training data, if recorded.
+        tokenizer: the tokenizer's JSON, if there is one.
     """
 
     config: BlockDiffusionConfig
@@ -50,7 +50,7 @@ class LightningFile:
 
 
 def read_lightning(path: Path, options: LightningOptions | None = None) -> LightningFile:
-    """Reads a `last.ckpt` of the authors' code; nothing in it is run.
+    """Read a `last.ckpt` of the authors' code without running anything in it.
 
     Raises:
         UserError: the file is damaged or no such checkpoint, its average does not fit its weights,
@@ -74,7 +74,7 @@ def read_lightning(path: Path, options: LightningOptions | None = None) -> Light
         kind=kind,
         weights=options.weights,
         steps=steps if type(steps) is int else None,
-        data=settings.text("data.train"),
+        data=settings.value("data.train", str),
         tokenizer=settings.tokenizer,
     )
 
@@ -83,7 +83,7 @@ def read_lightning(path: Path, options: LightningOptions | None = None) -> Light
 
 
 def _trained(state_dict: Any, path: Path) -> dict[str, StoredTensor]:
-    """The tensors of `state_dict`, buffers included, without the marks of a compiled network."""
+    """The tensors of `state_dict`, including buffers, by their names in the uncompiled network."""
     if not isinstance(state_dict, dict) or not state_dict:
         raise UserError(
             f"{path} holds no state_dict, so it is no Lightning checkpoint; "
@@ -103,7 +103,7 @@ def _trained(state_dict: Any, path: Path) -> dict[str, StoredTensor]:
 def _averaged(
     content: Mapping[str, Any], trained: Mapping[str, StoredTensor], path: Path
 ) -> dict[str, StoredTensor]:
-    """The moving average, by the names of the parameters, in whose order it is a list."""
+    """The moving average by name. The file has a list in the order of the parameters."""
     average = content.get("ema")
     averages = average.get("shadow_params") if isinstance(average, dict) else None
     if not isinstance(averages, list):
@@ -141,27 +141,31 @@ def _configuration(
     options: LightningOptions,
     path: Path,
 ) -> tuple[str, BlockDiffusionConfig]:
-    """The kind and the sizes of the network, from everything that says something about them."""
+    """The kind and the sizes of the network, from tensors, configuration and options."""
     sizes = _sizes_of_tensors(shapes, rotary, path)
     sizes |= _agreed_sizes(sizes, settings, options, path)
     kind_name = sizes.pop("kind")
-    if kind_name == "ar" and sizes["adaln"]:
-        raise UserError(
-            f"{path} has a time embedding, which the network of ar does not use; its kind is one "
-            f"of {', '.join(name for name in KINDS if name != 'ar')}"
-        )
-    dropout = settings.value("model.dropout")
-    if isinstance(dropout, int | float):
-        sizes["dropout"] = float(dropout)
     kind = KINDS[kind_name]
-    scaled = settings.flag("algo.mdlm_loss_scale") is True and kind_name == "sedd"
+    if sizes["adaln"] and not kind.has_adaln:
+        raise UserError(
+            f"{path} has a time embedding, which the network of {kind_name} does not use; its kind "
+            f"is one of {', '.join(name for name, kind in KINDS.items() if kind.has_adaln)}"
+        )
+    dropout = settings.value("model.dropout", float)
+    if dropout is None:
+        dropout = settings.value("model.dropout", int)
+    if dropout is not None:
+        sizes["dropout"] = float(dropout)
+    eps = options.noise_eps
+    if eps is None:
+        eps = kind.scaled_eps if settings.value("algo.mdlm_loss_scale", bool) else 0.0
     config = BlockDiffusionConfig(
         **sizes,
         objective=kind.objective,
-        time_conditioning=kind.time_conditioning or settings.flag("algo.time_conditioning") is True,
-        noise_eps=options.noise_eps if options.noise_eps is not None else 1e-3 * scaled,
-        # The authors' AR is given its first token, and so are the others with `ignore_bos`.
-        bos=True if kind_name == "ar" or settings.flag("algo.ignore_bos") else None,
+        time_conditioning=kind.time_conditioning
+        or bool(settings.value("algo.time_conditioning", bool)),
+        noise_eps=eps,
+        bos=True if kind.given_first or settings.value("algo.ignore_bos", bool) else None,
     )
     return kind_name, config
 
@@ -169,26 +173,22 @@ def _configuration(
 def _agreed_sizes(
     seen: Mapping[str, Any], settings: Settings, options: LightningOptions, path: Path
 ) -> dict[str, Any]:
-    """The kind and what the shapes may not say, if nobody contradicts another.
-
-    Args:
-        seen: what the shapes say.
-    """
+    """The kind and the sizes that the shapes `seen` do not determine, if all sources agree."""
 
     def agreed(name: str, **others: Any) -> Any:
-        """What the tensors, others and the option say."""
-        said = {
+        """The value of `name` by the tensors, `others` and the option."""
+        given = {
             "its tensors": seen.get(name),
             **{f"its {who}": value for who, value in others.items()},
             flag(name): getattr(options, name),
         }
-        known = {who: value for who, value in said.items() if value is not None}
+        known = {who: value for who, value in given.items() if value is not None}
         if len(set(known.values())) > 1:
             parts = " and ".join(f"{value} by {who}" for who, value in known.items())
             raise UserError(f"{path}: {name} is {parts}; leave the option out, or correct it")
         return next(iter(known.values()), None)
 
-    kind_name: str | None = agreed("kind", configuration=settings.text("algo.name"))
+    kind_name: str | None = agreed("kind", configuration=settings.value("algo.name", str))
     kind = KINDS.get(kind_name or "")
     if kind_name is not None and kind is None:
         raise UserError(
@@ -196,20 +196,20 @@ def _agreed_sizes(
         )
     found: dict[str, Any] = {
         "kind": kind_name,
-        "seq_len": agreed("seq_len", configuration=settings.whole("model.length")),
+        "seq_len": agreed("seq_len", configuration=settings.value("model.length", int)),
         "num_attention_heads": agreed(
-            "num_attention_heads", configuration=settings.whole("model.n_heads")
+            "num_attention_heads", configuration=settings.value("model.n_heads", int)
         ),
     }
     if kind is not None and kind.has_blocks:
-        configured = settings.whole("block_size")
+        configured = settings.value("block_size", int)
         found["block_size"] = agreed("block_size", configuration=configured)
     elif kind is not None and found["seq_len"] is not None:
-        only = 1 if kind.objective == "autoregressive" else found["seq_len"]
+        only = 1 if kind.one_token else found["seq_len"]
         found["block_size"] = agreed("block_size", kind=only)
     missing = [name for name, value in found.items() if value is None]
     found["mask_id"] = agreed("mask_id", tokenizer=settings.mask_id())
-    tokenizer_name = settings.text("data.tokenizer_name_or_path") or ""
+    tokenizer_name = settings.value("data.tokenizer_name_or_path", str) or ""
     if found["mask_id"] is None and "bert" in tokenizer_name:  # has one of its own
         missing.append("mask_id")
     if missing:
@@ -220,7 +220,7 @@ def _agreed_sizes(
 def _sizes_of_tensors(
     shapes: Mapping[str, tuple[int, ...]], rotary: tuple[int, ...] | None, path: Path
 ) -> dict[str, Any]:
-    """What the shapes say. Rotary frequencies are half as many as a head is wide."""
+    """The sizes that the shapes determine; `rotary` has one frequency for two numbers of a head."""
     embedding = shapes.get("embedding.weight", ())
     layers = {int(m[1]) for name in shapes if (m := re.match(r"layers\.(\d{1,6})\.", name))}
     if len(embedding) != 2 or 0 in embedding or not layers:
@@ -237,8 +237,8 @@ def _sizes_of_tensors(
     sizes["adaln"] = bool(condition)
     if condition:
         sizes["cond_dim"] = condition[0]
-    else:  # nothing else in the authors' code goes without time embedding
-        sizes["kind"] = "ar"
+    else:
+        (sizes["kind"],) = (name for name, kind in KINDS.items() if not kind.has_adaln)
     if rotary and rotary[0] and width % (2 * rotary[0]) == 0:
         sizes["num_attention_heads"] = width // (2 * rotary[0])
     return sizes

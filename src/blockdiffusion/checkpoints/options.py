@@ -1,4 +1,4 @@
-"""What a Lightning checkpoint is read with. This module imports no PyTorch."""
+"""The options for reading a Lightning checkpoint. This module imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ Weights = Literal["ema", "raw"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """What one of the authors' algorithms makes of the network."""
+    """The network of one of the authors' algorithms."""
 
     objective: Objective
     time_conditioning: bool = False
+    has_adaln: bool = True
     has_blocks: bool = False
+    one_token: bool = False  # without blocks: whether a block is one token, or else the whole row
+    given_first: bool = False  # whether position 0 is given, whatever token it is
+    scaled_eps: float = 0.0  # noise_eps with the option `mdlm_loss_scale`
 
 
 # The authors' algo.name -> ours.
 KINDS = {
     "mdlm": Kind(objective="block_diffusion"),
-    "sedd": Kind(objective="score_entropy", time_conditioning=True),
-    "ar": Kind(objective="autoregressive"),
+    "sedd": Kind(objective="score_entropy", time_conditioning=True, scaled_eps=1e-3),
+    "ar": Kind(objective="autoregressive", has_adaln=False, one_token=True, given_first=True),
     "bd3lm": Kind(objective="block_diffusion", has_blocks=True),
 }
 
@@ -54,7 +58,7 @@ class LightningOptions:
     num_attention_heads: int | None = option(
         None, "Heads, of a .ckpt that does not say.", was="num_heads"
     )
-    mask_id: int | None = option(None, "Mask token of a .ckpt, where it is not the last id.")
+    mask_id: int | None = option(None, "Mask token of a .ckpt, if it is not the last id.")
     noise_eps: float | None = option(None, "Of a sedd .ckpt: 0.001 for the published weights.")
 
     def __post_init__(self) -> None:

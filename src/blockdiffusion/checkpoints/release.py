@@ -1,4 +1,4 @@
-"""Models for others: converted from any format that can be read, described, sent to a hub."""
+"""Publishing models: convert from any readable format, describe on a card, push to a hub."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from blockdiffusion.checkpoints.card import (
 )
 from blockdiffusion.checkpoints.formats import (
     CONFIG,
+    COPY_AGAIN,
     HUB_ID,
     WEIGHTS,
     Found,
     find_directory,
     find_model,
     read_config,
-    read_json,
     write_model,
 )
 from blockdiffusion.checkpoints.options import LightningOptions, Target
@@ -38,6 +38,7 @@ from blockdiffusion.errors import UserError, reason, shown
 from blockdiffusion.files.checksums import sums_of, write_sums
 from blockdiffusion.files.directories import publish_directory, writing
 from blockdiffusion.files.disk import written_aside
+from blockdiffusion.files.records import read_json
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ UPLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja", README]
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What `convert` wrote; `notes` are sentences for the user."""
+    """A model written by `convert`; `notes` are sentences for the user."""
 
     model: BlockDiffusionModel
     out: Path
@@ -72,14 +73,14 @@ def convert(
     tokenizer: str | Path | None = None,
     bos: bool | None = None,
 ) -> Converted:
-    """Writes a model that `load` can read as a new directory `out`, whole or not at all.
+    """Write a model that `load` can read as a new directory `out`, whole or not at all.
 
     Args:
         source: a model's or run's directory, a Hugging Face id, or the authors' `last.ckpt`.
         to: our own format, with a model card; or the published `bd3lm` one.
-        lightning: which weights of a Lightning file to take, and what it does not say.
-        tokenizer: as in `data.tokenizers.load_tokenizer`; by default what the source holds.
-        bos: whether position 0 of a row is a given BOS; None = what the source says.
+        lightning: which weights of a Lightning file to take, and what it does not record.
+        tokenizer: as in `data.tokenizers.load_tokenizer`; by default that of the source.
+        bos: whether position 0 of a row is a given BOS; None = as in the source.
 
     Raises:
         UserError: see `load`; `out` exists or cannot be written; the tokenizer is another model's;
@@ -127,7 +128,7 @@ def convert(
 def _tokenizer(
     found: Found, spec: str | Path | None, notes: list[str]
 ) -> PreTrainedTokenizerFast | None:
-    """The tokenizer asked for, or the source's own, if it is the model's."""
+    """The tokenizer `spec`, or the source's own, if it fits the model."""
     if spec is not None:
         tokenizer = load_tokenizer(spec)
         if why := _misfit(tokenizer, found.config):
@@ -161,7 +162,7 @@ def _misfit(tokenizer: PreTrainedTokenizerFast, config: BlockDiffusionConfig) ->
 
 
 def _name_tokens(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Where the source does not say which ids BOS and EOS are, the tokenizer does."""
+    """Take the ids of BOS and EOS from the tokenizer if the source does not name them."""
     for name in ("bos_id", "eos_id"):
         if getattr(model.config, name) is None:
             found = getattr(tokenizer, f"{name.removesuffix('_id')}_token_id")
@@ -169,7 +170,7 @@ def _name_tokens(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerFast)
 
 
 def _write_bd3lm(found: Found, folder: Path) -> dict[str, str]:
-    """Returns the sha256 of the weights, by the name of their file."""
+    """Write the published format; return the sha256 of the weights, by the name of their file."""
     raw, tensors = to_bd3lm(found.config, found.model.backbone.state_dict())
     raw["dtype"] = str(found.model.dtype).removeprefix("torch.")
     (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
@@ -177,14 +178,15 @@ def _write_bd3lm(found: Found, folder: Path) -> dict[str, str]:
 
 
 def _card(found: Found, source: str | Path, out: Path) -> Card:
-    """The card of converted weights; what a card of ours says stays true of the same weights."""
+    """The card of converted weights, or our own card, which stays true of the same weights."""
     if found.format == "blockdiffusion":
         return replace(read_card(found.path) or Card(name=out.name), name=out.name)
-    autoregressive = found.config.objective == "autoregressive"
     facts: dict[str, Any] = {
         "format": found.format,
         "converted from": public_name(source),
-        "how its authors measure": MEASURED_EXACTLY if autoregressive else MEASURED_AS_A_BOUND,
+        "how its authors measure": MEASURED_EXACTLY
+        if found.config.is_autoregressive
+        else MEASURED_AS_A_BOUND,
     }
     if found.lightning is None:
         return Card(name=out.name, source=facts)
@@ -204,7 +206,7 @@ def _card(found: Found, source: str | Path, out: Path) -> Card:
 
 
 def record_evaluation(directory: str | Path, evaluation: dict[str, Any]) -> Path:
-    """Puts a measured perplexity into a model's card; returns the model's directory.
+    """Put a measured perplexity into a model's card; return the model's directory.
 
     Args:
         evaluation: from `evaluate.prepared.evaluation_facts`.
@@ -222,13 +224,13 @@ def record_evaluation(directory: str | Path, evaluation: dict[str, Any]) -> Path
 
 
 def check_card(directory: str | Path) -> Path:
-    """The model's directory, if its card can be written.
+    """Return the model's directory if its card can be written.
 
     Raises:
         UserError: there is no model of our format, or its README.md was written by hand.
     """
     folder = _model_directory(Path(directory))
-    if read_json(folder / CONFIG).get("model_type") != BlockDiffusionConfig.model_type:
+    if read_json(folder / CONFIG, COPY_AGAIN).get("model_type") != BlockDiffusionConfig.model_type:
         raise UserError(f"{folder} is not in our own format; blockdiff convert gives it a card")
     if not is_ours(folder):
         raise UserError(
@@ -239,7 +241,7 @@ def check_card(directory: str | Path) -> Path:
 
 
 def refresh_readme(folder: Path) -> None:
-    """Writes README.md anew from config.json and card.json."""
+    """Rewrite README.md from config.json and card.json."""
     config = read_config(folder / CONFIG)
     card = read_card(folder) or Card(name=_title(folder))
     with written_aside(folder / README) as file:
@@ -266,14 +268,14 @@ def _model_directory(path: Path) -> Path:
 
 
 def push(directory: str | Path, repo_id: str, *, private: bool = False) -> str:
-    """Uploads a model directory to the Hugging Face hub, making the repository where needed.
+    """Upload a model directory to the Hugging Face hub, creating the repository if needed.
 
-    The model is loaded first, so that what is sent can be read, and its card is written anew.
+    The model is loaded first, to check that it can be read, and its card is rewritten.
 
     Args:
         directory: a model's or run's directory.
         repo_id: `owner/name`.
-        private: make the repository private; one that exists and is public is refused.
+        private: make the repository private; an existing public one is refused.
 
     Returns:
         The repository's address.

@@ -1,17 +1,18 @@
-"""The configuration and the tokenizer that a Lightning file carries, dug out of inert placeholders.
+"""The configuration and the tokenizer in a Lightning file, extracted from inert placeholders.
 
 The authors' runs pickle an omegaconf configuration: containers hold their items as `_content`,
-leaves their value as `_val`, and `${model.length}` stands for another key's value.
+leaves their value as `_val`, and `${model.length}` stands for the value of another key.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from blockdiffusion.checkpoints.unpickling import Placeholder
 from blockdiffusion.files.records import Damaged, parse_json
 
+T = TypeVar("T")
 DEEPEST = 32  # nested sections; a damaged file may have a section inside itself
 HOPS = 8  # `${...}` that lead to a `${...}`
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
@@ -19,7 +20,7 @@ MASKS = ("[MASK]", "<mask>", "[mask]", "<|mask|>")
 
 
 class Settings:
-    """What can be read of a file's `hyper_parameters`; nothing where they are of another kind.
+    """The readable part of a file's `hyper_parameters`; empty if they are of another kind.
 
     Attributes:
         tokenizer: the JSON of the run's fast tokenizer, or None.
@@ -32,54 +33,39 @@ class Settings:
         held = hyper_parameters.get("tokenizer") if isinstance(hyper_parameters, dict) else None
         self.tokenizer = _tokenizer_json(held)
 
-    def value(self, key: str) -> Any:
-        """The plain value of a dotted key, such as `model.length`; None where there is none."""
+    def value(self, key: str, kind: type[T]) -> T | None:
+        """Return the value of a dotted key, such as `model.length`, if it is of this type."""
         for _ in range(HOPS):
             place = self._tree
             for name in key.split("."):
                 place = place.get(name) if isinstance(place, dict) else None
             reference = REFERENCE.fullmatch(place) if isinstance(place, str) else None
             if reference is None:
-                return place
+                return place if type(place) is kind else None
             key = reference.group(1)
         return None
 
-    def whole(self, key: str) -> int | None:
-        """The same where it is a whole number."""
-        found = self.value(key)
-        return found if type(found) is int else None
-
-    def flag(self, key: str) -> bool | None:
-        """The same where it is true or false."""
-        found = self.value(key)
-        return found if type(found) is bool else None
-
-    def text(self, key: str) -> str | None:
-        """The same where it is a text."""
-        found = self.value(key)
-        return found if isinstance(found, str) else None
-
     def mask_id(self) -> int | None:
-        """Id of the tokenizer's own mask token, or None; then the mask is appended to it."""
+        """Return the id of the tokenizer's mask token; None = the mask is appended to it."""
         if self.tokenizer is None:
             return None
         try:
             added = parse_json(self.tokenizer.encode())["added_tokens"]
             found = next((t["id"] for t in added if t["content"] in MASKS), None)
-        except (KeyError, TypeError, Damaged):  # no tokenizer's JSON after all
+        except (KeyError, TypeError, Damaged):  # not a tokenizer's JSON
             return None
         return found if type(found) is int else None
 
 
 def _plain(value: Any, depth: int = 0, seen: dict[int, Any] | None = None) -> Any:
-    """Dictionaries, lists and values; what is neither becomes None. What is shared stays shared."""
+    """Dictionaries, lists and values, and None for all else. Shared objects stay shared."""
     seen = {} if seen is None else seen
     if depth > DEEPEST:
         return None
     if isinstance(value, str | int | float | bool):
         return value
     if id(value) not in seen:
-        seen[id(value)] = None  # of itself inside itself
+        seen[id(value)] = None  # for a value inside itself
         seen[id(value)] = _plain_container(value, depth + 1, seen)
     return seen[id(value)]
 

@@ -1,4 +1,4 @@
-"""Tensors by name: read and written as safetensors, and compared with what a network has."""
+"""Named tensors: read and written as safetensors, and compared with those of a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from blockdiffusion.errors import SHOWN, UserError, few
 from blockdiffusion.files.disk import create, open_regular
 from blockdiffusion.files.records import Damaged, as_object, parse_json
-from blockdiffusion.models.meta import meta_model
+from blockdiffusion.models.transformer import meta_model
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = {
@@ -29,14 +29,13 @@ MOST_HEADER = 2**25  # bytes: 300,000 tensors
 
 
 def check_header(path: Path) -> dict[str, Any]:
-    """The header of a file, which is not too long and has each name once.
+    """Return the header of a file, after checking its length and that no name appears twice.
 
-    safetensors reads it anew with every tensor, and keeps the last of two that have one name.
+    safetensors reads it again with every tensor, and keeps the last of two tensors of one name.
 
     Raises:
         Damaged: the header is longer than any in use, no JSON object, or names a tensor twice.
-        UserError: the path is no regular file.
-        OSError: it cannot be read.
+        UserError: the path is not a regular file.
     """
     with open_regular(path, may_be_empty=True) as file:
         length = int.from_bytes(file.read(8) or b"", "little")
@@ -46,10 +45,10 @@ def check_header(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file.
+    """Return all tensors of a file.
 
     Raises:
-        UserError: it is missing, truncated or no safetensors file.
+        UserError: the file is missing, truncated or not a safetensors file.
     """
     try:
         check_header(path)
@@ -64,13 +63,10 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
-    """Writes a new file, the one that safetensors would write; returns its sha256.
+    """Write a new file, byte for byte as safetensors does; return its sha256.
 
-    Its own writer holds no sum, hides from Python what the system said, and makes a whole copy of
-    tensors that are on another device.
-
-    Raises:
-        OSError: it cannot be written.
+    The library's writer gives no sum, hides the system's errors, and copies all tensors of another
+    device at once.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -99,17 +95,17 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
 
 
 def check_tensors(config: Any, given: Mapping[str, torch.Tensor], path: Path, sizes: str) -> None:
-    """Refuses tensors of a file that are not those of a network, before that is built.
+    """Refuse tensors of a file that do not fit a network, before it is built.
 
     Args:
         config: of the network.
-        sizes: where the configuration comes from, for the message.
+        sizes: the source of the configuration, for the message.
 
     Raises:
-        UserError: a tensor is missing, unexpected, of another shape, no floats or not finite; it
-            is named.
+        UserError: it names a tensor that is missing, unexpected, of another shape, not of floats,
+            or not finite.
     """
-    # No more layers than can be there, and one: a configuration may claim any number.
+    # A configuration may claim any number of layers; the file cannot have more than its tensors.
     config = copy.deepcopy(config)
     config.num_hidden_layers = min(config.num_hidden_layers, len(given) + 1)
     wanted = {name: tuple(x.shape) for name, x in meta_model(config).backbone.state_dict().items()}
@@ -136,7 +132,7 @@ def check_tensors(config: Any, given: Mapping[str, torch.Tensor], path: Path, si
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor of floats has neither nan nor infinity."""
-    # A sum reads the tensor once and writes nothing; it is not finite where an element is not.
+    """Return whether a tensor of floats has neither nan nor infinity."""
+    # A sum reads the tensor once and writes nothing, and is not finite if an element is not.
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(total.isfinite()) or bool(tensor.isfinite().all())

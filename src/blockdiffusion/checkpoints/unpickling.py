@@ -1,15 +1,14 @@
-"""Reading what `torch.save` wrote without running anything in it.
+"""Read files of `torch.save` without running anything in them.
 
 Such a file is a zip archive: a pickle describes the objects, and each tensor's numbers are a record
-of their own. A pickle names functions and classes to call, which is how it can carry code. The
-unpickler here knows a handful of harmless ones (tensors, plain containers); every other name, be it
-a class of another library or `os.system`, becomes a `Placeholder`, which does nothing. Tensors are
-only descriptions until `Archive.tensor` reads their numbers, so that optimizer states cost neither
-time nor memory.
+of their own. A pickle can carry code, because it names functions and classes to call. The unpickler
+here knows a few harmless ones (tensors, plain containers); every other name, a class of another
+library or `os.system`, becomes a `Placeholder`, which does nothing. Tensors are only descriptions
+until `Archive.tensor` reads their numbers, so optimizer states cost neither time nor memory.
 
-A few bytes of a pickle can ask for any amount of memory, time or stack: values that are shared
-again and again, tuples in tuples, places in the memo far away, calls that copy. So it is looked
-through first (`_check_pickle`), and what its tensors claim is counted against the file.
+A few bytes of a pickle can demand any amount of memory, time or stack: values shared repeatedly,
+nested tuples, distant places in the memo, calls that copy. So `_check_pickle` scans it first, and
+the sizes that tensors claim are counted against the file.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ import pickle
 import pickletools
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -54,11 +54,11 @@ READ = 8
 
 
 class Placeholder:
-    """Stands for an object of a class, or the result of a function, that is never called.
+    """An object of an unknown class, or the result of an unknown function, which is never called.
 
     Attributes:
-        state: what it would have given the object as its attributes; None = nothing.
-        entries: what it would have put into the object, where that is a kind of dictionary.
+        state: the pickled attributes of the object; None = none.
+        entries: the pickled items of the object, if it is a kind of dictionary.
     """
 
     state: Any
@@ -98,7 +98,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's numbers are in the archive; as claimed, checked when they are read."""
+    """Where a tensor's numbers are, as the archive claims; checked when they are read."""
 
     storage: _Storage
     offset: int
@@ -106,75 +106,49 @@ class StoredTensor:
     stride: tuple[int, ...]
 
     def is_sound(self) -> bool:
-        """Whether the claims have the right types; a damaged pickle can claim anything."""
+        """Return whether the claims have the right types; a damaged pickle can claim anything."""
         if not isinstance(self.shape, tuple) or not isinstance(self.stride, tuple):
             return False
         numbers = (self.offset, *self.shape, *self.stride)
         return all(type(number) is int and number >= 0 for number in numbers)
 
 
-class _Callable:
-    """A function of ours that a pickle may call; nothing can be assigned to it."""
+class _Function(NamedTuple):
+    """A function of ours that a pickle may call. Being a tuple, it takes no attributes: a pickle
+    cannot change it."""
 
-    __slots__ = ()
+    function: Callable[..., Any]
 
-
-class _RebuildTensor(_Callable):
-    __slots__ = ()
-
-    def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
-        return StoredTensor(storage, offset, shape, stride)
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
 
 
-class _RebuildParameter(_Callable):
-    __slots__ = ()
-
-    def __call__(self, data: Any, *_: Any) -> Any:
-        return data
-
-
-class _EncodeBytes(_Callable):
+def _encode_bytes(text: str, encoding: str = "latin1") -> bytes:
     """How protocol 2 writes bytes."""
-
-    __slots__ = ()
-
-    def __call__(self, text: str, encoding: str = "latin1") -> bytes:
-        if type(text) is not str or encoding != "latin1":
-            raise pickle.UnpicklingError("bytes that are no latin1 text")
-        return text.encode("latin1")
+    if type(text) is not str or encoding != "latin1":
+        raise pickle.UnpicklingError("bytes that are no latin1 text")
+    return text.encode("latin1")
 
 
-class _Make(_Callable):
-    """Makes a container, as a copy of what is given; a number, which `bytes` takes, is refused."""
-
-    __slots__ = ("_kind",)
-
-    def __init__(self, kind: Any):
-        self._kind = kind
-
-    def __call__(self, items: Any = ()) -> Any:
-        if not isinstance(items, list | tuple | set | dict | bytes):
-            raise pickle.UnpicklingError(f"a {self._kind.__name__} of {type(items).__name__}")
-        return self._kind(items)
+def _make(kind: Any, items: Any = ()) -> Any:
+    """Copy a container as another one. A number, which `bytes` would take, is refused."""
+    if not isinstance(items, list | tuple | set | dict | bytes):
+        raise pickle.UnpicklingError(f"a {kind.__name__} of {type(items).__name__}")
+    return kind(items)
 
 
-class _MakeDefaultDict(_Callable):
-    __slots__ = ()
-
-    def __call__(self, factory: Any = None, items: Any = ()) -> _Mapping:
-        return _make_mapping(items)  # its factory is never called
+def _make_default_dict(factory: Any = None, items: Any = ()) -> Any:
+    return _make(_Mapping, items)  # its factory is never called
 
 
-_make_mapping = _Make(_Mapping)
-# Nothing in here can be assigned to.
 _HARMLESS: dict[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
-    ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-    ("collections", "OrderedDict"): _make_mapping,
-    ("collections", "defaultdict"): _MakeDefaultDict(),
-    ("_codecs", "encode"): _EncodeBytes(),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(lambda *args: StoredTensor(*args[:4])),
+    ("torch._utils", "_rebuild_parameter"): _Function(lambda data, *_: data),
+    ("collections", "OrderedDict"): _Function(partial(_make, _Mapping)),
+    ("collections", "defaultdict"): _Function(_make_default_dict),
+    ("_codecs", "encode"): _Function(_encode_bytes),
     **{
-        (module, kind.__name__): _Make(kind) if kind is not complex else kind
+        (module, kind.__name__): _Function(partial(_make, kind)) if kind is not complex else kind
         for module in ("builtins", "__builtin__")  # of Python 3 and, in protocol 2, of Python 2
         for kind in (set, frozenset, bytes, complex)
     },
@@ -209,10 +183,10 @@ _Value = list[int]
 
 
 def _check_pickle(content: bytes) -> None:
-    """Refuses a pickle that would take more time, memory or stack than its size accounts for.
+    """Refuse a pickle that would take more time, memory or stack than its size justifies.
 
-    The stack is followed with a pair for every value: its parts, which hashing it looks at, and its
-    size, which a call with it may copy.
+    A copy of the stack has a pair for every value: its parts, which hashing visits, and its size,
+    which a call may copy.
     """
     stack: list[_Value | None] = []  # None is a mark
     memo: dict[int, _Value] = {}
@@ -238,6 +212,11 @@ def _check_pickle(content: bytes) -> None:
         if name == "DUP":
             stack.append(_value(stack))
             continue
+        if not opcode.stack_before:  # most opcodes: a new value, or a mark
+            size = len(argument) if isinstance(argument, str | bytes | bytearray) else 1
+            for kind in opcode.stack_after:
+                stack.append(None if kind is pickletools.markobject else [1, size])
+            continue
         taken = _take(stack, opcode.stack_before)
         wide += sum(taken[place][0] > 1 for place in _keys(name, len(taken)))
         if wide > MOST_WIDE:
@@ -255,16 +234,15 @@ def _check_pickle(content: bytes) -> None:
             made = taken[0]
             made[1] += len(taken) - 1
         else:
-            made = [1, len(argument) if isinstance(argument, str | bytes | bytearray) else 1]
-        for kind in opcode.stack_after:
-            stack.append(None if kind is pickletools.markobject else made)
+            made = [1, 1]
+        stack += [made for _ in opcode.stack_after]
 
 
 def _value(stack: list[_Value | None]) -> _Value:
     """The value on top."""
     value = stack[-1]
     if value is None:
-        raise pickle.UnpicklingError("a mark where a value should be")
+        raise pickle.UnpicklingError("a mark instead of a value")
     return value
 
 
@@ -278,7 +256,7 @@ def _keys(name: str, number: int) -> range:
 
 
 def _take(stack: list[_Value | None], before: list[Any]) -> list[_Value]:
-    """Takes from the stack what an opcode does, in the order of the stack."""
+    """Take the values of an opcode off the stack, and return them in the order of the stack."""
     taken = []
     for kind in reversed(before):
         if kind is pickletools.stackslice:
@@ -287,7 +265,7 @@ def _take(stack: list[_Value | None], before: list[Any]) -> list[_Value]:
                 stack.pop()
         elif kind is pickletools.markobject:
             if stack.pop() is not None:
-                raise pickle.UnpicklingError("a value where a mark should be")
+                raise pickle.UnpicklingError("a value instead of a mark")
         else:
             taken.append(_value(stack))
             stack.pop()
@@ -295,9 +273,7 @@ def _take(stack: list[_Value | None], before: list[Any]) -> list[_Value]:
 
 
 class Archive:
-    """A file that `torch.save` wrote, in its zip format (that of PyTorch 1.6 and later).
-
-    A context manager; outside of its block nothing can be read.
+    """A file of `torch.save` in the zip format (of PyTorch 1.6 and later), as a context manager.
 
     Attributes:
         content: the pickled object: plain containers and values, `StoredTensor`, `Placeholder`.
@@ -325,7 +301,7 @@ class Archive:
         self._file.close()
 
     def tensor(self, stored: StoredTensor) -> torch.Tensor:
-        """The numbers of a tensor.
+        """Return the numbers of a tensor.
 
         Raises:
             UserError: its record is missing, damaged, or smaller than the tensor.

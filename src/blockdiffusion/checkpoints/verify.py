@@ -1,4 +1,4 @@
-"""A directory and all below it, compared with the checksums that were written with its files."""
+"""Compare a directory and all below it with the checksums written with its files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BIG = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # weights, which should 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was found in one folder.
+    """The result for one folder.
 
     Attributes:
         num_files: files with a checksum.
-        bad: those of them that are missing or are something else.
-        without: names of files of weights where nothing has a checksum.
+        bad: those among them that are missing or have changed.
+        without: names of files of weights in a folder without checksums.
     """
 
     folder: Path
@@ -33,20 +33,20 @@ class Verified:
 def verify(
     directory: str | Path, *, update: bool = False, report: Report = silent
 ) -> list[Verified]:
-    """Compares every file that has a checksum, in prepared data, runs, checkpoints and models.
+    """Compare every file that has a checksum, in prepared data, runs, checkpoints and models.
 
     Args:
         directory: any of these, or a folder of them.
-        update: note the checksums of models and checkpoints as they are now, instead. The sums of
-            prepared data stay: a run is tied to them.
-        report: told bytes read, of how many.
+        update: write the checksums of models and checkpoints as they are now. Those of prepared
+            data stay, since runs are tied to them.
+        report: called with the number of bytes read, and their total.
 
     Raises:
         UserError: there is no such directory, it cannot be read, or it holds none of these.
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise UserError(f"{directory} is no directory; give prepared data, a run or a model")
+        raise UserError(f"{directory} is not a directory; give prepared data, a run or a model")
     found = []
     for place, folders, files in os.walk(directory, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

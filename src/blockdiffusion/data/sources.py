@@ -29,11 +29,12 @@ from blockdiffusion.data.reading import (
     unpacked,
     walk,
 )
+from blockdiffusion.data.registry import BUILT_INS
 from blockdiffusion.errors import UserError, few, reason, shown
 from blockdiffusion.files.disk import EMPTY, check_regular
 from blockdiffusion.files.records import unique
 
-BUILT_IN = {"python-docs": python_docs, "python-source": python_source}
+BUILT_IN = dict(zip(BUILT_INS, (python_docs, python_source), strict=True))
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 # Surely meant as a file, so that a misspelt path is never looked up on the hub.
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tokens", ".text", ".csv")

@@ -1,4 +1,4 @@
-"""The conventions of a block diffusion model: what ids and blocks mean, whatever the network is."""
+"""The conventions of a block diffusion model: what ids and blocks mean, for any network."""
 
 from __future__ import annotations
 
@@ -15,34 +15,49 @@ CleanAttention = Literal["block", "causal"]
 Reading = Literal["same", "next"]
 
 
+class ObjectiveProperties:
+    """Properties of a configuration's objective, which code asks instead of comparing its name.
+    `objectives.diffusion_of` and `sampling.choosing` hold all else that objectives differ in."""
+
+    @property
+    def is_autoregressive(self: Any) -> bool:
+        """Whether the network predicts the next token: it has no masks, blocks or noise."""
+        return self.objective == "autoregressive"
+
+    @property
+    def is_masked_diffusion(self: Any) -> bool:
+        """Whether the network is the paper's: masks in continuous time, with a cross-entropy."""
+        return self.objective == "block_diffusion"
+
+
 @dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
-    """How a `BlockDiffusion` reads and predicts tokens; the sizes of its network are not here.
+class DiffusionConfig(ObjectiveProperties):
+    """How a `BlockDiffusion` reads and predicts tokens, without the sizes of its network.
 
     Attributes:
-        vocab_size: V, the mask token included.
+        vocab_size: V, including the mask token.
         seq_len: L of the training sequences. Any L that `block_size` divides can be evaluated.
         block_size: S, tokens of a diffusion block.
         mask_id: id of the mask token.
-        clean_attention: how clean tokens see each other: whole blocks ("block", paper), or each
-            those up to itself ("causal").
-        reading: the network's output at position i speaks of token i ("same", paper), or of token
-            i + 1 ("next", as networks trained autoregressively do): then position i reads token
-            i - 1, in both streams, and the first reads `start_id`.
-        start_id: what stands before the first token with `reading` "next"; None: the mask token.
-        objective: "block_diffusion"; "score_entropy" (SEDD) or "d3pm", for other diffusions inside
+        clean_attention: whether a clean token sees all of its block ("block", as in the paper) or
+            the tokens up to itself ("causal").
+        reading: whether the output at position i predicts token i ("same", as in the paper) or
+            token i + 1 ("next", as in networks trained autoregressively). With "next" position i
+            reads token i - 1 in both streams, and the first position reads `start_id`.
+        start_id: the token before the first one with `reading` "next"; None = the mask token.
+        objective: "block_diffusion"; "score_entropy" (SEDD) or "d3pm" for other diffusions inside
             a block; or "autoregressive" for the baseline that predicts the next token and has no
             blocks (its `block_size` is 1).
         time_conditioning: whether the network reads sigma; a BD3-LM does not.
-        transition, timesteps, noise_schedule: of "d3pm": what tokens turn into ("absorbing" for the
-            mask, "uniform"), T, and the schedule of the mask (or jump) probabilities on 1..T.
-        noise_eps: noise ends where a token is still kept with this probability: 0, and 1e-3 for the
+        transition, timesteps, noise_schedule: for "d3pm": what a token turns into ("absorbing" for
+            the mask, or "uniform"), T, and the schedule of the corruption probabilities on 1..T.
+        noise_eps: the probability that a token is kept when the noise ends: 0, or 1e-3 for the
             published SEDD weights, which were trained with sigma = -log(1 - 0.999 t).
-        bos: whether position 0 is a given BOS in this model's training data; None = not known.
-        bos_id, eos_id: ids of those tokens, where there are any.
+        bos: whether position 0 is a given BOS in this model's training data; None = unknown.
+        bos_id, eos_id: ids of those tokens, if there are any.
 
     Raises:
-        UserError: a value is not allowed, or does not go with another.
+        UserError: a value is not allowed, or contradicts another.
     """
 
     vocab_size: int
@@ -70,12 +85,18 @@ class DiffusionConfig:
                 f"the sequence length {self.seq_len} is not a multiple of the block size "
                 f"{self.block_size}; choose a block_size that divides it"
             )
-        self._check_ids()
+        for name in ("mask_id", "bos_id", "eos_id", "start_id"):
+            value = getattr(self, name)
+            check_limit(name, value)
+            if (value or 0) >= self.vocab_size:
+                raise UserError(
+                    f"{name} {value} lies outside the vocabulary 0..{self.vocab_size - 1}"
+                )
         _check_choice("clean_attention", self.clean_attention, get_args(CleanAttention))
         _check_choice("reading", self.reading, get_args(Reading))
         _check_choice("objective", self.objective, get_args(Objective))
         _check_choice("transition", self.transition, get_args(Transition))
-        if self.objective == "autoregressive" and (self.block_size > 1 or self.time_conditioning):
+        if self.is_autoregressive and (self.block_size > 1 or self.time_conditioning):
             raise UserError(
                 "an autoregressive network has no blocks and reads no time; give it block_size 1 "
                 "and time_conditioning false"
@@ -90,17 +111,8 @@ class DiffusionConfig:
         if self.noise_eps and self.objective not in ("score_entropy", "d3pm"):
             raise UserError(
                 f"noise_eps is {self.noise_eps}, which only score_entropy and d3pm networks have; "
-                f"give 0 where the objective is {self.objective}"
+                f"give 0 if the objective is {self.objective}"
             )
-
-    def _check_ids(self) -> None:
-        for name in ("mask_id", "bos_id", "eos_id", "start_id"):
-            value = getattr(self, name)
-            check_limit(name, value)
-            if (value or 0) >= self.vocab_size:
-                raise UserError(
-                    f"{name} {value} lies outside the vocabulary 0..{self.vocab_size - 1}"
-                )
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -4,8 +4,8 @@ A block with n free tokens has 2^n - 1 non-empty mask sets A. With k = |A|,
 
     NELBO = sum over A of 1 / (k C(n, k)) * sum over l in A of -log p(x_l | x with A masked),
 
-which is the paper's bound with t integrated out, so it has no variance. The same terms give the
-exact log-likelihood of the first-hitting sampler, log p = f(all free tokens), by the recursion
+which is the paper's bound with t integrated out and has no variance. The same terms give the exact
+log-likelihood of the first-hitting sampler, log p = f(all free tokens), by the recursion
 
     f(A) = log (1/k * sum over l in A of p(x_l | x with A masked) * exp f(A - l)),   f(empty) = 0,
 
@@ -26,22 +26,22 @@ from blockdiffusion.diffusion.denoiser import Denoiser, masked_nll
 from blockdiffusion.errors import UserError
 
 MAX_BLOCK_SIZE = 8
-PASS_TOKENS = 16_384  # noisy tokens of one pass: bounds memory
+PASS_TOKENS = 16_384  # noisy tokens of a pass, which bounds memory
 
 
 @dataclass(frozen=True)
 class ExactBlocks:
-    """Per block (B, K), float64, in nats: the bound, and the exact negative log-likelihood."""
+    """The bound and the exact negative log-likelihood of each block (B, K), float64, in nats."""
 
     nelbo_BK: torch.Tensor
     nll_BK: torch.Tensor
 
 
 def num_subsets(block_size: int) -> int:
-    """Network evaluations of every block: 2^S - 1.
+    """Return the network evaluations of every block: 2^S - 1.
 
     Raises:
-        UserError: when the block is too long to enumerate.
+        UserError: the block is too long to enumerate.
     """
     if block_size > MAX_BLOCK_SIZE:
         raise UserError(
@@ -52,7 +52,7 @@ def num_subsets(block_size: int) -> int:
 
 
 def enumeration_is_cheap(block_size: int, pairs: int) -> bool:
-    """Whether it takes no more noisy copies of a row than so many complement pairs would."""
+    """Return whether enumeration takes no more noisy copies than so many complement pairs."""
     return block_size <= MAX_BLOCK_SIZE and num_subsets(block_size) <= 2 * pairs
 
 
@@ -64,7 +64,7 @@ def exact_blocks(
     valid_BL: torch.Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ExactBlocks:
-    """Enumerates all mask sets of all blocks.
+    """Return the sums over all mask sets of all blocks.
 
     Args:
         clean_BL: ids (B, L), L a multiple of the block size S <= 8.
@@ -77,10 +77,9 @@ def exact_blocks(
     subsets = torch.arange(1, num_subsets(size) + 1, device=clean_BL.device)
     member_AS = (subsets[:, None] >> torch.arange(size, device=clean_BL.device)) & 1 == 1
     free_BKS = free_BL.unflatten(1, (-1, size))
-    # A block is evaluated at A only if all of A is free there.
-    masked_BAKS = member_AS[None, :, None] & (
-        (member_AS[None, :, None] & ~free_BKS[:, None]).any(-1, keepdim=True).logical_not()
-    )
+    # A block is evaluated at A only if all of A is free in it.
+    member_1A1S = member_AS[None, :, None]
+    masked_BAKS = member_1A1S & ~(member_1A1S & ~free_BKS[:, None]).any(-1, keepdim=True)
     masked_BAL = masked_BAKS.flatten(2)
     per_pass = max(1, PASS_TOKENS // (batch * length))
     nll_BAL = torch.zeros(masked_BAL.shape, dtype=torch.float64, device=clean_BL.device)

@@ -13,8 +13,8 @@ class Pieces(NamedTuple):
     """How `weighted_subs_nll` makes its logits.
 
     Attributes:
-        most_logits: so many at a time.
-        aligned: rows of logits are filled up to a multiple of it by tokens without probability.
+        most_logits: the most at a time.
+        aligned: rows of logits are padded to a multiple of it with tokens of probability zero.
     """
 
     most_logits: int
@@ -22,27 +22,27 @@ class Pieces(NamedTuple):
 
 
 CPU_PIECES = Pieces(2**24, 1)  # 64 MB in float32
-# 1 GB: small products are slow there, and rows that begin at any multiple of 2 bytes.
+# 1 GB: small products are slow on GPUs, and so are rows that are not aligned.
 GPU_PIECES = Pieces(2**28, 64)
 
 
 def usual_pieces(device: torch.device) -> Pieces:
-    """Those that suit a device."""
+    """Return the pieces that suit a device."""
     return GPU_PIECES if device.type == "cuda" else CPU_PIECES
 
 
 def exclude_mask_token_(logits: torch.Tensor, mask_id: int) -> torch.Tensor:
-    """Gives the mask token probability zero, in place (..., V); returns `logits`."""
+    """Give the mask token probability zero in place (..., V); return `logits`."""
     logits[..., mask_id] = -math.inf
     return logits
 
 
 def subs_nll(logits_MV: torch.Tensor, target_M: torch.Tensor, mask_id: int) -> torch.Tensor:
-    """-log p(target) in nats under the SUBS parameterisation, for M masked positions.
+    """Return -log p(target) in nats under the SUBS parameterisation, for M masked positions.
 
     SUBS (Sahoo et al. 2024; paper, section 3.1) gives the mask token probability zero, so the
-    softmax runs over all other ids. Unmasked tokens are carried over: they have no term here.
-    The mask token's column of `logits_MV` is overwritten, which saves a copy of M x V numbers.
+    softmax runs over all other ids. Unmasked tokens are carried over and have no term here. The
+    mask token's column of `logits_MV` is overwritten, which saves a copy of M x V numbers.
     """
     return F.cross_entropy(exclude_mask_token_(logits_MV, mask_id), target_M, reduction="none")
 
@@ -56,13 +56,13 @@ def weighted_subs_nll(
     *,
     pieces: Pieces | None = None,
 ) -> torch.Tensor:
-    """Sum over M masked positions of weight times -log p(target): a scalar in nats, in float32.
+    """Return the sum over M masked positions of weight times -log p(target): a scalar in nats, in
+    float32.
 
-    The same number, and the same gradients, as `subs_nll` of the logits `output(hidden_MD)`, but
-    few of them exist at a time, as `pieces` says (None: what suits the device): they are made a few
-    rows after another, and the gradient of those rows is computed at once, since the weights are
-    known. Logits of a large vocabulary are most of the memory of a training step, and filling fresh
-    memory takes time.
+    The value and the gradients are those of `subs_nll` of the logits `output(hidden_MD)`. But the
+    logits are made in `pieces` of rows (None = what suits the device), and the gradient of a piece
+    is computed with it, since the weights are known. The logits of a large vocabulary would take
+    most of the memory of a training step, and filling fresh memory takes time.
 
     Differentiable once, in `hidden_MD` and the parameters of `output`.
     """
@@ -76,7 +76,7 @@ def weighted_subs_nll(
 
 
 class _WeightedSubsNll(torch.autograd.Function):
-    """See `weighted_subs_nll`. The gradient of a row of logits is weight * (softmax - one-hot).
+    """`weighted_subs_nll`. The gradient of a row of logits is weight * (softmax - one-hot).
 
     Shape suffix: R rows at a time.
     """
@@ -104,7 +104,7 @@ class _WeightedSubsNll(torch.autograd.Function):
             bias_V = None if bias_V is None else F.pad(bias_V, (0, spare))
         wanted = ctx.needs_input_grad[:3]
         grad_MD = torch.empty_like(hidden_MD) if wanted[0] else None
-        # The first product is written there, if there is one.
+        # The first product overwrites it, if there is one.
         make = torch.empty_like if len(target_M) else torch.zeros_like
         grad_VD = make(weight_VD, dtype=exact) if wanted[1] else None
         grad_V = torch.zeros_like(weight_VD[:, 0], dtype=exact) if wanted[2] else None
@@ -153,7 +153,7 @@ class _WeightedSubsNll(torch.autograd.Function):
 
 
 def _add_product(into: torch.Tensor, a: torch.Tensor, b: torch.Tensor, is_first: bool) -> None:
-    """into += a @ b; the first time instead of what is there."""
+    """into += a @ b, or into = a @ b the first time."""
     if into.dtype == a.dtype:
         torch.addmm(into, a, b, beta=0 if is_first else 1, out=into)
     elif is_first:
@@ -168,7 +168,7 @@ def _linear_into(
     weight_VD: torch.Tensor,
     bias_V: torch.Tensor | None,
 ) -> None:
-    """Writes hidden @ weight.T + bias, without a second array where the dtypes agree."""
+    """Write hidden @ weight.T + bias, without a second array if the types agree."""
     if out_RV.dtype != hidden_RD.dtype:
         out_RV.copy_(hidden_RD @ weight_VD.T)
     else:
@@ -180,30 +180,18 @@ def _linear_into(
 # --- SEDD: score entropy ----------------------------------------------------------------------
 
 
-def log_score(
-    logits_MV: torch.Tensor, noisy_M: torch.Tensor, sigma_M: torch.Tensor
-) -> torch.Tensor:
-    """log s_y (M, V), the estimated ratios q(y) / q(x_t) of M noisy tokens at noise sigma.
-
-    SEDD with absorbing noise (Lou et al. 2024, section 3), as the authors of the paper scale
-    it: logits - log(e^sigma - 1) - log(V - 1), and 0 at the noisy token itself.
-    """
-    scale_M = torch.expm1(sigma_M).log() + math.log(logits_MV.shape[-1] - 1)
-    return (logits_MV - scale_M[:, None]).scatter(-1, noisy_M[:, None], 0.0)
-
-
 def log_rate(logits_MV: torch.Tensor, mask_id: int) -> torch.Tensor:
-    """log C (M,) for C = (e^sigma - 1) sum over y of s_y, at masked positions.
+    """Return log C (M,) for C = (e^sigma - 1) sum over y of s_y, at masked positions.
 
-    By this factor SEDD's reverse process reveals faster (or slower) than the true one; it is 1 for
-    true scores. The mask token's column of `logits_MV` is overwritten.
+    SEDD's reverse process reveals faster than the true one by the factor C, which is 1 for true
+    scores. The mask token's column of `logits_MV` is overwritten.
     """
     total_M = exclude_mask_token_(logits_MV, mask_id).logsumexp(-1)
     return total_M - math.log(logits_MV.shape[-1] - 1)
 
 
 def score_entropy(logits_MV: torch.Tensor, target_M: torch.Tensor, mask_id: int) -> torch.Tensor:
-    """The score entropy of M masked positions in nats, over r = 1 / (e^sigma - 1).
+    """Return the score entropy of M masked positions in nats, over r = 1 / (e^sigma - 1).
 
     Lou et al. (2024), section 3, for absorbing noise:
 
@@ -231,14 +219,14 @@ def uniform_kl(
     keep_before_M: torch.Tensor,
     mask_id: int,
 ) -> torch.Tensor:
-    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats, uniform D3PM, for M positions and s < t.
+    """Return KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats, uniform D3PM, M positions, s < t.
 
     A token is kept up to time t with probability keep_t, and is otherwise uniform over the V - 1
-    tokens that are no mask. With the network's p(x_0 | x_t) put in for x_0 (Austin et al. 2021,
+    tokens other than the mask. With the network's p(x_0 | x_t) in place of x_0 (Austin et al. 2021,
     equation 4), p(x_s | x_t) is in proportion to q(x_t | x_s) (keep_s p(x_s) + (1 - keep_s) / (V -
     1)). At s = 0 (keep_s = 1) the divergence is the reconstruction term -log p(x_0 | x_t).
 
-    Only the target's and the noisy token's factor differ from those of all other tokens, so one
+    Only the factors of the target and the noisy token differ from those of all other tokens, so one
     sum over the vocabulary is enough. The mask token's column of `logits_MV` is overwritten.
 
     Args:
@@ -285,10 +273,8 @@ def uniform_reverse(
     keep_before: float,
     mask_id: int,
 ) -> torch.Tensor:
-    """p(x_s | x_t) (M, V) of uniform D3PM from the denoiser's p(x_0 | x_t); see `uniform_kl`.
-
-    `prob_MV` gives the mask token probability zero, and so does the result; it is not normalised.
-    """
+    """Return p(x_s | x_t) (M, V) of uniform D3PM, not normalised, from the denoiser's p(x_0 | x_t);
+    see `uniform_kl`. `prob_MV` and the result give the mask token probability zero."""
     tokens = prob_MV.shape[-1] - 1
     step = keep / keep_before
     before_MV = keep_before * prob_MV + (1 - keep_before) / tokens
@@ -299,11 +285,11 @@ def uniform_reverse(
 
 
 def prior_kl(keep: float, tokens: int, absorbing: bool) -> float:
-    """KL(q(x_T | x_0) || prior) of one token in nats, when it is kept to the end with `keep`.
+    """Return KL(q(x_T | x_0) || prior) in nats of one token that is kept to the end with
+    probability `keep`; 0 at keep = 0.
 
-    The prior of uniform noise is uniform over the `tokens` that are no mask. That of absorbing
-    noise is the mask, with probability `keep` a uniform token: then the divergence is finite. Both
-    are 0 at keep = 0.
+    The prior of uniform noise is uniform over the `tokens` other than the mask. That of absorbing
+    noise is the mask or, with probability `keep`, a uniform token: so the divergence is finite.
     """
     if absorbing:
         return keep * math.log(tokens)
@@ -313,5 +299,5 @@ def prior_kl(keep: float, tokens: int, absorbing: bool) -> float:
 
 
 def _precise(logits: torch.Tensor) -> torch.Tensor:
-    """At least float32: under autocast logits come in a shorter type."""
+    """Logits in float32 at least: under autocast they come in a shorter type."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

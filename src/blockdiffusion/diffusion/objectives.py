@@ -1,27 +1,30 @@
-"""What the objectives of diffusion differ in: one small object for each, chosen once.
+"""The objectives of diffusion: one small object for each.
 
-A `Diffusion` says how the tokens of a block are corrupted, what a corrupted block then costs, and
-which estimators its bound has. Training, likelihood and the measurement of variance ask it, and
-know nothing else of objectives. (How a block is sampled is in `sampling.choosing`.)
+A `Diffusion` decides how the tokens of a block are corrupted, what a corrupted block costs, and
+which estimators its bound has. Training, likelihood and the measurement of variance ask it and
+know nothing else of objectives. (`sampling.choosing` decides how a block is sampled.)
 
-* `MaskedDiffusion`: block diffusion as in the paper, and MDLM, its case of one block,
+* `MaskedDiffusion`: block diffusion as in the paper, and MDLM, its special case of one block,
 * `ScoreEntropy`: SEDD with absorbing noise (Lou et al. 2024), per block,
 * `DiscreteTime`: D3PM (Austin et al. 2021), absorbing or uniform, per block.
 
-Every block has its own time, and a later block reads earlier ones clean: log p(x) is the sum over
-blocks of log p(x^b | x^<b), and each term has the bound of the diffusion inside the block.
+Every block has its own time, and later blocks read earlier ones clean: log p(x) is the sum over
+blocks of log p(x^b | x^<b), and the diffusion inside the block bounds each term.
 
-Shape suffixes: B rows, N noisy copies, L tokens, K blocks, M scored positions, V vocabulary.
+Shape suffixes: B rows, N noisy copies, L tokens, K blocks, M scored positions, R some of these, V
+vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
-from blockdiffusion.diffusion.denoiser import Denoiser, masked_loss, masked_nll, scored_terms
+from blockdiffusion.diffusion.denoiser import Denoiser, masked_loss, scored_terms
 from blockdiffusion.diffusion.estimators import (
     T_MIN,
     Bernoulli,
@@ -33,50 +36,56 @@ from blockdiffusion.diffusion.estimators import (
     for_block_size,
     make_estimator,
 )
-from blockdiffusion.diffusion.losses import prior_kl, score_entropy, uniform_kl
-from blockdiffusion.diffusion.schedules import Scaled, Schedule, make_schedule, noise_level
+from blockdiffusion.diffusion.losses import prior_kl, score_entropy, subs_nll, uniform_kl
+from blockdiffusion.diffusion.schedules import Scaled, make_schedule, noise_level
 from blockdiffusion.errors import UserError
 
+# Logits (R, V) of some scored positions, and which these are -> their terms (R,) in nats.
+Term = Callable[[torch.Tensor, slice], torch.Tensor]
 
-class Diffusion(Protocol):
-    """What a network's objective decides; made for the configuration of one network."""
 
-    @property
-    def title(self) -> str:
-        """What it is, in words."""
-        ...
+class Diffusion(ABC):
+    """The objective of a network with a given configuration.
 
-    @property
-    def usual_estimator(self) -> str:
-        """The name of the unbiased estimator that draws, of least noise: what "auto" stands for
-        where enumeration is not possible, or costs more."""
-        ...
+    Attributes:
+        title: its name in words.
+        usual_estimator: name of the unbiased estimator with the least noise. "auto" stands for it
+            if enumeration is impossible or costs more.
+        enumerable: whether the bound is a finite sum over mask sets, which needs masks and a
+            network that reads no time.
+        prior_nats: what every free token adds to the bound, whatever the network predicts.
+        is_cross_entropy: whether the terms are the cross-entropy of masked tokens, whose loss
+            needs few logits at a time (`losses.weighted_subs_nll`).
+        sampled: the positions whose logits a sampling pass needs: those that it draws, all that are
+            still masked, or all.
+    """
 
-    @property
-    def enumerable(self) -> bool:
-        """Whether the bound is a finite sum over mask sets: masks, and a network without time."""
-        ...
+    title: str
+    usual_estimator = "complement"
+    enumerable = False
+    prior_nats = 0.0
+    is_cross_entropy = True
+    sampled: Literal["drawn", "masked", "all"] = "drawn"
 
-    @property
-    def prior_nats(self) -> float:
-        """What every free token adds to the bound besides, whatever the network says."""
-        ...
+    def __init__(self, config: Any):
+        self.config = config
 
     def estimator(self, spec: str, t_min: float = T_MIN) -> tuple[Estimator, str | None]:
-        """The estimator called `spec`, for this network; and a note where it is another one.
+        """Return the estimator called `spec` for this network, and a note if it is another one.
 
         Raises:
-            UserError: there is no such estimator, or not for this network.
+            UserError: the estimator is unknown, or not one for this network.
         """
-        ...
+        masks, note = for_block_size(make_estimator(spec, t_min=t_min), self.config.block_size)
+        return self.fitted(masks), note
 
-    def fitted(self, law: Estimator) -> Estimator:
-        """An estimator of masks made into one for this network, which may need times, too.
+    @abstractmethod
+    def fitted(self, masks: Estimator) -> Estimator:
+        """Return an estimator of masks as one for this network, which may need times too.
 
         Raises:
-            UserError: it cannot be.
+            UserError: this network cannot use it.
         """
-        ...
 
     def terms(
         self,
@@ -85,9 +94,16 @@ class Diffusion(Protocol):
         clean_BL: torch.Tensor,
         valid_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The terms (B, N, L) of the bound, in nats: sum(weight * term) over a row, divided by N,
-        plus `prior_nats` for each free token, is an estimate of the row's bound."""
-        ...
+        """Return the terms (B, N, L) of the bound in nats: sum(weight * term) over a row, divided
+        by N, plus `prior_nats` for each free token, estimates the row's bound."""
+        scored_BNL = drawn.scored_BNL
+        target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
+        term, sigma_BNK = self._term(drawn, target_M), self._sigma(model, drawn)
+        return scored_terms(model, drawn.noisy_BNL, clean_BL, scored_BNL, term, valid_BL, sigma_BNK)
+
+    def _term(self, drawn: Corrupted, target_M: torch.Tensor) -> Term:
+        """The term of scored positions, whose tokens are `target_M`: -log p of these."""
+        return lambda logits_RV, part: subs_nll(logits_RV, target_M[part], self.config.mask_id)
 
     def loss(
         self,
@@ -96,15 +112,32 @@ class Diffusion(Protocol):
         clean_BL: torch.Tensor,
         valid_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The sum of weight * term over everything, for training: a scalar in nats."""
-        ...
+        """Return the sum of weight * term over everything, for training: a scalar in nats."""
+        if not self.is_cross_entropy:
+            return (drawn.weight_BNL * self.terms(model, drawn, clean_BL, valid_BL)).sum()
+        return masked_loss(
+            model,
+            drawn.noisy_BNL,
+            clean_BL,
+            drawn.scored_BNL,
+            drawn.weight_BNL,
+            valid_BL,
+            self._sigma(model, drawn),
+        )
+
+    def _sigma(self, model: Denoiser, drawn: Corrupted) -> torch.Tensor | None:
+        """The time of every block (B, N, K) as the network reads it, if it does."""
+        if not self.config.time_conditioning:
+            return None
+        assert drawn.prob_BNK is not None, "the estimator was not fitted to the network"
+        return noise_level(drawn.prob_BNK).float().to(model.device)
 
 
 def diffusion_of(config: Any) -> Diffusion:
-    """What the objective in a network's configuration means.
+    """Return what the objective in a network's configuration means.
 
     Raises:
-        UserError: the network is autoregressive and has none.
+        UserError: the network is autoregressive.
     """
     if config.objective not in _KINDS:
         raise UserError(
@@ -114,191 +147,88 @@ def diffusion_of(config: Any) -> Diffusion:
     return _KINDS[config.objective](config)
 
 
-class _SummedTerms:
-    """The loss of a diffusion is the sum of its terms."""
+class MaskedDiffusion(Diffusion):
+    """Absorbing masks in continuous time, with the cross-entropy of the masked tokens (SUBS).
 
-    def loss(
-        self: Diffusion,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Diffusion`."""
-        return (drawn.weight_BNL * self.terms(model, drawn, clean_BL, valid_BL)).sum()
-
-
-# --- masks --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MaskedDiffusion:
-    """Absorbing masks in continuous time, cross-entropy of the masked tokens (SUBS).
-
-    A network that reads no time has its bound for every schedule alike. One that does (MDLM with
-    time conditioning) reads sigma = -log(1 - p(t)).
+    The bound of a network that reads no time is the same for every schedule. A network that reads
+    it (MDLM with time conditioning) gets sigma = -log(1 - p(t)).
     """
 
-    config: Any
+    title = "masked diffusion"
 
-    @property
-    def title(self) -> str:
-        """See `Diffusion`."""
-        return "masked diffusion"
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.enumerable = not config.time_conditioning
 
-    @property
-    def usual_estimator(self) -> str:
-        """See `Diffusion`."""
-        return "complement"
-
-    @property
-    def enumerable(self) -> bool:
-        """See `Diffusion`."""
-        return not self.config.time_conditioning
-
-    @property
-    def prior_nats(self) -> float:
-        """See `Diffusion`; everything is masked in the end."""
-        return 0.0
-
-    def estimator(self, spec: str, t_min: float = T_MIN) -> tuple[Estimator, str | None]:
-        """See `Diffusion`."""
-        law, note = for_block_size(make_estimator(spec, t_min=t_min), self.config.block_size)
-        return self.fitted(law), note
-
-    def fitted(self, law: Estimator) -> Estimator:
-        """See `Diffusion`."""
-        return _timed(law) if self.config.time_conditioning else law
-
-    def terms(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Diffusion`: -log p(x_l) at masked positions."""
-        sigma_BNK = _sigma(model, drawn) if self.config.time_conditioning else None
-        return masked_nll(model, drawn.noisy_BNL, clean_BL, drawn.scored_BNL, valid_BL, sigma_BNK)
-
-    def loss(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Diffusion`; the logits of all masked positions never exist at once."""
-        return _loss_of_masks(model, drawn, clean_BL, valid_BL)
+    def fitted(self, masks: Estimator) -> Estimator:
+        return _timed(masks) if self.config.time_conditioning else masks
 
 
-@dataclass(frozen=True)
-class ScoreEntropy(_SummedTerms, MaskedDiffusion):
-    """SEDD: the same noise, and a network that estimates its ratios by score entropy.
+class ScoreEntropy(Diffusion):
+    """SEDD: the noise of `MaskedDiffusion`, and a network that estimates its ratios by score
+    entropy.
 
-    Its bound (Lou et al. 2024, theorem 3.6) integrates dsigma/dt times the score entropy; see
+    Its bound (Lou et al. 2024, theorem 3.6) integrates dsigma/dt times the score entropy. See
     `losses.score_entropy` for the weight, which is that of masked diffusion.
     """
 
-    @property
-    def title(self) -> str:
-        """See `Diffusion`."""
-        return "masked diffusion trained by score entropy (SEDD)"
+    title = "masked diffusion trained by score entropy (SEDD)"
+    is_cross_entropy = False
+    sampled = "masked"
 
-    @property
-    def usual_estimator(self) -> str:
-        """See `Diffusion`."""
-        return "bernoulli" if self.config.noise_eps else "complement"
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if config.noise_eps:
+            self.usual_estimator = "bernoulli"
+        # 0 unless the noise ends before everything is masked.
+        self.prior_nats = prior_kl(config.noise_eps, config.vocab_size - 1, absorbing=True)
 
-    @property
-    def enumerable(self) -> bool:
-        """See `Diffusion`."""
-        return False
-
-    @property
-    def prior_nats(self) -> float:
-        """See `Diffusion`; 0 unless the noise ends before everything is masked."""
-        return prior_kl(self.config.noise_eps, self.config.vocab_size - 1, absorbing=True)
-
-    def fitted(self, law: Estimator) -> Estimator:
-        """See `Diffusion`."""
+    def fitted(self, masks: Estimator) -> Estimator:
         eps = self.config.noise_eps
         if not eps:
-            return _timed(law)
-        if not isinstance(law, Bernoulli):
+            return _timed(masks)
+        if not isinstance(masks, Bernoulli):
             raise UserError(
-                f"{law.name} needs noise that ends with everything masked, but this network's "
+                f"{masks.name} needs noise that ends with everything masked, but this network's "
                 f"noise_eps is {eps:g}; take bernoulli"
             )
-        return replace(law, schedule=Scaled(law.schedule, eps))
+        return replace(masks, schedule=Scaled(masks.schedule, eps))
 
-    def terms(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Diffusion`: score entropy over r at masked positions."""
-        mask_id = self.config.mask_id
-        scored_BNL = drawn.scored_BNL
-        target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
-        return scored_terms(
-            model,
-            drawn.noisy_BNL,
-            clean_BL,
-            scored_BNL,
-            lambda logits_RV, part: score_entropy(logits_RV, target_M[part], mask_id),
-            valid_BL,
-            _sigma(model, drawn),
-        )
+    def _term(self, drawn: Corrupted, target_M: torch.Tensor) -> Term:
+        """The score entropy over r."""
+        return lambda logits_RV, part: score_entropy(logits_RV, target_M[part], self.config.mask_id)
 
 
-# --- discrete time -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DiscreteTime(_SummedTerms):
+class DiscreteTime(Diffusion):
     """D3PM: T steps of noise, and a network that predicts x_0, reading sigma_t = -log(1 - p_t).
 
-    Q_t keeps a token with probability (1 - p_t) / (1 - p_{t-1}) and otherwise makes it the mask
-    (absorbing) or a uniform token (uniform); p_t is `noise_schedule` at t / T. The bound (Austin et
-    al. 2021, equation 1) is the sum over t = 1..T of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)),
-    where the term of t = 1 is the reconstruction, and the prior's KL, which is 0 when p_T = 1.
+    Q_t keeps a token with probability (1 - p_t) / (1 - p_{t-1}) and otherwise replaces it by the
+    mask (absorbing) or a uniform token (uniform); p_t is `noise_schedule` at t / T. The bound
+    (Austin et al. 2021, equation 1) is the sum over t = 1..T of
+    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), in which the term of t = 1 is the reconstruction,
+    plus the prior's KL, which is 0 if p_T = 1.
 
-    The reverse step is equation 4 at every t: p(x_{t-1} | x_t) in proportion to the sum over x_0 of
-    q(x_{t-1}, x_t | x_0) p(x_0 | x_t). (The authors of D3PM take p(x_0 | x_1) itself at t = 1; for
-    absorbing noise that is the same.) The mask has no probability as data.
+    The reverse step is equation 4 at every t: p(x_{t-1} | x_t) is in proportion to the sum over x_0
+    of q(x_{t-1}, x_t | x_0) p(x_0 | x_t). (The authors of D3PM take p(x_0 | x_1) itself at t = 1,
+    which is the same for absorbing noise.) The mask has no probability as data.
     """
 
-    config: Any
-
     usual_estimator = "timesteps"
-    enumerable = False
 
-    @property
-    def title(self) -> str:
-        """See `Diffusion`."""
-        return f"{self.config.transition} diffusion in {self.config.timesteps:,} steps (D3PM)"
-
-    @property
-    def prior_nats(self) -> float:
-        """See `Diffusion`."""
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.title = f"{config.transition} diffusion in {config.timesteps:,} steps (D3PM)"
+        base = make_schedule(config.noise_schedule)
+        self.schedule = Scaled(base, config.noise_eps) if config.noise_eps else base
+        if config.transition == "uniform":
+            self.is_cross_entropy, self.sampled = False, "all"
         keep = 1 - float(self.schedule.mask_prob(torch.ones((), dtype=torch.float64)))
-        return prior_kl(max(0.0, keep), self.config.vocab_size - 1, absorbing=not self._uniform)
-
-    @property
-    def schedule(self) -> Schedule:
-        """p_t at t / T."""
-        base = make_schedule(self.config.noise_schedule)
-        return Scaled(base, self.config.noise_eps) if self.config.noise_eps else base
-
-    @property
-    def _uniform(self) -> bool:
-        return self.config.transition == "uniform"
+        self.prior_nats = prior_kl(
+            max(0.0, keep), config.vocab_size - 1, absorbing=self.is_cross_entropy
+        )
 
     def estimator(self, spec: str, t_min: float = T_MIN) -> tuple[Estimator, str | None]:
-        """See `Diffusion`; there is one, `Timesteps`, which has no cut."""
+        """Return `Timesteps`, the only estimator, which has no cut."""
         if spec != self.usual_estimator:
             raise UserError(
                 f"estimator is {spec}, but a d3pm network has discrete time; use "
@@ -306,40 +236,29 @@ class DiscreteTime(_SummedTerms):
             )
         return self.fitted(Bernoulli()), None
 
-    def fitted(self, law: Estimator) -> Estimator:
-        """See `Diffusion`; takes over the number of copies and the stratification."""
-        if not isinstance(law, Bernoulli) or law.resample or not law.is_bound:
+    def fitted(self, masks: Estimator) -> Estimator:
+        """Return `Timesteps` with the copies and the stratification of `masks`."""
+        if not isinstance(masks, Bernoulli) or masks.resample or not masks.is_bound:
             raise UserError(
-                f"{law.name} draws masks in continuous time, but a d3pm network has discrete time; "
-                "leave the estimator and the clip out"
+                f"{masks.name} draws masks in continuous time, but a d3pm network has discrete "
+                "time; leave the estimator and the clip out"
             )
         return Timesteps(
             timesteps=self.config.timesteps,
             transition=self.config.transition,
             vocab_size=self.config.vocab_size,
             schedule=self.schedule,
-            num_noisy=law.num_noisy,
-            stratify=law.stratify,
+            num_noisy=masks.num_noisy,
+            stratify=masks.stratify,
         )
 
-    def terms(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Diffusion` and `Timesteps`."""
-        sigma_BNK = _sigma(model, drawn) if self.config.time_conditioning else None
-        if not self._uniform:
-            return masked_nll(
-                model, drawn.noisy_BNL, clean_BL, drawn.scored_BNL, valid_BL, sigma_BNK
-            )
-        scored_BNL = drawn.scored_BNL
-        target_M = clean_BL[:, None].expand_as(scored_BNL)[scored_BNL]
-        noisy_M = drawn.noisy_BNL[scored_BNL]
+    def _term(self, drawn: Corrupted, target_M: torch.Tensor) -> Term:
+        """The cross-entropy of masked tokens, or `uniform_kl` of all; see `Timesteps`."""
+        if self.is_cross_entropy:
+            return super()._term(drawn, target_M)
+        scored_BNL, noisy_M = drawn.scored_BNL, drawn.noisy_BNL[drawn.scored_BNL]
         keep_M, before_M = (
-            1 - _per_token(prob_BNK, clean_BL)[scored_BNL.cpu()]
+            1 - _per_token(prob_BNK, scored_BNL.shape[-1])[scored_BNL.cpu()]
             for prob_BNK in (drawn.prob_BNK, drawn.before_BNK)
         )
 
@@ -348,59 +267,25 @@ class DiscreteTime(_SummedTerms):
             keep_R, before_R = keep_M[part], before_M[part]
             return uniform_kl(logits_RV, target_R, noisy_R, keep_R, before_R, self.config.mask_id)
 
-        return scored_terms(model, drawn.noisy_BNL, clean_BL, scored_BNL, term, valid_BL, sigma_BNK)
-
-    def loss(
-        self,
-        model: Denoiser,
-        drawn: Corrupted,
-        clean_BL: torch.Tensor,
-        valid_BL: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Diffusion`; of absorbing noise it is that of masked diffusion."""
-        if self._uniform:
-            return super().loss(model, drawn, clean_BL, valid_BL)
-        return _loss_of_masks(model, drawn, clean_BL, valid_BL)
+        return term
 
 
-def _loss_of_masks(
-    model: Denoiser, drawn: Corrupted, clean_BL: torch.Tensor, valid_BL: torch.Tensor | None
-) -> torch.Tensor:
-    """Weighted cross-entropy of the masked tokens."""
-    sigma_BNK = _sigma(model, drawn) if model.config.time_conditioning else None
-    return masked_loss(
-        model,
-        drawn.noisy_BNL,
-        clean_BL,
-        drawn.scored_BNL,
-        drawn.weight_BNL,
-        valid_BL,
-        sigma_BNK,
-    )
-
-
-def _timed(law: Estimator) -> Estimator:
-    """A law of masks that tells the mask probabilities, too."""
-    if isinstance(law, Bernoulli):
-        return law
-    assert isinstance(law, Count | Complement)
-    if not law.is_bound:
+def _timed(masks: Estimator) -> Estimator:
+    """The estimator `masks`, which returns the mask probabilities too."""
+    if isinstance(masks, Bernoulli):
+        return masks
+    assert isinstance(masks, Count | Complement)
+    if not masks.is_bound:
         raise UserError(
-            f"{law.name} draws the number of masked tokens before t, which this network reads; "
+            f"{masks.name} draws the number of masked tokens before t, which this network reads; "
             "with a clip take bernoulli"
         )
-    return replace(law, timed=True)
+    return replace(masks, timed=True)
 
 
-def _sigma(model: Denoiser, drawn: Corrupted) -> torch.Tensor:
-    """What the network reads as the time of every block, (B, N, K)."""
-    assert drawn.prob_BNK is not None, "the estimator was not fitted to the network"
-    return noise_level(drawn.prob_BNK).float().to(model.device)
-
-
-def _per_token(prob_BNK: torch.Tensor | None, clean_BL: torch.Tensor) -> torch.Tensor:
+def _per_token(prob_BNK: torch.Tensor | None, length: int) -> torch.Tensor:
     assert prob_BNK is not None
-    return prob_BNK.repeat_interleave(clean_BL.shape[1] // prob_BNK.shape[-1], dim=-1)
+    return prob_BNK.repeat_interleave(length // prob_BNK.shape[-1], dim=-1)
 
 
 _KINDS = {

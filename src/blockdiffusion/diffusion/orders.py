@@ -34,13 +34,13 @@ def order_nll(
     copies: int = 8,
     progress: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
-    """-log p(block | order) in nats, float64 (B, R, K), for R = `num_orders` orders of each block.
+    """Return -log p(block | order) in nats, float64 (B, R, K), R = `num_orders` orders per block.
 
     Args:
         clean_BL: ids (B, L), L a multiple of the block size.
         free_BL: bool, the tokens that are scored; the others are given and never masked.
         valid_BL: bool, False at padding; None = no padding.
-        copies: noisy copies of one pass, which share a clean stream.
+        copies: noisy copies in a pass, which share a clean stream.
         progress: called with the number of noisy copies just finished, of num_orders * S.
     """
     size = model.config.block_size
@@ -68,10 +68,8 @@ def order_nll(
 def draw_orders(
     free_BL: torch.Tensor, block_size: int, num_orders: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """When every token is revealed, int64 (B, R, L): its place in a random order of its block.
-
-    Free tokens come first.
-    """
+    """Return the place of every token in a random order of its block, int64 (B, R, L). Free tokens
+    come first."""
     batch, length = free_BL.shape
     blocks = length // block_size
     score = torch.rand(
@@ -82,6 +80,6 @@ def draw_orders(
 
 
 def order_bound(nll_BRK: torch.Tensor, orders: int) -> torch.Tensor:
-    """The bound of `orders` orders, (B, R / orders) in nats per row: one value per replicate."""
+    """Return the bound of `orders` orders, (B, R / orders) in nats per row, one per replicate."""
     grouped = -nll_BRK.unflatten(1, (-1, orders))  # (B, R / orders, orders, K)
     return -(grouped.logsumexp(2) - math.log(orders)).sum(-1)

@@ -1,4 +1,4 @@
-"""Noise schedules: how likely a token is masked at time t, and what its loss then weighs.
+"""Noise schedules: the probability that a token is masked at time t, and the weight of its loss.
 
 A schedule is described by the probability p(t) = 1 - alpha_t that a token is masked at time t in
 (0, 1], with p(0) = 0 and p(1) = 1, and by the weight w(t) = -alpha'_t / (1 - alpha_t) = p'(t)/p(t)
@@ -11,57 +11,47 @@ square root and logarithmic schedules unless t is cut, and finite for the square
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 
 from blockdiffusion.errors import UserError, shown
 
-CLEANEST = 1e-3  # the authors' eps: no network reads a time at which fewer tokens are kept
+CLEANEST = 1e-3  # the authors' eps: networks read no time at which fewer tokens are kept
 
 
-class Schedule(Protocol):
-    """What corruption, likelihood and samplers ask of a noise schedule."""
+class Schedule:
+    """A noise schedule, as corruption, likelihood and samplers use it.
 
-    @property
-    def name(self) -> str:
-        """The name that configurations and reports use."""
-        ...
+    Attributes:
+        name: in configurations and reports.
+        is_bound: whether the loss weighted by this schedule bounds the negative log-likelihood.
+        t_range: the interval that training draws t from, before any cut at `t_min`.
+    """
 
-    @property
-    def is_bound(self) -> bool:
-        """Whether the weighted loss under this schedule bounds the negative log-likelihood."""
-        ...
-
-    @property
-    def t_range(self) -> tuple[float, float]:
-        """The interval that training draws t from, before any cut at `t_min`."""
-        ...
-
-    def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
-        """p(t), elementwise."""
-        ...
-
-    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
-        """w(t) = p'(t) / p(t), elementwise."""
-        ...
-
-    def inverse(self, p: torch.Tensor) -> torch.Tensor:
-        """The t with mask_prob(t) = p, elementwise."""
-        ...
-
-
-class Unclipped:
-    """What all schedules over the whole of (0, 1] share: they bound the likelihood."""
-
+    name: str
     is_bound = True
     t_range = (0.0, 1.0)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
+    def mask_prob(self, t: torch.Tensor) -> torch.Tensor:
+        """Return p(t), elementwise."""
+        raise NotImplementedError
 
-class Linear(Unclipped):
+    def loss_weight(self, t: torch.Tensor) -> torch.Tensor:
+        """Return w(t) = p'(t) / p(t), elementwise."""
+        raise NotImplementedError
+
+    def inverse(self, p: torch.Tensor) -> torch.Tensor:
+        """Return the t with mask_prob(t) = p, elementwise."""
+        raise NotImplementedError
+
+
+Unclipped = Schedule  # the old name, for one version
+
+
+class Linear(Schedule):
     """p(t) = t, w(t) = 1/t: the paper's schedule (log-linear in alpha)."""
 
     name = "linear"
@@ -76,7 +66,7 @@ class Linear(Unclipped):
         return p
 
 
-class Cosine(Unclipped):
+class Cosine(Schedule):
     """p(t) = 1 - cos(pi t / 2), written without the cancellation at small t."""
 
     name = "cosine"
@@ -92,7 +82,7 @@ class Cosine(Unclipped):
         return torch.atan2((p * (2 - p)).sqrt(), 1 - p) * (2 / math.pi)
 
 
-class Square(Unclipped):
+class Square(Schedule):
     """p(t) = t^2, w(t) = 2/t."""
 
     name = "square"
@@ -107,7 +97,7 @@ class Square(Unclipped):
         return p.sqrt()
 
 
-class Sqrt(Unclipped):
+class Sqrt(Schedule):
     """p(t) = sqrt(t), w(t) = 1/(2t)."""
 
     name = "sqrt"
@@ -122,7 +112,7 @@ class Sqrt(Unclipped):
         return p.square()
 
 
-class Log(Unclipped):
+class Log(Schedule):
     """p(t) = log(1 + t) / log 2."""
 
     name = "log"
@@ -137,11 +127,11 @@ class Log(Unclipped):
         return (p * math.log(2)).expm1()
 
 
-class Clipped:
+class Clipped(Schedule):
     """`base` with t restricted so that the mask probability stays in [beta, omega] (section 5.2).
 
     t is uniform between base.inverse(beta) and base.inverse(omega); p and w are those of `base` at
-    that t. It changes the training objective, so it is never a bound and never a perplexity.
+    that t. It changes the training objective, so it gives neither a bound nor a perplexity.
     """
 
     is_bound = False
@@ -168,17 +158,16 @@ class Clipped:
 
 
 def _shortest(value: float) -> str:
-    """A number as short as it can be written to be read back the same."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
 
-class Scaled:
+class Scaled(Schedule):
     """`base` that ends at the mask probability 1 - eps: p(t) = (1 - eps) base(t), the same weight.
 
-    The noise with which the published SEDD and MDLM weights of Lou et al. and Sahoo et al. were
-    trained (linear, eps = 1e-3: sigma = -log(1 - 0.999 t)). A bound needs the term of the prior
-    besides, see `losses.prior_kl`.
+    The published SEDD and MDLM weights of Lou et al. and Sahoo et al. were trained with this noise
+    (linear, eps = 1e-3: sigma = -log(1 - 0.999 t)). Its bound also has the term of the prior, see
+    `losses.prior_kl`.
     """
 
     def __init__(self, base: Schedule, eps: float):
@@ -201,10 +190,10 @@ SCHEDULES: dict[str, type[Schedule]] = {
 
 
 def make_schedule(name: str, clip: tuple[float, float] | None = None) -> Schedule:
-    """The schedule called `name`, clipped to mask probabilities `clip` = (beta, omega) if given.
+    """Return the schedule called `name`, clipped to mask probabilities `clip` = (beta, omega).
 
     Raises:
-        UserError: an unknown name, or a clip that is empty or leaves (0, 1].
+        UserError: the name is unknown, or the clip is empty or leaves (0, 1].
     """
     if name not in SCHEDULES:
         raise UserError(f"unknown schedule {shown(name)}; known: {', '.join(SCHEDULES)}")
@@ -213,15 +202,15 @@ def make_schedule(name: str, clip: tuple[float, float] | None = None) -> Schedul
 
 
 def prob_range(schedule: Schedule) -> tuple[float, float]:
-    """The mask probabilities (beta, omega) at the ends of the schedule's `t_range`."""
+    """Return the mask probabilities (beta, omega) at the ends of the schedule's `t_range`."""
     ends = torch.tensor(schedule.t_range, dtype=torch.float64)
     beta, omega = schedule.mask_prob(ends).tolist()
     return beta, omega
 
 
 def noise_level(prob: torch.Tensor) -> torch.Tensor:
-    """sigma = -log(1 - p), what a time-conditioned network reads; at most -log(1e-3) = 6.9.
+    """Return sigma = -log(1 - p), which a time-conditioned network reads, at most -log(1e-3) = 6.9.
 
-    The authors cut it there, too (their `sigma_max`): at p = 1 it would be infinite.
+    The authors cut it at the same value (their `sigma_max`): at p = 1 it would be infinite.
     """
     return -torch.log1p(-prob.clamp(max=1 - CLEANEST))

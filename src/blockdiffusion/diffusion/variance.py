@@ -1,9 +1,9 @@
-"""How much the loss and its gradient scatter when only the masks are drawn again.
+"""The variance of the loss and of its gradient over the draws of the masks.
 
-All numbers are of one batch with its data fixed and dropout off, from R independent replicates of
-the masks: sample variances with R - 1 in the denominator, so that their expectation is the true
-value. The gradient is that of the batch's loss in nats per token; its variance is the trace of the
-covariance matrix, the sum over all parameters.
+All numbers are for one batch with its data fixed and dropout off, from R independent replicates of
+the masks: sample variances with R - 1 in the denominator, which are unbiased. The gradient is that
+of the batch's loss in nats per token; its variance is the trace of the covariance matrix, the sum
+over all parameters.
 
 Shape suffixes: B rows, N noisy copies, L tokens, K blocks, S tokens of a block.
 """
@@ -22,23 +22,23 @@ from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.runtime.seeding import seeded
 
-PASS_TOKENS = 8192  # tokens of one pass over all streams, with its gradient: bounds memory
+PASS_TOKENS = 8192  # tokens of all streams of a pass with its gradient, which bounds memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Mean and variance over the masks, of one batch, or averaged over several.
+    """Mean and variance over the masks of one batch, or averages of these over several batches.
 
     Attributes:
-        loss: mean of the batch's loss, nats per token, with the prior's part of a bound.
-        loss_variance: variance of that loss from draw to draw.
-        block_variance: what the paper's tables 2 and 8 print: the variance, over all blocks of the
-            batch, of a block's mean loss per free token: noise and data together. None where the
-            batch has fewer than two blocks with free tokens.
-        gradient_variance: per parameter, the trace of the covariance of its gradient; empty where
-            gradients were not asked for.
+        loss: mean of the batch's loss in nats per token, with the prior's part of a bound.
+        loss_variance: variance of that loss over the draws.
+        block_variance: the variance in the paper's tables 2 and 8: over all blocks of the batch, of
+            a block's mean loss per free token, with noise and data together. None if the batch has
+            fewer than two blocks with free tokens.
+        gradient_variance: per parameter, the trace of the covariance of its gradient; empty without
+            gradients.
         gradient_square: per parameter, the squared norm of the expected gradient, unbiased (so it
-            can come out negative).
+            can be negative).
         losses: the loss of every replicate.
     """
 
@@ -68,15 +68,14 @@ def batch_moments(
     *,
     gradients: bool = False,
 ) -> Moments:
-    """Moments of the loss of one batch under `estimator`, from `replicates` draws of the masks.
+    """Return the moments of the loss of one batch from `replicates` draws of the masks.
 
-    Every replicate has a stream of random numbers of its own, seeded from `generator`. So two
-    estimators given generators of the same seed see, replicate by replicate, the same uniform
-    numbers where their draws have the same shapes: common random numbers.
+    Every replicate has its own stream of random numbers, seeded from `generator`. So two estimators
+    with generators of the same seed get, replicate by replicate, the same uniform numbers if their
+    draws have the same shapes: common random numbers.
 
     Args:
-        model: a `Denoiser` that is a module; evaluated without dropout, and left as it was, its
-            gradients included.
+        model: evaluated without dropout, and left as it was, with its gradients.
         clean_BL, free_BL, valid_BL: as in `exact.exact_blocks`, on the model's device.
 
     Raises:
@@ -89,7 +88,7 @@ def batch_moments(
         raise UserError("there is nothing to score: every token is given or padding")
     size = model.config.block_size
     diffusion = diffusion_of(model.config)
-    law = diffusion.fitted(estimator)
+    estimator = diffusion.fitted(estimator)
     parameters = (
         {n: p for n, p in model.backbone.named_parameters() if p.requires_grad} if gradients else {}
     )
@@ -100,14 +99,14 @@ def batch_moments(
     try:
         for _ in range(replicates):
             seed = int(torch.randint(2**63 - 1, (), generator=generator))
-            drawn = law(clean_BL, free_BL, size, model.config.mask_id, seeded(seed))
+            drawn = estimator(clean_BL, free_BL, size, model.config.mask_id, seeded(seed))
             term_BL, gradient = _loss_terms(model, drawn, clean_BL, free_BL, valid_BL, parameters)
             spread.add(gradient)
             losses.append(float(term_BL.sum() / free_BL.sum().cpu()) + diffusion.prior_nats)
             block_variances.append(_block_variance(term_BL, free_BL.cpu(), size))
     finally:
         model.train(training)
-    away = torch.tensor(losses, dtype=torch.float64) - losses[0]  # exactly 0 without noise
+    away = torch.tensor(losses, dtype=torch.float64) - losses[0]  # 0 to the digit without noise
     return Moments(
         loss=losses[0] + float(away.mean()),
         loss_variance=float(away.var()),
@@ -119,7 +118,7 @@ def batch_moments(
 
 
 def average(moments: list[Moments]) -> Moments:
-    """The mean of the moments of several batches; `losses` are those of all."""
+    """Return the mean of the moments of several batches, with the `losses` of all."""
     count = len(moments)
 
     def mean(values: list[dict[str, float]]) -> dict[str, float]:
@@ -143,8 +142,8 @@ def _loss_terms(
     valid_BL: torch.Tensor | None,
     parameters: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """weight * term, averaged over the copies, of every token (B, L) in nats, float64 on the CPU;
-    and the gradient of its sum over the number of free tokens."""
+    """weight * term of every token, averaged over the copies, (B, L) in nats, float64 on the CPU;
+    and the gradient of its sum divided by the number of free tokens."""
     batch, copies, length = drawn.noisy_BNL.shape
     scale = 1 / (int(free_BL.sum()) * copies)
     terms: list[torch.Tensor] = []
@@ -181,10 +180,8 @@ def _mean_or_none(values: list[float | None]) -> float | None:
 
 
 class _GradientSpread:
-    """Mean of gradients and summed squared distance from it, per parameter, one at a time.
-
-    Welford's update: no difference of two large sums, and exactly 0 for gradients that are equal.
-    """
+    """Mean of gradients and summed squared distance from it, per parameter, by Welford's update:
+    no difference of two large sums, and exactly 0 for equal gradients."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -203,11 +200,11 @@ class _GradientSpread:
             self.distance[name] += float((before * (values - self.mean[name])).sum())
 
     def variance(self) -> dict[str, float]:
-        """Trace of the sample covariance."""
+        """Return the trace of the sample covariance."""
         return {name: max(0.0, d) / (self.count - 1) for name, d in self.distance.items()}
 
     def square(self) -> dict[str, float]:
-        """|mean|^2 less its own variance: unbiased for the squared norm of the expectation."""
+        """Return |mean|^2 less its variance: unbiased for the squared norm of the expectation."""
         variance = self.variance()
         return {
             name: float(mean.square().sum()) - variance[name] / self.count

@@ -1,8 +1,8 @@
 """Floating-point operations of training and sampling passes, by formula.
 
-Counted are matrix products and attention, a multiply-add as two. Attention computes whole chunks or
-tiles, of which the mask throws a part away; what the mask asks for is told beside it. The tests
-compare the formulas with PyTorch's own counter.
+Matrix products and attention are counted, a multiply-add as two operations. Attention computes
+whole chunks or tiles, part of which the mask discards; what the mask needs is counted beside it.
+The tests compare the formulas with PyTorch's own counter.
 
 Symbols: S, L, N, V as in the concepts; B rows of a pass, T tokens of all streams of a row.
 """
@@ -20,8 +20,8 @@ from blockdiffusion.models.masks import Streams
 
 AttentionKind = Literal["dense", "chunked", "flex", "causal", "needed"]
 
-TILE = 128  # of FlexAttention, and of causal kernels, about
-# Attention's gradient makes the scores again: five products for the forward pass's two.
+TILE = 128  # side of a tile of FlexAttention, and roughly of causal kernels
+# Attention's gradient recomputes the scores: five products for the forward pass's two.
 ATTENTION_BACKWARD = 2.5
 
 
@@ -31,8 +31,8 @@ class Pass:
 
     Attributes:
         rows: B.
-        num_noisy: N; not read by autoregressive networks.
-        scored: positions, over all rows and copies, of which there are logits.
+        num_noisy: N; unused for autoregressive networks.
+        scored: positions that get logits, over all rows and copies.
         given_bos: whether position 0 is given; an autoregressive network then reads L - 1 tokens.
         attention: how it is computed; see `attention_pairs`.
     """
@@ -50,8 +50,8 @@ class Pass:
         return sizes.streams(self.num_noisy).num_tokens
 
     def finished(self, sizes: NetworkSizes) -> float:
-        """Tokens, over all rows, that leave the last layer."""
-        return self.rows * self.tokens(sizes) if sizes.autoregressive else self.scored
+        """Tokens that the last layer finishes, over all rows."""
+        return self.rows * self.tokens(sizes) if sizes.finishes_all else self.scored
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Flops:
     """Floating-point operations.
 
     Attributes:
-        layers: matrix products of the layers, with what conditions them.
-        attention: scores and sums over them, as computed.
-        attention_needed: the part of these that the mask asks for.
+        layers: matrix products of the layers and of their conditioning.
+        attention: scores and weighted sums, as computed.
+        attention_needed: the part of these that the mask needs.
         head: logits.
     """
 
@@ -72,7 +72,7 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """As computed."""
+        """All that is computed."""
         return self.layers + self.attention + self.head
 
     def __add__(self, other: Flops) -> Flops:
@@ -84,7 +84,7 @@ class Flops:
         )
 
     def times(self, layers: float, attention: float, head: float) -> Flops:
-        """Each part by its factor."""
+        """Return each part times its factor."""
         return Flops(
             layers * self.layers,
             attention * self.attention,
@@ -94,18 +94,18 @@ class Flops:
 
 
 def staircase(length: int, step: int) -> int:
-    """Pairs of a query and a key where a query sees all keys up to the end of its step."""
+    """Return the pairs of a query and a key if a query sees all keys up to the end of its step."""
     whole, rest = length - length % step, length % step
     return whole * (whole + step) // 2 + rest * length
 
 
 def attention_pairs(streams: Streams, kind: AttentionKind) -> tuple[int, int]:
-    """Pairs of a query and a key that are computed for one row and head: those whose query is
-    noisy, and those whose query is clean.
+    """Return the pairs of a query and a key that are computed for one row and head: those of noisy
+    queries, and those of clean ones.
 
     Args:
-        kind: "needed" (what the mask asks for), "chunked", "flex" (tiles that hold a visible pair;
-            exact where S divides a tile or is divided by it), or "dense" (all).
+        kind: "needed" (by the mask), "chunked", "flex" (tiles that hold a visible pair; exact if S
+            divides a tile or is a multiple of it), or "dense" (all).
     """
     length, size, copies = streams.seq_len, streams.block_size, streams.num_noisy
     clean, causal = int(streams.has_clean), streams.clean_attention == "causal"
@@ -121,16 +121,16 @@ def attention_pairs(streams: Streams, kind: AttentionKind) -> tuple[int, int]:
 
 
 def causal_pairs(tokens: int, kind: AttentionKind) -> int:
-    """The same of one autoregressive stream: "causal" kernels compute whole tiles."""
+    """Return the same for one autoregressive stream: "causal" kernels compute whole tiles."""
     return tokens**2 if kind == "dense" else staircase(tokens, 1 if kind == "needed" else TILE)
 
 
 def _pass_pairs(sizes: NetworkSizes, p: Pass, kind: AttentionKind) -> int:
-    """Pairs of one row and head in all layers; the last one has no clean queries."""
+    """Pairs of one row and head in all layers; the last one may leave clean queries out."""
     if sizes.autoregressive:
         return sizes.num_hidden_layers * causal_pairs(p.tokens(sizes), kind)
     noisy, clean = attention_pairs(sizes.streams(p.num_noisy), kind)
-    return sizes.num_hidden_layers * noisy + (sizes.num_hidden_layers - 1) * clean
+    return sizes.num_hidden_layers * (noisy + clean) - (0 if sizes.finishes_all else clean)
 
 
 def _flops(
@@ -142,8 +142,9 @@ def _flops(
     pairs: float,
     needed: float,
 ) -> Flops:
-    """Of `read` tokens, of which the last layer finishes some: of the others it makes queries, keys
-    and values. Pairs are those of all rows and layers, in one head; `vectors` are conditioned."""
+    """Operations of a pass that reads `read` tokens. The last layer finishes some of them, and
+    makes only queries, keys and values of the others. Pairs are those of all rows and layers in one
+    head; `vectors` go through the conditioning."""
     heads = sizes.hidden_size * (sizes.num_attention_heads * sizes.head_dim + sizes.cache_width)
     numbers = read * (sizes.num_hidden_layers - 1) * sizes.layer_numbers
     numbers += read * heads + finished * (sizes.layer_numbers - heads)
@@ -158,7 +159,7 @@ def _flops(
 
 
 def forward_flops(sizes: NetworkSizes, p: Pass) -> Flops:
-    """Of a forward pass over [noisy_1; ...; noisy_N; clean], or over causal rows."""
+    """Return those of a forward pass over [noisy_1; ...; noisy_N; clean], or over causal rows."""
     pairs, needed = (p.rows * _pass_pairs(sizes, p, kind) for kind in (p.attention, "needed"))
     read = p.rows * p.tokens(sizes)
     vectors = read if sizes.time_conditioning else 1
@@ -166,27 +167,26 @@ def forward_flops(sizes: NetworkSizes, p: Pass) -> Flops:
 
 
 def training_flops(sizes: NetworkSizes, p: Pass, *, checkpointing: bool = False) -> Flops:
-    """Of a forward and backward pass: a product's gradient is two products.
+    """Return those of a forward and backward pass: a product's gradient is two products.
 
     Args:
-        checkpointing: whether the layers are computed again in the backward pass.
+        checkpointing: whether the backward pass computes the layers again.
     """
     again = int(checkpointing)
     return forward_flops(sizes, p).times(3 + again, 1 + ATTENTION_BACKWARD + again, 3)
 
 
 def call_flops(sizes: NetworkSizes, rows: int, tokens: int, keys: float, scored: float) -> Flops:
-    """Of a network call in sampling: `tokens` new ones of every row against `keys` (their own
-    included), with logits at `scored` positions over all rows, which are what the last layer
-    finishes (an autoregressive network finishes all)."""
+    """Return those of a network call in sampling: `tokens` new tokens of every row against `keys`
+    (their own included), with logits at `scored` positions over all rows."""
     new = rows * tokens
     pairs = sizes.num_hidden_layers * new * keys
-    finished = new if sizes.autoregressive else scored
-    vectors = new if sizes.time_conditioning else 0  # elsewhere it is in the weights
+    finished = new if sizes.finishes_all else scored
+    vectors = new if sizes.time_conditioning else 0  # else it is folded into the weights
     return _flops(sizes, new, finished, scored, vectors, pairs, pairs)
 
 
 def muon_flops(shapes: Iterable[tuple[int, ...]], steps: int = 5) -> int:
-    """Of Muon's orthogonalisation of matrices, once an update: `steps` rounds of X Xt, its square,
+    """Return those of Muon's orthogonalisation, once an update: `steps` rounds of X Xt, its square,
     and that times X, for X with the shorter side first."""
     return sum(steps * (4 * min(shape) * prod(shape) + 2 * min(shape) ** 3) for shape in shapes)

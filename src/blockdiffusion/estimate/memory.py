@@ -1,8 +1,8 @@
 """Bytes of training and sampling: one model for every network.
 
-Of every token a layer keeps the residual stream twice, in float32, and a share of what its matrices
-read and make (the sum of their sides), in the type of the products. The shares are calibrated on
-CPUs; docs/results/estimate.md has what was measured beside the estimates.
+For every token a layer keeps the residual stream twice, in float32, and a share of the inputs and
+outputs of its matrices (the sum of their sides), in the type of the products. The shares are
+calibrated on CPUs; docs/results/estimate.md compares measurements with the estimates.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from blockdiffusion.estimate.sizes import NetworkSizes
 
 Dtype = Literal["float32", "bfloat16"]
 
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}  # int8: of what is no matrix
-AUTOGRAD, FUSED = 1.1, 0.55  # shares that are kept: by autograd, and by layers' own gradients
-WORKING = 0.75  # of what passes through a layer, in its backward pass
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 4}  # int8: all but matrices
+AUTOGRAD, FUSED = 1.1, 0.55  # shares kept by autograd, and by layers' own gradients
+WORKING = 0.75  # share of what passes through a layer that its backward pass needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Memory:
             summed in, all).
         gathered: with fsdp, weights and gradients that are whole while a pass needs them.
         activations: kept from forward to backward, for one micro-batch.
-        working: the most that is needed besides at a time: the backward pass of a layer, or logits
+        working: the most needed in addition at a time: the backward pass of a layer, or logits
             and the gradient of the output.
         peak: the most at a time; not all kinds exist together.
     """
@@ -67,26 +67,26 @@ class Memory:
 
 
 def token_bytes(sizes: NetworkSizes, dtype: Dtype, share: float = 1.0) -> float:
-    """What a layer keeps of a token; with the share 1, about all that passes through it."""
+    """Return what a layer keeps of a token: all that passes through it with the share 1."""
     matrices = sizes.layer_matrices + (sizes.modulation if sizes.time_conditioning else ())
     return 8 * sizes.hidden_size + share * BYTES[dtype] * sum(map(sum, matrices))
 
 
 def token_layers(sizes: NetworkSizes, p: Pass) -> float:
-    """Tokens of all layers; those that the last one does not finish count half there."""
+    """Return the tokens of all layers; in the last one, those it does not finish count half."""
     read = p.rows * p.tokens(sizes)
     return (sizes.num_hidden_layers - 0.5) * read + 0.5 * p.finished(sizes)
 
 
 def pass_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> tuple[float, float]:
-    """Activations that a pass keeps, and the most that is needed besides at a time."""
+    """Return the activations that a pass keeps, and its largest working space."""
     read, fused = p.rows * p.tokens(sizes), sizes.fused_layers and not how.compiled
     own = token_bytes(sizes, how.dtype, FUSED if fused else AUTOGRAD)
     kept = token_layers(sizes, p) * own
     working = WORKING * read * token_bytes(sizes, how.dtype)
     if how.checkpointing:
         kept, working = 4 * sizes.hidden_size * sizes.num_hidden_layers * read, working + read * own
-    # Logits, and the gradient of the output; rounded, too.
+    # Logits, and the gradient of the output; rounded copies too.
     rounded = how.dtype == "bfloat16"
     most_logits = (GPU_PIECES if how.cuda else CPU_PIECES).most_logits
     per_logit = (8 if rounded else 4) if how.cross_entropy else 16
@@ -96,7 +96,7 @@ def pass_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> tuple[float, flo
 
 
 def optimizer_bytes(sizes: NetworkSizes, name: str) -> float:
-    """AdamW: two moments; Muon: one for the matrices of the layers."""
+    """Return the state: two moments for AdamW, one for the matrices of the layers for Muon."""
     muon = sizes.num_hidden_layers * sizes.layer_numbers if name == "muon" else 0
     return 8 * sizes.parameters - 4 * muon
 
@@ -104,11 +104,11 @@ def optimizer_bytes(sizes: NetworkSizes, name: str) -> float:
 def training_memory(
     sizes: NetworkSizes, p: Pass, how: Execution, optimizer: str, *, shards: int, one_pass: bool
 ) -> Memory:
-    """Of a device that has one of `shards` parts of every tensor; 1: all.
+    """Return the memory of a device that holds one of `shards` parts of every tensor.
 
     Args:
-        one_pass: whether the pass is all of the device's update: then gradients come as activations
-            go, and with shards a device sums its part of them only.
+        one_pass: whether the pass is the device's whole update. Gradients then replace activations
+            during the backward pass, and with shards a device sums its part of them only.
     """
     whole = 4 * sizes.parameters
     weights, state = whole / shards, optimizer_bytes(sizes, optimizer) / shards
@@ -135,22 +135,22 @@ def training_memory(
 
 
 def traffic_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> float:
-    """What the operations between the products read and write, forward and backward, about: all
-    that passes through the layers, twice in each of three passes; and eight times the logits."""
+    """Return what the operations between the products read and write, forward and backward: all
+    that passes through the layers, twice in each of three passes, and eight times the logits."""
     layers = 2 * (3 + how.checkpointing) * token_layers(sizes, p) * token_bytes(sizes, how.dtype)
     return layers + 8 * 4 * p.scored * sizes.vocab_size
 
 
 def update_bytes(sizes: NetworkSizes, optimizer: str) -> float:
-    """What clipping, optimizer and moving average read and write in an update: the gradient four
-    times, weights and average five times in all, the optimizer's state once each way."""
+    """Return what clipping, optimizer and moving average read and write in an update: the gradient
+    four times, weights and average five times in all, the optimizer's state once each way."""
     return 4 * 9 * sizes.parameters + 2 * optimizer_bytes(sizes, optimizer)
 
 
 def weight_bytes(sizes: NetworkSizes, dtype: SampleDtype) -> tuple[float, float]:
-    """Weights of the copy that samples (adaLN is folded away where the network reads no time): all,
-    and those that a call reads, which takes only rows of the input embedding. With int8 a number of
-    a matrix is a byte, but those of the input embedding."""
+    """Return the weights of the copy that samples (with adaLN folded away unless the network reads
+    the time): all, and those that a call reads, which takes only rows of the input embedding. With
+    int8 matrices have one byte per number, except the input embedding."""
     table = sizes.vocab_size * sizes.hidden_size
     kept = sizes.parameters - (0 if sizes.time_conditioning else sizes.conditioning)
     held = BYTES[dtype] * kept
@@ -160,5 +160,5 @@ def weight_bytes(sizes: NetworkSizes, dtype: SampleDtype) -> tuple[float, float]
 
 
 def cache_bytes(sizes: NetworkSizes, dtype: SampleDtype) -> int:
-    """Keys and values of a token in all layers."""
+    """Return the keys and values of a token in all layers."""
     return BYTES[dtype] * sizes.num_hidden_layers * sizes.cache_width

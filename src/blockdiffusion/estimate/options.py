@@ -1,4 +1,4 @@
-"""What `estimate` can be asked for. This module imports no PyTorch."""
+"""The options of `estimate`. This module imports no PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SampleDtype = Literal["float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRequest:
-    """What to sample. `int8`: matrices in 8 bits, the rest in float32, on CPUs."""
+    """The texts to sample. `int8`: matrices in 8 bits, the rest in float32, on CPUs."""
 
     batch: int = option(1, "Sampling: rows at a time.")
     tokens_per_step: int = option(1, "Sampling: tokens that a call decides; 1 is first hitting.")
@@ -51,6 +51,6 @@ class EstimateOptions:
     tflops: float | None = option(None, "Another device: its peak in the recipe's precision.")
     bandwidth: float | None = option(None, "Another device: of its memory, GB/s.")
     memory: float | None = option(None, "Another device: GB.")
-    seq_len: int | None = option(None, "L, where the data are not prepared yet.")
-    vocab_size: int | None = option(None, "V with the mask, where the data are not prepared yet.")
+    seq_len: int | None = option(None, "L, if the data are not prepared yet.")
+    vocab_size: int | None = option(None, "V with the mask, if the data are not prepared yet.")
     sampling: SamplingRequest = field(default=SamplingRequest())

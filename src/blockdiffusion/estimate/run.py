@@ -1,4 +1,4 @@
-"""What a recipe costs before it runs: sizes, memory, operations, time and price on a device.
+"""The cost of a recipe before it runs: sizes, memory, operations, time and price on a device.
 
 Nothing is downloaded, trained or allocated. What is expected of a device is its peaks
 (`runtime.hardware`) times the shares of them that `hardware.Shares` says.
@@ -25,7 +25,7 @@ from blockdiffusion.train.recipe import Recipe, network_config
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a recipe costs on a device.
+    """The cost of a recipe on a device.
 
     Attributes:
         recipe: its name. device: with the shares of its peaks that are assumed.
@@ -43,7 +43,7 @@ class Estimate:
     sampling: SamplingEstimate
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values; seconds, bytes, FLOP and FLOP/s."""
+        """Return it as plain values, in seconds, bytes, FLOP and FLOP/s."""
         return _plain(asdict(self))
 
 
@@ -58,7 +58,7 @@ def estimate_recipe(
     price_per_hour: float | None = None,
     sampling: SamplingRequest | None = None,
 ) -> Estimate:
-    """What a recipe costs.
+    """Return the cost of a recipe.
 
     Args:
         seq_len, vocab_size: L and V (with the mask) of data that are not prepared yet.
@@ -89,7 +89,7 @@ def estimate_recipe(
 
 
 def manifest_of(recipe: Recipe, seq_len: int | None, vocab_size: int | None) -> Manifest:
-    """The manifest of the recipe's data, or one that says as much as is given."""
+    """Return the manifest of the recipe's data, or one of the given sizes."""
     place, given = Path(recipe.data.path), {"seq_len": seq_len, "vocab_size": vocab_size}
     manifest = Manifest.load(place) if (place / MANIFEST_FILE).exists() else None
     for key, value in given.items():
@@ -118,7 +118,7 @@ def manifest_of(recipe: Recipe, seq_len: int | None, vocab_size: int | None) -> 
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and sequences of JSON, without what is infinite."""
+    """Plain values of JSON, with None for infinite numbers."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

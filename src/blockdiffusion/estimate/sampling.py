@@ -1,11 +1,11 @@
-"""What sampling costs: network calls, operations, bytes, time, price."""
+"""The cost of sampling: network calls, operations, bytes, time, price."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from blockdiffusion.diffusion.objectives import DiscreteTime, ScoreEntropy, diffusion_of
+from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.estimate.flops import Flops, call_flops
 from blockdiffusion.estimate.memory import cache_bytes, weight_bytes
@@ -13,12 +13,12 @@ from blockdiffusion.estimate.options import SamplingRequest
 from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.runtime.hardware import Hardware
 
-DRAW_BYTES = 32  # read and written for each logit of a drawn token: softmax, filters, sum
+DRAW_BYTES = 32  # traffic for each logit of a drawn token: softmax, filters, sum
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingEstimate:
-    """What sampling costs.
+    """The cost of sampling.
 
     Attributes:
         new_tokens: of a row. calls: network calls that they take (nfe), commits riding on the next
@@ -58,7 +58,7 @@ class SamplingEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class _Calls:
-    """Network calls of a kind: tokens and keys that each reads of a row, positions with logits."""
+    """Network calls of one kind: tokens, keys and positions with logits of a row in each."""
 
     count: int
     tokens: int
@@ -73,7 +73,7 @@ def estimate_sampling(
     request: SamplingRequest,
     price_per_hour: float | None,
 ) -> SamplingEstimate:
-    """What sampling `request` costs on one device, every row from its beginning.
+    """Return the cost of sampling `request` on one device, every row from its beginning.
 
     Raises:
         UserError: the request does not fit the network.
@@ -146,13 +146,13 @@ def _check(sizes: NetworkSizes, device: Hardware, request: SamplingRequest, leng
         )
     if request.dtype == "int8" and device.cuda:
         raise UserError(
-            f"--sample-dtype is int8, which is for CPUs, and {device.name} is none; take "
+            f"--sample-dtype is int8, which is for CPUs, and {device.name} is not one; take "
             "float32 or bfloat16"
         )
 
 
 def _capacity(sizes: NetworkSizes, request: SamplingRequest, length: int) -> int:
-    """Slots of the cache for a row."""
+    """Slots of a row in the cache."""
     longest = -(-length // sizes.block_size) * sizes.block_size
     if request.window is None:
         return longest
@@ -166,10 +166,10 @@ def _calls(config: Any, sizes: NetworkSizes, request: SamplingRequest, length: i
         seen = sum(min(position + 1, limit) for position in range(length))
         return [_Calls(count=length, tokens=1, keys=seen / length, scored=1.0)]
     per_block, scored = -(-size // request.tokens_per_step), float(request.tokens_per_step)
-    diffusion = diffusion_of(config)
-    if isinstance(diffusion, ScoreEntropy):  # every token that is still masked
+    sampled = diffusion_of(config).sampled
+    if sampled == "masked":
         scored = (size + 1) / 2
-    elif isinstance(diffusion, DiscreteTime) and config.transition == "uniform":  # all, always
+    elif sampled == "all":  # in every step
         per_block, scored = config.timesteps, float(size)
     blocks = -(-length // size)
     keys = [min((block + 1) * size, limit) for block in range(blocks)]

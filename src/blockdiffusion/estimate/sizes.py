@@ -1,4 +1,4 @@
-"""What estimates know of a network: a few neutral numbers, counted on the network itself."""
+"""The sizes of a network that estimates need, counted on the network itself."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from blockdiffusion.diffusion.denoiser import is_autoregressive
+import torch
+from torch import nn
+
 from blockdiffusion.models.masks import Streams
-from blockdiffusion.models.meta import meta_model
-from blockdiffusion.models.transformer import is_hidden_matrix
+from blockdiffusion.models.transformer import DiT, meta_model
 
 Shapes = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSizes:
-    """Sizes of a network and of the rows that it is trained on.
+    """Sizes of a network, whose layers are alike, and of the rows that it is trained on.
 
     Attributes:
-        parameters: all; what input embedding and output share (`tied`) counts once.
+        parameters: all. Weights that input embedding and output share (`tied`) count once.
         embedding_parameters: those of input embedding and output. layer_parameters: of one layer.
         layer_matrices: shapes of the matrices of one layer that every token passes through.
         modulation: shapes of its other matrices (adaLN).
-        conditioning: numbers in all matrices but layer matrices, input embedding and output. One
-            vector of a pass goes through them, or with `time_conditioning` every token.
+        conditioning: numbers in all other matrices, without input embedding and output. One vector
+            per pass goes through them, or with `time_conditioning` every token.
         fused_layers: whether layers have gradients of their own (`models.fused`).
-        block_size: S; 1 where the network predicts the next token.
+        finishes_all: whether the last layer finishes every token, even one without logits.
+        block_size: S; 1 if the network predicts the next token.
     """
 
     parameters: int
@@ -44,6 +46,7 @@ class NetworkSizes:
     vocab_size: int
     tied: bool
     fused_layers: bool
+    finishes_all: bool
     time_conditioning: bool
     autoregressive: bool
     seq_len: int
@@ -52,36 +55,38 @@ class NetworkSizes:
 
     @classmethod
     def of_config(cls, config: Any) -> NetworkSizes:
-        """Those of the network that a configuration describes; it is not allocated."""
+        """Return those of the network that a configuration describes, without allocating it."""
         return cls.of(meta_model(config))
 
     @classmethod
     def of(cls, model: Any) -> NetworkSizes:
-        """Those of a network."""
-        network, config, attention = model.backbone, model.full_config(), model.backbone.attention
-        first = dict(network.layers[0].named_parameters(prefix="layers.0"))
-        shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-        ends = {name: s for name, s in shapes.items() if name.startswith(("embedding.", "output."))}
-        layer = {name: shapes[name] for name in first}
-        hidden = {name: s for name, s in layer.items() if is_hidden_matrix(name, len(s))}
-        matrices = _numbers(s for name, s in shapes.items() if len(s) == 2 and name not in ends)
+        """Return those of a `BlockDiffusion` around any `Backbone`."""
+        network, config, attention = model.backbone, model.config, model.backbone.attention
+        layer = list(next(iter(network.units())).parameters())
+        hidden = {id(p) for p in network.hidden_matrices()}
+        tables = [m.weight for m in network.modules() if isinstance(m, nn.Embedding)]
+        ends = {id(p): p for p in (*tables, *network.output.parameters())}
+        known = hidden | ends.keys()
+        others = (p for p in network.parameters() if p.ndim == 2 and id(p) not in known)
+        is_dit = isinstance(network, DiT)
         return cls(
-            parameters=_numbers(shapes.values()),
+            parameters=_numbers(network.parameters()),
             embedding_parameters=_numbers(ends.values()),
-            layer_parameters=_numbers(layer.values()),
-            layer_matrices=tuple(hidden.values()),
-            modulation=tuple(s for n, s in layer.items() if len(s) == 2 and n not in hidden),
-            conditioning=matrices - config.num_hidden_layers * _numbers(hidden.values()),
-            num_hidden_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
+            layer_parameters=_numbers(layer),
+            layer_matrices=tuple(tuple(p.shape) for p in layer if id(p) in hidden),
+            modulation=tuple(tuple(p.shape) for p in layer if p.ndim == 2 and id(p) not in hidden),
+            conditioning=_numbers(others),
+            num_hidden_layers=attention.num_hidden_layers,
+            hidden_size=network.output.in_features,
             num_attention_heads=attention.num_attention_heads,
             num_key_value_heads=attention.num_key_value_heads,
             head_dim=attention.head_dim,
             vocab_size=config.vocab_size,
-            tied=config.tie_word_embeddings,
-            fused_layers=not config.time_conditioning,
+            tied=any(table is network.output.weight for table in tables),
+            fused_layers=is_dit and not config.time_conditioning,
+            finishes_all=config.is_autoregressive or not is_dit,
             time_conditioning=config.time_conditioning,
-            autoregressive=is_autoregressive(model),
+            autoregressive=config.is_autoregressive,
             seq_len=config.seq_len,
             block_size=config.block_size,
             clean_attention=config.clean_attention,
@@ -90,11 +95,11 @@ class NetworkSizes:
     @property
     def layer_numbers(self) -> int:
         """Numbers in the matrices of a layer."""
-        return _numbers(self.layer_matrices)
+        return sum(map(prod, self.layer_matrices))
 
     @property
     def has_clean(self) -> bool:
-        """Whether a training pass reads the clean stream: not where one block is the whole row."""
+        """Whether a training pass reads the clean stream: yes, unless a block is a row."""
         return not self.autoregressive and self.block_size < self.seq_len
 
     @property
@@ -103,11 +108,11 @@ class NetworkSizes:
         return 2 * self.num_key_value_heads * self.head_dim
 
     def streams(self, num_noisy: int) -> Streams:
-        """The layout of a training row with so many noisy copies."""
+        """Return the layout of a training row with so many noisy copies."""
         return Streams(
             self.seq_len, self.block_size, num_noisy, self.has_clean, self.clean_attention
         )
 
 
-def _numbers(shapes: Iterable[tuple[int, ...]]) -> int:
-    return sum(prod(shape) for shape in shapes)
+def _numbers(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.numel() for p in parameters)

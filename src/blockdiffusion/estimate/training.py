@@ -1,7 +1,8 @@
-"""What a training run costs: memory, operations, time, price."""
+"""The cost of a training run: memory, operations, time, price."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from blockdiffusion.data.manifest import Manifest
 from blockdiffusion.diffusion.estimators import for_block_size
-from blockdiffusion.diffusion.objectives import ScoreEntropy, diffusion_of
+from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.estimate.flops import Flops, Pass, forward_flops, muon_flops, training_flops
 from blockdiffusion.estimate.memory import (
@@ -29,18 +30,18 @@ from blockdiffusion.runtime.hardware import Hardware
 from blockdiffusion.train.recipe import Recipe
 from blockdiffusion.train.schedule_search import clip_grid
 
-DRAWN_TOKENS = 2**16  # of rows that are masked to see how many positions are scored
+DRAWN_TOKENS = 2**16  # tokens that are masked to count the scored positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seconds:
-    """Time of one update on every device, by what it is spent on.
+    """Time of one update on every device, by purpose.
 
     Attributes:
         products: matrix products of layers and output. attention: scores, sums and their gradients.
-        traffic: what passes over the activations between them. update: optimizer and average.
-        exchange: gradients between devices, as if nothing else went on meanwhile.
-        starting: of kernels; on a GPU what it takes longer than the kernels themselves.
+        traffic: operations on the activations between them. update: optimizer and average.
+        exchange: gradients between devices, not overlapped with anything.
+        starting: launching kernels; on a GPU only the excess over the kernels' own time.
     """
 
     products: float
@@ -52,13 +53,13 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """Of an update."""
+        """Seconds of an update."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingEstimate:
-    """What training costs. See `Memory` and `Seconds`.
+    """The cost of training. See `Memory` and `Seconds`.
 
     Attributes:
         num_noisy: N. tokens_read: of all streams of a row. tokens_scored: of a row, on average.
@@ -101,7 +102,7 @@ class TrainingEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class _Update:
-    """An update of a recipe on some devices, each of which has `rows` of its rows."""
+    """An update of a recipe on some devices, each with `rows` of its rows."""
 
     recipe: Recipe
     sizes: NetworkSizes
@@ -116,16 +117,16 @@ class _Update:
         return self.devices if self.recipe.train.parallel == "fsdp" else 1
 
     def of(self, rows: int) -> Pass:
-        """A pass over so many rows."""
+        """Return a pass over so many rows."""
         return replace(self.row, rows=rows, scored=rows * self.row.scored)
 
     @property
     def flops(self) -> Flops:
-        """Of one device."""
+        """Operations of one device."""
         return training_flops(self.sizes, self.of(self.rows), checkpointing=self.how.checkpointing)
 
     def memory(self, rows: int) -> Memory:
-        """With passes of so many rows. Replicas sum whole gradients, however many the passes."""
+        """Return it for passes of so many rows. Replicas sum whole gradients in any case."""
         one_pass = rows >= self.rows and (self.shards > 1 or self.devices == 1)
         return training_memory(
             self.sizes, self.of(rows), self.how, self.recipe.optim.name,
@@ -133,24 +134,24 @@ class _Update:
         )  # fmt: skip
 
     def seconds(self, micro: int) -> Seconds:
-        """With passes of `micro` rows."""
+        """Return it for passes of `micro` rows."""
         sizes, device, flops, name = self.sizes, self.device, self.flops, self.recipe.optim.name
         shares, peak, count = device.shares, device.flops[self.how.dtype], -(-self.rows // micro)
         products = (flops.layers + flops.head) / (peak * shares.products)
         attending = peak if device.cuda else device.flops["float32"]
         attention = flops.attention / (attending * shares.attention)
-        # A micro-batch's gradient is added to the sum, and its bf16 weights are made anew.
+        # Per micro-batch the gradient is added to the sum, and weights are cast to bfloat16.
         moved = traffic_bytes(sizes, self.of(self.rows), self.how) + count * 12 * sizes.parameters
         share = shares.traffic_compiled if self.how.compiled else shares.traffic
         traffic = moved / (device.bandwidth * share)
         update = update_bytes(sizes, name) / self.shards / (device.bandwidth * shares.reading)
-        # Gradients are summed and handed back; with shards they are summed once, and weights handed
-        # out for the forward and the backward pass of every micro-batch.
+        # Replicas sum gradients and return them; shards sum them once, and gather weights for the
+        # forward and the backward pass of every micro-batch.
         exchanged = 4 * sizes.parameters * (2 if self.shards == 1 else 1 + 2 * count)
         if name == "muon":
             matrices = sizes.num_hidden_layers * muon_flops(sizes.layer_matrices)
             update += matrices / (device.flops["bfloat16"] * shares.products)
-            if self.shards > 1:  # each puts the matrices together, in bf16
+            if self.shards > 1:  # each device gathers the matrices, in bfloat16
                 exchanged += 2 * sizes.num_hidden_layers * sizes.layer_numbers
         starts = (
             count * (3 + self.how.checkpointing) * sizes.num_hidden_layers * shares.layer_seconds
@@ -174,7 +175,7 @@ def estimate_training(
     devices: int,
     price_per_hour: float | None,
 ) -> TrainingEstimate:
-    """What `recipe` costs on `devices` devices that share the rows of every update.
+    """Return the cost of `recipe` on `devices` devices that share the rows of every update.
 
     Raises:
         UserError: the rows cannot be shared evenly.
@@ -235,42 +236,35 @@ def _rows_of_device(recipe: Recipe, devices: int) -> int:
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number of 1..most that fits, if smaller ones do; 0 where none does."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    """Return the largest number of 1..most that fits, if all smaller ones do; 0 if none does."""
+    return bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
 
 
 def _execution(recipe: Recipe, config: Any, device: Hardware) -> Execution:
-    """How passes are computed. The loss of next or masked tokens makes its gradient at once."""
+    """How passes are computed."""
     options = recipe.train
-    other_loss = config.objective != "autoregressive" and (
-        config.transition == "uniform" or isinstance(diffusion_of(config), ScoreEntropy)
-    )
     return Execution(
         dtype=options.dtype,
         cuda=device.cuda,
         checkpointing=options.activation_checkpointing,
         compiled=options.compile,
-        cross_entropy=not other_loss,
+        cross_entropy=config.is_autoregressive or diffusion_of(config).is_cross_entropy,
     )
 
 
 def _attention(sizes: NetworkSizes, device: Hardware) -> Any:
-    """How attention is computed there."""
+    """How attention is computed on the device."""
     if sizes.autoregressive:
         return "causal"
     return resolve_backend(None, torch.device("cuda" if device.cuda else "cpu"))
 
 
-# --- what a row is made into ----------------------------------------------------------------------
+# --- scored positions -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """What the estimator makes of a row: N, scored positions on average; share without padding."""
+    """A row after the estimator: N, mean number of scored positions, share that is no padding."""
 
     num_noisy: int
     scored: float
@@ -278,10 +272,10 @@ class Drawn:
 
 
 def drawn_rows(recipe: Recipe, manifest: Manifest, config: Any) -> Drawn:
-    """What the recipe's masks leave to score, seen by drawing some."""
+    """Return N and the scored positions of the recipe's masks, measured by drawing some."""
     split, length = manifest.splits.get("train"), manifest.seq_len
     valid = 1.0 if split is None or not split.rows else split.tokens / (split.rows * length)
-    if recipe.objective.name == "ar":
+    if config.is_autoregressive:
         return Drawn(num_noisy=1, scored=(length - manifest.row_bos) * valid, valid=valid)
     estimator, _ = for_block_size(recipe.objective.make_estimator(), config.block_size)
     estimator = diffusion_of(config).fitted(estimator)
@@ -295,11 +289,11 @@ def drawn_rows(recipe: Recipe, manifest: Manifest, config: Any) -> Drawn:
     return Drawn(num_noisy=estimator.num_noisy, scored=scored, valid=valid)
 
 
-# --- what comes besides ---------------------------------------------------------------------------
+# --- evaluation and search ------------------------------------------------------------------------
 
 
 def _evaluation(recipe: Recipe, config: Any, sizes: NetworkSizes) -> float:
-    """Operations of all validation bounds, about."""
+    """Operations of all validation bounds, approximately."""
     options, length = recipe.eval, sizes.seq_len
     if options.every is None:
         return 0.0

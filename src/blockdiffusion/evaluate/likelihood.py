@@ -205,7 +205,7 @@ def likelihood(
     tensors, num_tokens = (text.clean_BL, text.free_BL, text.valid_BL), int(text.free_BL.sum())
     kept = Journal.of(journal, model, *tensors, name, options.orders, t_min)
     rows = Rows(model, *tensors, processes, kept)
-    if config.objective == "autoregressive":
+    if config.is_autoregressive:
         found = next_token_nll(rows, progress)
     elif name == "exact":
         found = enumerated(rows, progress)
@@ -250,7 +250,7 @@ def choose_estimator(
         UserError: the estimator is unknown, clipped, or not one that the network allows.
     """
     name = options.estimator
-    if config.objective == "autoregressive":
+    if config.is_autoregressive:
         if name not in ("auto", "exact"):
             raise UserError(
                 f"estimator is {name}, but the likelihood of an autoregressive model is exact in "
@@ -287,7 +287,7 @@ def _is_exact(config: Any, estimator: Estimator | None) -> bool:
     and it is always drawn."""
     if config.block_size > 1 or isinstance(estimator, Bernoulli):
         return False
-    return config.objective == "autoregressive" or diffusion_of(config).enumerable
+    return config.is_autoregressive or diffusion_of(config).enumerable
 
 
 def row_values(

@@ -20,6 +20,7 @@ from blockdiffusion.checkpoints.tensors import FLOAT_KINDS, check_header, is_fin
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
 from blockdiffusion.diffusion.denoiser import bos_id, causal_nll, is_autoregressive
 from blockdiffusion.diffusion.exact import MAX_BLOCK_SIZE
+from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.journal import fingerprint
 from blockdiffusion.evaluate.likelihood import likelihood
@@ -128,8 +129,7 @@ def load_scorer(name: str, *, device: torch.device | str | None = None) -> Score
         scorer = CausalScorer(name, *_load_causal(name, device))
     else:
         model = load(name, device=device)
-        masked = model.config.objective == "block_diffusion" and not model.config.time_conditioning
-        if not is_autoregressive(model) and not masked:
+        if not is_autoregressive(model) and not diffusion_of(model.config).enumerable:
             raise UserError(
                 f"the scorer {name} reads the time of a diffusion, and its likelihood is no score; "
                 "take an autoregressive model, or a block diffusion model without time input"

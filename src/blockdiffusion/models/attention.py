@@ -3,14 +3,14 @@
 Three backends compute the same function:
 
 * `dense`: softmax over the whole masked score matrix, written out. Slow; the oracle.
-* `chunked`: part by part, noisy blocks with themselves and chunks of queries with the clean keys
-  that lie before or in the chunk: about a quarter of the dense work, on CPUs by PyTorch's fused
-  kernel. Default on CPU and MPS.
-* `flex`: FlexAttention with a block mask built once per layout. Default on CUDA; it has no
-  backward on CPU.
+* `chunked`: in parts, each noisy block with itself and each chunk of queries with the clean keys
+  before or inside the chunk: about a quarter of the dense work, on CPUs by PyTorch's fused kernel.
+  The default on CPU and MPS.
+* `flex`: FlexAttention with a block mask built once per layout. The default on CUDA; it has no
+  backward pass on CPU.
 
-Keys and values may have fewer heads than queries (GQA): each is shared by equally many. Networks
-with soft-capped scores take `dense`, and their own product over the cache.
+Keys and values may have fewer heads than queries (GQA): equally many queries share each. Networks
+with soft-capped scores use `dense`, and a written softmax over the cache.
 
 Shape suffixes: B batch, H heads, J heads of keys and values, E head width, T tokens of all streams,
 Q queries, C a chunk.
@@ -35,13 +35,13 @@ from blockdiffusion.models.masks import Streams, dense_mask, stream_predicate
 from blockdiffusion.runtime.devices import allow_compilations
 
 Backend = Literal["dense", "chunked", "flex"]
-# What a backend makes of a pass's masks, by the number of queries and the layer's window.
+# A backend's form of a pass's masks, by the number of queries and the layer's window.
 Built = dict[tuple[int, int | None], Any]
-CHUNK = 128  # tokens of a query chunk; measured best between 64 and 256 at L = 1024 on CPU
+CHUNK = 128  # tokens of a query chunk; the fastest of 64 to 256 at L = 1024 on a CPU
 
 
 def resolve_backend(name: str | None, device: torch.device) -> Backend:
-    """The backend called `name`, or the default of `device` for None.
+    """Return the backend called `name`; None = the default of `device`.
 
     Raises:
         UserError: for an unknown name.
@@ -65,13 +65,14 @@ def attend(
     built: Built | None = None,
     sizes: AttentionSizes | None = None,
 ) -> torch.Tensor:
-    """Attention of a training pass (B, H, Q, E).
+    """Return the attention of a training pass, (B, H, Q, E).
 
-    The queries are those of all streams, or of the noisy streams only (Q = num_noisy * seq_len).
-    `valid_BL` (bool) marks the keys of each stream that exist; padding still sees itself, so that
-    no row of the softmax is empty. `built` keeps what a backend makes of the mask: give all layers
-    of a pass the same one, empty at first. `sizes` gives the scale and the soft cap of the scores;
-    None = 1/sqrt(E), and none.
+    Args:
+        q_BHQE: queries of all streams, or of the noisy ones only (Q = num_noisy * seq_len).
+        valid_BL: bool, False at padding. Padding still sees itself, so that no row of the softmax
+            is empty.
+        built: holds the backend's form of the masks: one for all layers of a pass, empty at first.
+        sizes: scale and soft cap of the scores; None = 1/sqrt(E), and no cap.
     """
     assert k_BJTE.shape[2] == streams.num_tokens
     built = {} if built is None else built
@@ -86,13 +87,13 @@ def attend(
         q, k, v = scaled(q_BHQE, sizes), k_BJTE, v_BJTE
         if backend != "flex":
             k, v = (for_every_head(x, q.shape[1]) for x in (k, v))
-        if backend != "chunked":  # which does it itself, and keeps the shorter numbers
-            q, k, v = map(lifted, (q, k, v))
+        if backend != "chunked":  # which upcasts itself, and keeps the shorter numbers
+            q, k, v = map(upcast, (q, k, v))
         return functions[backend](q, k, v, streams, valid_BL).to(q_BHQE.dtype)
 
 
 def scaled(q: torch.Tensor, sizes: AttentionSizes | None) -> torch.Tensor:
-    """Queries (..., E) whose scores have the network's scale once they are divided by sqrt(E)."""
+    """Return queries (..., E) whose scores, divided by sqrt(E), have the network's scale."""
     if sizes is None or sizes.scale is None:
         return q
     factor = sizes.scale * math.sqrt(q.shape[-1])
@@ -100,14 +101,14 @@ def scaled(q: torch.Tensor, sizes: AttentionSizes | None) -> torch.Tensor:
 
 
 def for_every_head(x_BJTE: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Keys or values (B, H, T, E), repeated for the query heads that share them."""
+    """Return keys or values (B, H, T, E), repeated for the query heads that share them."""
     shared = num_heads // x_BJTE.shape[1]
     return x_BJTE if shared == 1 else x_BJTE.repeat_interleave(shared, dim=1)
 
 
-def lifted(x: torch.Tensor) -> torch.Tensor:
-    """What attention over streams computes with: on a CPU float32 in the place of bf16. PyTorch's
-    kernel is faster with it there, its backward pass by half."""
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """Return bfloat16 as float32 on a CPU, where PyTorch's kernel is faster with it (its backward
+    pass by half)."""
     return x.float() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
 
 
@@ -118,9 +119,9 @@ def attend_cached(
     mask_BTK: torch.Tensor | None,
     sizes: AttentionSizes | None = None,
 ) -> torch.Tensor:
-    """Attention of new tokens over the keys of a cache.
+    """Return the attention (B, H, T, E) of new tokens over the keys of a cache.
 
-    `mask_BTK` is True where a key is visible, or what is added to its score; None = all are.
+    `mask_BTK` is True at visible keys, or is added to the scores; None = all keys are visible.
     """
     mask = None if mask_BTK is None else mask_BTK[:, None]
     q, shared = scaled(q_BHTE, sizes), q_BHTE.shape[1] != k_BJKE.shape[1]
@@ -131,12 +132,12 @@ def attend_cached(
 
 
 class RaggedGroup(NamedTuple):
-    """Rows that go through one call of attention, padded to the same number T of queries.
+    """Rows that share one call of attention, padded to the same number T of queries.
 
     Attributes:
-        rows: which rows.
-        index_M: which tokens of the pass (P) are theirs.
-        place_M: row (of these rows) and column (of T) of each.
+        rows: the rows.
+        index_M: their tokens among those of the pass (P).
+        place_M: row (of these rows) and column (of T) of each token.
         mask_RTK: visible keys of every query.
     """
 
@@ -153,10 +154,10 @@ def ragged_groups(
     visible: Callable[[slice, int], torch.Tensor],
     device: torch.device,
 ) -> list[RaggedGroup]:
-    """The groups, on `device`, of a pass with `tokens_B` tokens of each row, placed at `place`.
+    """Return the groups, on `device`, of a pass with `tokens_B` tokens of each row at `place`.
 
-    Rows of at most `few` tokens go together (all rows take part, so that their keys need not be
-    copied), longer ones alone. `visible(rows, tokens)` is a group's mask.
+    Rows of at most `few` tokens form one group (which spans all rows, so that no keys are copied);
+    each longer row is a group. `visible(rows, tokens)` gives a group's mask.
     """
     is_long_B = tokens_B > few
 
@@ -182,7 +183,7 @@ def attend_ragged(
     groups: Sequence[RaggedGroup],
     sizes: AttentionSizes | None = None,
 ) -> torch.Tensor:
-    """`attend_cached` for rows of different numbers of tokens, one after another; (1, H, P, E)."""
+    """Return `attend_cached` of concatenated rows of different lengths, (1, H, P, E)."""
     q_PHE = q_1HPE[0].transpose(0, 1)
     out_PHE = torch.empty_like(q_PHE)
     for group in groups:
@@ -196,10 +197,9 @@ def attend_ragged(
 
 
 def causal_mask(valid_BT: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """bool (B, T, T): which keys a token of one autoregressive stream sees.
+    """Return which keys a token of an autoregressive stream sees, bool (B, T, T).
 
-    `valid_BT` (bool) marks the keys that exist. Padding still sees itself, so that no row of the
-    softmax is empty.
+    `valid_BT` is False at padding, which still sees itself, so that no row of the softmax is empty.
     """
     index = torch.arange(valid_BT.shape[1], device=valid_BT.device)
     away_TT = index[:, None] - index
@@ -214,7 +214,7 @@ def attend_causal(
     mask_BTT: torch.Tensor | None,
     sizes: AttentionSizes | None = None,
 ) -> torch.Tensor:
-    """Attention of one autoregressive stream; `mask_BTT` None = each token sees those up to it."""
+    """Return the attention of an autoregressive stream; `mask_BTT` None = the causal mask."""
     if mask_BTT is None:
         shared = q_BHTE.shape[1] != k_BJTE.shape[1]
         q = scaled(q_BHTE, sizes)
@@ -239,7 +239,7 @@ def _dense(
 def _written_softmax(
     q, k, visible: torch.Tensor | None, softcap: float | None = None
 ) -> torch.Tensor:
-    """Attention's weights; `visible` is True where a key is seen, or what is added to its score."""
+    """Attention's weights; `visible` is as in `attend_cached`."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -250,19 +250,29 @@ def _written_softmax(
     return (scores + visible).softmax(-1)
 
 
-# --- chunked: exact, without most of the scores that the mask would throw away -----------------
+# --- chunked: exact, without most of the scores that the mask would discard ----------------------
+#
+# The mask is mostly empty, so attention is computed in parts, rectangles of queries and keys. The
+# keys of a clean query all lie in one part. Those of a noisy query lie in two: its own block, and
+# the clean blocks before it. Each part is a softmax of its own, and two parts a and b of the same
+# query are merged by their normalisers, lse = log sum exp of the scores:
+#
+#     lse = log(exp lse_a + exp lse_b),   out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b.
+#
+# This is the softmax over both, and copies no key next to another.
 
 
 class Part(NamedTuple):
-    """Queries and keys that are computed together. The keys of a clean query are all in one part,
-    those of a noisy one in two: its own block, and the clean blocks before.
+    """Queries and keys whose scores are computed together.
 
     Attributes:
-        queries, keys: five-dimensional views of them in tensors (B, H, T, ...) of all streams.
-        merged: two neighbouring dimensions of these views are one while computing, this and the
-            next; then they are (B', H, Q', ...) and (B', H, K', ...).
-        free: how many keys, from the first, all queries see.
-        mask: bool (Q', K' - free) or (B', 1, Q', K' - free): which of the others; None = all.
+        queries, keys: make five-dimensional views of them from tensors (B, H, T, ...) of all
+            streams.
+        merged: dimensions `merged` and `merged + 1` of these views are one while computing; the
+            shapes then are (B', H, Q', ...) and (B', H, K', ...).
+        free: how many keys, from the first, every query sees.
+        mask: which of the other keys are seen, bool (Q', K' - free) or (B', 1, Q', K' - free);
+            None = all.
     """
 
     queries: Callable[[torch.Tensor], torch.Tensor]
@@ -271,23 +281,24 @@ class Part(NamedTuple):
     free: int = 0
     mask: torch.Tensor | None = None
 
-    def asking(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """The queries' part of each, merged: a view where that can be."""
+    def gather_queries(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Return the queries' part of each tensor, merged: a view if possible."""
         return [self.queries(x).flatten(self.merged, self.merged + 1) for x in tensors]
 
-    def asked(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        """The keys' part of each."""
+    def gather_keys(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Return the keys' part of each tensor, merged."""
         return [self.keys(x).flatten(self.merged, self.merged + 1) for x in tensors]
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to the scores: 0 where a key is seen, else minus infinity."""
+        """Return what is added to the scores: 0 at visible keys, else minus infinity."""
         if self.mask is None:
             return None
         hidden = torch.zeros_like(self.mask, dtype=dtype).masked_fill_(~self.mask, -math.inf)
         return F.pad(hidden, (self.free, 0))
 
     def normaliser(self, lse: torch.Tensor) -> torch.Tensor:
-        """log sum exp of the scores, minus infinity for a query that sees no key."""
+        """Return log sum exp of the scores, corrected to minus infinity for a query that sees no
+        key, whose share in the merge then is 0."""
         if self.mask is None or self.free:
             return lse
         return lse.masked_fill(~self.mask.any(-1), -math.inf)
@@ -304,13 +315,11 @@ def _chunked(
         if q.shape[2] > streams.num_noisy * streams.seq_len:
             parts += _chunks(streams, valid_BL, q.device, is_noisy=False)
         built[kind] = parts
-    out = _InParts.apply(q, k, v, built[kind])
-    assert isinstance(out, torch.Tensor)
-    return out
+    return _InParts.apply(q, k, v, built[kind])  # type: ignore
 
 
 def _own_blocks(streams: Streams, valid_BL: torch.Tensor | None) -> Part:
-    """The noisy blocks, each of which sees itself."""
+    """The noisy blocks, each of which sees itself: the blocks become rows of the batch."""
     size, noisy = streams.block_size, streams.num_noisy * streams.seq_len
 
     def blocks(x_BHT: torch.Tensor) -> torch.Tensor:
@@ -329,7 +338,8 @@ def _own_blocks(streams: Streams, valid_BL: torch.Tensor | None) -> Part:
 def _chunks(
     streams: Streams, valid_BL: torch.Tensor | None, device: torch.device, *, is_noisy: bool
 ) -> list[Part]:
-    """The noisy queries in chunks, or the clean ones, each with the clean keys that it sees."""
+    """The noisy queries in chunks, or the clean ones, each with the clean keys that it sees. The
+    queries of all noisy copies at the same positions form one chunk, as they see the same keys."""
     length, size = streams.seq_len, streams.block_size
     noisy, copies = streams.num_noisy * length, streams.num_noisy if is_noisy else 1
 
@@ -343,12 +353,13 @@ def _chunks(
     parts, chunk = [], size * max(1, CHUNK // size)
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        number = stop - size * is_noisy  # nothing noisy sees the chunk's last clean block
+        number = stop - size * is_noisy  # no noisy query sees the chunk's last clean block
         if not number:
             continue
+        # Keys before the chunk need no mask, unless a window hides some.
         free = start if streams.window is None else 0
         mask = _chunk_mask(streams, start, stop, free, number, is_noisy, device)
-        if valid_BL is not None:  # and no query sees padding, except clean padding itself
+        if valid_BL is not None:  # no query sees padding, except clean padding itself
             valid = valid_BL[:, None, :number].expand(-1, stop - start, -1)
             index = torch.arange(number, device=device)
             valid = valid if is_noisy else valid | (index[start:stop, None] == index)
@@ -368,8 +379,7 @@ def _chunk_mask(
     is_noisy: bool,
     device: torch.device,
 ) -> torch.Tensor:
-    """Which clean keys in [first, number) the queries at [start, stop) see; earlier ones they do,
-    and later ones not."""
+    """Which clean keys in [first, number) the queries at [start, stop) see."""
     one = replace(streams, num_noisy=1, has_clean=True)
     shift = 0 if is_noisy else streams.seq_len
     query, key = _grid(start + shift, stop + shift, first, number, device)
@@ -387,18 +397,23 @@ def _grid(
 
 
 class _InParts(torch.autograd.Function):
-    """Attention part by part. Softmaxes over two parts are merged by their normalisers. No score
-    is kept for the gradient, which computes each part's again, normalised by the whole."""
+    """Attention part by part.
+
+    No scores are kept for the gradient. With the normaliser lse of the whole row, a part's weights
+    are P = exp(scores - lse), so each part's gradient is computed by itself, from q, k, v, the
+    merged output and lse, and added into those of the parts before.
+    """
 
     @staticmethod
     def forward(ctx: Any, q, k, v, parts: Sequence[Part]) -> torch.Tensor:
         attend_part = _flash if q.device.type == "cpu" else _written_out
-        given, (q, k, v) = (q, k, v), map(lifted, (q, k, v))
+        given, (q, k, v) = (q, k, v), map(upcast, (q, k, v))
         out = _tokens_first(q)
+        # Nothing is merged yet: the sum of no exponentials.
         lse_BHT = out.new_full(out.shape[:3], -math.inf, dtype=_normaliser_type(q.dtype))
         for part in parts:
-            found, lse = attend_part(part, *part.asking(q), *part.asked(k, v))
-            so_far, lse_so_far = part.queries(out), part.queries(lse_BHT)
+            found, lse = attend_part(part, *part.gather_queries(q), *part.gather_keys(k, v))
+            so_far, lse_so_far = part.queries(out), part.queries(lse_BHT)  # views, written below
             lse = lse.view(lse_so_far.shape)
             both = torch.logaddexp(lse_so_far, lse)
             share = (lse - both).exp_().to(out.dtype)
@@ -413,11 +428,14 @@ class _InParts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads_out: torch.Tensor) -> Any:  # pyrefly: ignore[bad-override]
         *given, lse_BHT = ctx.saved_tensors
-        grad, q, k, v, out = map(lifted, (grads_out[0], *given))
+        grad, q, k, v, out = map(upcast, (grads_out[0], *given))
         backward_part = _flash_backward if q.device.type == "cpu" else _written_out_backward
         grads = tuple(_tokens_first(x) for x in (q, k, v))
         for part in ctx.parts:
-            own = backward_part(part, *part.asking(grad, out, lse_BHT, q), *part.asked(k, v))
+            # The kernels normalise by the lse that they are given: here that of the whole row.
+            own = backward_part(
+                part, *part.gather_queries(grad, out, lse_BHT, q), *part.gather_keys(k, v)
+            )
             views = (part.queries(grads[0]), part.keys(grads[1]), part.keys(grads[2]))
             for view, gradient in zip(views, own, strict=True):
                 view += gradient.view(view.shape)
@@ -425,12 +443,12 @@ class _InParts(torch.autograd.Function):
 
 
 def _tokens_first(x_BHTE: torch.Tensor) -> torch.Tensor:
-    """Zeros of this shape that lie in memory as (B, T, H, E), as linear layers read and write."""
+    """Zeros of this shape, laid out in memory as (B, T, H, E), as linear layers read and write."""
     return x_BHTE.new_zeros(x_BHTE.transpose(1, 2).shape).transpose(1, 2)
 
 
 def _flash(part: Part, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of a part on a CPU, and its normaliser: PyTorch's kernel, which tells both."""
+    """Attention of a part and its normaliser, by PyTorch's CPU kernel, which returns both."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, False, attn_mask=part.bias(q.dtype)
     )
@@ -447,11 +465,13 @@ def _written_out(part: Part, q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     """The same by products and a softmax, for other devices."""
     scores = _scores(part, q, k)
     lse = part.normaliser(scores.logsumexp(-1))
+    # A query that sees no key has only nan here, and a share of 0.
     return (scores - lse[..., None]).exp().nan_to_num_(0.0).to(v.dtype) @ v, lse
 
 
 def _written_out_backward(part: Part, grad, out, lse, q, k, v) -> tuple[torch.Tensor, ...]:
     prob = (_scores(part, q, k) - lse[..., None]).exp()
+    # Softmax: dL/dscore = P * (dL/dP - sum over all keys of P dL/dP), and that sum is grad . out.
     by_prob = grad @ v.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
     by_score = (prob * by_prob / math.sqrt(q.shape[-1])).to(q.dtype)
     return (
@@ -474,6 +494,22 @@ def _normaliser_type(dtype: torch.dtype) -> torch.dtype:
 # --- flex: block-sparse kernels on CUDA -------------------------------------------------------
 
 
+def _flex(q, k, v, streams: Streams, valid_BL: torch.Tensor | None, built: Built) -> torch.Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    kind = (q.shape[2], streams.window)
+    if valid_BL is None:
+        block_mask = _flex_block_mask(streams, q.shape[2], q.device)
+    else:
+        if kind not in built:
+            mask_mod = partial(_padded_mask_mod, streams, valid_BL)
+            shape = (len(q), None, q.shape[2], streams.num_tokens)
+            built[kind] = create_block_mask(mask_mod, *shape, device=q.device)
+        block_mask = built[kind]
+    function = _compiled_flex() if q.device.type == "cuda" else flex_attention
+    return function(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
 def _mask_mod(streams: Streams, b, h, q_index, kv_index):
     return stream_predicate(streams, q_index, kv_index)
 
@@ -487,9 +523,8 @@ def _padded_mask_mod(streams: Streams, valid_BL: torch.Tensor, b, h, q_index, kv
 def _flex_block_mask(streams: Streams, queries: int, device: torch.device):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(
-        partial(_mask_mod, streams), None, None, queries, streams.num_tokens, device=device
-    )
+    shape = (None, None, queries, streams.num_tokens)
+    return create_block_mask(partial(_mask_mod, streams), *shape, device=device)
 
 
 @lru_cache(maxsize=1)
@@ -498,24 +533,3 @@ def _compiled_flex():
 
     allow_compilations()  # every layout is compiled for itself
     return torch.compile(flex_attention, dynamic=False)
-
-
-def _flex(q, k, v, streams: Streams, valid_BL: torch.Tensor | None, built: Built) -> torch.Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    queries = q.shape[2]
-    if valid_BL is None:
-        block_mask = _flex_block_mask(streams, queries, q.device)
-    elif (queries, streams.window) in built:
-        block_mask = built[queries, streams.window]
-    else:
-        block_mask = built[queries, streams.window] = create_block_mask(
-            partial(_padded_mask_mod, streams, valid_BL),
-            q.shape[0],
-            None,
-            queries,
-            streams.num_tokens,
-            device=q.device,
-        )
-    function = _compiled_flex() if q.device.type == "cuda" else flex_attention
-    return function(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,4 +1,4 @@
-"""What `BlockDiffusion` asks of a network: embeddings, layers with attention passed in, a head."""
+"""The interface of a network: embeddings, layers with attention passed in, a head."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-# Attention of layer `index` over rotated queries (B, H, Q, E), and keys and values (B, H', T, E) of
-# its key-value heads; (B, H, Q, E).
+# (layer, q, k, v) -> attention (B, H, Q, E) over rotated queries (B, H, Q, E), and keys and values
+# (B, H', T, E) of the key-value heads.
 Read = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -19,10 +19,10 @@ class AttentionSizes:
     """The attention of a network's layers.
 
     Attributes:
-        num_key_value_heads: heads of keys and values, each shared by equally many query heads.
-        scale: of the scores; None = 1/sqrt(head width).
-        softcap: scores x become softcap * tanh(x / softcap); None = they stay.
-        windows: for each layer, how many of the last positions a query sees, its own included;
+        num_key_value_heads: heads of keys and values; equally many query heads share each.
+        scale: factor of the scores; None = 1/sqrt(head width).
+        softcap: scores x become softcap * tanh(x / softcap); None = no cap.
+        windows: for each layer, how many of the last positions a query sees, including its own;
             None = all.
     """
 
@@ -35,23 +35,23 @@ class AttentionSizes:
     windows: tuple[int | None, ...] = ()
 
     def window(self, layer: int) -> int | None:
-        """That of one layer."""
+        """Return the window of one layer."""
         return self.windows[layer] if self.windows else None
 
 
 class Outputs(NamedTuple):
-    """The tokens whose hidden states are asked for.
+    """The tokens whose hidden states are wanted.
 
     Attributes:
         first: how many of a row's tokens, from the first, have queries; None = all.
-        places: rows and columns (M,) of those among them that are returned; None = all.
+        places: rows and columns (M,) of the tokens among them that are returned; None = all.
     """
 
     first: int | None = None
     places: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def take(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Of all tokens those asked for: (B, T', D), or (1, M, D) at their places."""
+        """Return the wanted tokens of all: (B, T', D), or (1, M, D) at `places`."""
         x_BTD = x_BTD[:, : self.first]
         return x_BTD if self.places is None else x_BTD[self.places][None]
 
@@ -60,14 +60,14 @@ ALL = Outputs()
 
 
 class Backbone(Protocol):
-    """A network: an `nn.Module` with these.
+    """A network: an `nn.Module` with these members.
 
     Attributes:
-        config: of the network; `to_dict` gives all that its function depends on beside weights.
+        config: of the network; `to_dict` returns all that its function depends on beside weights.
         attention: the sizes of its attention.
-        activation_checkpointing: whether gradients keep only what enters the layers, and compute
-            these again.
-        output: the linear layer behind `head`, for losses that take its logits piece by piece.
+        activation_checkpointing: whether only the inputs of the layers are kept for the backward
+            pass, which computes the layers again.
+        output: the linear layer of `head`, for losses that make few logits at a time.
     """
 
     config: Any
@@ -93,32 +93,33 @@ class Backbone(Protocol):
         outputs: Outputs = ALL,
         sigma_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states before the head, as `Outputs.take` shapes them.
+        """Return the hidden states before the head, in the shape of `Outputs.take`.
 
         Args:
             ids_BT: the tokens of all streams.
             positions_BT: (T,), or (1 or B, T).
-            read: attention; it is called once by each layer.
+            read: attention, which every layer calls once.
             sigma_BT: the time of every token, 0 at clean ones, for networks that read it.
         """
         ...
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., D), in float32 at least."""
+        """Return the logits (..., V) of hidden states (..., D), in float32 at least."""
         ...
 
     def units(self) -> Iterable[nn.Module]:
-        """The parts that are put together one after another when parameters are in shards."""
+        """Return the layers, which are gathered one after another if parameters are sharded."""
         ...
 
     def hidden_matrices(self) -> Iterable[nn.Parameter]:
-        """The matrices that Muon takes: not embedding and output, whose rows are tokens."""
+        """Return the matrices that Muon optimizes: not embedding and output, whose rows are
+        tokens."""
         ...
 
     def empty_copy(self) -> Any:
-        """A network of the same sizes whose parameters hold nothing (on the device `meta`)."""
+        """Return a network of the same sizes without storage (on the device `meta`)."""
         ...
 
     def compile_layers(self) -> None:
-        """Lets PyTorch's compiler make few of the layers' small operations."""
+        """Compile the small operations of the layers into few."""
         ...

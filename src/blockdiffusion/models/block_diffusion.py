@@ -1,13 +1,13 @@
-"""Block diffusion around any network: streams, positions, masks and cache are made here.
+"""Block diffusion around any network: makes streams, positions, masks and cache.
 
 * `encode`: one training pass over [noisy_1; ...; noisy_N; clean] (paper, section 3.2),
-* `encode_causal`: one pass of the autoregressive baseline, each token seeing those before it,
+* `encode_causal`: one pass of the autoregressive baseline, in which a token sees those before it,
 * `decode`, `decode_ragged`: new tokens against a cache of clean blocks (section 3.3),
 * `decode_causal`: the same for the autoregressive baseline,
 * `denoise_logits`: logits of a whole noisy sequence, for evaluation and tests.
 
-The network (a `Backbone`) embeds ids, runs its layers and gives logits. It asks for attention
-by `read(layer, q, k, v)` and knows nothing of blocks.
+The network (a `Backbone`) embeds ids, runs its layers and returns logits. It calls
+`read(layer, q, k, v)` for attention and knows nothing of blocks.
 
 Shape suffixes: B batch, N noisy copies, L tokens of a sequence, T tokens of all streams, K blocks
 (of keys: slots), P tokens of all rows, one row after another, D width, V vocabulary.
@@ -39,23 +39,23 @@ from blockdiffusion.models.attention import (
     ragged_groups,
     resolve_backend,
 )
-from blockdiffusion.models.backbone import Backbone, Outputs
-from blockdiffusion.models.cache import BlockCache, held_positions
+from blockdiffusion.models.backbone import Backbone, Outputs, Read
+from blockdiffusion.models.cache import BlockCache, Placement, held_positions
 from blockdiffusion.models.cuda_graphs import Recorder
 from blockdiffusion.models.masks import Streams, decode_predicate
 
 
 class BlockDiffusion(nn.Module):
-    """A block diffusion language model: a network, and how its ids and blocks are meant.
+    """A block diffusion language model: a network, and the meaning of its ids and blocks.
 
     Attributes:
-        backbone: the network; all weights are its.
+        backbone: the network, which holds all weights.
         config: the conventions. It is frozen: see `with_block_size`.
-        tokenizer: the Hugging Face tokenizer that `blockdiffusion.load` found beside the weights,
-            or None.
+        tokenizer: the Hugging Face tokenizer that `blockdiffusion.load` found with the weights, or
+            None.
         attention_backend: "dense", "chunked" or "flex"; None = the default of the device.
-        records_passes: whether the kernels of passes over a cache are recorded and started
-            together (a CUDA graph; see `cuda_graphs`). `inference.sampling_copy` decides.
+        records_passes: whether the kernels of passes over a cache are recorded and started together
+            (a CUDA graph; see `cuda_graphs`). `inference.optimize_for_inference` decides.
     """
 
     backbone: Any  # a `Backbone` that is a module
@@ -70,7 +70,7 @@ class BlockDiffusion(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.backbone.device
 
     @property
@@ -80,25 +80,25 @@ class BlockDiffusion(nn.Module):
 
     @property
     def output(self) -> nn.Linear:
-        """The layer behind `head`, for losses that take its logits piece by piece."""
+        """The linear layer of `head`, for losses that make few logits at a time."""
         return self.backbone.output
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., D), before SUBS; in float32 at least, as sums over
-        a vocabulary of probabilities with 8 bits would not be any more."""
+        """Return the logits (..., V) of hidden states (..., D), before SUBS, in float32 at least:
+        in bfloat16 probabilities would not sum to 1 over a vocabulary."""
         return self.backbone.head(hidden)
 
     def with_backbone(self, backbone: Backbone) -> Self:
-        """This model around another network."""
+        """Return this model around another network."""
         made = copy.copy(self)
         made._modules = {**self._modules, "backbone": backbone}  # type: ignore
         return made
 
     def with_block_size(self, block_size: int) -> Self:
-        """This model, the same weights included, with blocks of another size.
+        """Return this model, with the same weights, and blocks of another size.
 
         Raises:
-            UserError: it does not divide the model's L.
+            UserError: the size does not divide the model's L.
         """
         made = self.with_backbone(self.backbone)
         made.config = replace(self.config, block_size=block_size)
@@ -114,11 +114,11 @@ class BlockDiffusion(nn.Module):
         valid_BL: torch.Tensor | None = None,
         scored_BNL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, N, L, D) of N noisy copies that share one clean stream.
+        """Return the hidden states (B, N, L, D) of N noisy copies that share one clean stream.
 
         Args:
             noisy_BNL: ids; every block of every copy may be masked in its own way.
-            clean_BL: the clean ids, or None when one block is the whole sequence.
+            clean_BL: the clean ids; may be None if one block is the whole sequence.
             sigma_BNK: time per block, for time-conditioned networks only (others ignore it).
             valid_BL: bool, False at padding, which no token attends to; None = all valid.
             scored_BNL: bool, the positions whose states are returned, as (M, D); None = all.
@@ -148,7 +148,8 @@ class BlockDiffusion(nn.Module):
     def encode_causal(
         self, ids_BT: torch.Tensor, valid_BT: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Hidden states (B, T, D) of an autoregressive network; each token sees those up to itself.
+        """Return the hidden states (B, T, D) of an autoregressive network, in which each token sees
+        those up to itself.
 
         Args:
             ids_BT: ids at positions 0..T-1.
@@ -177,30 +178,23 @@ class BlockDiffusion(nn.Module):
         clean_ids: torch.Tensor | None = None,
         sigma: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits (B, L, V) of the tokens at the noisy positions, before SUBS.
+        """Return the logits (B, L, V) of the tokens at the noisy positions, before SUBS.
 
         Args:
             noisy_ids: (B, L), L any multiple of the block size.
-            clean_ids: (B, L); may be left out when L is the block size.
+            clean_ids: (B, L); may be None if L is the block size.
             sigma: (B,) or (B, K), for time-conditioned networks.
         """
         if sigma is not None:
             sigma = sigma[:, None, None] if sigma.ndim == 1 else sigma[:, None, :]
         return self.head(self.encode(noisy_ids[:, None], clean_ids, sigma))[:, 0]
 
-    def forward(
-        self,
-        noisy_ids: torch.Tensor,
-        clean_ids: torch.Tensor | None = None,
-        sigma: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`denoise_logits`."""
-        return self.denoise_logits(noisy_ids, clean_ids, sigma)
+    forward = denoise_logits
 
     # --- sampling: new tokens against the cache
 
     def make_cache(self, batch: int, capacity: int) -> BlockCache:
-        """An empty cache for `batch` rows of at most `capacity` tokens at a time."""
+        """Return an empty cache for `batch` rows of at most `capacity` tokens at a time."""
         sizes = self.backbone.attention
         return BlockCache(
             sizes.num_hidden_layers,
@@ -223,18 +217,19 @@ class BlockDiffusion(nn.Module):
         sigma_B: torch.Tensor | None = None,
         wanted: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, T, D) of the tokens that follow each row's cached ones.
+        """Return the hidden states (B, T, D) of the tokens that follow each row's cached ones.
 
         Args:
-            ids_BT: whole blocks; the first `num_clean` tokens (of every row, or (B,)) are clean and
-                may be committed by the caller afterwards, then comes the block being denoised.
-            window: a query sees the last `window` tokens, its own block included; None = all.
+            ids_BT: whole blocks. The first `num_clean` tokens (of every row, or (B,)) are clean;
+                the caller may commit them afterwards. The block being denoised follows.
+            window: a query sees the last `window` tokens, including its own block; None = all.
             sigma_B: time of the noisy block, for time-conditioned networks.
             wanted: rows and columns (M,) of the tokens whose states are returned, as (M, D).
         """
         self._require(autoregressive=False)
         ids_BT = cache.delayed(ids_BT)
-        timeless = self.config.time_conditioning and sigma_B is None  # its tokens are looked at
+        # Without a time `_sigma_at_clean` looks at tokens, which a recording cannot.
+        timeless = self.config.time_conditioning and sigma_B is None
         recorded = cache.recorder is not None and isinstance(num_clean, int) and not timeless
         if recorded and wanted is not None:
             return self._decode_recorded(ids_BT, num_clean, cache, window, sigma_B, wanted)
@@ -251,12 +246,12 @@ class BlockDiffusion(nn.Module):
         sigma_B: torch.Tensor | None = None,
         wanted_M: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`decode` for rows of different numbers of tokens: hidden states (P, D).
+        """Return the hidden states (P, D) of `decode` for rows of different numbers of tokens.
 
         Args:
             ids_P: the tokens of all rows, one row after another.
-            tokens_B: how many of them are each row's; int64 on the CPU, as `clean_B`.
-            clean_B: how many of those, from the first, are clean.
+            tokens_B: the number of tokens of each row; int64 on the CPU, as `clean_B`.
+            clean_B: how many of these, from the first, are clean.
             window, sigma_B: as for `decode`.
             wanted_M: the tokens of `ids_P` whose states are returned, as (M, D); None = all.
         """
@@ -293,12 +288,12 @@ class BlockDiffusion(nn.Module):
     def decode_causal(
         self, ids_BT: torch.Tensor, cache: BlockCache, window: int | None = None
     ) -> torch.Tensor:
-        """Hidden states (B, T, D) of the tokens that follow each row's cached ones, one after the
-        other: those of `encode_causal` over the whole row.
+        """Return the hidden states (B, T, D) of the tokens that follow each row's cached ones, as
+        `encode_causal` gives them for the whole row.
 
         Args:
             ids_BT: tokens that the caller may commit afterwards.
-            window: a token sees the last `window` tokens, itself included; None = all.
+            window: a token sees the last `window` tokens, including itself; None = all.
         """
         self._require(autoregressive=True)
         # Clean blocks of one token: a token sees those up to itself.
@@ -317,7 +312,7 @@ class BlockDiffusion(nn.Module):
         sigma_B: torch.Tensor | None,
         wanted: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        sizes, (batch, tokens) = self.backbone.attention, ids_BT.shape
+        batch, tokens = ids_BT.shape
         place = cache.place(tokens)
         position_BT = cache.lengths_B[:, None] + torch.arange(tokens)
         if cache.uniform:
@@ -327,17 +322,11 @@ class BlockDiffusion(nn.Module):
 
         def mask(layer_window: int | None) -> torch.Tensor | None:
             mask_BTK = self._visible(position_BT, clean_BT, key_BK, window, layer_window)
-            # Asked on the CPU: a GPU would have to finish all its work to answer.
+            # Asked on the CPU: a GPU would first finish all its work.
             return None if bool(mask_BTK.all()) else mask_BTK.to(self.device)
 
-        masks = self._by_window(mask)
-
-        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.write(index, k, v, place)
-            return attend_cached(q, keys, values, masks[sizes.window(index)], sizes)
-
-        sigma_B1 = None if sigma_B is None else sigma_B[:, None]
-        sigma_BT = self._sigma_at_clean(sigma_B1, clean_BT.expand(batch, tokens))
+        read = self._read_cache(cache, place, self._by_window(mask))
+        sigma_BT = self._sigma_at_clean(sigma_B, clean_BT.expand(batch, tokens))
         positions = position_BT.to(ids_BT.device)
         return self.backbone(ids_BT, positions, read, Outputs(places=wanted), sigma_BT)
 
@@ -350,8 +339,8 @@ class BlockDiffusion(nn.Module):
         sigma_B: torch.Tensor | None,
         wanted: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """`decode` by the cache's recorder. What differs between two passes of a kind is in the
-        tensors `ids`, `lengths`, `places` (padded, so that there are few kinds) and `sigma`."""
+        """`decode` by the cache's recorder. Two passes of a kind differ in the tensors `ids`,
+        `lengths`, `places` (padded, so that there are few kinds) and `sigma` only."""
         assert cache.recorder is not None
         number = len(wanted[0])
         padded = 1 << max(0, number - 1).bit_length()
@@ -376,9 +365,9 @@ class BlockDiffusion(nn.Module):
         places_2M: torch.Tensor,
         sigma_B: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor]:
-        """`_decode` of rows that hold `lengths_B` tokens, without a look at any tensor's values;
-        (M, D). It reads the first `used` slots, filled or not."""
-        sizes, (batch, tokens) = self.backbone.attention, ids_BT.shape
+        """`_decode` of rows that hold `lengths_B` tokens, (M, D), which reads no tensor's values on
+        the host. It attends to the first `used` slots, filled or not."""
+        batch, tokens = ids_BT.shape
         place = cache.place_static(lengths_B, tokens, used)
         column_1T = torch.arange(tokens, device=ids_BT.device)[None]
         position_BT = lengths_B[:, None] + column_1T
@@ -387,34 +376,27 @@ class BlockDiffusion(nn.Module):
 
         def bias(layer_window: int | None) -> torch.Tensor:
             visible_BTK = self._visible(position_BT, clean_1T, key_BK, window, layer_window)
-            # As what attention adds to its scores: made once, and not from booleans in every layer.
+            # In the form that attention adds to its scores: made once, not in every layer.
             bias_BTK = torch.zeros_like(visible_BTK, dtype=self.dtype)
             return bias_BTK.masked_fill_(~visible_BTK, -math.inf)
 
-        biases = self._by_window(bias)
-
-        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            keys, values = cache.write(index, k, v, place)
-            return attend_cached(q, keys, values, biases[sizes.window(index)], sizes)
-
-        sigma_B1 = None if sigma_B is None else sigma_B[:, None]
-        sigma_BT = self._sigma_at_clean(sigma_B1, clean_1T.expand(batch, tokens))
+        read = self._read_cache(cache, place, self._by_window(bias))
+        sigma_BT = self._sigma_at_clean(sigma_B, clean_1T.expand(batch, tokens))
         outputs = Outputs(places=(places_2M[0], places_2M[1]))
         return (self.backbone(ids_BT, position_BT, read, outputs, sigma_BT)[0],)
 
-    # --- what a pass reads and sees
+    # --- the inputs and masks of a pass
 
     def _require(self, *, autoregressive: bool) -> None:
-        if (self.config.objective == "autoregressive") != autoregressive:
+        if self.config.is_autoregressive != autoregressive:
             uses = ("denoise blocks", "predict the next token")
-            wanted = ("block_diffusion", "autoregressive")[autoregressive]
             raise UserError(
                 f"this network was made to {uses[not autoregressive]}, not to "
-                f"{uses[autoregressive]}; use a model whose objective is {wanted}"
+                f"{uses[autoregressive]}; use a model of that kind"
             )
 
     def _has_clean(self, length: int, clean_BL: torch.Tensor | None) -> bool:
-        """Whether a sequence of so many tokens needs a clean stream."""
+        """Whether a sequence of `length` tokens needs a clean stream."""
         size = self.config.block_size
         if length % size:
             raise UserError(
@@ -436,8 +418,8 @@ class BlockDiffusion(nn.Module):
     def _delayed_streams(
         self, noisy_BNL: torch.Tensor, clean_BL: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Both streams with each token at the position after its own. A block's first position
-        reads the clean token before the block."""
+        """Both streams, each token at the position after its own. A block's first position reads
+        the clean token before the block."""
         delayed_BNL = F.pad(noisy_BNL[..., :-1], (1, 0), value=self._start_id)
         if clean_BL is None:
             return delayed_BNL, None
@@ -453,7 +435,7 @@ class BlockDiffusion(nn.Module):
         has_clean: bool,
         valid_BL: torch.Tensor | None,
         device: torch.device,
-    ) -> Callable[..., torch.Tensor]:
+    ) -> Read:
         sizes, config = self.backbone.attention, self.config
         backend = resolve_backend(self.attention_backend, device)
         built: Built = {}
@@ -467,8 +449,19 @@ class BlockDiffusion(nn.Module):
 
         return read
 
+    def _read_cache(
+        self, cache: BlockCache, place: Placement, masks: dict[int | None, torch.Tensor | None]
+    ) -> Read:
+        sizes = self.backbone.attention
+
+        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            keys, values = cache.write(index, k, v, place)
+            return attend_cached(q, keys, values, masks[sizes.window(index)], sizes)
+
+        return read
+
     def _by_window(self, make: Callable[[int | None], Any]) -> dict[int | None, Any]:
-        """What `make` makes of each window that a layer has."""
+        """`make(window)` for each window that a layer has."""
         return {window: make(window) for window in set(self.backbone.attention.windows or (None,))}
 
     def _visible(
@@ -479,7 +472,7 @@ class BlockDiffusion(nn.Module):
         window: int | None,
         layer_window: int | None,
     ) -> torch.Tensor:
-        """Visible keys (B or 1, T, slots), where the arguments are: on the CPU."""
+        """Visible keys (B or 1, T, slots), on the device of the arguments."""
         return decode_predicate(
             position_BT[:, :, None],
             key_BK[:, None, :],
@@ -493,15 +486,13 @@ class BlockDiffusion(nn.Module):
     def _sigma_of_streams(
         self, sigma_BNK: torch.Tensor | None, shape: tuple[int, int, int], has_clean: bool
     ) -> torch.Tensor | None:
-        """The time of every token (B, T) of a training pass; None without time input.
-
-        The clean stream reads sigma = 0: it has no noise, and its keys serve every later block.
-        """
+        """The time of every token (B, T) of a training pass; None without time input. The clean
+        stream has no noise, so it reads sigma = 0."""
         if not self.config.time_conditioning:
             return None
         batch, copies, length = shape
         if sigma_BNK is None:
-            raise UserError("this network is conditioned on time: give sigma")
+            raise UserError("this network reads the time; give sigma")
         repeats = length // sigma_BNK.shape[-1]
         sigma = sigma_BNK.repeat_interleave(repeats, dim=-1).expand(batch, copies, length)
         sigma_BT = sigma.reshape(batch, copies * length)
@@ -510,11 +501,14 @@ class BlockDiffusion(nn.Module):
     def _sigma_at_clean(
         self, sigma_BT: torch.Tensor | None, clean_BT: torch.Tensor
     ) -> torch.Tensor | None:
-        """The time of every token (B, T) of a pass over the cache: 0 at clean ones."""
+        """The time of every token (B, T) of a pass over the cache, 0 at clean ones; `sigma_BT` may
+        be that of every row (B,)."""
         if not self.config.time_conditioning:
             return None
         if sigma_BT is None:
             if not clean_BT.all():
-                raise UserError("this network is conditioned on time: give sigma")
+                raise UserError("this network reads the time; give sigma")
             sigma_BT = torch.zeros(1, 1, device=self.device)
+        if sigma_BT.ndim == 1:
+            sigma_BT = sigma_BT[:, None]
         return sigma_BT.masked_fill(clean_BT.to(self.device), 0.0)

@@ -1,10 +1,9 @@
 """The cache of keys and values of clean blocks, while sampling.
 
-Keys are stored rotated, in storage that is allocated once. A position p lives in slot
-p % capacity, so that with a sliding window the storage is a ring and memory stays constant. Passes
-write the keys of all their tokens into their slots; only `commit` makes them part of the cache
-(the slots of a block that is still noisy lie beyond `lengths_B` and are overwritten by the next
-pass).
+Keys are stored rotated, in storage that is allocated once. Position p has slot p % capacity: with a
+sliding window the storage is a ring, and memory is constant. A pass writes the keys of all its
+tokens into their slots, and `commit` makes them part of the cache. (The slots of a block that is
+still noisy lie beyond `lengths_B`, and the next pass overwrites them.)
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import torch.nn.functional as F
 
 from blockdiffusion.models.cuda_graphs import Recorder
 
-SLOTS = 256  # passes of one kind read as many slots, or a multiple; see `BlockCache.static_used`
+SLOTS = 256  # recorded passes read a multiple of it; see `BlockCache.static_used`
 
 
 class Placement(NamedTuple):
-    """Rows and slots of a pass's tokens, on the cache's device; `straight` is the slice of
-    slots where all rows share it, in order."""
+    """Rows and slots of a pass's tokens, on the cache's device. `straight` is the slice of slots if
+    all rows have the same ones, in order; `used` is how many slots attention reads."""
 
     rows_B1: torch.Tensor
     slots_BT: torch.Tensor
@@ -30,8 +29,8 @@ class Placement(NamedTuple):
 
 
 class RaggedPlacement(NamedTuple):
-    """Row, number in the row and slot of each of the P tokens of a pass whose rows have different
-    numbers of them."""
+    """Row, number in the row and slot of each of the P tokens of a pass over rows of different
+    lengths."""
 
     rows_P: torch.Tensor
     offsets_P: torch.Tensor
@@ -39,23 +38,23 @@ class RaggedPlacement(NamedTuple):
     used: int
 
     def to(self, device: torch.device) -> RaggedPlacement:
-        """The same there: once for a pass, not in every layer."""
+        """Return it on a device: once for a pass, not in every layer."""
         moved = (x.to(device) for x in (self.rows_P, self.offsets_P, self.slots_P))
         return RaggedPlacement(*moved, used=self.used)
 
 
 class BlockCache:
-    """Keys and values (batch, heads of them, capacity, head width) of every layer.
+    """Keys and values (batch, key-value heads, capacity, head width) of every layer.
 
-    All rows are in use, unless the cache is emptied with `clear`: then rows come and go with
-    `open_row` and `close_row`, and B below is how many there are at the moment.
+    All rows are in use. After `clear` none is: rows then come and go with `open_row` and
+    `close_row`, and B is their current number.
 
     Attributes:
         lengths_B: committed tokens of every row, int64 on the CPU.
-        capacity: tokens a row can hold at a time.
+        capacity: the most tokens that a row holds at a time.
         recorder: of passes over this storage; None = each pass starts its own kernels.
-        start_id: for networks that read each token one position later: what stands before the
-            first token. None = they do not.
+        start_id: the token before the first one, for networks that read each token one position
+            later; None for others.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class BlockCache:
         if start_id is not None:
             self._last_B = torch.full((batch,), start_id, device=device)
         self._passed = torch.zeros(0, device=device)  # the tokens of the last pass, rows in turn
-        self._firsts_B = torch.zeros(0)  # where a row's begin
+        self._firsts_B = torch.zeros(0)  # the first token of each row
 
     @property
     def uniform(self) -> bool:
@@ -90,7 +89,7 @@ class BlockCache:
         return bool((self.lengths_B == self.lengths_B[0]).all())
 
     def place(self, num_tokens: int) -> Placement:
-        """Where a pass over the next `num_tokens` positions of every row puts its keys."""
+        """Return the placement of a pass over the next `num_tokens` positions of every row."""
         slots_BT = (self.lengths_B[:, None] + torch.arange(num_tokens)) % self.capacity
         first, last = int(slots_BT[0, 0]), int(slots_BT[0, -1])
         straight = self.uniform and last - first + 1 == num_tokens
@@ -100,7 +99,8 @@ class BlockCache:
         return Placement(rows_B1, slots_BT.to(device), straight_slice, self._used(num_tokens))
 
     def place_ragged(self, tokens_B: torch.Tensor) -> RaggedPlacement:
-        """Where a pass over the next `tokens_B` positions of each row puts its keys; on the CPU."""
+        """Return, on the CPU, the placement of a pass over the next `tokens_B` positions of each
+        row."""
         rows_P = torch.arange(len(tokens_B)).repeat_interleave(tokens_B)
         firsts_B = tokens_B.cumsum(0) - tokens_B
         offsets_P = torch.arange(len(rows_P)) - firsts_B[rows_P]
@@ -108,16 +108,16 @@ class BlockCache:
         return RaggedPlacement(rows_P, offsets_P, slots_P, self._used(tokens_B))
 
     def _used(self, num_tokens_B: int | torch.Tensor) -> int:
-        """Slots in use by any row once so many more are written."""
+        """Slots that any row uses after so many more are written."""
         return min(self.capacity, int((self.lengths_B + num_tokens_B).max()))
 
     def static_used(self, num_tokens: int) -> int:
-        """`Placement.used` of a pass over so many tokens of every row, rounded up: the same for
-        many passes."""
+        """Return `used` for a pass over so many tokens of every row, rounded up, so that many
+        passes have the same."""
         return min(self.capacity, -(-self._used(num_tokens) // SLOTS) * SLOTS)
 
     def place_static(self, lengths_B: torch.Tensor, num_tokens: int, used: int) -> Placement:
-        """`place`, from lengths on the cache's device: without a look at their values."""
+        """Return the placement from lengths on the cache's device, without reading their values."""
         column_T = torch.arange(num_tokens, device=lengths_B.device)
         rows_B1 = torch.arange(len(lengths_B), device=lengths_B.device)[:, None]
         return Placement(rows_B1, (lengths_B[:, None] + column_T) % self.capacity, None, used)
@@ -125,7 +125,7 @@ class BlockCache:
     def write(
         self, layer: int, k_BHTE: torch.Tensor, v_BHTE: torch.Tensor, place: Placement
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Puts a pass's keys and values into their slots; returns the layer's used storage."""
+        """Write a pass's keys and values into their slots; return the layer's used storage."""
         keys, values = self.keys[layer], self.values[layer]
         if place.straight is not None:
             keys[:, :, place.straight] = k_BHTE
@@ -138,7 +138,7 @@ class BlockCache:
     def write_ragged(
         self, layer: int, k_PHE: torch.Tensor, v_PHE: torch.Tensor, place: RaggedPlacement
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`write` for rows of different numbers of tokens, one after another."""
+        """Write as `write` does, for concatenated rows of different lengths."""
         rows = len(self.lengths_B)
         keys, values = self.keys[layer][:rows], self.values[layer][:rows]
         keys[place.rows_P, :, place.slots_P] = k_PHE
@@ -146,37 +146,33 @@ class BlockCache:
         return keys[:, :, : place.used], values[:, :, : place.used]
 
     def delayed(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """What the network reads in a pass over the next tokens of every row: those tokens, or
-        with `start_id` the ones before them."""
+        """Return what the network reads in a pass over the next tokens of every row: these tokens,
+        or with `start_id` those one position earlier."""
         if self._last_B is None:
             return ids_BT
         tokens_B = torch.full((len(ids_BT),), ids_BT.shape[1])
         return self.delayed_ragged(ids_BT.flatten(), tokens_B).view_as(ids_BT)
 
     def delayed_ragged(self, ids_P: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
-        """`delayed` for rows of different numbers of tokens, one after another."""
+        """Return `delayed` of concatenated rows of different lengths."""
         if self._last_B is None:
             return ids_P
         rows = len(self.lengths_B)
         self._passed, self._firsts_B = ids_P, tokens_B.cumsum(0) - tokens_B
         has_some_B = tokens_B > 0
+        first_M, has_some_B = (x.to(ids_P.device) for x in (self._firsts_B[has_some_B], has_some_B))
         before_P = F.pad(ids_P[:-1], (1, 0))
-        before_P[self._firsts_B[has_some_B].to(ids_P.device)] = self._last_B[:rows][
-            has_some_B.to(ids_P.device)
-        ]
+        before_P[first_M] = self._last_B[:rows][has_some_B]
         return before_P
 
     def positions(self, num_tokens_B: int | torch.Tensor) -> torch.Tensor:
-        """Position held by every used slot, (B, used); -1 where a row's slot is empty.
-
-        Positions are those after the next `num_tokens_B` tokens were written.
-        """
-        return held_positions(
-            self.lengths_B + num_tokens_B, self._used(num_tokens_B), self.capacity
-        )
+        """Return the position in every used slot, (B, used), -1 if it is empty, after the next
+        `num_tokens_B` tokens are written."""
+        ends_B = self.lengths_B + num_tokens_B
+        return held_positions(ends_B, self._used(num_tokens_B), self.capacity)
 
     def commit(self, num_tokens_B: torch.Tensor | int) -> None:
-        """Makes the first `num_tokens_B` of the tokens just written part of the cache."""
+        """Make the first `num_tokens_B` of the tokens just written part of the cache."""
         if self._last_B is not None:
             end_B = self._firsts_B + num_tokens_B
             some_B = (end_B > self._firsts_B).nonzero().flatten()
@@ -185,11 +181,11 @@ class BlockCache:
         self.lengths_B = self.lengths_B + num_tokens_B
 
     def clear(self) -> None:
-        """Leaves no row in use."""
+        """Leave no row in use."""
         self.lengths_B = self.lengths_B[:0]
 
     def open_row(self) -> int:
-        """Takes an empty row, the last, into use; returns its index."""
+        """Put an empty row into use, as the last; return its index."""
         rows = len(self.lengths_B)
         assert rows < len(self.keys[0]), "the cache has no row left"
         if self._last_B is not None and self.start_id is not None:
@@ -198,7 +194,7 @@ class BlockCache:
         return rows
 
     def close_row(self, row: int) -> None:
-        """Gives a row back; the last one takes its place."""
+        """Free a row; the last one moves to its index."""
         last = len(self.lengths_B) - 1
         if row != last:
             held = min(self.capacity, int(self.lengths_B[last]))
@@ -210,7 +206,7 @@ class BlockCache:
         self.lengths_B = self.lengths_B[:last]
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Drops all rows of the batch but `rows` (indices)."""
+        """Drop all rows of the batch except `rows` (indices)."""
         self.keys = [x[rows.to(x.device)] for x in self.keys]
         self.values = [x[rows.to(x.device)] for x in self.values]
         self.lengths_B = self.lengths_B[rows]
@@ -221,8 +217,8 @@ class BlockCache:
 
 
 def held_positions(ends_B: torch.Tensor, used: int, capacity: int) -> torch.Tensor:
-    """Position held by each of the first `used` slots, (B, used), once all before `ends_B` were
-    written; -1 where a row's slot is empty."""
+    """Return the position in each of the first `used` slots, (B, used), -1 if it is empty, after
+    all positions before `ends_B` were written."""
     slot = torch.arange(used, device=ends_B.device)
     last_B1 = ends_B[:, None] - 1
     return (last_B1 - (last_B1 - slot) % capacity).clamp(min=-1)

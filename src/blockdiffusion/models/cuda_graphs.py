@@ -1,7 +1,7 @@
 """Passes whose kernels are recorded once and then started together (CUDA graphs).
 
-A pass over a few tokens is some 250 kernels of a few microseconds each: starting them one by one
-takes a GPU's host six times as long as the GPU needs for them.
+A pass over a few tokens is some 250 kernels of a few microseconds each. Starting them one by one
+takes the host six times as long as running them takes the GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class CudaRecording:
     """The kernels of `function` for inputs of the shapes of `inputs`, as a CUDA graph.
 
     It reads and writes the memory of everything else that `function` uses (weights, the cache),
-    which has to stay where it is. `function` has run before: what it prepares the first time must
-    not be recorded.
+    which must stay where it is. `function` must have run before, so that its first
+    preparations are not recorded.
 
     Args:
-        pool: the memory that recordings share, which are never replayed at the same time.
+        pool: the memory that recordings share; they are never replayed at the same time.
     """
 
     def __init__(self, function: Pass, inputs: Tensors, pool: Any):
@@ -44,8 +44,7 @@ class CudaRecording:
 
 
 class CudaRecordings:
-    """Makes recordings that share their memory; elsewhere than on a GPU a function stays as it
-    is."""
+    """Makes recordings that share their memory; without a GPU, returns the function itself."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -60,15 +59,15 @@ class CudaRecordings:
 
 
 class Recorder:
-    """Runs passes, and records those of a kind that comes again.
+    """Runs passes, and records those of a kind that returns.
 
-    A recording takes about as long as four passes. So it is made when a kind comes a second time;
-    but where the storage moves now and then, as when rows leave a batch, only after more.
+    A recording takes about as long as four passes. So it is made when a kind comes a second time,
+    or later if the storage moves now and then, as when rows leave a batch.
 
     Args:
         record: makes a recording from a function and its inputs; it is called with inputs of the
             same shapes.
-        most: kinds that are remembered, the last ones that came, since recordings hold memory.
+        most: how many kinds are kept, the latest, since recordings hold memory.
     """
 
     def __init__(self, record: Callable[[Pass, Tensors], Pass] | None = None, most: int = 32):
@@ -79,7 +78,7 @@ class Recorder:
         self._lock = threading.Lock()  # inputs are put in place, and then replayed
 
     def run(self, kind: Hashable, function: Pass, inputs: Tensors) -> Tensors:
-        """What `function` returns for `inputs`: passes of one `kind` differ in their values."""
+        """Return `function(*inputs)`. Passes of one `kind` differ in the values of inputs only."""
         with self._lock:
             if kind not in self._made and not self._has_come_often(kind):
                 return function(*inputs)
@@ -97,7 +96,7 @@ class Recorder:
         return self._seen[kind] > self._patience
 
     def forget(self) -> None:
-        """Drops all recordings: the memory that they use is no longer there."""
+        """Drop all recordings: the memory that they use is gone."""
         with self._lock:
             self._made.clear()
             self._seen.clear()

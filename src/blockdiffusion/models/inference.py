@@ -1,15 +1,15 @@
-"""A copy of a network made for sampling: the same function with less to read and to compute.
+"""A copy of a network for sampling: the same function with less to read and to compute.
 
 * The modulation (adaLN) of a network without time input is the same for every token of every pass.
-  It is folded into the weights: into those behind each norm, with the norm's own weight, and (the
-  gates) into those before each sum. What is left is a plain pre-norm transformer.
-* On a CPU the weights of all linear layers are laid out once in the order that oneDNN's products
-  read: the same numbers, in half of the time where few rows are multiplied.
-* With `int8` the weights of all linear layers are stored in 8 bits, one scale per output, and
-  inputs are rounded to 7 bits, one scale per pass: an approximation, for CPUs.
-* On a GPU the kernels of a pass over the cache are recorded, and started together.
+  Shifts and scales, with the weights of the norms, are folded into the linear layers after the
+  norms, and gates into those before the sums. A plain pre-norm transformer remains.
+* On a CPU the weights of linear layers are laid out once as oneDNN's products read them: the same
+  numbers, in half the time for few rows.
+* With `int8` the weights of linear layers are stored in 8 bits, with one scale per output, and
+  inputs are rounded to 7 bits, with one scale per pass: an approximation, for CPUs.
+* On a GPU the kernels of a pass over the cache are recorded and started together.
 
-The copy samples, and scores; it is not trained or saved.
+The copy samples and scores; it is not trained or saved.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ AnyModel = TypeVar("AnyModel", bound=BlockDiffusion)
 
 
 @torch.no_grad()
-def sampling_copy(model: AnyModel, *, int8: bool = False) -> AnyModel:
-    """The copy; the embedding is shared with `model`.
+def optimize_for_inference(model: AnyModel, *, int8: bool = False) -> AnyModel:
+    """Return a copy of `model` that samples: the same function, faster.
+
+    It shares the weights that are neither folded, packed nor rounded. A network that reads the time
+    keeps its modulation.
 
     Args:
-        model: with or without blocks. One that reads the time keeps its modulation.
         int8: round weights and inputs of linear layers to 8 bits.
 
     Raises:
@@ -60,7 +62,11 @@ def sampling_copy(model: AnyModel, *, int8: bool = False) -> AnyModel:
         _check_int8(model)
     backbone = model.backbone
     folds = isinstance(backbone, DiT) and not model.config.time_conditioning
-    made = _folded(backbone) if folds else copy.deepcopy(backbone)
+    if folds:
+        made = _folded(backbone)
+    else:  # the modules are copied, the tensors shared
+        tensors = (*backbone.parameters(), *backbone.buffers())
+        made = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
     if int8:
         _replace(made, Int8Linear)
     elif _packs(model):
@@ -93,16 +99,16 @@ class FoldedLayer(nn.Module):
         read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         outputs: Outputs = ALL,
     ) -> torch.Tensor:
-        """See `Layer`; `cond` is in the weights."""
+        """As in `Layer`; `cond` is in the weights."""
         qkv = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_attention_heads, rotary)
         x_BTD = _plus(outputs.take(x_BTD), self.attn_out, attended(qkv, read, outputs))
         return _plus(x_BTD, self.mlp_out, self.mlp_in(_normed(x_BTD)))
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN's products want it, whatever the number of rows.
+    """A linear layer whose weight is laid out for oneDNN's products, for any number of rows.
 
-    The operators are those that PyTorch's compiler puts in the place of frozen linear layers.
+    PyTorch's compiler replaces frozen linear layers by the same operators.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -115,14 +121,14 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, *self.then)
 
     def plus(self, x: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-        """x + self(input), rounded once; of layers without GELU."""
+        """Return x + self(input), rounded once, for layers without GELU."""
         return torch.ops.mkldnn._linear_pointwise.binary(input, x, self.packed, self.bias, "add")
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose products are of 8-bit integers, with a scale for each output.
+    """A linear layer with products of 8-bit integers and a scale for each output.
 
-    Inputs are rounded to 7 bits, as products of pairs would overflow 16 bits on CPUs without
+    Inputs are rounded to 7 bits, since sums of two products would overflow 16 bits on CPUs without
     instructions for them.
     """
 
@@ -133,7 +139,7 @@ class Int8Linear(nn.Module):
         zero_point = torch.zeros(len(scale), dtype=torch.long)
         bias = None if linear.bias is None else linear.bias.float()
         with warnings.catch_warnings():
-            # PyTorch's quantized tensors are to go, some day; nothing else feeds these products.
+            # PyTorch's quantized tensors are deprecated; nothing else feeds these products.
             warnings.simplefilter("ignore", UserWarning)
             rounded = torch.quantize_per_channel(weight, scale.double(), zero_point, 0, torch.qint8)
             self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
@@ -153,7 +159,6 @@ class Int8Linear(nn.Module):
 
 
 def _plus(x: torch.Tensor, linear: nn.Module, input: torch.Tensor) -> torch.Tensor:
-    """x + linear(input)."""
     return linear.plus(x, input) if isinstance(linear, PackedLinear) else x + linear(input)
 
 
@@ -183,7 +188,7 @@ def _folded(network: DiT) -> DiT:
 
 
 def _behind_norm(linear: Linear, scale: torch.Tensor, shift: torch.Tensor) -> Linear:
-    """`linear` after an input of x * scale + shift, as a layer that reads x; folded in float64."""
+    """A layer that reads x and computes `linear` of x * scale + shift; folded in float64."""
     weight = linear.weight.double()
     bias = weight @ shift.expand(weight.shape[1])
     if linear.bias is not None:
@@ -192,13 +197,11 @@ def _behind_norm(linear: Linear, scale: torch.Tensor, shift: torch.Tensor) -> Li
 
 
 def _gated(linear: Linear, gate: torch.Tensor) -> Linear:
-    """gate * `linear`."""
     bias = None if linear.bias is None else gate * linear.bias.double()
     return _like(linear, gate[:, None] * linear.weight.double(), bias)
 
 
 def _like(linear: Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-    """A layer of the kind and type of `linear`."""
     with torch.device("meta"):
         made = type(linear)(weight.shape[1], weight.shape[0], bias=bias is not None)
     dtype = linear.weight.dtype
@@ -209,10 +212,10 @@ def _like(linear: Linear, weight: torch.Tensor, bias: torch.Tensor | None) -> Li
 
 
 def _replace(module: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
-    """Puts a `kind` in the place of every linear layer."""
+    """Replace every linear layer by a `kind`."""
     for name, child in module.named_children():
         if isinstance(child, TimeEmbedding | Modulation):
-            continue  # small, and left only where the network reads the time
+            continue  # small, and kept only if the network reads the time
         if isinstance(child, nn.Linear):
             setattr(module, name, kind(child))
         else:
@@ -220,7 +223,7 @@ def _replace(module: nn.Module, kind: Callable[[nn.Linear], nn.Module]) -> None:
 
 
 def _packs(model: BlockDiffusion) -> bool:
-    """Whether oneDNN multiplies what this network holds, where it is."""
+    """Whether oneDNN has products for this network's device and type."""
     if model.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     if model.dtype == torch.bfloat16:
@@ -242,26 +245,20 @@ def _check_int8(model: BlockDiffusion) -> None:
         raise UserError(f"int8 starts from float32 weights, not {model.dtype}; load those")
 
 
-def optimize_for_inference(model: Any, *, int8: bool = False) -> Any:
-    """A copy of `model` that samples: the same function, faster; see `models.inference`.
+sampling_copy = optimize_for_inference  # the old name, for one version
 
-    Raises:
-        UserError: int8 on a device, a machine or for a type that has no such products.
-    """
-    return sampling_copy(model, int8=int8)
-
-
-# Of each model: what it was like when its copy was made, and the copy; None: it is one itself.
+# For each model: its state when its copy was made, and the copy; None = it is a copy itself.
 _copies: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module | None]] = WeakKeyDictionary()
 
 
 def inference_form(model: Any) -> Any:
-    """The copy of `model` that samples: made once, and anew when weights or configuration changed.
+    """Return the copy of `model` that samples, made once and again when weights or configuration
+    changed.
 
-    A model in training mode, one that is such a copy, or that is none of ours, is returned itself.
-    Changes under `weight.data`, which PyTorch does not count, go unseen.
+    A model in training mode, such a copy itself, and any other object are returned as they are.
+    PyTorch does not count changes of `weight.data`, so these go unnoticed.
     """
-    if not isinstance(model, nn.Module) or not hasattr(model, "records_passes"):
+    if not isinstance(model, BlockDiffusion):
         return model
     if model.training:
         _copies.pop(model, None)

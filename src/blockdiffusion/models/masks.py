@@ -1,14 +1,14 @@
-"""Who may attend to whom: the attention of block diffusion as predicates (query, key) -> bool.
+"""The attention masks of block diffusion as predicates (query, key) -> bool.
 
-A training pass sees the streams [noisy_1; ...; noisy_N; clean] of L tokens each, with positions
-0..L-1 repeated in every stream (paper, section 3.2 and appendix B.6). A query sees a key iff
+A training pass has the streams [noisy_1; ...; noisy_N; clean] of L tokens each, with positions
+0..L-1 in every stream (paper, section 3.2 and appendix B.6). A query sees a key iff
 
 * block diagonal: both lie in the same stream's same block, or
 * offset block causal: the query is noisy, the key clean, and the key's block is earlier, or
 * block causal: both are clean and the key's block is not later.
 
-Everything else (the dense mask, FlexAttention's block mask, the pieces of chunked attention, the
-picture in the documentation) is derived from these predicates.
+Everything else (the dense mask, FlexAttention's block mask, the parts of chunked attention, the
+figure in the documentation) is derived from these predicates.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from blockdiffusion.diffusion.config import CleanAttention
 
 @dataclass(frozen=True)
 class Streams:
-    """The layout of one pass: `num_noisy` noisy copies of `seq_len` tokens, then the clean stream.
+    """The layout of a pass: `num_noisy` noisy copies of `seq_len` tokens, then the clean stream.
 
-    `clean_attention="causal"` makes the clean stream token-causal instead of block-causal.
-    `has_clean=False` leaves the clean stream out, which is enough when one block is the whole
-    sequence (nothing could see it). With `window` = W a query sees keys less than W positions away.
+    `clean_attention="causal"` makes the clean stream token-causal instead of block-causal. If one
+    block is the whole sequence, nothing would see the clean stream, which may be left out. With
+    `window` = W a query sees keys less than W positions away.
     """
 
     seq_len: int
@@ -38,12 +38,12 @@ class Streams:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all streams together."""
+        """Tokens of all streams."""
         return (self.num_noisy + self.has_clean) * self.seq_len
 
 
 def stream_predicate(streams: Streams, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-    """Whether query index `q` sees key index `kv`, both counted over all streams (broadcast)."""
+    """Return whether query index `q` sees key index `kv`, both over all streams (broadcast)."""
     length, size = streams.seq_len, streams.block_size
     q_stream, kv_stream = q // length, kv // length
     q_position, kv_position = q % length, kv % length
@@ -63,7 +63,7 @@ def stream_predicate(streams: Streams, q: torch.Tensor, kv: torch.Tensor) -> tor
 
 
 def dense_mask(streams: Streams, device: torch.device | str | None = None) -> torch.Tensor:
-    """The whole mask, bool (T, T) with T = streams.num_tokens; row = query, column = key."""
+    """Return the whole mask, bool (T, T), T = streams.num_tokens; row = query, column = key."""
     index = torch.arange(streams.num_tokens, device=device)
     return stream_predicate(streams, index[:, None], index[None, :])
 
@@ -78,7 +78,7 @@ def decode_predicate(
     clean_attention: CleanAttention = "block",
     layer_window: int | None = None,
 ) -> torch.Tensor:
-    """The same rule while sampling, where a position exists once (broadcast over all arguments).
+    """Return the same rule for sampling, when each position exists once (broadcast over all).
 
     The keys are clean blocks and, last, the block being denoised; a key of position -1 is an empty
     slot. With `window` = W a query sees the last W tokens, its own block included; with

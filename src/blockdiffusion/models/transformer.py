@@ -1,11 +1,11 @@
 """The paper's transformer (a DiT with rotary positions and adaptive layer norm), in one file.
 
-Read from top to bottom: configuration, small parts, a layer, the network `DiT`, and the model that
-it makes with `BlockDiffusion`.
+From top to bottom: configuration, small parts, a layer, the network `DiT`, and the model that it
+and `BlockDiffusion` make.
 
-The arithmetic is that of the published checkpoints, to the digit. Two things are done differently
-because they cost nothing: the last layer's clean stream computes keys and values only, and for a
-network without time input the modulation is one vector, fused into the layer norms.
+The arithmetic is that of the published checkpoints, to the digit. Two things differ, at no cost:
+the last layer's clean stream computes keys and values only, and for a network without time input
+the modulation is one vector, fused into the layer norms.
 
 Shape suffixes: B batch, T tokens of all streams, D width, H heads, E head width, V vocabulary,
 C width of the conditioning.
@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
-from blockdiffusion.diffusion.config import DiffusionConfig
+from blockdiffusion.diffusion.config import DiffusionConfig, ObjectiveProperties
 from blockdiffusion.errors import UserError
 from blockdiffusion.limits import check_limit
 from blockdiffusion.models import fused
@@ -39,9 +39,7 @@ from blockdiffusion.runtime.devices import allow_compilations
 NORM_EPS = 1e-5
 ROTARY_BASE = 10_000.0
 FREQUENCIES = 256  # features of the time embedding
-FEW_ROWS, SPLIT = 32, 8  # see Linear; measured best on two cores
-
-
+FEW_ROWS, SPLIT = 32, 8  # see Linear; the fastest on two cores
 # Sizes by the names of the version before.
 OLD_SIZES = {
     "width": "hidden_size",
@@ -50,17 +48,17 @@ OLD_SIZES = {
 }
 
 
-class BlockDiffusionConfig(PretrainedConfig):
-    """The sizes of the paper's network, and the conventions of the model around it: config.json.
+class BlockDiffusionConfig(ObjectiveProperties, PretrainedConfig):
+    """config.json: the sizes of the paper's network, and the conventions of the model around it.
 
     Args:
-        vocab_size: V, the mask token included.
+        vocab_size: V, including the mask token.
         seq_len, block_size, mask_id, clean_attention, objective, transition, timesteps,
-            noise_schedule, noise_eps, bos, bos_id, eos_id: see `DiffusionConfig`; mask_id None is
+            noise_schedule, noise_eps, bos, bos_id, eos_id: see `DiffusionConfig`; mask_id None =
             V - 1.
         hidden_size, num_hidden_layers, num_attention_heads, cond_dim, dropout: the network
             (paper: 768, 12, 12, 128, 0.1).
-        adaln: whether layers are modulated by the conditioning (no for the AR baseline).
+        adaln: whether a conditioning modulates the layers (no for the AR baseline).
         time_conditioning: whether the network reads sigma; a BD3-LM does not.
     """
 
@@ -116,7 +114,7 @@ class BlockDiffusionConfig(PretrainedConfig):
         self._check()
 
     def diffusion(self) -> DiffusionConfig:
-        """The conventions alone.
+        """Return the conventions alone.
 
         Raises:
             UserError: a value is not allowed.
@@ -124,13 +122,7 @@ class BlockDiffusionConfig(PretrainedConfig):
         return DiffusionConfig(**{name: getattr(self, name) for name in CONVENTIONS})
 
     def _check(self) -> None:
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "cond_dim",
-            "dropout",
-        ):
+        for name in (*OLD_SIZES.values(), "cond_dim", "dropout"):
             check_limit(name, getattr(self, name))
         self.diffusion()
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -144,7 +136,7 @@ class BlockDiffusionConfig(PretrainedConfig):
             raise UserError("time_conditioning needs adaln: true, which carries the time")
 
 
-# What the paper's model may choose; it reads each token at the token's own position.
+# The conventions that the paper's model may choose; its `reading` is always "same".
 CONVENTIONS = tuple(
     field.name for field in fields(DiffusionConfig) if field.name not in ("reading", "start_id")
 )
@@ -154,18 +146,16 @@ CONVENTIONS = tuple(
 
 
 class Rotary(NamedTuple):
-    """The rotary angles of a pass's tokens, as they multiply heads (..., T, H, E): both halves of
-    `cos` are the cosines, and `sin` is -sin beside sin; (..., T, 1, E)."""
+    """The rotary angles of a pass's tokens, (..., T, 1, E), as factors of heads (..., T, H, E):
+    `cos` is the cosines twice, `sin` the negative sines, then the sines."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
 def rotary_tables(positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> Rotary:
-    """Of positions (..., T); computed in float64.
-
-    In float32 the angles at position 100,000 would already shift logits by 7e-4.
-    """
+    """Return the angles of positions (..., T), computed in float64: in float32 those at position
+    100,000 would shift logits by 7e-4."""
     half = torch.arange(head_dim // 2, device=positions.device, dtype=torch.float64)
     frequency = ROTARY_BASE ** (-2 * half / head_dim)
     angle = positions[..., None, None].to(torch.float64) * frequency
@@ -174,9 +164,9 @@ def rotary_tables(positions: torch.Tensor, head_dim: int, dtype: torch.dtype) ->
 
 
 def rotate(x_BTHE: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-    """Rotary embedding by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+    """Return the rotary embedding by halves: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 
-    In few operations, which are most of the time for few tokens; and none pads a gradient.
+    It takes few operations, whose number is what costs for few tokens, and none pads a gradient.
     """
     cos, sin = (x.to(x_BTHE.dtype) for x in rotary)
     exchanged = x_BTHE.roll(x_BTHE.shape[-1] // 2, -1)
@@ -184,10 +174,10 @@ def rotate(x_BTHE: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """A linear layer that, on a CPU and for few rows (sampling), splits its weight among threads.
+    """A linear layer that splits its weight among threads on a CPU for few rows (sampling).
 
-    Such products are bound by reading the weight, and the library's own kernel keeps one thread
-    waiting: at 4 to 16 rows the split is about twice as fast on two cores.
+    Reading the weight bounds such products, and the library's own kernel lets one thread wait: for
+    4 to 16 rows the split is about twice as fast on two cores.
     """
 
     starts_at_zero = False  # see `BlockDiffusionModel._init_weights`
@@ -204,25 +194,21 @@ class Linear(nn.Linear):
 
 
 class LinearGelu(Linear):
-    """A linear layer and the GELU behind it."""
-
-    def before(self, input: torch.Tensor) -> torch.Tensor:
-        """What the GELU is of."""
-        return super().forward(input)
+    """A linear layer, then the GELU."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return fused.gelu(self.before(input))
+        return fused.gelu(super().forward(input))
 
 
 def mlp(input: torch.Tensor, inner: LinearGelu, outer: Linear) -> torch.Tensor:
-    """outer(inner(input)). For a gradient the GELU is computed again, and not kept."""
+    """Return outer(inner(input)). The backward pass computes the GELU again, so it is not kept."""
     if not _are_plain(inner, outer) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return outer(inner(input))
-    return fused.gelu_linear(inner.before(input), outer.weight, outer.bias)
+    return fused.gelu_linear(Linear.forward(inner, input), outer.weight, outer.bias)
 
 
 def _are_plain(*layers: nn.Module) -> bool:
-    """Whether nothing was put in the place of linear layers."""
+    """Whether the linear layers are those of this file: nothing has replaced them."""
     return all(type(layer) in (Linear, LinearGelu) for layer in layers)
 
 
@@ -240,7 +226,7 @@ class Norm(nn.Module):
         return F.layer_norm(x, shape, self.weight, None, NORM_EPS) * (1 + scale) + shift
 
     def affine(self, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias (D,) of the norm with one modulation for all tokens."""
+        """Return weight and bias (D,) of the norm with one modulation for all tokens."""
         dtype = self.weight.dtype  # under autocast the modulation comes in a shorter one
         return self.weight * (1 + scale.flatten().to(dtype)), shift.flatten().to(dtype)
 
@@ -274,13 +260,13 @@ class Modulation(Linear):
 
 
 def is_per_token(m: torch.Tensor) -> bool:
-    """Whether a modulation (..., D), or a conditioning, is another than one vector for all tokens:
-    also where there are none."""
+    """Return whether a modulation or conditioning (..., D) is not one vector for all tokens; it is
+    not for no tokens either."""
     return m.shape[:-1].numel() != 1
 
 
 def split_heads(qkv_BTD: torch.Tensor, num_heads: int, rotary: Rotary) -> tuple[torch.Tensor, ...]:
-    """Rotated queries and keys, and values, each (B, H, T, E), from all three (B, T, 3 H E)."""
+    """Return rotated queries and keys, and values, each (B, H, T, E), from (B, T, 3 H E)."""
     heads = qkv_BTD.unflatten(-1, (3 * num_heads, -1))
     both, v = heads.split([2 * num_heads, num_heads], dim=2)
     q, k = rotate(both, rotary).transpose(1, 2).chunk(2, dim=1)
@@ -292,7 +278,7 @@ def attended(
     read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     outputs: Outputs,
 ) -> torch.Tensor:
-    """What attention gives to the tokens that are asked for, heads side by side."""
+    """Return the attention of the wanted tokens, with heads side by side."""
     q, k, v = qkv
     return outputs.take(read(q[:, :, : outputs.first], k, v).transpose(1, 2).flatten(2))
 
@@ -301,8 +287,8 @@ class Layer(nn.Module):
     """Attention and MLP, each with its norm, its modulation and its gate.
 
     Attributes:
-        compiled: whether what stands before and behind attention is compiled, so that its small
-            operations become few: for training on GPUs, where gradients are asked for.
+        compiled: whether the parts before and after attention are compiled, which makes few of
+            their small operations: for training on GPUs.
     """
 
     compiled = False
@@ -319,11 +305,11 @@ class Layer(nn.Module):
         self.mlp_in = LinearGelu(width, 4 * width)
         self.mlp_out = Linear(4 * width, width)
         self.modulation = Modulation(config.cond_dim, width, 6) if config.adaln else None
-        # With a modulation the gates do.
+        # With a modulation the gates start at zero instead.
         self.attn_out.starts_at_zero = self.mlp_out.starts_at_zero = self.modulation is None
 
     def modulate(self, cond: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Shift, scale, gate of attention, then of the MLP."""
+        """Return shift, scale and gate of attention, then those of the MLP."""
         if self.modulation is not None:
             return self.modulation(cond)
         zero, one = torch.zeros_like(self.attn_norm.weight), torch.ones_like(self.attn_norm.weight)
@@ -337,35 +323,35 @@ class Layer(nn.Module):
         read: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         outputs: Outputs = ALL,
     ) -> torch.Tensor:
-        """The residual stream (B, T, D) after this layer; `read(q, k, v)` is attention.
+        """Return the residual stream (B, T, D) after this layer; `read(q, k, v)` is attention.
 
-        With `outputs`, that of these tokens: the others give keys and values only.
+        With `outputs`, return it for these tokens; the others give keys and values only.
         """
         shift, scale, *modulation = self.modulate(cond)
-        before, behind = Layer._heads, Layer._behind
+        attn_in, attn_out_mlp = Layer._attn_in, Layer._attn_out_mlp
         if torch.is_grad_enabled() and self.compiled:
-            before, behind = _compiled_parts()
+            attn_in, attn_out_mlp = _compiled_parts()
         elif torch.is_grad_enabled() and not is_per_token(scale) and self._is_plain():
-            before, behind = Layer._heads_fused, Layer._behind_fused
-        out = attended(before(self, x_BTD, shift, scale, rotary), read, outputs)
-        if outputs.places is not None and self.compiled:  # for each number of tokens anew
-            behind = Layer._behind
+            attn_in, attn_out_mlp = Layer._attn_in_fused, Layer._attn_out_mlp_fused
+        out = attended(attn_in(self, x_BTD, shift, scale, rotary), read, outputs)
+        if outputs.places is not None and self.compiled:  # it would be compiled per number
+            attn_out_mlp = Layer._attn_out_mlp
         modulation = [outputs.take(m) if is_per_token(m) else m for m in modulation]
-        return behind(self, outputs.take(x_BTD), out, *modulation)
+        return attn_out_mlp(self, outputs.take(x_BTD), out, *modulation)
 
-    def _heads(
+    def _attn_in(
         self,
         x_BTD: torch.Tensor,
         shift: torch.Tensor,
         scale: torch.Tensor,
         rotary: Rotary,
     ) -> tuple[torch.Tensor, ...]:
-        """What attention reads; see `split_heads`."""
+        """Queries, keys and values of `split_heads`."""
         return split_heads(
             self.attn_qkv(self.attn_norm(x_BTD, shift, scale)), self.num_attention_heads, rotary
         )
 
-    def _behind(
+    def _attn_out_mlp(
         self,
         x_BTD: torch.Tensor,
         out_BTD: torch.Tensor,
@@ -374,30 +360,29 @@ class Layer(nn.Module):
         mlp_scale: torch.Tensor,
         mlp_gate: torch.Tensor,
     ) -> torch.Tensor:
-        """The residual stream after this layer, from the one before and what attention gave."""
+        """The residual stream after this layer, from the one before it and attention's output."""
         x_BTD = torch.addcmul(x_BTD, attn_gate, self._drop(self.attn_out(out_BTD)))
         h_BTD = self.mlp_norm(x_BTD, mlp_shift, mlp_scale)
         out_BTD = mlp(h_BTD, self.mlp_in, self.mlp_out)
         return torch.addcmul(x_BTD, mlp_gate, self._drop(out_BTD))
 
     def _is_plain(self) -> bool:
-        """Whether the linear layers are still those of `__init__`."""
         return _are_plain(self.attn_qkv, self.attn_out, self.mlp_in, self.mlp_out)
 
-    def _heads_fused(
+    def _attn_in_fused(
         self,
         x_BTD: torch.Tensor,
         shift: torch.Tensor,
         scale: torch.Tensor,
         rotary: Rotary,
     ) -> tuple[torch.Tensor, ...]:
-        """`_heads` for one modulation, with the gradient of `fused`."""
+        """`_attn_in` for one modulation, with the gradient of `fused`."""
         weight, bias = self.attn_norm.affine(shift, scale)
         return fused.norm_heads(
             x_BTD, weight, bias, self.attn_qkv.weight, NORM_EPS, *rotary, self.num_attention_heads
         )
 
-    def _behind_fused(
+    def _attn_out_mlp_fused(
         self,
         x_BTD: torch.Tensor,
         out_BTD: torch.Tensor,
@@ -406,7 +391,7 @@ class Layer(nn.Module):
         mlp_scale: torch.Tensor,
         mlp_gate: torch.Tensor,
     ) -> torch.Tensor:
-        """`_behind` for one modulation, with the gradient of `fused`."""
+        """`_attn_out_mlp` for one modulation, with the gradient of `fused`."""
         dropout = self.dropout if self.training else 0.0
         add = partial(fused.gated_sum, dropout=dropout)
         out, inner, outer = self.attn_out, self.mlp_in, self.mlp_out
@@ -421,11 +406,11 @@ class Layer(nn.Module):
 
 @lru_cache(maxsize=1)
 def _compiled_parts() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Those of all layers, whose weights are inputs; compiled once for each shape."""
+    """The compiled parts, the same for all layers, whose weights are inputs; one per shape."""
     allow_compilations()
     return (
-        torch.compile(Layer._heads, dynamic=False),
-        torch.compile(Layer._behind, dynamic=False),
+        torch.compile(Layer._attn_in, dynamic=False),
+        torch.compile(Layer._attn_out_mlp, dynamic=False),
     )
 
 
@@ -436,8 +421,8 @@ class DiT(PreTrainedModel):
     """The paper's network: a `backbone.Backbone`; see `BlockDiffusionConfig` for its sizes.
 
     Attributes:
-        activation_checkpointing: whether gradients keep only what enters the layers, and compute
-            these again: less memory, a third more work, the same numbers.
+        activation_checkpointing: whether only the inputs of the layers are kept for the backward
+            pass, which computes the layers again: less memory, a third more work, equal numbers.
     """
 
     config_class = BlockDiffusionConfig
@@ -461,7 +446,7 @@ class DiT(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; weights are copied out of the mapped file, where they may lie
+        """As in transformers, with the weights copied out of the mapped file, in which they may be
         unaligned, so that matrix products round as they did before saving."""
         loaded = super().from_pretrained(*args, **kwargs)
         for parameter in (loaded[0] if isinstance(loaded, tuple) else loaded).parameters():
@@ -470,11 +455,12 @@ class DiT(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The authors' initialisation: PyTorch's defaults; modulations and the output at zero.
+        """The authors' initialisation: PyTorch's defaults, with modulations and the output at zero.
 
-        So are, in layers without modulation, the last products before each sum: as with it (whose
-        gates start at zero), a layer begins as the identity. With PyTorch's defaults its noise is
-        several times as large as the embeddings, and the baseline learns slowly.
+        In layers without modulation the last product before each sum starts at zero, so that a
+        layer begins as the identity, as it does with modulation, whose gates start at zero.
+        PyTorch's defaults would add noise several times as large as the embeddings, and the
+        baseline would learn slowly.
         """
         if isinstance(module, Linear) and module.starts_at_zero:
             for parameter in module.parameters():
@@ -488,15 +474,8 @@ class DiT(PreTrainedModel):
 
     @property
     def attention(self) -> AttentionSizes:
-        """The sizes of its attention."""
-        config = self.config
-        head_dim = config.hidden_size // config.num_attention_heads
-        return AttentionSizes(
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.num_attention_heads,
-            head_dim,
-        )
+        layers, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        return AttentionSizes(layers, heads, heads, self.config.hidden_size // heads)
 
     def forward(
         self,
@@ -506,9 +485,9 @@ class DiT(PreTrainedModel):
         outputs: Outputs = ALL,
         sigma_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states of the tokens asked for, after all layers and the norm; see `Backbone`.
+        """Return the hidden states of the wanted tokens after all layers and the norm.
 
-        The last layer computes for the other tokens what attention needs of them, and no more.
+        For the other tokens the last layer computes only keys and values.
         """
         x_BTD = self.embedding(ids_BT)
         rotary = rotary_tables(positions_BT, self.attention.head_dim, x_BTD.dtype)
@@ -517,7 +496,7 @@ class DiT(PreTrainedModel):
         for index, layer in enumerate(self.layers):
             last = outputs if layer is self.layers[-1] else ALL
             arguments = (x_BTD, cond, rotary, partial(read, index), last)
-            # Computed again with the same dropout: the random state is kept, too.
+            # The random state is kept too, so the layers computed again have the same dropout.
             x_BTD = (
                 checkpoint(layer, *arguments, use_reentrant=False) if again else layer(*arguments)
             )
@@ -525,7 +504,7 @@ class DiT(PreTrainedModel):
         return self._finish(x_BTD, outputs.take(cond) if per_token else cond)
 
     def _condition(self, sigma_BT: torch.Tensor | None) -> torch.Tensor | None:
-        """Conditioning that broadcasts over (B, T): one vector for all without time input."""
+        """The conditioning, which broadcasts over (B, T): one vector for all without time input."""
         if self.time is None:
             return None
         if not self.config.time_conditioning or sigma_BT is None:
@@ -539,38 +518,29 @@ class DiT(PreTrainedModel):
         return self.final_norm(x_BTD, zero, zero)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., D), in float32 at least."""
         logits = self.output(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def units(self) -> list[Layer]:
-        """The layers."""
         return list(self.layers)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """The matrices of attention and MLP. Not the modulations: without time they are one vector
-        in the clothes of a matrix, with gradients of rank 1."""
+        """Return the matrices of attention and MLP. A modulation is left out: without time it acts
+        as one vector, and its gradient has rank 1."""
         return [
             parameter
             for layer in self.layers
-            for name, parameter in layer.named_parameters(prefix="layers.0")
-            if is_hidden_matrix(name, parameter.ndim)
+            for name, parameter in layer.named_parameters()
+            if parameter.ndim == 2 and not name.startswith("modulation")
         ]
 
     def empty_copy(self) -> DiT:
-        """A network of the same sizes on the device `meta`."""
         with torch.device("meta"):
             return type(self)(self.config)  # type: ignore  # typed by its base class
 
     def compile_layers(self) -> None:
-        """Lets PyTorch's compiler make few of the layers' small operations; see `Layer`."""
         for layer in self.layers:
             layer.compiled = True
-
-
-def is_hidden_matrix(name: str, ndim: int) -> bool:
-    """Whether a parameter of a `DiT` is one of its `hidden_matrices`."""
-    return ndim == 2 and name.startswith("layers.") and "modulation" not in name
 
 
 # --- the model -------------------------------------------------------------------------------
@@ -589,7 +559,7 @@ class BlockDiffusionModel(BlockDiffusion):
         super().__init__(DiT(config), config.diffusion())
 
     def full_config(self) -> BlockDiffusionConfig:
-        """Sizes and conventions together: what config.json says."""
+        """Return sizes and conventions together, the content of config.json."""
         full = copy.deepcopy(self.backbone.config)
         for name in CONVENTIONS:
             setattr(full, name, getattr(self.config, name))
@@ -598,6 +568,24 @@ class BlockDiffusionModel(BlockDiffusion):
         return full  # type: ignore  # typed by its base class
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json and model.safetensors into `folder`, which `load` reads."""
+        """Write config.json and model.safetensors into `folder`, which `load` reads."""
         self.backbone.save_pretrained(folder)
         self.full_config().save_pretrained(folder)
+
+
+# --- the same without storage ----------------------------------------------------------------
+
+
+def meta_model(config: BlockDiffusionConfig) -> BlockDiffusionModel:
+    """Return the model of a configuration on PyTorch's device `meta`: names and shapes only."""
+    with torch.device("meta"):
+        return BlockDiffusionModel(config)
+
+
+def count_parameters(config: BlockDiffusionConfig) -> int:
+    """Return the parameters of a configuration's network, which may claim any number of layers."""
+    few = copy.deepcopy(config)
+    counts = []
+    for few.num_hidden_layers in (1, 2):
+        counts.append(sum(parameter.numel() for parameter in meta_model(few).parameters()))
+    return counts[0] + (config.num_hidden_layers - 1) * (counts[1] - counts[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,18 +35,23 @@ def make_sampler(config: Any, params: SamplingParams | None = None) -> Sampler:
     """
     params = params or SamplingParams()
     sampler = params.sampler
-    if config.objective == "autoregressive":
+    if config.is_autoregressive:
         refuse_masks(sampler=sampler, stride=params.stride, **params.settings())
         return NextToken()
     if isinstance(sampler, str | None):
         name = None if sampler is None else sampler.replace("_", "-")
-        sampler = _MAKERS[config.objective](config, name, params)
+        sampler = _FAMILIES[config.objective].make(config, name, params)
     else:
         sampler = _object(sampler, params)
     streams = RowStreams([bytes(16)], config.block_size)
     context = SamplingContext(config, torch.device("cpu"), SamplingParams(), streams)
     sampler.start(torch.ones(1, config.block_size, dtype=torch.bool), context)
     return sampler
+
+
+def sampler_names(config: Any) -> tuple[str, ...]:
+    """Return the names of the samplers that a network which denoises blocks can have."""
+    return _FAMILIES[config.objective].names
 
 
 def refuse_masks(**options: object) -> None:
@@ -148,4 +153,15 @@ def _d3pm(config: Any, name: str | None, params: SamplingParams) -> Sampler:
     return kind(steps, DiscreteTime(config).schedule)
 
 
-_MAKERS = {"block_diffusion": _masked, "score_entropy": _score_entropy, "d3pm": _d3pm}
+class _Family(NamedTuple):
+    """The samplers of an objective: their names, and what makes one of a name, None included."""
+
+    names: tuple[str, ...]
+    make: Callable[[Any, str | None, SamplingParams], Sampler]
+
+
+_FAMILIES = {
+    "block_diffusion": _Family(tuple(_MASKED), _masked),
+    "score_entropy": _Family(("analytic",), _score_entropy),
+    "d3pm": _Family(("ancestral",), _d3pm),
+}

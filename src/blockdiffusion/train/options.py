@@ -27,6 +27,7 @@ class ObjectiveKind:
 
     Attributes:
         network: values in the configuration of such a network.
+        has_one_block: whether a block is the whole row.
         stored: options that the configuration keeps: its name there -> the name of the option.
         usual_estimator: for `estimator` null.
         reads: the options that it reads.
@@ -34,6 +35,7 @@ class ObjectiveKind:
     """
 
     network: Mapping[str, Any]
+    has_one_block: bool = False
     stored: Mapping[str, str] = field(default_factory=dict)
     usual_estimator: EstimatorName = "complement"
     reads: tuple[str, ...] = ("estimator", "schedule", "clip", "num_noisy", "t_min", "stratify")
@@ -42,7 +44,7 @@ class ObjectiveKind:
 
 OBJECTIVES = {
     "bd3lm": ObjectiveKind(network={"objective": "block_diffusion"}),
-    "mdlm": ObjectiveKind(network={"objective": "block_diffusion"}),
+    "mdlm": ObjectiveKind(network={"objective": "block_diffusion"}, has_one_block=True),
     "sedd": ObjectiveKind(network={"objective": "score_entropy", "time_conditioning": True}),
     "d3pm": ObjectiveKind(
         network={"objective": "d3pm", "time_conditioning": True},
@@ -122,6 +124,16 @@ class ObjectiveOptions:
         return self.estimator or OBJECTIVES[self.name].usual_estimator
 
     @property
+    def has_one_block(self) -> bool:
+        """Whether a block is the whole row."""
+        return OBJECTIVES[self.name].has_one_block
+
+    @property
+    def is_autoregressive(self) -> bool:
+        """Whether the network predicts the next token, and no masks are drawn."""
+        return not OBJECTIVES[self.name].reads
+
+    @property
     def of_network(self) -> dict[str, Any]:
         """Values in the configuration of such a network."""
         kind = OBJECTIVES[self.name]
@@ -148,7 +160,7 @@ class ObjectiveOptions:
                 )
 
     def _refuse_times_where_none_is_drawn(self) -> None:
-        if self.name == "ar" or self.used_estimator not in ("count", "complement"):
+        if self.is_autoregressive or self.used_estimator not in ("count", "complement"):
             return
         for name, value, default in (
             ("schedule", self.schedule if self.clip is None else "linear", "linear"),

@@ -122,10 +122,10 @@ class Recipe:
         if self.search.every is not None:
             check_objective(self.objective)
         size = self.model.block_size
-        if self.objective.name == "ar":
+        if self.objective.is_autoregressive:
             self._check_autoregressive()
             size = 1
-        elif size is None and self.objective.name != "mdlm":  # which waits for the data's L
+        elif size is None and not self.objective.has_one_block:  # which waits for the data's L
             size = USUAL_BLOCK_SIZE
         object.__setattr__(self, "model", replace(self.model, block_size=size))
 
@@ -203,7 +203,7 @@ def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
         UserError: the block size does not divide L, or is not L for `mdlm`.
     """
     size, length = recipe.model.block_size, manifest.seq_len
-    if recipe.objective.name == "mdlm":
+    if recipe.objective.has_one_block:
         if size not in (None, length):
             raise UserError(
                 f"model.block_size is {size}, but objective.name is mdlm, whose block is the whole "
@@ -245,8 +245,7 @@ def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
     """Build that network with random weights, a function of `train.seed`."""
     import torch
 
-    from blockdiffusion.models.meta import count_parameters
-    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.models.transformer import BlockDiffusionModel, count_parameters
     from blockdiffusion.runtime.seeding import seed_global
 
     config = network_config(recipe, manifest)

@@ -32,7 +32,7 @@ class Speed:
         row_bos: bool,
         processes: int = 1,
     ):
-        self.sizes = NetworkSizes.of_config(model.full_config())
+        self.sizes = NetworkSizes.of(model.with_backbone(model.backbone.empty_copy()))
         self.options, self.row_bos = options, row_bos
         self.attention: Any = "causal"
         if not self.sizes.autoregressive:

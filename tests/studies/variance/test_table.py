@@ -318,7 +318,7 @@ def test_progress_reaches_the_total(make_model, random_ids):
     (dict(estimators=()), "nothing to measure"),
     (dict(block_sizes=()), "nothing to measure"),
     (dict(block_sizes=(0,)), "a block size is 0; it must be at least 1"),
-    (dict(estimators=("best",)), "no estimator"),
+    (dict(estimators=("best",)), "unknown estimator"),
     (dict(batch_size=0), "batch_size is 0"),
     (dict(batches=0), "batches is 0"),
     (dict(replicates=1), "at least 2"),

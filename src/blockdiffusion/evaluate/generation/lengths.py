@@ -132,7 +132,8 @@ def _drawn(
         model, num_samples=count, max_new_tokens=max_new_tokens, generator=source, **sampling
     )
     last_B = result.sequences.gather(1, result.lengths[:, None] - 1)[:, 0]
-    ended_B = last_B == model.config.eos_id
+    assert model.config.eos_id is not None  # checked by the caller
+    ended_B = last_B.eq(model.config.eos_id)
     return {
         "lengths": (result.lengths - result.prompt_lengths - ended_B.long()).tolist(),
         "cut": (~ended_B).tolist(),

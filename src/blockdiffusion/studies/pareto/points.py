@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.sampling.choosing import make_sampler
+from blockdiffusion.sampling.choosing import make_sampler, sampler_names
 from blockdiffusion.sampling.params import SETTINGS, SamplingParams
 
 TOKENS = (1, 2, 4, 8, 16)  # of a pass, in the usual points
@@ -73,7 +73,7 @@ def parse_point(text: str) -> Point:
 
 
 def _refuse_autoregressive(config: Any) -> None:
-    if config.objective == "autoregressive":
+    if config.is_autoregressive:
         raise UserError(
             "this model is autoregressive: every token takes a pass, and there is nothing to "
             "choose; take a model that denoises"
@@ -89,13 +89,15 @@ def usual_points(config: Any) -> tuple[Point, ...]:
     """
     _refuse_autoregressive(config)
     size = config.block_size
-    if config.objective == "d3pm":
-        steps = [config.timesteps // share for share in (1, 2, 4, 8) if config.timesteps >= share]
-        return tuple(Point("ancestral", (("steps", n),)) for n in steps)
     tokens = [n for n in TOKENS if n <= size]
     steps = [-(-size // n) for n in tokens]
-    if config.objective == "score_entropy":
-        return tuple(Point("analytic", (("steps", n),)) for n in (2 * size, *steps))
+    names = sampler_names(config)
+    if len(names) == 1:  # an objective with a sampler of its own, which takes steps
+        if most := config.timesteps:
+            steps = [most // share for share in (1, 2, 4, 8) if share <= most]
+        else:  # continuous time
+            steps = [2 * size, *steps]
+        return tuple(Point(names[0], (("steps", n),)) for n in steps)
     no_times = () if config.time_conditioning else tokens[1:]  # which a random order does not tell
     return (
         AUTHORS,
