@@ -602,6 +602,19 @@ def test_an_option_that_is_a_key_of_the_recipe_says_how_it_is_written(command, g
     assert "No such option: --foo" in blockdiff(command, "recipes/demo.yaml", "--foo").stderr
 
 
+@pytest.mark.parametrize("command", [["--help"], ["--version"], ["datasets"], ["eval", "--help"]])
+def test_a_reader_that_goes_away_ends_a_command_quietly(command):
+    """As `blockdiff ... | true` in a shell: with the exit code of SIGPIPE and no message."""
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(
+        [sys.executable, "-m", "blockdiffusion.cli", *command], stdout=write,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_python_runs_the_package():
     shown = subprocess.run(
         [sys.executable, "-m", "blockdiffusion", "--version"], capture_output=True, text=True

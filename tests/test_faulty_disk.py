@@ -16,7 +16,7 @@ from blockdiffusion.data import packing
 from blockdiffusion.evaluate.generation import samples
 from blockdiffusion.evaluate.journal import Journal
 from blockdiffusion.files.checksums import NOTES, SUMS
-from blockdiffusion.studies.reproduce import conductor, paper
+from blockdiffusion.studies.reproduce import paper, runner
 from blockdiffusion.studies.reproduce.scales import SCALES
 from blockdiffusion.train.checkpoint import holds_run
 from tests.command import blockdiff
@@ -157,9 +157,9 @@ def small_reproduction(monkeypatch):
     texts = {name: replace(text, tokenizer="byte") for name, text in TOY.texts.items()}
     toy = replace(TOY, texts=texts, steps=replace(TOY.steps, base=1), jobs=1)
     monkeypatch.setitem(SCALES, "toy", toy)
-    monkeypatch.setattr(conductor, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.0)
     process = SimpleNamespace(Popen=InThisProcess, PIPE=None)
-    monkeypatch.setattr(conductor, "subprocess", process)
+    monkeypatch.setattr(runner, "subprocess", process)
 
 
 class InThisProcess:

@@ -52,6 +52,8 @@ MOVED = {
     "sampling.processes": "sampling.samplers",
     "schedules": "diffusion.schedules",
     "seeding": "runtime.seeding",
+    "studies.reproduce.conductor": "studies.reproduce.runner",
+    "studies.reproduce.kept": "studies.reproduce.step_cache",
     "terminal": "reports.terminal",
     "train.spread": "train.parallel",
     "variance": "diffusion.variance",

@@ -379,8 +379,8 @@ def test_the_searches_are_told_and_drawn(page: Page) -> None:
     searched = search_page([FIRST, second], by="gradient")
     assert "search" in [attrs.get("id") for tag, attrs in searched.elements if tag == "section"]
     text = searched.words
-    assert "under which the gradient of a batch's loss scatters least" in text
-    assert "The last one took 0.00 – 0.90." in text
+    assert "variance of the gradient of a batch's loss" in text
+    assert "The last search chose 0.00 – 0.90." in text
     assert "2 searches of 3 clips took 3 s; the choice changed once." in text
     assert text.count("step 30: 0.00 – 0.90, variance") == 2  # the wide and the narrow drawing
     assert "search" not in [attrs.get("id") for _, attrs in page.elements]
@@ -388,9 +388,9 @@ def test_the_searches_are_told_and_drawn(page: Page) -> None:
 
 def test_many_searches_are_thinned() -> None:
     text = search_page([replace(FIRST, step=15 * n) for n in range(1, 1001)]).words
-    assert "Drawn are 80 of them, evenly spread." in text and "the choice never changed" in text
+    assert "80 of them, evenly spread." in text and "the choice never changed" in text
     text = search_page([replace(FIRST, clip=(1.0, 1.0), variances={(1.0, 1.0): 0.0})]).words
-    assert "The last one took all masked." in text and "1 search of 1 clips took 1.5 s" in text
+    assert "The last search chose all masked." in text and "1 search of 1 clips took 1.5 s" in text
 
 
 def test_searches_are_read_from_the_metrics(tmp_path: Path) -> None:

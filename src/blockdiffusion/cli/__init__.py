@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -126,9 +126,12 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         say("blockdiff: stopped", err=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # which click makes exit code 1
+            _end_without_reader()
+        raise
+    except BrokenPipeError:
+        _end_without_reader()
     except OSError as error:
         _fail(str(storage_error(error)))
     except (MemoryError, ValueError, RuntimeError) as error:
@@ -154,6 +157,12 @@ def _is_out_of_memory(error: Exception) -> bool:
     """Recognizes the messages of Python, NumPy and PyTorch for a failed allocation."""
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def _end_without_reader() -> NoReturn:
+    """End as SIGPIPE ends a program whose output nobody reads any more, as behind `head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+    sys.exit(141)  # 128 + SIGPIPE
 
 
 def _fail(message: str) -> None:

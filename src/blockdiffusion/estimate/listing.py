@@ -6,12 +6,12 @@ from blockdiffusion.estimate.run import Estimate
 from blockdiffusion.estimate.sampling import SamplingEstimate
 from blockdiffusion.estimate.training import TrainingEstimate
 from blockdiffusion.reports.numbers import count as amount
+from blockdiffusion.reports.numbers import duration, scaled
 from blockdiffusion.runtime.hardware import Hardware
 
-PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-# From which on a unit of time is used, its seconds, and its name.
-TIMES = ((172_800, 86_400, "days"), (5400, 3600, "hours"), (90, 60, "minutes"), (1, 1, "s"),
-         (1e-3, 1e-3, "ms"))  # fmt: skip
+
+def _in(number: float, unit: str = "B") -> str:
+    return scaled(number, unit)
 
 
 def estimate_lines(estimate: Estimate) -> list[str]:
@@ -59,7 +59,8 @@ def _device(device: Hardware) -> dict[str, list[str]]:
             f"of the bandwidth {between}",
             f"between them; in sampling {shares.call_products:.0%} of the peak; of the bandwidth "
             f"{shares.reading:.0%} for weights,",
-            f"{shares.call_rows:.0%} for the rest; {_time(shares.layer_seconds)} to start a layer",
+            f"{shares.call_rows:.0%} for the rest; "
+            f"{duration(shares.layer_seconds)} to start a layer",
         ],
     }  # fmt: skip
 
@@ -68,7 +69,7 @@ def _training_lines(a: TrainingEstimate, devices: int) -> list[str]:
     memory, flops, total = a.memory, a.flops, a.flops.total
     parts = [(name, part / a.seconds.total) for name, part in vars(a.seconds).items()]
     time = [
-        f"{_time(a.seconds_run)} in all; an update {_time(a.seconds_update)}",
+        f"{duration(a.seconds_run)} in all; an update {duration(a.seconds_update)}",
         ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005),
     ]
     if extra := a.flops_evaluation + a.flops_search:
@@ -133,26 +134,13 @@ def _sampling_lines(a: SamplingEstimate) -> list[str]:
             "calls": [f"{a.calls:,}; one reads {_in(a.bytes_read)} (weights "
                    f"{_in(a.weight_bytes_read)}) and takes {_in(a.flops.total, 'FLOP')}"],
             "time": [
-                f"a call {_time(a.seconds_call)}, mostly {max(parts, key=lambda n: parts[n])}",
-                ", ".join(f"{name} {_time(seconds)}" for name, seconds in parts.items()),
+                f"a call {duration(a.seconds_call)}, mostly {max(parts, key=lambda n: parts[n])}",
+                ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items()),
             ],
-            "speed": [f"{a.tokens_per_second:,.3g} tokens a second; a text {_time(a.seconds_row)}"],
+            "speed": [f"{a.tokens_per_second:,.3g} tokens a second; "
+                   f"a text {duration(a.seconds_row)}"],
             "memory": [f"weights {_in(a.weights)}, cache {_in(a.cache)}, logits {_in(a.logits)}; "
                     f"{a.largest_batch:,} rows are the most that fit"],
             "price": [] if price is None else [f"{price:,.2f} a million tokens"],
         }),
     ]  # fmt: skip
-
-
-def _in(number: float, unit: str = "B") -> str:
-    for limit, letter in PREFIXES:
-        if number >= limit:
-            return f"{number / limit:.3g} {letter}{unit}"
-    return f"{number:.3g} {unit}"
-
-
-def _time(seconds: float) -> str:
-    for limit, length, word in TIMES:
-        if seconds >= limit:
-            return f"{seconds / length:,.3g} {word}"
-    return f"{seconds * 1e6:.3g} us"

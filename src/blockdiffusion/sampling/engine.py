@@ -115,7 +115,7 @@ class _Request:
 
     def block_done(self) -> BlockDone:
         """What tells of the block that was closed."""
-        row, start, end = (torch.tensor([n]) for n in (self.id, self.start, len(self.ids)))
+        row, start, end = torch.tensor([self.id, self.start, len(self.ids)]).split(1)
         return BlockDone(row, start, torch.tensor([self.block]), end)
 
 

@@ -20,15 +20,15 @@ from blockdiffusion.files.disk import locked
 from blockdiffusion.studies.reproduce import (
     Reproduced,
     _write_table,
-    conductor,
     plan_tables,
     reproduce,
+    runner,
 )
 from blockdiffusion.studies.reproduce.cells import document_tokens
-from blockdiffusion.studies.reproduce.kept import Kept
 from blockdiffusion.studies.reproduce.paper import TABLES
 from blockdiffusion.studies.reproduce.plan import make_plan
 from blockdiffusion.studies.reproduce.scales import PAPER, SCALES, SMALL
+from blockdiffusion.studies.reproduce.step_cache import StepCache
 from tests.command import blockdiff
 from tests.evaluate.scorers import save_gpt2
 from tests.studies.reproduce.toy import DOCS, TOY, InProcess, write_pages
@@ -38,7 +38,7 @@ from tests.test_mutations import mutations
 @pytest.fixture(scope="module", autouse=True)
 def no_waiting():
     patch = pytest.MonkeyPatch()
-    patch.setattr(conductor, "SECONDS_BETWEEN_LOOKS", 0.0)
+    patch.setattr(runner, "POLL_SECONDS", 0.0)
     yield
     patch.undo()
 
@@ -228,7 +228,7 @@ def test_damaged_results_are_told_and_damaged_notes_are_made_anew(made):
         file.write_bytes(whole)
     print(f"{len(ended)} mutations: {ended.count(0)} read, {ended.count(2)} told")
     assert ended.count(0) and ended.count(2)
-    kept, step = Kept(plan), plan.steps[0]
+    kept, step = StepCache(plan), plan.steps[0]
     note = plan.out / "steps" / f"{step.name}.json"
     whole = note.read_bytes()
     for _, content in mutations(whole, "json"):
@@ -254,7 +254,7 @@ def test_another_recipe_never_overwrites_a_run(made, data):
     faster = replace(TOY, optim={**TOY.optim, "lr": 2e-2})
     with pytest.raises(UserError, match=r"runs/pages-ar was trained with other settings, data or"):
         reproduce(plan_tables(["T3"], faster, plan.out, data), lambda line: None, InProcess())
-    kept = Kept(plan)
+    kept = StepCache(plan)
     assert all(kept.state(step) == "done" for step in plan.steps)
 
 
@@ -262,7 +262,7 @@ def test_a_measurement_follows_its_run_and_options(made, data):
     plan = made[0]
     fewer = replace(TOY, measure=replace(TOY.measure, rows=6))
     other = plan_tables(["T3"], fewer, plan.out, data)
-    states = {step.name: Kept(other).state(step) for step in other.steps}
+    states = {step.name: StepCache(other).state(step) for step in other.steps}
     assert {name for name, state in states.items() if state == "out of date"} == {
         step.name for step in other.steps if step.kind == "measure"
     }
@@ -400,10 +400,10 @@ def test_interrupted_and_resumed_is_as_uninterrupted(made, data, tmp_path, monke
     with pytest.raises(UserError, match="the step train-pages-base failed: it ended with code 130"):
         reproduce(plan, lambda line: None, Stopping())
     base = plan.step("train-pages-base")
-    assert Kept(plan).state(base) == "interrupted" and Kept(plan).progress(base) == 3
+    assert StepCache(plan).state(base) == "interrupted" and StepCache(plan).progress(base) == 3
 
     said, going_on = [], InProcess()
     (resumed,) = reproduce(make_plan([table], TOY, tmp_path, data), said.append, going_on)
-    assert "train-pages-base: goes on" in said and going_on.commands[0][-1] == "--resume"
+    assert "train-pages-base: resumes" in said and going_on.commands[0][-1] == "--resume"
     whole = column(made[1]["T3"], "perplexity")
     assert column(resumed, "perplexity") == {name: whole[name] for name in ("mdlm", "s4")}

@@ -83,7 +83,7 @@ class Finished:
     def poll(self) -> int:
         return self.code
 
-    def interrupt(self) -> None:
+    def send_signal(self, number) -> None:
         raise AssertionError("it has ended")
 
 
@@ -93,7 +93,7 @@ class InProcess:
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
 
-    def __call__(self, command, log: Path, place) -> Finished:
+    def __call__(self, command, log: Path, slot) -> Finished:
         self.commands.append(list(command))
         ended = blockdiff(*command)
         log.parent.mkdir(parents=True, exist_ok=True)

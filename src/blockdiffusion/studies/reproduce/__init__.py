@@ -11,10 +11,10 @@ from typing import Any
 
 from blockdiffusion.errors import UserError, reason
 from blockdiffusion.files.disk import locked, storage_error, write_whole
-from blockdiffusion.studies.reproduce.conductor import Launch, Say, carry_out, launch
 from blockdiffusion.studies.reproduce.page import table_result
 from blockdiffusion.studies.reproduce.paper import PaperTable, find_table
 from blockdiffusion.studies.reproduce.plan import Plan, make_plan
+from blockdiffusion.studies.reproduce.runner import Launch, Log, launch, run_steps
 from blockdiffusion.studies.reproduce.scales import Scale, find_scale
 
 
@@ -35,14 +35,14 @@ def plan_tables(
     data: Sequence[str] = (),
     judge: str | None = None,
 ) -> Plan:
-    """The plan of some tables, by name; nothing is written.
+    """Return the plan of some tables; write nothing.
 
     Args:
         tables: "T1" to "T8".
         scale: "tiny", "small", "paper", or one of your own.
-        out: directory for everything that is made.
+        out: directory for all files.
         data: `NAME=PATH` of local text; see docs/how-to/reproduce.md.
-        judge: model that takes the place of the scale's judge in table 7.
+        judge: model that replaces the scale's judge in table 7.
 
     Raises:
         UserError: see `find_table`, `find_scale` and `make_plan`.
@@ -52,25 +52,25 @@ def plan_tables(
     return make_plan(list(found.values()), sizes, out, data, judge)
 
 
-def reproduce(plan: Plan, say: Say, launch: Launch = launch) -> list[Reproduced]:
-    """Trains and measures what is missing, and writes every table beside the paper's.
+def reproduce(plan: Plan, log: Log, launch: Launch = launch) -> list[Reproduced]:
+    """Train and measure what is missing, and write every table beside the paper's.
 
     Args:
-        say: told how far it is, a line at a time.
+        log: called with each line about progress.
         launch: starts a `blockdiff` command; by default in a process of its own.
 
     Raises:
         UserError: a step failed.
-        KeyboardInterrupt: it was interrupted; the same call goes on.
+        KeyboardInterrupt: it was interrupted; the same call resumes.
     """
     with _claimed(plan.out):
-        carry_out(plan, say, launch)
+        run_steps(plan, log, launch)
         return [_write_table(plan, table) for table in plan.tables]
 
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[None]:
-    """Locked against a second process."""
+    """Lock the directory against a second process."""
     taken = f"another process is at work in {out}; wait for it, or choose another --out"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def _claimed(out: Path) -> Iterator[None]:
         raise storage_error(error, out) from error
 
 
-# What values of other types, or their absence, end in.
+# The errors that values of other types, or missing ones, cause.
 DAMAGE = (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration, ValueError)
 
 

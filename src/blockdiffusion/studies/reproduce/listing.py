@@ -1,21 +1,21 @@
-"""A plan in words: its steps, their sizes, and what is there already."""
+"""A plan as text: its steps, their sizes and their states."""
 
 from __future__ import annotations
 
 import shlex
 
 from blockdiffusion.reports.numbers import count, duration
-from blockdiffusion.studies.reproduce.conductor import places
-from blockdiffusion.studies.reproduce.kept import Kept
 from blockdiffusion.studies.reproduce.plan import Plan, Run, Step
+from blockdiffusion.studies.reproduce.runner import slots
+from blockdiffusion.studies.reproduce.step_cache import StepCache
 
 
 def plan_lines(plan: Plan) -> list[str]:
-    """Every step with its command, state, sizes and estimated cost; the sum at the end."""
-    kept, scale, rooms = Kept(plan), plan.scale, places(plan.scale)
-    together = f"{len(rooms)} at a time"
-    if rooms[0].processes > 1:
-        together = f"one at a time, by {rooms[0].processes} processes"
+    """Return every step with its command, state, sizes and estimated cost, then the sum."""
+    cache, scale, free = StepCache(plan), plan.scale, slots(plan.scale)
+    together = f"{len(free)} at a time"
+    if free[0].processes > 1:
+        together = f"one at a time, by {free[0].processes} processes"
     names = ", ".join(table.name for table in plan.tables)
     budget = "; ".join(f"{table.name}: {table.budget}" for table in plan.tables)
     lines = [
@@ -26,16 +26,16 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
     left = 0.0
     for step in plan.steps:
-        state = kept.state(step)
-        lines.append(f"{step.name}: {_state(kept, step, state)}")
+        state = cache.state(step)
+        lines.append(f"{step.name}: {_state(cache, step, state)}")
         if step.run is not None:
             lines += [f"    {line}" for line in _sizes(step.run, scale.flops)]
             if state != "done":
-                left += step.run.flops * (1 - kept.progress(step) / step.run.steps)
+                left += step.run.flops * (1 - cache.progress(step) / step.run.steps)
         lines.append(f"    {shlex.join(['blockdiff', *step.command])}")
-    done = sum(kept.state(step) == "done" for step in plan.steps)
+    done = sum(cache.state(step) == "done" for step in plan.steps)
     runs = [step.run for step in plan.steps if step.run is not None]
-    speed = scale.flops * sum(room.processes for room in rooms)
+    speed = scale.flops * sum(slot.processes for slot in free)
     lines += [
         "",
         f"{len(plan.steps)} steps, {done} done; {len(runs)} runs of "
@@ -46,9 +46,9 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _state(kept: Kept, step: Step, state: str) -> str:
+def _state(cache: StepCache, step: Step, state: str) -> str:
     if state == "interrupted" and step.run is not None:
-        return f"interrupted at step {kept.progress(step):,} of {step.run.steps:,}"
+        return f"interrupted at step {cache.progress(step):,} of {step.run.steps:,}"
     return state
 
 

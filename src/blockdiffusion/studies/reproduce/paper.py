@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 from blockdiffusion.errors import UserError, shown
 
@@ -105,115 +107,95 @@ def find_table(name: str) -> PaperTable:
 # --- the figures ---------------------------------------------------------------------------------
 
 
-def _perplexities(**figures: float) -> dict[str, Figure]:
-    return {name: Figure(value) for name, value in figures.items()}
+def _row(
+    system: str, label: str, figures: dict[str, float], bounds: Iterable[str] = (), **more: Any
+) -> PaperRow:
+    """A row; `bounds`: the columns whose figure is an upper bound."""
+    marked = {name: Figure(value, name in bounds) for name, value in figures.items()}
+    return PaperRow(system=system, label=label, figures=marked, **more)
 
 
-def _exact(value: float) -> dict[str, Figure]:
-    return {"perplexity": Figure(value)}
+def _exact(system: str, label: str, perplexity: float, **more: Any) -> PaperRow:
+    return _row(system, label, {"perplexity": perplexity}, **more)
 
 
-def _bound(value: float) -> dict[str, Figure]:
-    return {"perplexity": Figure(value, is_bound=True)}
+def _bound(system: str, label: str, perplexity: float) -> PaperRow:
+    return _row(system, label, {"perplexity": perplexity}, bounds=["perplexity"])
 
 
-def _noise(perplexity: float, variance: float) -> dict[str, Figure]:
-    return {"perplexity": Figure(perplexity, is_bound=True), "variance": Figure(variance)}
+def _noise(system: str, label: str, perplexity: float, variance: float) -> PaperRow:
+    figures = {"perplexity": perplexity, "variance": variance}
+    return _row(system, label, figures, bounds=["perplexity"])
 
 
 def _noise_rows(
-    table: str, block: str, figures: Iterable[tuple[str, str, float, float]]
-) -> list[PaperRow]:
+    table: str, block: str, *figures: tuple[str, str, float, float]
+) -> tuple[PaperRow, ...]:
     """(clip or schedule, label, perplexity, variance) of the fine-tunes of tables 2 and 8."""
-    return [
-        PaperRow(
-            system=f"{table}-s{block}-{key}",
-            label=f"S = {block}, {label}",
-            figures=_noise(perplexity, variance),
-        )
-        for key, label, perplexity, variance in figures
-    ]
+    return tuple(
+        _noise(f"{table}-s{block}-{key}", f"S = {block}, {label}", *values)
+        for key, label, *values in figures
+    )
 
 
-def _groups(rows: Iterable[PaperRow]) -> tuple[tuple[str, ...], ...]:
-    """Systems of one block size."""
-    groups: dict[str, list[str]] = {}
-    for row in rows:
-        groups.setdefault(row.system.split("-")[1], []).append(row.system)
-    return tuple(map(tuple, groups.values()))
+def _systems(*groups: tuple[PaperRow, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(row.system for row in rows) for rows in groups)
 
 
 _PERPLEXITY = {"perplexity": "test perplexity"}
 _WITH_VARIANCE = {"perplexity": "test perplexity", "variance": "variance of the bound, by blocks"}
 
-_T1_VARIANCE = "variance of the training loss, by blocks"
 _T1 = PaperTable(
     name="T1",
     title="LM1B at S = 1: the noise of the loss is what separates diffusion from autoregression",
     corpus="lm1b",
     budget="16B tokens",
-    columns={"perplexity": "test perplexity", "variance": _T1_VARIANCE},
+    columns=_PERPLEXITY | {"variance": "variance of the training loss, by blocks"},
     rows=(
-        PaperRow(system="t1-ar", label="AR", figures=_exact(22.88)),
-        PaperRow(
-            system="t1-ar-random",
-            label="AR, random batch size",
-            figures=_exact(24.37),
+        _exact("t1-ar", "AR", 22.88),
+        _exact(
+            "t1-ar-random", "AR, random batch size", 24.37,
             quoted="training has no random batch size",
         ),
-        PaperRow(
-            system="t1-linear",
-            label="BD3-LM S = 1, linear U[0, 1]",
-            figures=_noise(25.56, 1.52),
-        ),
-        PaperRow(
-            system="t1-tuned",
-            label="BD3-LM S = 1, tuned (everything masked)",
-            figures=_exact(22.88) | {"variance": Figure(0.11)},
+        _noise("t1-linear", "BD3-LM S = 1, linear U[0, 1]", 25.56, 1.52),
+        _row(
+            "t1-tuned", "BD3-LM S = 1, tuned (everything masked)",
+            {"perplexity": 22.88, "variance": 0.11},
         ),
     ),
-)
+)  # fmt: skip
 
 _T2_ROWS = (
-    *_noise_rows(
-        "t2",
-        "L",
-        [
-            ("0-0.5", "U[0, 0.5]", 31.72, 1.03),
-            ("0.3-0.8", "U[0.3, 0.8]", 31.78, 1.35),
-            ("0.5-1", "U[0.5, 1]", 31.92, 1.83),
-            ("0-1", "U[0, 1]", 31.78, 3.80),
-        ],
+    _noise_rows(
+        "t2", "L",
+        ("0-0.5", "U[0, 0.5]", 31.72, 1.03),
+        ("0.3-0.8", "U[0.3, 0.8]", 31.78, 1.35),
+        ("0.5-1", "U[0.5, 1]", 31.92, 1.83),
+        ("0-1", "U[0, 1]", 31.78, 3.80),
     ),
-    *_noise_rows(
-        "t2",
-        "16",
-        [
-            ("0-0.5", "U[0, 0.5]", 31.27, 7.90),
-            ("0.3-0.8", "U[0.3, 0.8]", 31.19, 3.62),
-            ("0.5-1", "U[0.5, 1]", 31.29, 3.63),
-            ("0-1", "U[0, 1]", 31.33, 7.39),
-        ],
+    _noise_rows(
+        "t2", "16",
+        ("0-0.5", "U[0, 0.5]", 31.27, 7.90),
+        ("0.3-0.8", "U[0.3, 0.8]", 31.19, 3.62),
+        ("0.5-1", "U[0.5, 1]", 31.29, 3.63),
+        ("0-1", "U[0, 1]", 31.33, 7.39),
     ),
-    *_noise_rows(
-        "t2",
-        "4",
-        [
-            ("0-0.5", "U[0, 0.5]", 29.23, 32.68),
-            ("0.3-0.8", "U[0.3, 0.8]", 29.37, 10.39),
-            ("0.5-1", "U[0.5, 1]", 29.16, 8.28),
-            ("0-1", "U[0, 1]", 29.23, 23.65),
-        ],
+    _noise_rows(
+        "t2", "4",
+        ("0-0.5", "U[0, 0.5]", 29.23, 32.68),
+        ("0.3-0.8", "U[0.3, 0.8]", 29.37, 10.39),
+        ("0.5-1", "U[0.5, 1]", 29.16, 8.28),
+        ("0-1", "U[0, 1]", 29.23, 23.65),
     ),
-)
+)  # fmt: skip
 _T2 = PaperTable(
     name="T2",
     title="LM1B: perplexity and variance of the bound by clip and block size",
     corpus="lm1b",
     budget="65B tokens at S = L, then 10B with every clip and block size",
     columns=_WITH_VARIANCE,
-    rows=_T2_ROWS,
-    chains=_groups(_T2_ROWS),
+    rows=tuple(chain.from_iterable(_T2_ROWS)),
+    chains=_systems(*_T2_ROWS),
 )
 
 _T3 = PaperTable(
@@ -223,13 +205,13 @@ _T3 = PaperTable(
     budget="65B tokens",
     columns=_PERPLEXITY,
     rows=(
-        PaperRow(system="ar", label="Transformer (AR)", figures=_exact(22.83)),
-        PaperRow(system="d3pm", label="D3PM", figures=_bound(82.34)),
-        PaperRow(system="sedd", label="SEDD", figures=_bound(32.68)),
-        PaperRow(system="mdlm", label="MDLM", figures=_bound(31.78)),
-        PaperRow(system="s16", label="BD3-LM S = 16", figures=_bound(30.60)),
-        PaperRow(system="s8", label="BD3-LM S = 8", figures=_bound(29.83)),
-        PaperRow(system="s4", label="BD3-LM S = 4", figures=_bound(28.23)),
+        _exact("ar", "Transformer (AR)", 22.83),
+        _bound("d3pm", "D3PM", 82.34),
+        _bound("sedd", "SEDD", 32.68),
+        _bound("mdlm", "MDLM", 31.78),
+        _bound("s16", "BD3-LM S = 16", 30.60),
+        _bound("s8", "BD3-LM S = 8", 29.83),
+        _bound("s4", "BD3-LM S = 4", 28.23),
     ),
 )
 
@@ -240,12 +222,12 @@ _T4 = PaperTable(
     budget="524B tokens",
     columns=_PERPLEXITY,
     rows=(
-        PaperRow(system="ar", label="AR", figures=_exact(17.54)),
-        PaperRow(system="sedd", label="SEDD", figures=_bound(24.10)),
-        PaperRow(system="mdlm", label="MDLM", figures=_bound(22.98)),
-        PaperRow(system="s16", label="BD3-LM S = 16", figures=_bound(22.27)),
-        PaperRow(system="s8", label="BD3-LM S = 8", figures=_bound(21.68)),
-        PaperRow(system="s4", label="BD3-LM S = 4", figures=_bound(20.73)),
+        _exact("ar", "AR", 17.54),
+        _bound("sedd", "SEDD", 24.10),
+        _bound("mdlm", "MDLM", 22.98),
+        _bound("s16", "BD3-LM S = 16", 22.27),
+        _bound("s8", "BD3-LM S = 8", 21.68),
+        _bound("s4", "BD3-LM S = 4", 20.73),
     ),
 )
 
@@ -256,9 +238,9 @@ _T5_COLUMNS = {
 }  # fmt: skip
 
 
-def _zero_shot(*values: float, is_bound: bool = True) -> dict[str, Figure]:
-    columns = zip(_T5_COLUMNS, values, strict=True)
-    return {column: Figure(value, is_bound) for column, value in columns}
+def _zero_shot(system: str, label: str, *values: float) -> PaperRow:
+    figures = dict(zip(_T5_COLUMNS, values, strict=True))
+    return _row(system, label, figures, bounds=() if system == "ar" else _T5_COLUMNS)
 
 
 _T5 = PaperTable(
@@ -268,26 +250,10 @@ _T5 = PaperTable(
     budget="524B tokens",
     columns=_T5_COLUMNS,
     rows=(
-        PaperRow(
-            system="ar",
-            label="AR",
-            figures=_zero_shot(81.07, 25.32, 51.14, 52.13, 52.11, 48.59, 41.22, is_bound=False),
-        ),
-        PaperRow(
-            system="sedd",
-            label="SEDD",
-            figures=_zero_shot(96.33, 35.98, 68.14, 48.93, 67.82, 45.39, 40.03),
-        ),
-        PaperRow(
-            system="mdlm",
-            label="MDLM",
-            figures=_zero_shot(90.96, 33.22, 64.94, 48.29, 62.78, 43.13, 37.89),
-        ),
-        PaperRow(
-            system="s4",
-            label="BD3-LM S = 4",
-            figures=_zero_shot(96.81, 31.31, 60.88, 50.03, 61.67, 42.52, 39.20),
-        ),
+        _zero_shot("ar", "AR", 81.07, 25.32, 51.14, 52.13, 52.11, 48.59, 41.22),
+        _zero_shot("sedd", "SEDD", 96.33, 35.98, 68.14, 48.93, 67.82, 45.39, 40.03),
+        _zero_shot("mdlm", "MDLM", 90.96, 33.22, 64.94, 48.29, 62.78, 43.13, 37.89),
+        _zero_shot("s4", "BD3-LM S = 4", 96.81, 31.31, 60.88, 50.03, 61.67, 42.52, 39.20),
     ),
 )
 
@@ -299,20 +265,18 @@ _T6 = PaperTable(
     columns={"median": "median length", "max": "longest"},
     places=0,
     rows=(
-        PaperRow(
-            system="data",
-            label="OWT, its own documents",
-            figures=_perplexities(median=717, max=131_000),
+        _row(
+            "data", "OWT, its own documents", {"median": 717, "max": 131_000},
             quoted="a statistic of OpenWebText; ours is that of the training text",
         ),
-        PaperRow(system="ar", label="AR", figures=_perplexities(median=4008, max=131_000)),
-        PaperRow(system="sedd", label="SEDD", figures=_perplexities(median=1021, max=1024)),
-        PaperRow(system="mdlm", label="MDLM", figures={}, also=("median", "max")),
-        PaperRow(system="s16", label="BD3-LM S = 16", figures=_perplexities(median=798, max=9982)),
+        _row("ar", "AR", {"median": 4008, "max": 131_000}),
+        _row("sedd", "SEDD", {"median": 1021, "max": 1024}),
+        _row("mdlm", "MDLM", {}, also=("median", "max")),
+        _row("s16", "BD3-LM S = 16", {"median": 798, "max": 9982}),
     ),
-)
+)  # fmt: skip
 
-SSD_LM = "SSD-LM is quoted: its network and noise are not rebuilt"
+_SSD_LM = "SSD-LM is quoted: its network and noise are not rebuilt"
 _T7 = PaperTable(
     name="T7",
     title="generative perplexity (in the paper of 300 samples, L = 1024, under GPT-2 Large)",
@@ -321,66 +285,50 @@ _T7 = PaperTable(
     columns={"L": "L tokens", "2L": "2L tokens"},
     places=1,
     rows=(
-        PaperRow(system="ar", label="AR", figures={"L": Figure(14.1), "2L": Figure(13.2)}),
-        PaperRow(system="d3pm", label="D3PM", figures={}, also=("L",)),
-        PaperRow(system="sedd", label="SEDD", figures={"L": Figure(52.0)}),
-        PaperRow(system="mdlm", label="MDLM", figures={"L": Figure(46.8), "2L": Figure(41.3)}),
-        PaperRow(
-            system="ssd-lm-slow",
-            label="SSD-LM, 40K / 80K network calls",
-            figures={"L": Figure(37.2), "2L": Figure(35.3)},
-            quoted=SSD_LM,
+        _row("ar", "AR", {"L": 14.1, "2L": 13.2}),
+        _row("d3pm", "D3PM", {}, also=("L",)),
+        _row("sedd", "SEDD", {"L": 52.0}),
+        _row("mdlm", "MDLM", {"L": 46.8, "2L": 41.3}),
+        _row(
+            "ssd-lm-slow", "SSD-LM, 40K / 80K network calls", {"L": 37.2, "2L": 35.3},
+            quoted=_SSD_LM,
         ),
-        PaperRow(
-            system="ssd-lm-fast",
-            label="SSD-LM, 1K / 2K network calls",
-            figures={"L": Figure(281.3), "2L": Figure(281.9)},
-            quoted=SSD_LM,
+        _row(
+            "ssd-lm-fast", "SSD-LM, 1K / 2K network calls", {"L": 281.3, "2L": 281.9},
+            quoted=_SSD_LM,
         ),
-        PaperRow(
-            system="s16", label="BD3-LM S = 16", figures={"L": Figure(33.4), "2L": Figure(31.5)}
-        ),
-        PaperRow(
-            system="s8", label="BD3-LM S = 8", figures={"L": Figure(30.4), "2L": Figure(28.2)}
-        ),
-        PaperRow(
-            system="s4", label="BD3-LM S = 4", figures={"L": Figure(25.7), "2L": Figure(23.6)}
-        ),
+        _row("s16", "BD3-LM S = 16", {"L": 33.4, "2L": 31.5}),
+        _row("s8", "BD3-LM S = 8", {"L": 30.4, "2L": 28.2}),
+        _row("s4", "BD3-LM S = 4", {"L": 25.7, "2L": 23.6}),
     ),
-)
+)  # fmt: skip
 
 _T8_ROWS = (
-    *_noise_rows(
-        "t8",
-        "4",
-        [
-            ("0.45-0.95", "clipped U[0.45, 0.95]", 29.21, 6.24),
-            ("0.3-0.8", "clipped U[0.3, 0.8]", 29.38, 10.33),
-            ("linear", "linear U[0, 1]", 30.18, 23.45),
-            ("log", "logarithmic", 30.36, 23.53),
-            ("sqrt", "square root", 31.41, 26.43),
-        ],
+    _noise_rows(
+        "t8", "4",
+        ("0.45-0.95", "clipped U[0.45, 0.95]", 29.21, 6.24),
+        ("0.3-0.8", "clipped U[0.3, 0.8]", 29.38, 10.33),
+        ("linear", "linear U[0, 1]", 30.18, 23.45),
+        ("log", "logarithmic", 30.36, 23.53),
+        ("sqrt", "square root", 31.41, 26.43),
     ),
-    *_noise_rows(
-        "t8",
-        "16",
-        [
-            ("0.45-0.95", "clipped U[0.45, 0.95]", 31.42, 3.60),
-            ("0.3-0.8", "clipped U[0.3, 0.8]", 31.12, 3.58),
-            ("linear", "linear U[0, 1]", 31.72, 7.62),
-            ("square", "square", 31.43, 13.03),
-            ("cosine", "cosine", 31.41, 13.00),
-        ],
+    _noise_rows(
+        "t8", "16",
+        ("0.45-0.95", "clipped U[0.45, 0.95]", 31.42, 3.60),
+        ("0.3-0.8", "clipped U[0.3, 0.8]", 31.12, 3.58),
+        ("linear", "linear U[0, 1]", 31.72, 7.62),
+        ("square", "square", 31.43, 13.03),
+        ("cosine", "cosine", 31.41, 13.00),
     ),
-)
+)  # fmt: skip
 _T8 = PaperTable(
     name="T8",
     title="LM1B: perplexity and variance of the bound by noise schedule",
     corpus="lm1b",
     budget="65B tokens at S = L, then 3B with every schedule",
     columns=_WITH_VARIANCE,
-    rows=_T8_ROWS,
-    chains=_groups(_T8_ROWS),
+    rows=tuple(chain.from_iterable(_T8_ROWS)),
+    chains=_systems(*_T8_ROWS),
 )
 
 TABLES = {table.name: table for table in (_T1, _T2, _T3, _T4, _T5, _T6, _T7, _T8)}

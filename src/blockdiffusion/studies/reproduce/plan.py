@@ -4,8 +4,8 @@
     OUT/recipes/RUN.yaml the recipe of a run
     OUT/runs/RUN         a training run                 blockdiff train
     OUT/results/*.json   what was measured of it        blockdiff eval, zero-shot, lengths, ...
-    OUT/logs/STEP.log    what a step said
-    OUT/steps/STEP.json  what a finished step was made from, see `kept`
+    OUT/logs/STEP.log    the output of a step
+    OUT/steps/STEP.json  what a step was made from, see `step_cache`
     OUT/T3.md, T3.json   the table
 
 Tables share steps: what one has made the next one finds.

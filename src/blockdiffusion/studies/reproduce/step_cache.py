@@ -1,8 +1,8 @@
-"""What is finished already: every step leaves a note of what it was made from.
+"""Which steps are finished: every step leaves a note of what it was made from.
 
 A note (OUT/steps/STEP.json) is written when its step begins, with a hash of everything that the
 result depends on: the command, the recipe, and the content of what it reads. A step whose note has
-another hash is out of date. Measurements are then made anew; a training run is never thrown away.
+another hash is out of date. Its measurement is then repeated; a training run is never deleted.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class _Note:
     done: bool
 
 
-class Kept:
+class StepCache:
     """The notes of a plan's steps.
 
-    Files are hashed once: a step's input is finished before the step begins, and stays.
+    Each file is hashed once: a step's input is finished before the step begins and does not change.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -45,7 +45,7 @@ class Kept:
         self._hashes: dict[tuple[Path, int, int], str] = {}
 
     def state(self, step: Step) -> State:
-        """How far a step is; see the module."""
+        """Return the state of a step."""
         note = self._note(step)
         if note is None:
             return "to do"
@@ -59,7 +59,7 @@ class Kept:
         return 0 if newest is None else int(newest.name.removeprefix("step-"))
 
     def begin(self, step: Step) -> None:
-        """Makes room for a step that is to start or to go on.
+        """Prepare for a step that starts or resumes: remove an outdated measurement.
 
         Raises:
             UserError: there is a training run that was made from something else.
@@ -78,7 +78,7 @@ class Kept:
             self._write(step, done=False)
 
     def finish(self, step: Step) -> None:
-        """Notes that a step is done, where that is not noted yet."""
+        """Note that a step is done, unless that is noted already."""
         if self._note(step) != _Note(identity=self.identity(step), done=True):
             self._write(step, done=True)
 
@@ -95,7 +95,7 @@ class Kept:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _portable(self, value: Any) -> Any:
-        """Words without the places of this machine: everything may be moved."""
+        """Return values with paths replaced by names, since everything may be moved."""
         if isinstance(value, Mapping):
             return {name: self._portable(item) for name, item in value.items()}
         if isinstance(value, list | tuple):
@@ -129,7 +129,7 @@ class Kept:
             return None
         try:
             return build(_Note, read_json(self._file(step), ""), strict=False)
-        except (UserError, Damaged):  # it is written anew
+        except (UserError, Damaged):  # it will be rewritten
             return None
 
     def _write(self, step: Step, *, done: bool) -> None:
@@ -148,12 +148,12 @@ def _is_there(step: Step) -> bool:
 
 
 def _is_whole(step: Step) -> bool:
-    """Whether a measurement has ended: its result appears whole, and then its journal goes."""
+    """Whether a measurement has ended: its journal is removed after its result is written."""
     journal = journal_beside(step.product)
     return step.kind == "measure" and not (journal and journal.exists())
 
 
 def _signature(path: Path) -> list[Any]:
-    """Names, sizes and dates of a file, or of the files in a folder."""
+    """Return names, sizes and dates of a file, or of the files in a folder."""
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
