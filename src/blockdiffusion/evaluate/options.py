@@ -44,7 +44,7 @@ class LikelihoodOptions:
     mc_samples: int = option(8, MC_SAMPLES, was="samples")
     orders: int = option(8, "K of the K-order bound, for orders.")
     target_stderr: float | None = option(
-        None, "Draw on until the noise error is at most this, at most 4,096 times."
+        None, "Draw until the Monte Carlo error is at most this, at most 4,096 times."
     )
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ class CheckpointOptions:
     """When checkpoints are written; one is always written at the end and when interrupted."""
 
     every: int = option(1000, "steps between two checkpoints")
-    keep: int = option(2, "checkpoints that stay; older ones are removed")
+    keep: int = option(2, "how many checkpoints to keep; older ones are removed")
 
     def __post_init__(self) -> None:
         check_limits(self, "checkpoint.")

@@ -29,17 +29,17 @@ class OptimOptions:
     lr: float = option(3e-4, "learning rate after the warm-up, of AdamW and of Muon")
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's decay rates, in [0, 1)")
     eps: float = option(1e-8, "AdamW's epsilon")
-    momentum: float = option(MOMENTUM, "of Muon")
-    weight_decay: float = option(0.0, "decoupled, on matrices only")
+    momentum: float = option(MOMENTUM, "Muon's momentum")
+    weight_decay: float = option(0.0, "decoupled weight decay, on matrices only")
     warmup_steps: int = option(2500, "updates of the linear warm-up")
     schedule: Literal["constant", "cosine", "linear"] = option(
-        "constant", "after the warm-up; cosine and linear end at zero"
+        "constant", "learning rate after the warm-up; cosine and linear end at zero"
     )
     clip_norm: float | None = option(1.0, "the gradient's global norm is cut to this; null: never")
     ema_decay: float = option(
         0.9999,
-        "of the moving average that is evaluated and released, warmed up as (1 + n) / (10 + n); 0 "
-        "makes it the weights themselves",
+        "decay of the moving average that is evaluated and released, warmed up as (1 + n) / (10 + "
+        "n); with 0 it is the weights themselves",
     )
 
     def __post_init__(self) -> None:

@@ -202,7 +202,7 @@ class TrainOptions:
     compile: bool = option(
         False, "compile the layers on GPUs: faster steps, after some twenty seconds"
     )
-    seed: int = option(0, "of the initial weights, the order of rows, masks and dropout")
+    seed: int = option(0, "seed of the initial weights, the order of rows, the masks and dropout")
     dtype: Literal["float32", "bfloat16"] = option(
         "float32",
         "bfloat16 is autocast, in training only: weights, average, optimizer and evaluation are "

@@ -95,7 +95,7 @@ class SampleOptions:
     every: int | None = option(
         1000, "steps between two sets, and one after the last step; null: never"
     )
-    num: int = option(1, "samples of a set")
+    num: int = option(1, "number of samples in a set")
     max_new_tokens: int = option(64, "tokens of a sample")
 
     def __post_init__(self) -> None:
