@@ -73,6 +73,7 @@ LIMITS: dict[str, Limit] = {
     **dict.fromkeys(("batch_size", "micro_batch_size", "batch", "max_rows"), Limit(1, 2**20)),
     "keep": Limit(1, 10**6),
     "threads": Limit(1, 4096),
+    "ar_loss": Limit(0, 1000, whole=False),
     "num_noisy": Limit(1, 1024),
     "offset_step": interval("[0.001, 1]"),  # its inverse is a number of clips
     **dict.fromkeys(("lr", "eps", "clip_norm"), interval("(0, inf)")),

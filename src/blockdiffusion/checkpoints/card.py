@@ -17,7 +17,7 @@ from blockdiffusion.escape import markdown, markdown_prose, markdown_table
 from blockdiffusion.files.records import Damaged, build, of_file, read_json
 
 if TYPE_CHECKING:
-    from blockdiffusion.models.transformer import BlockDiffusionConfig
+    pass
 
 FORMAT = "blockdiffusion-card-1"
 FACTS, README = "card.json", "README.md"
@@ -33,7 +33,7 @@ print(blockdiffusion.{call})
 NETWORK = (
     "objective", "block_size", "seq_len", "vocab_size", "mask_id", "bos", "bos_id", "eos_id",
     "num_hidden_layers", "hidden_size", "num_attention_heads", "cond_dim", "time_conditioning",
-    "clean_attention",
+    "clean_attention", "block_attention", "reading",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def public_name(source: str | Path) -> str:
     return path.resolve().name if path.exists() or path.is_absolute() else str(source)
 
 
-def write_card(folder: Path, config: BlockDiffusionConfig, card: Card) -> None:
+def write_card(folder: Path, config: Any, card: Card) -> None:
     """Write card.json and README.md into a model directory."""
     (folder / FACTS).write_text(card.to_json(), encoding="utf-8")
     (folder / README).write_text(render(config, card), encoding="utf-8")
@@ -121,9 +121,13 @@ def is_ours(folder: Path) -> bool:
     return MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def render(config: BlockDiffusionConfig, card: Card) -> str:
+def render(config: Any, card: Card) -> str:
     """Return README.md: YAML front matter for the hub, then the facts in words and tables."""
+    from blockdiffusion.diffusion.config import DiffusionConfig
+
     call = "generate(model, max_new_tokens=64)"
+    sizes, section = config, getattr(config, "block_diffusion", None)
+    config = config if section is None else DiffusionConfig(**section)
     if config.is_autoregressive:
         call = 'likelihood(model, ["Some text."])'
     parts = [
@@ -134,7 +138,7 @@ def render(config: BlockDiffusionConfig, card: Card) -> str:
         EXAMPLE.format(call=call),
         *(["## Notes", *map(markdown_prose, card.notes)] if card.notes else []),
         "## Network",
-        _table({name: getattr(config, name) for name in NETWORK}),
+        _table({name: getattr(config, name, getattr(sizes, name, None)) for name in NETWORK}),
     ]
     if card.source is not None:
         parts += ["## Source", _table(card.source)]
@@ -144,7 +148,7 @@ def render(config: BlockDiffusionConfig, card: Card) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(config: BlockDiffusionConfig, card: Card) -> str:
+def _front_matter(config: Any, card: Card) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     kind = "autoregressive" if config.is_autoregressive else "block-diffusion"
@@ -173,7 +177,7 @@ def _front_matter(config: BlockDiffusionConfig, card: Card) -> str:
     return data.to_yaml()
 
 
-def _summary(config: BlockDiffusionConfig) -> str:
+def _summary(config: Any) -> str:
     paper = "[Block Diffusion](https://arxiv.org/abs/2503.09573)"
     if config.is_autoregressive:
         return f"An autoregressive language model, the baseline of {paper}, for `blockdiffusion`."
@@ -188,7 +192,7 @@ def _summary(config: BlockDiffusionConfig) -> str:
     )
 
 
-def _evaluation(config: BlockDiffusionConfig, card: Card) -> str:
+def _evaluation(config: Any, card: Card) -> str:
     found = card.evaluation
     given = {
         True: "Position 0 of every row is given (a BOS) and not counted.",

@@ -102,8 +102,8 @@ def read_causal_lm(
         UserError: it cannot be read, a tensor is missing or unexpected, the family cannot be a
             backbone, or nothing says the block size or the mask token.
     """
-    tokenizer = _read_tokenizer(path)
-    network = _read_network(path, raw, dtype)
+    tokenizer = read_tokenizer(path)
+    network = read_network(path, raw, dtype)
     section = raw.get(SECTION)
     if section is None:
         config = _conventions(path, network, tokenizer, raw, block_size, mask_id)
@@ -248,7 +248,7 @@ def check_folder(folder: Path) -> None:
                 )
 
 
-def _read_network(path: Path, raw: Mapping[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
+def read_network(path: Path, raw: Mapping[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
     if path.suffix == GGUF:
         return _read_gguf(path, dtype)
     check_folder(path)
@@ -298,7 +298,8 @@ def _read_gguf(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     return plain
 
 
-def _read_tokenizer(path: Path) -> Any:
+def read_tokenizer(path: Path) -> Any:
+    """Read the tokenizer of a directory or of a GGUF file; None if there is none."""
     options: dict[str, Any] = {}
     if path.suffix == GGUF:
         options, path = {"gguf_file": path.name}, path.parent

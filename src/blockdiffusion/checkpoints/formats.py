@@ -24,6 +24,7 @@ from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files import records
 from blockdiffusion.files.checksums import warn_of_changes
 from blockdiffusion.from_pretrained import from_pretrained
+from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.models.transformer import OLD_SIZES, BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.options import renamed
 
@@ -52,7 +53,7 @@ class Found:
         lightning: the other contents of a file whose format is "lightning".
     """
 
-    model: Any  # a BlockDiffusionModel or an AdaptedModel
+    model: BlockDiffusion
     format: Format
     path: Path
     lightning: LightningFile | None = None
@@ -70,7 +71,7 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> BlockDiffusionModel:
+) -> BlockDiffusion:
     """Return a model in eval mode from our directory, a published one, or a Lightning file.
 
     Args:
@@ -108,7 +109,7 @@ def find_model(
     Raises:
         UserError: see `load`; or options for a Lightning file are given for something else.
     """
-    path = _find(path_or_hub_id)
+    path = find_path(path_or_hub_id)
     raw = records.read_json(path / CONFIG, COPY_AGAIN) if path.is_dir() else {}
     if path.suffix == GGUF or is_causal_lm(raw):
         adapted = read_causal_lm(path, raw, block_size=block_size, mask_id=mask_id, dtype=dtype)
@@ -141,7 +142,7 @@ def find_model(
     return Found(model=model.eval(), format=kind, path=path, lightning=read)
 
 
-def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None:
+def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusion) -> None:
     """Copy the weights of another model, which may have another block size and length, to `model`.
 
     Args:
@@ -178,7 +179,7 @@ def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusionModel) -> None
     model.backbone.load_state_dict(source.backbone.state_dict())
 
 
-def write_model(model: BlockDiffusionModel, folder: Path) -> dict[str, str]:
+def write_model(model: BlockDiffusion, folder: Path) -> dict[str, str]:
     """Write config.json and the weights, as `save_pretrained` does.
 
     Returns:
@@ -209,7 +210,7 @@ def find_directory(path: Path) -> Path | None:
     return folder
 
 
-def _find(path_or_hub_id: str | Path) -> Path:
+def find_path(path_or_hub_id: str | Path) -> Path:
     """The local directory or Lightning file that holds the model; downloads a hub id."""
     path = Path(path_or_hub_id)
     if path.is_file():

@@ -39,7 +39,8 @@ from blockdiffusion.files.checksums import sums_of, write_sums
 from blockdiffusion.files.directories import publish_directory, writing
 from blockdiffusion.files.disk import written_aside
 from blockdiffusion.files.records import read_json
-from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+from blockdiffusion.models.block_diffusion import BlockDiffusion
+from blockdiffusion.models.transformer import BlockDiffusionConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -59,7 +60,7 @@ UPLOADED = ["*.json", "*.safetensors", "*.txt", "*.jinja", README]
 class Converted:
     """A model written by `convert`; `notes` are sentences for the user."""
 
-    model: BlockDiffusionModel
+    model: BlockDiffusion
     out: Path
     notes: tuple[str, ...]
 
@@ -161,7 +162,7 @@ def _misfit(tokenizer: PreTrainedTokenizerFast, config: BlockDiffusionConfig) ->
     )
 
 
-def _name_tokens(model: BlockDiffusionModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def _name_tokens(model: BlockDiffusion, tokenizer: PreTrainedTokenizerFast) -> None:
     """Take the ids of BOS and EOS from the tokenizer if the source does not name them."""
     for name in ("bos_id", "eos_id"):
         if getattr(model.config, name) is None:

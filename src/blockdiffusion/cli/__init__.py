@@ -21,7 +21,7 @@ from blockdiffusion.cli.measuring import evaluate, references, variance, zero_sh
 from blockdiffusion.cli.options import new_names, within_limits
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.shared import renamed, warn
-from blockdiffusion.cli.training import estimate, recipe_key, report, reproduce, train
+from blockdiffusion.cli.training import adapt, estimate, recipe_key, report, reproduce, train
 from blockdiffusion.cli.verifying import verify
 from blockdiffusion.errors import PeerFailure, UserError, reason
 from blockdiffusion.escape import mend_standard_streams, say
@@ -50,6 +50,7 @@ COMMANDS = {
     "datasets": datasets,
     "estimate": estimate,
     "train": train,
+    "adapt": adapt,
     "report": report,
     "eval": evaluate,
     "zero-shot": zero_shot,
@@ -145,7 +146,7 @@ def main() -> None:
 def _as_recipe_key(error: Any) -> str | None:
     """Tells how to write a recipe's key that was given as an option; None for other options."""
     option, command = getattr(error, "option_name", None), getattr(error.ctx, "info_name", None)
-    if option is None or command not in ("estimate", "plan", "train"):
+    if option is None or command not in ("adapt", "estimate", "plan", "train"):
         return None
     key = recipe_key(option, sys.argv)
     if key is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from blockdiffusion.cli.shared import write_json
 from blockdiffusion.escape import say
 from blockdiffusion.estimate.options import EstimateOptions
 from blockdiffusion.options import REQUIRED, only, option
+
+if TYPE_CHECKING:
+    from blockdiffusion.train.recipe import Recipe
 
 RECIPE = Annotated[Path, typer.Argument(help="A YAML recipe, or a run's config.yaml.")]
 OVERRIDES = Annotated[
@@ -51,19 +54,61 @@ def estimate(
     write_json(files.json_file, found.to_dict())
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdaptCommand:
+    """What is adapted, to which data and blocks; the rest is `section.key=value`."""
+
+    data: Path = option(REQUIRED, "Directory of prepared data, with the parent's tokenizer.")
+    block_size: int = option(REQUIRED, "S, tokens of a diffusion block; divides the data's L.")
+    out: Path = option(REQUIRED, "Directory of the run.")
+    steps: int = option(1000, "Updates of the weights.")
+    resume: bool = option(False, "Resume the run in --out.", flags="--resume")
+
+
+# What suits the adaptation of a trained network, unless overridden.
+ADAPT_DEFAULTS = ("train.batch_size=16", "optim.lr=3e-4", "optim.warmup_steps=20",
+                  "optim.ema_decay=0", "eval.every=null", "sample.every=null")  # fmt: skip
+
+
+@grouped
+def adapt(
+    parent: Annotated[
+        str, typer.Argument(help="A causal language model: directory, GGUF file or hub id.")
+    ],
+    options: AdaptCommand,
+    overrides: OVERRIDES = None,
+) -> None:
+    """Make a block diffusion model of a causal language model and train it on prepared data."""
+    from blockdiffusion.train.recipe import recipe_of
+
+    keys = {
+        "adapt.parent": parent,
+        "data.path": options.data,
+        "model.block_size": options.block_size,
+        "out": options.out,
+        "train.steps": options.steps,
+    }
+    given = [*ADAPT_DEFAULTS, *(f"{key}={value}" for key, value in keys.items())]
+    _train(recipe_of([*given, *(overrides or [])]), options.resume)
+
+
 def train(
     recipe: RECIPE,
     overrides: OVERRIDES = None,
     resume: Annotated[bool, typer.Option(help="Go on with the run in the recipe's out.")] = False,
 ) -> None:
     """Train a model as a recipe says; goes on where it was stopped with --resume."""
-    from blockdiffusion.runtime.distributed import process_group
     from blockdiffusion.train.recipe import load_recipe
+
+    _train(load_recipe(recipe, overrides or []), resume)
+
+
+def _train(parsed: Recipe, resume: bool) -> None:
+    from blockdiffusion.runtime.distributed import process_group
     from blockdiffusion.train.run import run_training
     from blockdiffusion.train.session import Interrupted
 
     with process_group() as processes:
-        parsed = load_recipe(recipe, overrides or [])
         try:
             state = run_training(parsed, resume=resume)
         except Interrupted as stop:

@@ -104,16 +104,25 @@ def masked_loss(
     sigma_BNK: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the sum over scored positions of weight times `masked_nll`: a scalar in nats, for
-    training. Few logits exist at a time, see `losses.weighted_subs_nll`."""
+    training. Few logits exist at a time, see `losses.weighted_subs_nll`.
+
+    Args:
+        scored_BNL, weight_BNL: a copy more than `noisy_BNL` stands for the clean stream, whose
+            outputs predict the next token; see `BlockDiffusion.encode`.
+    """
     hidden_MD = model.encode(noisy_BNL, clean_BL, sigma_BNK, valid_BL, scored_BNL)
-    target_BNL = clean_BL[:, None].expand_as(noisy_BNL)
-    return weighted_subs_nll(
-        hidden_MD,
-        model.output,
-        target_BNL[scored_BNL],
-        weight_BNL[scored_BNL],
-        model.config.mask_id,
-    )
+    target_BNL = clean_BL[:, None].expand_as(scored_BNL)
+    return _weighted_nll(model, hidden_MD, target_BNL[scored_BNL], weight_BNL[scored_BNL])
+
+
+def _weighted_nll(
+    model: Denoiser, hidden_MD: torch.Tensor, target_M: torch.Tensor, weight_M: torch.Tensor
+) -> torch.Tensor:
+    """Return the sum of weight * -log p(target), from hidden states."""
+    mask_id = model.config.mask_id
+    if model.backbone.logits_are_linear:
+        return weighted_subs_nll(hidden_MD, model.output, target_M, weight_M, mask_id)
+    return (weight_M * subs_nll(model.head(hidden_MD), target_M, mask_id)).sum()
 
 
 def causal_nll(
@@ -148,7 +157,7 @@ def causal_loss(
     """Return the sum of `causal_nll`: a scalar in nats, for training, computed as `masked_loss`."""
     hidden_MD, target_M = _before_free_tokens(model, clean_BL, free_BL, valid_BL)
     weight_M = torch.ones_like(target_M, dtype=torch.float32)
-    return weighted_subs_nll(hidden_MD, model.output, target_M, weight_M, model.config.mask_id)
+    return _weighted_nll(model, hidden_MD, target_M, weight_M)
 
 
 def _before_free_tokens(

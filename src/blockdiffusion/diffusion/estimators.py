@@ -69,6 +69,14 @@ class Corrupted:
         """Return the rows [start, stop) of the batch."""
         return _field_by_field([self], lambda parts: parts[0][start:stop])
 
+    def with_clean_stream(self, weight_BL: torch.Tensor) -> Corrupted:
+        """Return it with the clean stream as a copy more, scored where its weight is positive."""
+        return replace(
+            self,
+            weight_BNL=torch.cat([self.weight_BNL, weight_BL[:, None]], 1),
+            scored_BNL=torch.cat([self.scored_BNL, weight_BL[:, None] > 0], 1),
+        )
+
     def to(self, device: torch.device) -> Corrupted:
         """Return it with everything except the probabilities on a device."""
         return replace(

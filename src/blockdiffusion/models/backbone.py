@@ -86,6 +86,11 @@ class Backbone(Protocol):
     def output(self) -> nn.Linear: ...
 
     @property
+    def logits_are_linear(self) -> bool:
+        """Whether `head` is `output` and nothing else."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     @property

@@ -104,6 +104,17 @@ class BlockDiffusion(nn.Module):
         made.config = replace(self.config, block_size=block_size)
         return made
 
+    def full_config(self) -> Any:
+        """Return what config.json holds of a model that has files; see its subclasses.
+
+        Raises:
+            UserError: it is a network of one's own, which no file describes.
+        """
+        raise UserError(
+            f"a model around {type(self.backbone).__name__} has no configuration to save; keep its "
+            "weights by torch.save, or use a network that `load` reads"
+        )
+
     # --- training and evaluation: all blocks in one pass
 
     def encode(
@@ -121,7 +132,8 @@ class BlockDiffusion(nn.Module):
             clean_BL: the clean ids; may be None if one block is the whole sequence.
             sigma_BNK: time per block, for time-conditioned networks only (others ignore it).
             valid_BL: bool, False at padding, which no token attends to; None = all valid.
-            scored_BNL: bool, the positions whose states are returned, as (M, D); None = all.
+            scored_BNL: bool, the positions whose states are returned, as (M, D); None = all noisy
+                ones. With N + 1 copies the last one is the clean stream.
         """
         self._require(autoregressive=False)
         batch, copies, length = noisy_BNL.shape
@@ -140,8 +152,9 @@ class BlockDiffusion(nn.Module):
         if scored_BNL is not None:
             row_M, token_M = scored_BNL.flatten(1).nonzero(as_tuple=True)
             places = (row_M, token_M)
-        # Nothing reads the clean stream's output.
-        outputs = Outputs(copies * length, places)
+        # Mostly nothing reads the clean stream's output.
+        reads_clean = scored_BNL is not None and scored_BNL.shape[1] > copies
+        outputs = Outputs(None if reads_clean else copies * length, places)
         hidden_BTD = self.backbone(ids_BT, positions_T, read, outputs, sigma_BT)
         return hidden_BTD.unflatten(1, (copies, length)) if places is None else hidden_BTD[0]
 

@@ -430,6 +430,7 @@ class DiT(PreTrainedModel):
     config_class = BlockDiffusionConfig
     base_model_prefix = ""
     main_input_name = "ids_BT"
+    logits_are_linear = True
     layers: list[Layer]  # an nn.ModuleList
 
     def __init__(self, config: BlockDiffusionConfig):

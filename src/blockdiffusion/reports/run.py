@@ -16,7 +16,7 @@ from blockdiffusion.diffusion.denoiser import is_autoregressive
 from blockdiffusion.diffusion.objectives import diffusion_of
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.records import build, of_file, read_json, read_yaml
-from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.reports.curves import read_metrics
 from blockdiffusion.reports.page import (
     Command,
@@ -114,7 +114,7 @@ class _Run:
 
 
 def _facts(
-    model: BlockDiffusionModel, run: Path, config: Mapping[str, Any], speeds: list[float]
+    model: BlockDiffusion, run: Path, config: Mapping[str, Any], speeds: list[float]
 ) -> RunFacts:
     checkpoint = latest(run)
     state = None if checkpoint is None else read_state(checkpoint)
@@ -147,7 +147,7 @@ def _likelihood(run: Path, evaluation: str | Path | None) -> LikelihoodNumbers |
 
 
 def _draw(
-    model: BlockDiffusionModel, num_samples: int, max_new_tokens: int, seed: int
+    model: BlockDiffusion, num_samples: int, max_new_tokens: int, seed: int
 ) -> tuple[Trace | None, list[Sample]]:
     """Draw samples without filters, each from its own random stream; trace the first."""
     trace, samples = None, []

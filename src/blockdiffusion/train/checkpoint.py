@@ -50,7 +50,7 @@ from blockdiffusion.files.records import (
     read_bytes,
 )
 from blockdiffusion.limits import check_limits
-from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.options import option
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup, is_sharded
 from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys, trainable
@@ -201,7 +201,7 @@ def remove_old(out: Path, keep: int) -> None:
 
 
 def export_model(
-    out: Path, model: BlockDiffusionModel, tokenizer: Path | None, card: Card | None = None
+    out: Path, model: BlockDiffusion, tokenizer: Path | None, card: Card | None = None
 ) -> None:
     """Write the weights of `model`, the tokenizer's files and the model card to `out`/model/.
 

@@ -59,7 +59,7 @@ from blockdiffusion.train.speed import Speed
 
 if TYPE_CHECKING:
     from blockdiffusion.checkpoints.card import Card
-    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.models.block_diffusion import BlockDiffusion
     from blockdiffusion.train.schedule_search import ScheduleSearch
 
 
@@ -73,14 +73,14 @@ class Periodic:
     """
 
     every: int
-    run: Callable[[BlockDiffusionModel], Mapping[str, Any]]
+    run: Callable[[BlockDiffusion], Mapping[str, Any]]
 
     def due(self, step: int, steps: int) -> bool:
         return step % self.every == 0 or step == steps
 
 
 def train(
-    model: BlockDiffusionModel,
+    model: BlockDiffusion,
     rows: TokenRows,
     *,
     out: Path,
@@ -172,7 +172,7 @@ class _Training:
 
     def __init__(
         self,
-        model: BlockDiffusionModel,
+        model: BlockDiffusion,
         rows: TokenRows,
         out: Path,
         options: TrainOptions,
@@ -301,7 +301,8 @@ class _Training:
         config = self.model.config
         source = generator(self.options.seed, "corruption", step)
         corrupted = self.estimator(batch.ids_BL, free_BL, config.block_size, config.mask_id, source)
-        return DiffusionLoss(batch, corrupted), num_free
+        ar_loss = self.objective.ar_loss
+        return DiffusionLoss(batch, corrupted, ar_loss * free_BL if ar_loss else None), num_free
 
     def measure(self, step: int, due: Sequence[Periodic], report: Report) -> None:
         """Report what each of `due` returns for the averaged model; the state keeps evaluations."""

@@ -17,7 +17,7 @@ from blockdiffusion.diffusion.estimators import Corrupted
 from blockdiffusion.diffusion.objectives import diffusion_of
 
 if TYPE_CHECKING:
-    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.models.block_diffusion import BlockDiffusion
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class BatchLoss(ABC):
         """The number of positions that have logits, over all rows and copies."""
 
     @abstractmethod
-    def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
+    def nats(self, model: BlockDiffusion, rows: slice) -> torch.Tensor:
         """Return the loss of some of the rows, a sum in nats: a scalar on the model's device.
 
         The loss is the sum over all rows divided by the free tokens of the whole batch.
@@ -54,6 +54,8 @@ class DiffusionLoss(BatchLoss):
     """The loss of a diffusion: weighted terms of its bound, averaged over the noisy copies."""
 
     corrupted: Corrupted
+    ar_weight_BL: torch.Tensor | None = None
+    """Weights of the next-token loss on the clean stream, 0 at tokens that are not scored."""
 
     @property
     def num_noisy(self) -> int:
@@ -61,10 +63,14 @@ class DiffusionLoss(BatchLoss):
 
     @property
     def num_scored(self) -> int:
-        return int(self.corrupted.scored_BNL.sum())
+        clean = 0 if self.ar_weight_BL is None else int((self.ar_weight_BL > 0).sum())
+        return int(self.corrupted.scored_BNL.sum()) + clean
 
-    def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
+    def nats(self, model: BlockDiffusion, rows: slice) -> torch.Tensor:
         drawn = self.corrupted.rows(rows.start, rows.stop).to(model.device)
+        if self.ar_weight_BL is not None:
+            ar_weight_BL = self.num_noisy * self.ar_weight_BL[rows].to(model.device)
+            drawn = drawn.with_clean_stream(ar_weight_BL)
         nats = diffusion_of(model.config).loss(model, drawn, *self._inputs(rows, model.device))
         return nats / self.num_noisy
 
@@ -79,6 +85,6 @@ class NextTokenLoss(BatchLoss):
     def num_scored(self) -> int:
         return int(self.free_BL.sum())
 
-    def nats(self, model: BlockDiffusionModel, rows: slice) -> torch.Tensor:
+    def nats(self, model: BlockDiffusion, rows: slice) -> torch.Tensor:
         clean_BL, valid_BL = self._inputs(rows, model.device)
         return causal_loss(model, clean_BL, self.free_BL[rows].to(model.device), valid_BL)

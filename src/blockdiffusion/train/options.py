@@ -38,12 +38,17 @@ class ObjectiveKind:
     has_one_block: bool = False
     stored: Mapping[str, str] = field(default_factory=dict)
     usual_estimator: EstimatorName = "complement"
-    reads: tuple[str, ...] = ("estimator", "schedule", "clip", "num_noisy", "t_min", "stratify")
+    reads: tuple[str, ...] = (
+        "estimator", "schedule", "clip", "num_noisy", "t_min", "stratify",
+    )  # fmt: skip
     why_not: str = "which has no such choice"
 
 
 OBJECTIVES = {
-    "bd3lm": ObjectiveKind(network={"objective": "block_diffusion"}),
+    "bd3lm": ObjectiveKind(
+        network={"objective": "block_diffusion"},
+        reads=(*ObjectiveKind.reads, "ar_loss"),
+    ),
     "mdlm": ObjectiveKind(network={"objective": "block_diffusion"}, has_one_block=True),
     "sedd": ObjectiveKind(network={"objective": "score_entropy", "time_conditioning": True}),
     "d3pm": ObjectiveKind(
@@ -106,6 +111,11 @@ class ObjectiveOptions:
         "absorbing", "what noise turns a token into in d3pm: the mask, or a uniform token"
     )
     timesteps: int = option(1000, "T, the time steps of d3pm")
+    ar_loss: float = option(
+        0.0,
+        "weight of the next-token loss on the clean stream of the same pass, for adapted causal "
+        "models that keep their reading and attention",
+    )
 
     def __post_init__(self) -> None:
         self._refuse_what_is_not_read()
@@ -132,6 +142,11 @@ class ObjectiveOptions:
     def is_autoregressive(self) -> bool:
         """Whether the network predicts the next token, and no masks are drawn."""
         return not OBJECTIVES[self.name].reads
+
+    @property
+    def is_adaptable(self) -> bool:
+        """Whether a causal model can be adapted to it."""
+        return "ar_loss" in OBJECTIVES[self.name].reads
 
     @property
     def of_network(self) -> dict[str, Any]:
@@ -183,6 +198,35 @@ class ObjectiveOptions:
             t_min=self.t_min,
             stratify=self.stratify,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptOptions:
+    """A causal language model that becomes a block diffusion model."""
+
+    parent: str | None = option(
+        None,
+        "causal language model to start from, whose sizes are taken: a directory of transformers, "
+        "a GGUF file or a Hugging Face id; also one that was adapted before. null: a new network",
+    )
+    reading: Literal["next", "same"] = option(
+        "next",
+        "whether position i reads the token before and predicts token i, as the parent does, or "
+        "reads its own token, as the paper's network does",
+    )
+    clean_attention: Literal["causal", "block"] = option(
+        "causal", "how clean tokens see each other: as in the parent, or by whole blocks"
+    )
+    block_attention: Literal["full", "causal"] = option(
+        "full",
+        "how tokens of a noisy block see each other: all, or those up to themselves, with which "
+        "left-to-right sampling is the parent, exactly",
+    )
+    mask: str = option(
+        "mean",
+        "how the embedding of the mask token starts: mean, of all embeddings, or a token of the "
+        "parent, whose row is copied",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

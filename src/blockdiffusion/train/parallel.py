@@ -24,7 +24,7 @@ from blockdiffusion.train.optim import MovingAverage
 from blockdiffusion.train.options import Parallel
 
 if TYPE_CHECKING:
-    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.models.block_diffusion import BlockDiffusion
 
 
 class Parallelism:
@@ -35,7 +35,7 @@ class Parallelism:
             only `nats` and `ema_weights` can run it.
     """
 
-    def __init__(self, model: BlockDiffusionModel, processes: ProcessGroup):
+    def __init__(self, model: BlockDiffusion, processes: ProcessGroup):
         self.model, self.processes = model, processes
 
     def nats(self, batch_loss: BatchLoss, rows: slice) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Parallelism:
         loss.backward()
 
     @contextmanager
-    def ema_weights(self, average: MovingAverage) -> Iterator[BlockDiffusionModel]:
+    def ema_weights(self, average: MovingAverage) -> Iterator[BlockDiffusion]:
         """Yield a network with the averaged weights, whole on this process."""
         with average.swapped():
             yield self.model
@@ -73,7 +73,7 @@ class _Wrapped(Parallelism):
 class DDP(_Wrapped):
     """Distributed data parallel training."""
 
-    def __init__(self, model: BlockDiffusionModel, processes: ProcessGroup):
+    def __init__(self, model: BlockDiffusion, processes: ProcessGroup):
         super().__init__(model, processes)
         self._loss = nn.parallel.DistributedDataParallel(_Loss(model), gradient_as_bucket_view=True)
 
@@ -84,7 +84,7 @@ class DDP(_Wrapped):
 class FSDP(_Wrapped):
     """Fully sharded data parallel training, FSDP2: layers are the units that are gathered."""
 
-    def __init__(self, model: BlockDiffusionModel, processes: ProcessGroup):
+    def __init__(self, model: BlockDiffusion, processes: ProcessGroup):
         super().__init__(model, processes)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -99,7 +99,7 @@ class FSDP(_Wrapped):
         return nullcontext()
 
     @contextmanager
-    def ema_weights(self, average: MovingAverage) -> Iterator[BlockDiffusionModel]:
+    def ema_weights(self, average: MovingAverage) -> Iterator[BlockDiffusion]:
         """Yield a gathered copy, which each process can run as often as it likes."""
         model = self.model
         backbone = model.backbone.empty_copy()
@@ -111,7 +111,7 @@ class FSDP(_Wrapped):
 class _Loss(nn.Module):
     """The loss as a module's forward pass, which DDP and FSDP wrap."""
 
-    def __init__(self, model: BlockDiffusionModel):
+    def __init__(self, model: BlockDiffusion):
         super().__init__()
         self.model = model
 
@@ -119,9 +119,7 @@ class _Loss(nn.Module):
         return batch_loss.nats(self.model, rows)
 
 
-def parallelize(
-    model: BlockDiffusionModel, processes: ProcessGroup, parallel: Parallel
-) -> Parallelism:
+def parallelize(model: BlockDiffusion, processes: ProcessGroup, parallel: Parallel) -> Parallelism:
     """Distribute the network as `parallel` says; one process keeps it as it is.
 
     FSDP works in place: the parameters of `model` are shards from here on.

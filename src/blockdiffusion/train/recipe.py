@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -21,12 +21,13 @@ from blockdiffusion.runtime.hardware import check_memory
 from blockdiffusion.train.checkpoint import CheckpointOptions
 from blockdiffusion.train.loggers import LogOptions
 from blockdiffusion.train.optim import OptimOptions
-from blockdiffusion.train.options import ObjectiveOptions, TrainOptions
+from blockdiffusion.train.options import AdaptOptions, ObjectiveOptions, TrainOptions
 from blockdiffusion.train.schedule_search import SearchOptions, check_objective
 
 if TYPE_CHECKING:
     from blockdiffusion.data.manifest import Manifest
-    from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
+    from blockdiffusion.models.block_diffusion import BlockDiffusion
+    from blockdiffusion.models.transformer import BlockDiffusionConfig
 
 USUAL_BLOCK_SIZE = 4
 
@@ -109,6 +110,7 @@ class Recipe:
     out: str = option(REQUIRED, "directory of the run, made if needed")
     data: DataOptions
     model: ModelOptions = field(default_factory=ModelOptions)
+    adapt: AdaptOptions = field(default_factory=AdaptOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     search: SearchOptions = field(default_factory=SearchOptions)
     train: TrainOptions
@@ -128,6 +130,25 @@ class Recipe:
         elif size is None and not self.objective.has_one_block:  # which waits for the data's L
             size = USUAL_BLOCK_SIZE
         object.__setattr__(self, "model", replace(self.model, block_size=size))
+        self._check_adapted()
+
+    def _check_adapted(self) -> None:
+        """Refuse what an adapted model does not read, and what only one reads."""
+        if self.adapt.parent is None:
+            changed, usual, why = self.adapt, AdaptOptions(), "adapt.parent is null"
+            section = "adapt"
+        else:
+            changed, usual, why = self.model, ModelOptions(), "the network is that of adapt.parent"
+            section = "model"
+            if not self.objective.is_adaptable:
+                raise UserError(
+                    f"objective.name is {self.objective.name}, but adapt.parent is given; causal "
+                    "models are adapted to masked diffusion: set objective.name=bd3lm"
+                )
+        for item in fields(usual):
+            value = getattr(changed, item.name)
+            if item.name not in ("parent", "block_size") and value != getattr(usual, item.name):
+                raise UserError(f"{section}.{item.name} is {value}, but {why}; leave it out")
 
     def _check_autoregressive(self) -> None:
         usual = ModelOptions()
@@ -158,6 +179,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: the file cannot be read, a key is unknown, or a value is not allowed.
     """
     tree = read_yaml(Path(path), "mend it, or give another recipe")
+    _override(tree, overrides)
+    with of_file(Path(path), ""):
+        return build(Recipe, tree)
+
+
+def recipe_of(overrides: Sequence[str]) -> Recipe:
+    """Return the recipe of `section.key=value` alone; of several for a key the last counts.
+
+    Raises:
+        UserError: a key is unknown or missing, or a value is not allowed.
+    """
+    tree: dict[str, Any] = {}
+    _override(tree, overrides)
+    return build(Recipe, tree)
+
+
+def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -169,8 +207,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             if not isinstance(place, dict):
                 raise UserError(f"{shown(override)}: {section} is a value, not a section")
         place[name] = Typed(text)
-    with of_file(Path(path), ""):
-        return build(Recipe, tree)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -241,13 +277,21 @@ def network_config(recipe: Recipe, manifest: Manifest) -> BlockDiffusionConfig:
     )
 
 
-def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusionModel:
-    """Build that network with random weights, a function of `train.seed`."""
+def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusion:
+    """Build that network with random weights, a function of `train.seed`, or from its parent.
+
+    Raises:
+        UserError: it does not fit into memory; or the parent cannot be read or adapted to the data.
+    """
     import torch
 
     from blockdiffusion.models.transformer import BlockDiffusionModel, count_parameters
     from blockdiffusion.runtime.seeding import seed_global
 
+    if recipe.adapt.parent is not None:
+        from blockdiffusion.train.adapt import adapted_for
+
+        return adapted_for(recipe, manifest)
     config = network_config(recipe, manifest)
     weights = count_parameters(config)
     ids = recipe.train.batch_size * config.seq_len

@@ -16,7 +16,7 @@ from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import choose_estimator, likelihood
 from blockdiffusion.evaluate.prepared import evaluation_facts
-from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.reports.terminal import progress_bar
 from blockdiffusion.runtime.distributed import ProcessGroup, process_group
 from blockdiffusion.runtime.seeding import generator
@@ -105,7 +105,7 @@ def _run_training(
     )
 
 
-def _start_weights(init_from: str, out: Path, model: BlockDiffusionModel) -> str:
+def _start_weights(init_from: str, out: Path, model: BlockDiffusion) -> str:
     """Copy the weights in; return a note for the log."""
     if Path(init_from).resolve() in (out.resolve(), (out / "model").resolve()):
         raise UserError(

@@ -32,7 +32,7 @@ from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.train.options import OBJECTIVES, ObjectiveOptions
 
 if TYPE_CHECKING:
-    from blockdiffusion.models.transformer import BlockDiffusionModel
+    from blockdiffusion.models.block_diffusion import BlockDiffusion
 
 Clip = tuple[float, float]
 Criterion = Literal["loss", "gradient"]
@@ -142,7 +142,7 @@ class ScheduleSearch:
     def due(self, step: int) -> bool:
         return self._options.every is not None and step % self._options.every == 0
 
-    def run(self, model: BlockDiffusionModel, step: int) -> SearchResult:
+    def run(self, model: BlockDiffusion, step: int) -> SearchResult:
         """Search with the weights of `model`; dropout is off, gradients are cleared.
 
         All clips see the same rows and the same random numbers.
@@ -167,7 +167,7 @@ class ScheduleSearch:
         )
 
     def _batch_variances(
-        self, model: BlockDiffusionModel, step: int, number: int, indices: np.ndarray
+        self, model: BlockDiffusion, step: int, number: int, indices: np.ndarray
     ) -> torch.Tensor:
         """float64 (C,): the variance of one batch under each of the C clips."""
         batch = self._rows.rows(indices)

@@ -19,7 +19,8 @@ from torch import nn
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.disk import written_aside
-from blockdiffusion.models.transformer import BlockDiffusionModel
+from blockdiffusion.models.block_diffusion import BlockDiffusion
+from blockdiffusion.models.causal_lm import AdaptedModel
 from blockdiffusion.runtime.distributed import ProcessGroup, current_group
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import TrainState
@@ -131,10 +132,10 @@ class StopSignals:
 # --- The start of a run ---------------------------------------------------------------------------
 
 
-def check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: ObjectiveOptions) -> None:
-    config = model.full_config()
+def check_fit(model: BlockDiffusion, rows: TokenRows, objective: ObjectiveOptions) -> None:
+    config = model.config
     for name, value in objective.of_network.items():
-        of_model = getattr(config, name)
+        of_model = getattr(config, name, getattr(model.backbone.config, name, value))
         if of_model != value:
             raise UserError(
                 f"objective.name is {objective.name}, but the network's {name} is {of_model}, not "
@@ -142,11 +143,18 @@ def check_fit(model: BlockDiffusionModel, rows: TokenRows, objective: ObjectiveO
             )
     for name in ("seq_len", "vocab_size", "mask_id"):
         of_model, of_data = getattr(config, name), getattr(rows.manifest, name)
-        if of_model != of_data:
+        is_padded = name == "vocab_size" and isinstance(model, AdaptedModel)
+        if of_model < of_data or (of_model > of_data and not is_padded):
             raise UserError(
                 f"the model's {name} is {of_model}, but the data's is {of_data}; "
                 "prepare the data for this model, or build the model for the data"
             )
+    if objective.ar_loss and (config.reading, config.clean_attention) != ("next", "causal"):
+        raise UserError(
+            f"objective.ar_loss is {objective.ar_loss}, but the network reads its own token or "
+            "sees clean tokens in blocks, so its clean stream predicts no next token; set "
+            "objective.ar_loss=0, or adapt a causal model with its own reading and attention"
+        )
 
 
 def check_shares(options: TrainOptions, processes: ProcessGroup) -> None:

@@ -1,0 +1,129 @@
+"""From a causal language model to the block diffusion model that a recipe adapts it to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from blockdiffusion.checkpoints.causal_lm import (
+    is_causal_lm,
+    read_network,
+    read_tokenizer,
+    start_token_id,
+)
+from blockdiffusion.checkpoints.formats import CONFIG, find_path
+from blockdiffusion.data.manifest import TOKENIZER_FOLDER
+from blockdiffusion.data.tokenizers import load_tokenizer
+from blockdiffusion.diffusion.config import DiffusionConfig
+from blockdiffusion.errors import UserError, shown
+from blockdiffusion.files.records import read_json
+from blockdiffusion.models.causal_lm import SECTION, AdaptedModel, adapted_model, num_embeddings
+from blockdiffusion.train.recipe import with_block_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from blockdiffusion.data.manifest import Manifest
+    from blockdiffusion.train.options import AdaptOptions
+    from blockdiffusion.train.recipe import Recipe
+
+MEAN = "mean"
+
+
+def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
+    """Read the parent of a recipe, give it a mask token, and make it a block diffusion model.
+
+    With causal clean tokens its autoregressive reading is the parent's, exactly, before training.
+
+    Raises:
+        UserError: the parent cannot be read, is no causal model or one that cannot be adapted; the
+            data were prepared with another tokenizer.
+    """
+    options, size = recipe.adapt, with_block_size(recipe, manifest).model.block_size
+    assert options.parent is not None and size is not None
+    path = find_path(options.parent)
+    raw = read_json(path / CONFIG, "copy or download it again") if path.is_dir() else {}
+    if path.is_dir() and not is_causal_lm(raw):
+        raise UserError(
+            f"adapt.parent is {options.parent}, whose model_type is "
+            f"{shown(raw.get('model_type'))}; give a causal language model of transformers"
+        )
+    tokenizer = load_tokenizer(Path(recipe.data.path) / TOKENIZER_FOLDER)
+    parents = read_tokenizer(path)
+    _check_tokenizers(parents, tokenizer, options.parent, recipe.data.path)
+    _check_section(raw.get(SECTION), options)
+    network = read_network(path, raw, torch.float32)
+    if SECTION not in raw:
+        _add_mask(network, manifest.mask_id, _copied_row(options, parents))
+    config = DiffusionConfig(
+        vocab_size=num_embeddings(network),
+        seq_len=manifest.seq_len,
+        block_size=size,
+        mask_id=manifest.mask_id,
+        clean_attention=options.clean_attention,
+        block_attention=options.block_attention,
+        reading=options.reading,
+        start_id=start_token_id(parents, network.config) if options.reading == "next" else None,
+        bos=manifest.row_bos,
+        bos_id=manifest.bos_id,
+        eos_id=manifest.eos_id,
+    )
+    return adapted_model(network, config, tokenizer)
+
+
+def _check_tokenizers(parents: Any, of_data: Any, parent: str, data: str) -> None:
+    """Refuse data of another tokenizer than the parent's; the data's has a mask token more."""
+    if parents is None:
+        return
+    own, vocabulary = parents.get_vocab(), of_data.get_vocab()
+    without_mask = {t: i for t, i in vocabulary.items() if t != of_data.mask_token}
+    if own not in (vocabulary, without_mask):
+        raise UserError(
+            f"{data} was prepared with another tokenizer than that of {parent}; prepare the data "
+            f"with --tokenizer {parent}"
+        )
+
+
+def _check_section(section: Any, options: AdaptOptions) -> None:
+    """Refuse another reading or attention than that of a parent that was adapted before."""
+    for name in ("reading", "clean_attention") if isinstance(section, Mapping) else ():
+        found, wanted = section.get(name), getattr(options, name)
+        if found != wanted:
+            raise UserError(
+                f"adapt.{name} is {wanted}, but {options.parent} was adapted with {shown(found)}; "
+                f"set adapt.{name}={found}"
+            )
+
+
+def _copied_row(options: AdaptOptions, tokenizer: Any) -> int | None:
+    """Return the id whose row the mask token copies; None: the mean of all rows."""
+    if options.mask == MEAN:
+        return None
+    found = {} if tokenizer is None else tokenizer.get_vocab()
+    if options.mask not in found:
+        raise UserError(
+            f"adapt.mask is {shown(options.mask)}, which is no token of {options.parent}; give "
+            "mean, or one of its tokens"
+        )
+    return found[options.mask]
+
+
+def _add_mask(network: PreTrainedModel, mask_id: int, copied: int | None) -> None:
+    """Set the rows of the mask token, which may be new or a row of padding: the mean of those of
+    real tokens, or a copy."""
+    before = [table.detach().clone() for table in _tables(network)]
+    if mask_id >= len(before[0]):
+        network.resize_token_embeddings(mask_id + 1, mean_resizing=False)
+    with torch.no_grad():
+        for table, old in zip(_tables(network), before, strict=True):
+            table[mask_id] = old[:mask_id].mean(0) if copied is None else old[copied]
+
+
+def _tables(network: PreTrainedModel) -> list[torch.Tensor]:
+    """Return the weights of the embeddings and, if it is not the same, of the output layer."""
+    layers: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
+    weights = [layer.weight for layer in layers]
+    return weights[:1] if weights[0] is weights[1] else weights
