@@ -85,60 +85,27 @@ def perform(job: Job) -> None:
 
 
 def gpt2(config: Any) -> Any:
-    """A GPT-2 of the transformers library of the sizes of our `config`, behind the same interface
-    (`denoiser.NextTokenModel`, as far as training and likelihood ask for it)."""
-    import torch
+    """Make a GPT-2 of transformers of the sizes of our `config`, autoregressive as ours is."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    class GPT2(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config, self.tokenizer = config.diffusion(), None
-            self.network = GPT2LMHeadModel(
-                GPT2Config(
-                    vocab_size=config.vocab_size,
-                    n_positions=config.seq_len,
-                    n_embd=config.hidden_size,
-                    n_layer=config.num_hidden_layers,
-                    n_head=config.num_attention_heads,
-                    resid_pdrop=config.dropout,
-                    embd_pdrop=0.0,
-                    attn_pdrop=0.0,
-                    tie_word_embeddings=False,
-                    use_cache=False,
-                    bos_token_id=config.bos_id,
-                    eos_token_id=config.eos_id,
-                )
-            )
+    from blockdiffusion.models.causal_lm import adapted_model
 
-        @property
-        def device(self) -> torch.device:
-            return self.network.device
-
-        @property
-        def dtype(self) -> torch.dtype:
-            return self.network.dtype
-
-        def encode_causal(
-            self, ids_BT: torch.Tensor, valid_BT: torch.Tensor | None = None
-        ) -> torch.Tensor:
-            return self.network.transformer(ids_BT, attention_mask=valid_BT).last_hidden_state
-
-        @property
-        def backbone(self) -> GPT2:
-            return self
-
-        def full_config(self) -> Any:
-            return config
-
-        def head(self, hidden: torch.Tensor) -> torch.Tensor:
-            return self.network.lm_head(hidden)
-
-        @property
-        def output(self) -> torch.nn.Linear:
-            return self.network.lm_head
-
-    return GPT2()
+    network = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=config.seq_len,
+            n_embd=config.hidden_size,
+            n_layer=config.num_hidden_layers,
+            n_head=config.num_attention_heads,
+            resid_pdrop=config.dropout,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            tie_word_embeddings=False,
+            bos_token_id=config.bos_id,
+            eos_token_id=config.eos_id,
+        )
+    )
+    return adapted_model(network, config.diffusion())
 
 
 def make_network(name: str, recipe: Any, manifest: Any) -> Any:

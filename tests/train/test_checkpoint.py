@@ -43,6 +43,9 @@ class Network(nn.Module):
     def full_config(self):
         return self
 
+    def saved_tensors(self):
+        return self.state_dict()
+
     def save_pretrained(self, folder):
         (folder / "config.json").write_text("Network")
 

@@ -129,7 +129,7 @@ def test_an_autoregressive_run(recipe_file, prepared, tmp_path):
     assert "valid_perplexity_bound" not in values and values["valid_stderr_noise"] == 0
 
     page = report_run(out).read_text()
-    for words in ("An autoregressive language model", "left to right", "network passes"):
+    for words in ("An autoregressive language model", "leftmost", "network passes"):
         assert words in page
     assert "enoising" not in page.partition("<main>")[2].partition("</main>")[0]
     assert "validation loss, exact" in page and "validation bound" not in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -89,7 +90,7 @@ def adapt(
         "train.steps": options.steps,
     }
     given = [*ADAPT_DEFAULTS, *(f"{key}={value}" for key, value in keys.items())]
-    _train(recipe_of([*given, *(overrides or [])]), options.resume)
+    _train(lambda: recipe_of([*given, *(overrides or [])]), options.resume)
 
 
 def train(
@@ -100,15 +101,16 @@ def train(
     """Train a model as a recipe says; goes on where it was stopped with --resume."""
     from blockdiffusion.train.recipe import load_recipe
 
-    _train(load_recipe(recipe, overrides or []), resume)
+    _train(lambda: load_recipe(recipe, overrides or []), resume)
 
 
-def _train(parsed: Recipe, resume: bool) -> None:
+def _train(read: Callable[[], Recipe], resume: bool) -> None:
     from blockdiffusion.runtime.distributed import process_group
     from blockdiffusion.train.run import run_training
     from blockdiffusion.train.session import Interrupted
 
     with process_group() as processes:
+        parsed = read()
         try:
             state = run_training(parsed, resume=resume)
         except Interrupted as stop:

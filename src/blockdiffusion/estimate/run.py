@@ -71,6 +71,11 @@ def estimate_recipe(
     """
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise UserError(f"--price-per-hour is {price_per_hour:g}; it must not be negative")
+    if recipe.adapt.parent is not None:
+        raise UserError(
+            f"the recipe adapts {recipe.adapt.parent}, and estimates are of networks that a recipe "
+            "describes; leave out adapt.parent and give model's sizes that are alike"
+        )
     manifest = manifest_of(recipe, seq_len, vocab_size)
     config = network_config(recipe, manifest)
     sizes, request = NetworkSizes.of_config(config), sampling or SamplingRequest()

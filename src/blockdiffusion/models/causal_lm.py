@@ -296,8 +296,9 @@ def adapted_model(
             "give the number of embeddings"
         )
     made = AdaptedModel(CausalLM(model), config, tokenizer)
-    with torch.no_grad(), _evaluating(model):
-        _check_streams(made)
+    if not config.is_autoregressive:
+        with torch.no_grad(), _evaluating(model):
+            _check_streams(made)
     return made
 
 

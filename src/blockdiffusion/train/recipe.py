@@ -278,20 +278,12 @@ def network_config(recipe: Recipe, manifest: Manifest) -> BlockDiffusionConfig:
 
 
 def build_model(recipe: Recipe, manifest: Manifest) -> BlockDiffusion:
-    """Build that network with random weights, a function of `train.seed`, or from its parent.
-
-    Raises:
-        UserError: it does not fit into memory; or the parent cannot be read or adapted to the data.
-    """
+    """Build that network with random weights, a function of `train.seed`."""
     import torch
 
     from blockdiffusion.models.transformer import BlockDiffusionModel, count_parameters
     from blockdiffusion.runtime.seeding import seed_global
 
-    if recipe.adapt.parent is not None:
-        from blockdiffusion.train.adapt import adapted_for
-
-        return adapted_for(recipe, manifest)
     config = network_config(recipe, manifest)
     weights = count_parameters(config)
     ids = recipe.train.batch_size * config.seq_len

@@ -21,6 +21,7 @@ from blockdiffusion.reports.terminal import progress_bar
 from blockdiffusion.runtime.distributed import ProcessGroup, process_group
 from blockdiffusion.runtime.seeding import generator
 from blockdiffusion.sampling import generate
+from blockdiffusion.train.adapt import adapted_for
 from blockdiffusion.train.checkpoint import TrainState, latest
 from blockdiffusion.train.display import make_display
 from blockdiffusion.train.loggers import make_loggers
@@ -73,7 +74,8 @@ def _run_training(
     recipe = with_block_size(recipe, rows.manifest)
     if resume:
         _refuse_changes(recipe, out / "config.yaml")
-    model = build_model(recipe, rows.manifest)
+    is_new = recipe.adapt.parent is None
+    model: BlockDiffusion = (build_model if is_new else adapted_for)(recipe, rows.manifest)
     tokenizer = data / TOKENIZER_FOLDER
     model.tokenizer = load_tokenizer(tokenizer)  # for samples
     notes = []
@@ -182,9 +184,10 @@ def _evaluation(
 
 def _card(recipe: Recipe, manifest: Manifest, state: TrainState) -> Card:
     """Return the card of the run's released model."""
-    sections = {name: to_dict(recipe)[name] for name in ("model", "objective", "train", "optim")}
-    init_from = recipe.model.init_from
-    sections["model"]["init_from"] = None if init_from is None else public_name(init_from)
+    started, origin = ("model", "init_from") if recipe.adapt.parent is None else ("adapt", "parent")
+    sections = {name: to_dict(recipe)[name] for name in (started, "objective", "train", "optim")}
+    source = sections[started][origin]
+    sections[started][origin] = None if source is None else public_name(source)
     # Settings of this machine do not matter to others.
     memory = ("micro_batch_size", "activation_checkpointing", "parallel")
     for name in ("steps", "device", "threads", "compile", *memory):
