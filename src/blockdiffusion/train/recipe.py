@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.options import MC_SAMPLES, LikelihoodOptions
-from blockdiffusion.files.records import Typed, build, of_file, read_yaml
+from blockdiffusion.files.records import Damaged, Typed, build, of_file, read_yaml
 from blockdiffusion.limits import check_limits
 from blockdiffusion.options import REQUIRED, option
 from blockdiffusion.runtime.hardware import check_memory
@@ -192,7 +192,10 @@ def recipe_of(overrides: Sequence[str]) -> Recipe:
     """
     tree: dict[str, Any] = {}
     _override(tree, overrides)
-    return build(Recipe, tree)
+    try:
+        return build(Recipe, tree)
+    except Damaged as error:
+        raise UserError(str(error)) from error
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> None:
