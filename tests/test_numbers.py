@@ -21,6 +21,8 @@ LINES = {
     "prepare": "TEXT --out NEW --tokenizer byte --seq-len 16 --documents blank-line --workers 1",
     "estimate": "RECIPE --device h100",
     "report": "RUN --out NEW --num-samples 1 --max-new-tokens 4",
+    "adapt": "JUDGE --data DATA --block-size 4 --out NEW --steps 1 train.batch_size=2",
+    "compare": "JUDGE RUN --data DATA --limit 2",
     "eval": "RUN --data DATA --rows 2 --samples 1",
     "zero-shot": "RUN --only ptb --local ptb=TEXT --rows 2 --samples 1",
     "references": "DATA --model RUN --rows 2 --order 2 --samples 1",
@@ -58,7 +60,8 @@ def cases():
 
 def check(folder, command, option, value):
     given = f"--{option.replace('_', '-')}={value}"
-    beside = "" if command == "estimate" and option == "tokens_per_step" else BESIDE.get(option, "")
+    of_no_sampler = (command, option) in (("estimate", "tokens_per_step"), ("adapt", "steps"))
+    beside = "" if of_no_sampler else BESIDE.get(option, "")
     line = f"{command} {LINES[command]} {beside}"
     began = time.monotonic()
     ended = blockdiff(*words(line, folder, ""), given)  # the last of two counts

@@ -17,7 +17,13 @@ from transformers.initialization import no_init_weights
 
 from blockdiffusion.checkpoints.bd3lm import MODEL_TYPE as BD3LM
 from blockdiffusion.checkpoints.bd3lm import from_bd3lm
-from blockdiffusion.checkpoints.causal_lm import GGUF, INDEX, is_causal_lm, read_causal_lm
+from blockdiffusion.checkpoints.causal_lm import (
+    GGUF,
+    INDEX,
+    is_causal_lm,
+    read_causal_lm,
+    read_network,
+)
 from blockdiffusion.checkpoints.lightning import LightningFile, LightningOptions, read_lightning
 from blockdiffusion.checkpoints.tensors import check_tensors, read_safetensors, write_safetensors
 from blockdiffusion.errors import UserError, shown
@@ -25,6 +31,7 @@ from blockdiffusion.files import records
 from blockdiffusion.files.checksums import warn_of_changes
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.block_diffusion import BlockDiffusion
+from blockdiffusion.models.causal_lm import SECTION
 from blockdiffusion.models.transformer import OLD_SIZES, BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.options import renamed
 
@@ -140,6 +147,24 @@ def find_model(
         model.tokenizer = _read_tokenizer(path)
         warn_of_changes(path)  # last, so that an unreadable file gives one message only
     return Found(model=model.eval(), format=kind, path=path, lightning=read)
+
+
+def load_parent(path_or_hub_id: str | Path) -> Any:
+    """Return a causal model of transformers as it is, or the `AdaptedModel` that a directory holds.
+
+    Raises:
+        UserError: see `load`; or it is neither.
+    """
+    path = find_path(path_or_hub_id)
+    raw = records.read_json(path / CONFIG, COPY_AGAIN) if path.is_dir() else {}
+    if SECTION in raw:
+        return load(path_or_hub_id)
+    if path.suffix != GGUF and not is_causal_lm(raw):
+        raise UserError(
+            f"{path_or_hub_id} has model_type {shown(raw.get('model_type'))}; give a causal "
+            "language model of transformers, or one that was adapted"
+        )
+    return read_network(path, raw, None).eval()
 
 
 def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusion) -> None:

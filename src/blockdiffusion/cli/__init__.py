@@ -17,7 +17,7 @@ import typer
 from blockdiffusion.cli.data import datasets, prepare
 from blockdiffusion.cli.generating import infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
-from blockdiffusion.cli.measuring import evaluate, references, variance, zero_shot
+from blockdiffusion.cli.measuring import compare, evaluate, references, variance, zero_shot
 from blockdiffusion.cli.options import new_names, within_limits
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.shared import renamed, warn
@@ -53,6 +53,7 @@ COMMANDS = {
     "adapt": adapt,
     "report": report,
     "eval": evaluate,
+    "compare": compare,
     "zero-shot": zero_shot,
     "references": references,
     "variance": variance,

@@ -48,6 +48,56 @@ class EvalOptions:
             raise UserError("--per-row says what --json holds; give --json FILE, too")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Which rows a parent and its child are compared on, and how the child is measured."""
+
+    data: Path = option(REQUIRED, PREPARED)
+    split: str = option("valid", "Split of the data.")
+    limit: int | None = option(64, "Score only the first rows.")
+    how: LikelihoodOptions = field(default=LikelihoodOptions())
+    seed: int = option(0, MASK_SEED)
+    files: Annotated[Outputs, only("json_file")] = field(default=Outputs())
+
+
+@grouped
+def compare(
+    parent: Annotated[str, typer.Argument(help="The causal model, as it was or tuned.")],
+    child: Annotated[str, typer.Argument(help="The model that was adapted from it.")],
+    options: CompareOptions,
+) -> None:
+    """What an adaptation cost: nats per token of parent and child on the same tokens."""
+    from blockdiffusion.checkpoints.formats import load, load_parent
+    from blockdiffusion.evaluate.compare import compare as measure
+    from blockdiffusion.evaluate.listing import comparison_table
+    from blockdiffusion.evaluate.prepared import read_rows
+    from blockdiffusion.models.causal_lm import AdaptedModel
+    from blockdiffusion.reports.terminal import progress_bar
+    from blockdiffusion.runtime.seeding import generator
+
+    options.files.check()
+    model = load(child)
+    if not isinstance(model, AdaptedModel):
+        raise UserError(f"{child} was not adapted from a causal model; give one that was")
+    with progress_bar("compare") as report:
+        text = read_rows(options.data, options.split, model, options.limit, None, report)
+        if text.batch.valid_BL is not None:
+            raise UserError(
+                f"{options.data} has one document a row, with padding; compare reads windows of "
+                "one length: prepare the data with --packing wrap"
+            )
+        found = measure(
+            load_parent(parent),
+            model,
+            text.batch.ids_BL,
+            options.how if options.how != LikelihoodOptions() else None,
+            generator=generator(options.seed, "likelihood"),
+            progress=lambda done, total: report("compare", done, total),
+        )
+    say("\n".join(comparison_table(found).lines()))
+    write_json(options.files.json_file, found.to_dict())
+
+
 @grouped
 def evaluate(model: MODEL, options: EvalOptions) -> None:
     """Likelihood of held-out text: nats per token, perplexity, bits per byte, with error bars."""

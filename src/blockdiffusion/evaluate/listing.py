@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 from blockdiffusion.errors import counted
+from blockdiffusion.evaluate.compare import PARENT, Comparison
 from blockdiffusion.evaluate.generation.lengths import DocumentLengths
 from blockdiffusion.evaluate.likelihood import CUT, Likelihood
 from blockdiffusion.reports.numbers import with_errors
-from blockdiffusion.reports.tables import described
+from blockdiffusion.reports.tables import Column, Table, described
 
 
 def likelihood_lines(result: Likelihood, what: str) -> list[str]:
@@ -75,3 +76,17 @@ def length_lines(result: DocumentLengths, what: str) -> list[str]:
         bar = "█" * math.ceil(50 * documents / most)
         facts[f"{f'{low:,} to {high - 1:,}':>20}"] = f"{bar} {documents:,}"
     return described(what, facts)
+
+
+def comparison_table(found: Comparison) -> Table:
+    """Return a comparison as a table: nats per token, perplexity, and what the parent lost."""
+    columns = [
+        Column("reading", "name", name="name"),
+        Column("nats/token", "nats_per_token", bound="is_bound"),
+        Column("perplexity", "perplexity", ".2f", bound="is_bound"),
+        Column("lost", lambda row: None if row["name"] == PARENT else row["lost"]),
+    ]
+    rows = found.to_dict()["readings"]
+    text = f"{counted(found.num_tokens, 'token')} in {counted(found.num_rows, 'row')}"
+    note = "each row's first token is context; errors over rows, of differences in pairs"
+    return Table(columns, rows, title=text, notes=[note])
