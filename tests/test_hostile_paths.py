@@ -28,6 +28,13 @@ train RECIPE out=NEW model.init_from={}
 report {}
 report RUN --evaluation {}
 report RUN --num-samples 1 --max-new-tokens 4 --out {}
+adapt {} --data DATA --block-size 4 --out NEW
+adapt JUDGE --data {} --block-size 4 --out NEW
+adapt JUDGE --data DATA --block-size 4 --out {}
+compare {} RUN --data DATA
+compare JUDGE {} --data DATA
+compare JUDGE RUN --data {}
+compare JUDGE RUN --data DATA --json {}
 eval {} --data DATA
 eval RUN --data {}
 eval RUN --data DATA --limit 2 --json {}
