@@ -374,3 +374,9 @@ def test_the_cost_of_a_pass():
     assert [relative_cost(n) for n in (1, 2, 4)] == [1, 1.5, 2.5]
     assert relative_cost(2, has_clean=False) == 2
     assert list(itertools.islice(SCHEDULES, 1)) == ["linear"]
+
+
+def test_a_schedule_of_ones_own_may_have_a_hyphen_in_its_name(monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "cosine-cubed", type(make_schedule("cosine")))
+    found = make_estimator("bernoulli:cosine-cubedx2")
+    assert found.num_noisy == 2 and type(found.schedule) is type(make_schedule("cosine"))

@@ -439,7 +439,7 @@ def make_estimator(
 
 
 _SPEC = re.compile(
-    r"(?P<kind>[a-z]+)(:(?P<schedule>\w+?))?(\[(?P<clip>[^\]]*)\])?(x(?P<copies>\d+))?"
+    r"(?P<kind>[a-z]+)(:(?P<schedule>[\w-]+?))?(\[(?P<clip>[^\]]*)\])?(x(?P<copies>\d+))?"
 )
 
 

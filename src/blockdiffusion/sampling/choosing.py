@@ -40,7 +40,7 @@ def make_sampler(config: Any, params: SamplingParams | None = None) -> Sampler:
         return Leftmost()
     if isinstance(sampler, str | None):
         name = None if sampler is None else sampler.replace("_", "-")
-        sampler = _FAMILIES[config.objective].make(config, name, params)
+        sampler = _family(config).make(config, name, params)
     else:
         sampler = _object(sampler, params)
     streams = RowStreams([bytes(16)], config.block_size)
@@ -51,11 +51,11 @@ def make_sampler(config: Any, params: SamplingParams | None = None) -> Sampler:
 
 def sampler_names(config: Any) -> tuple[str, ...]:
     """Return the names of the samplers that a network which denoises blocks can have."""
-    return _FAMILIES[config.objective].names
+    return _family(config).names
 
 
 def refuse_masks(**options: object) -> None:
-    """What says how masks are revealed means nothing where there are none."""
+    """Refuse options that say how masks are revealed, for a model without masks."""
     for name, value in options.items():
         if value is not None:
             raise UserError(
@@ -166,3 +166,8 @@ _FAMILIES = {
     "score_entropy": _Family(("analytic",), _score_entropy),
     "d3pm": _Family(("ancestral",), _d3pm),
 }
+
+
+def _family(config: Any) -> _Family:
+    """Return the samplers of an objective; of one that is not in the table those of masks."""
+    return _FAMILIES.get(config.objective, _FAMILIES["block_diffusion"])
