@@ -13,7 +13,7 @@ GPT-2 has the same width, layers, heads and dropout (where ours has it: behind a
 Its embeddings are not tied, as ours are not: then the parameters are equal but for its learnt
 positions (L times the width) and some biases, 1 % at these sizes. Tied, it would have a fifth less.
 
-A finished run is left alone and an interrupted one goes on where it stopped, so `run` can be called
+A finished run is left alone and an interrupted one resumes where it stopped, so `run` can be called
 again at any time. `run` takes section.key=value too, which both networks then get.
 """
 
@@ -74,7 +74,7 @@ def jobs(
 
 
 def perform(job: Job) -> None:
-    """Trains in a process of its own, or goes on; what the run says goes into a log beside it."""
+    """Trains in a process of its own, or resumes; what the run says goes into a log beside it."""
     job.out.parent.mkdir(parents=True, exist_ok=True)
     with open(job.out.with_suffix(".log"), "a") as log:
         code = subprocess.run(job.command, stdout=log, stderr=log).returncode
@@ -124,7 +124,7 @@ def make_network(name: str, recipe: Any, manifest: Any) -> Any:
 
 
 def train_one(job: Job) -> None:
-    """Trains the network of `job`, or goes on; leaves the likelihood of every row in its folder."""
+    """Trains the network of `job`, or resumes; leaves the likelihood of every row in its folder."""
     import numpy as np
 
     from blockdiffusion.data.loader import TokenRows

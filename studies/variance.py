@@ -4,7 +4,7 @@
     python -m studies.variance table [--runs DIR]
 
 Every arm is a training run in its own directory, driven through `blockdiff train` with
-studies/variance.yaml. A finished arm is left alone and an interrupted one goes on where it stopped,
+studies/variance.yaml. A finished arm is left alone and an interrupted one resumes where it stopped,
 so `run` can be called again at any time. The important arms come first: whatever is finished is a
 whole study. All arms of a part start from the same weights (trained with S = L) and, per seed, see
 the same rows in the same order; they are compared pairwise per seed, on the same validation rows
@@ -230,7 +230,7 @@ def at_equal_compute(part: Part, arm: Arm) -> int:
 
 
 def perform(job: Job) -> None:
-    """Trains, or goes on; what the run says goes into a log beside it."""
+    """Trains, or resumes; what the run says goes into a log beside it."""
     if job.finished:
         return
     job.out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ def generate_eval(
     files: Annotated[
         Outputs,
         only(
-            json_file="Write the result here, and the samples beside it; once stopped, goes on "
+            json_file="Write the result here, and the samples beside it; a stopped run resumes "
             "there.",
             csv_file="One line of a table.",
             markdown="The same for a page.",

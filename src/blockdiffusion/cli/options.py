@@ -67,7 +67,7 @@ class Outputs:
     """The files that a measurement writes."""
 
     json_file: Path | None = option(
-        None, "Write the result here; once stopped, it goes on from there.", flags="--json"
+        None, "Write the result here; a stopped run resumes from there.", flags="--json"
     )
     csv_file: Path | None = option(None, "Write a table here.", flags="--csv")
     markdown: Path | None = option(None, "Write a page here.")

@@ -96,9 +96,9 @@ def adapt(
 def train(
     recipe: RECIPE,
     overrides: OVERRIDES = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in the recipe's out.")] = False,
+    resume: Annotated[bool, typer.Option(help="Resume the run in the recipe's out.")] = False,
 ) -> None:
-    """Train a model as a recipe says; goes on where it was stopped with --resume."""
+    """Train a model as a recipe says; --resume resumes a stopped run."""
     from blockdiffusion.train.recipe import load_recipe
 
     _train(lambda: load_recipe(recipe, overrides or []), resume)
@@ -190,7 +190,7 @@ def reproduce(
     ],
     options: ReproduceOptions,
 ) -> None:
-    """Rebuild tables of the paper: train, measure and compare; goes on where it was stopped."""
+    """Rebuild tables of the paper: train, measure and compare; resumes where it was stopped."""
     from blockdiffusion.studies.reproduce import plan_tables
     from blockdiffusion.studies.reproduce import reproduce as run
     from blockdiffusion.studies.reproduce.listing import plan_lines

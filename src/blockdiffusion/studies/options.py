@@ -58,7 +58,7 @@ class Pareto(ScorerOptions):
 
     model: str = option(REQUIRED, "Model or run directory, or a Hugging Face id.", positional=True)
     scorer: str = option(REQUIRED, SCORER)
-    out: Path = option(REQUIRED, "Folder for all results; once stopped, goes on there.")
+    out: Path = option(REQUIRED, "Folder for all results; a stopped run resumes there.")
     points: tuple[Any, ...] = ()
     draw: Annotated[
         DrawOptions,

@@ -108,7 +108,7 @@ def compare_coders(
         directory: what `blockdiff prepare` made.
         models: by the names that the table gives them, of any kind that `likelihood` takes.
         progress: called with (what is measured, done, how many there are).
-        journal: file that keeps what is finished, so that the same call goes on after an
+        journal: file that keeps what is finished, so that the same call resumes after an
             interruption; the caller removes it.
 
     Raises:
