@@ -124,9 +124,10 @@ def is_ours(folder: Path) -> bool:
 def render(config: Any, card: Card) -> str:
     """Return README.md: YAML front matter for the hub, then the facts in words and tables."""
     from blockdiffusion.diffusion.config import DiffusionConfig
+    from blockdiffusion.models.causal_lm import SECTION
 
     call = "generate(model, max_new_tokens=64)"
-    sizes, section = config, getattr(config, "block_diffusion", None)
+    sizes, section = config, getattr(config, SECTION, None)
     config = config if section is None else DiffusionConfig(**section)
     if config.is_autoregressive:
         call = 'likelihood(model, ["Some text."])'

@@ -28,7 +28,13 @@ from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files import records
 from blockdiffusion.files.records import Damaged
 from blockdiffusion.from_pretrained import from_pretrained
-from blockdiffusion.models.causal_lm import SECTION, AdaptedModel, adapted_model, num_embeddings
+from blockdiffusion.models.causal_lm import (
+    SECTION,
+    AdaptedModel,
+    adapted_model,
+    num_embeddings,
+    without_weights,
+)
 
 GGUF = ".gguf"
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -90,12 +96,12 @@ def read_causal_lm(
     mask_id: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> AdaptedModel:
-    """The model in a directory of transformers, or in a GGUF file.
+    """Read the model in a directory of transformers or in a GGUF file.
 
     Args:
         raw: the content of its config.json; {} of a GGUF file.
-        block_size, mask_id: what is not given is what the file says, the tokenizer's mask token, or
-            what the family's own code assumes.
+        block_size, mask_id: by default those of the files, the tokenizer's mask token, or what the
+            family's own code assumes.
         dtype: of the weights; None = the file's.
 
     Raises:
@@ -104,17 +110,29 @@ def read_causal_lm(
     """
     tokenizer = read_tokenizer(path)
     network = read_network(path, raw, dtype)
+    config = section_of(path, raw, block_size=block_size, mask_id=mask_id)
+    if config is None:
+        config = _conventions(path, network, tokenizer, raw, block_size, mask_id)
+    return adapted_model(network, config, tokenizer).eval()
+
+
+def section_of(path: Path, raw: Mapping[str, Any], **given: int | None) -> DiffusionConfig | None:
+    """Return the conventions in a config.json; None if it has none, as a parent's.
+
+    Args:
+        given: values that replace those of the file, unless None.
+
+    Raises:
+        UserError: they are damaged.
+    """
     section = raw.get(SECTION)
     if section is None:
-        config = _conventions(path, network, tokenizer, raw, block_size, mask_id)
-    else:
-        with records.of_file(path / "config.json", ADVICE):
-            if not isinstance(section, Mapping):
-                raise Damaged(f"{SECTION} is {shown(section)}; it must be an object")
-            given = {"block_size": block_size, "mask_id": mask_id}
-            given = {name: value for name, value in given.items() if value is not None}
-            config = records.build(DiffusionConfig, {**section, **given}, f"{SECTION}.")
-    return adapted_model(network, config, tokenizer).eval()
+        return None
+    with records.of_file(path / "config.json", ADVICE):
+        if not isinstance(section, Mapping):
+            raise Damaged(f"{SECTION} is {shown(section)}; it must be an object")
+        given = {name: value for name, value in given.items() if value is not None}
+        return records.build(DiffusionConfig, {**section, **given}, f"{SECTION}.")
 
 
 def start_token_id(tokenizer: Any, network: PretrainedConfig) -> int | None:
@@ -276,8 +294,8 @@ def _network_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _read_gguf(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A GGUF file's weights, which become floats; transformers keeps the quantisation in mind, and
-    would not save them."""
+    """Read a GGUF file's weights as floats. The configuration that transformers keeps says that
+    they are quantised, and would prevent saving them."""
     network = from_pretrained(
         AutoModelForCausalLM,
         path.parent,
@@ -288,12 +306,8 @@ def _read_gguf(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     )
     config = network.config.to_dict()
     config.pop("quantization_config", None)
-    with torch.device("meta"):
-        plain = type(network)(type(network.config)(**config))
+    plain = without_weights(network, type(network.config)(**config))
     plain.load_state_dict(network.state_dict(), assign=True)
-    for name, buffer in network.named_buffers():
-        module, _, own = name.rpartition(".")
-        setattr(plain.get_submodule(module), own, buffer)
     plain.tie_weights()
     return plain
 

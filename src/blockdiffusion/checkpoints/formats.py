@@ -117,7 +117,7 @@ def find_model(
         UserError: see `load`; or options for a Lightning file are given for something else.
     """
     path = find_path(path_or_hub_id)
-    raw = records.read_json(path / CONFIG, COPY_AGAIN) if path.is_dir() else {}
+    raw = _config_of(path)
     if path.suffix == GGUF or is_causal_lm(raw):
         adapted = read_causal_lm(path, raw, block_size=block_size, mask_id=mask_id, dtype=dtype)
         if path.is_dir():
@@ -155,16 +155,29 @@ def load_parent(path_or_hub_id: str | Path) -> Any:
     Raises:
         UserError: see `load`; or it is neither.
     """
+    path, raw = find_causal_lm(path_or_hub_id)
+    return load(path) if SECTION in raw else read_network(path, raw, None).eval()
+
+
+def find_causal_lm(path_or_hub_id: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Return the place of a causal language model, adapted or not, and its config.json ({} for a
+    GGUF file).
+
+    Raises:
+        UserError: there is no such model.
+    """
     path = find_path(path_or_hub_id)
-    raw = records.read_json(path / CONFIG, COPY_AGAIN) if path.is_dir() else {}
-    if SECTION in raw:
-        return load(path_or_hub_id)
+    raw = _config_of(path)
     if path.suffix != GGUF and not is_causal_lm(raw):
         raise UserError(
-            f"{path_or_hub_id} has model_type {shown(raw.get('model_type'))}; give a causal "
+            f"{path_or_hub_id}: its model_type is {shown(raw.get('model_type'))}; give a causal "
             "language model of transformers, or one that was adapted"
         )
-    return read_network(path, raw, None).eval()
+    return path, raw
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    return records.read_json(path / CONFIG, COPY_AGAIN) if path.is_dir() else {}
 
 
 def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusion) -> None:

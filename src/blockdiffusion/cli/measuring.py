@@ -90,7 +90,7 @@ def compare(
             load_parent(parent),
             model,
             text.batch.ids_BL,
-            options.how if options.how != LikelihoodOptions() else None,
+            options.how,
             generator=generator(options.seed, "likelihood"),
             progress=lambda done, total: report("compare", done, total),
         )

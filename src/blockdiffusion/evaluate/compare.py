@@ -23,7 +23,6 @@ from blockdiffusion.evaluate.replicates import Progress
 from blockdiffusion.models.causal_lm import AdaptedModel
 
 PARENT = "parent"
-LONGEST_EXACT = 4  # blocks that are enumerated unless another estimator is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +86,7 @@ def compare(
     """
     if ids_RL.shape[1] < 2:
         raise UserError(f"a row has {ids_RL.shape[1]} token; at least 2 are needed to score one")
-    size = child.config.block_size
-    usual = "exact" if size <= LONGEST_EXACT else "complement"
-    options = options or LikelihoodOptions(estimator=usual)
+    options = options or LikelihoodOptions()
     choose_estimator(options, child.config)
     found: dict[tuple[str, bool], list[float]] = {}
     for number, ids_1L in enumerate(ids_RL.split(1)):
@@ -110,7 +107,10 @@ def compare(
         for (name, is_bound), nats in found.items()
     ]
     return Comparison(
-        num_rows=len(ids_RL), num_tokens=len(ids_RL) * tokens, block_size=size, readings=readings
+        num_rows=len(ids_RL),
+        num_tokens=len(ids_RL) * tokens,
+        block_size=child.config.block_size,
+        readings=readings,
     )
 
 

@@ -35,7 +35,8 @@ from blockdiffusion.runtime.devices import allow_compilations
 ATTENTION = "blockdiffusion"  # our function's name in the registry of transformers
 SECTION = "block_diffusion"  # of config.json: a `DiffusionConfig`
 TOKENS = 8  # of the pass that observes
-AGREE = 1e-4  # two ways to the same logits differ by at most this share of the largest
+# Two ways to the same logits differ by at most this share of the largest; in 16 bits, by the other.
+AGREE, AGREE_HALF = 1e-4, 0.05
 # Keywords of the attention function beside those that `AttentionSizes` holds. Any other one that is
 # not None may change the scores, and is refused.
 HARMLESS = {"dropout", "position_ids", "is_causal", "use_cache", "output_attentions", "read"}
@@ -56,7 +57,7 @@ def _attend(
     if read is None:
         raise UserError(
             f"{type(module).__name__} attends through the block diffusion model around it; call "
-            "that model, or load the network anew with transformers"
+            "that model, or load the network again with transformers"
         )
     if isinstance(read, _Observer):
         read.see(module, query, key, value, attention_mask, keywords)
@@ -115,12 +116,11 @@ class CausalLM(nn.Module):
         elif not torch.equal(found_TV, expected_TV):
             scale = float((found_TV * expected_TV).sum() / found_TV.square().sum())
             scale = 1.0 if abs(scale - 1) < AGREE else scale
-        tolerance = AGREE if self.dtype.itemsize > 2 else 0.05
-        error = (scale * found_TV - expected_TV).abs().max()
-        if not error <= tolerance * expected_TV.abs().max():
+        if not _agree(scale * found_TV, expected_TV, self.dtype):
+            error = (scale * found_TV - expected_TV).abs().max()
             raise refusal(
                 self.model,
-                "with the attention passed in its logits are not its own "
+                "with the attention passed in, its logits are not its own "
                 f"(they differ by {error:.2g}), so it mixes or scales in a way that is not known",
             )
         return scale
@@ -161,7 +161,7 @@ class CausalLM(nn.Module):
     def activation_checkpointing(self, on: bool) -> None:
         if on and not self._passes_keywords:
             raise UserError(
-                f"{type(self.model).__name__} cannot compute its activations again: it hands no "
+                f"{type(self.model).__name__} cannot recompute its activations: it passes no "
                 "keywords to its layers; set train.activation_checkpointing=false"
             )
         if on:
@@ -218,15 +218,12 @@ class CausalLM(nn.Module):
 
     def empty_copy(self) -> CausalLM:
         """A network of the same sizes whose parameters hold nothing (on the device `meta`)."""
-        with torch.device("meta"):
-            model = type(self.model)(copy.deepcopy(self.config))
-        # Buffers that no file holds (rotary frequencies) are made by the constructor, on `meta`.
-        kept = set(self.model.state_dict())
-        for name, buffer in self.model.named_buffers():
-            if name not in kept:
-                module, _, own = name.rpartition(".")
-                setattr(model.get_submodule(module), own, buffer)
-        return self._around(model)
+        model = without_weights(self.model, copy.deepcopy(self.config))
+        made = copy.copy(self)
+        made._modules = {"model": model}
+        names = {module: name for name, module in self.model.named_modules()}
+        made._attending = [model.get_submodule(names[module]) for module in self._attending]
+        return made
 
     def load_state_dict(self, *arguments: Any, **keywords: Any) -> Any:
         """As a module does; tied weights are one tensor afterwards."""
@@ -235,30 +232,40 @@ class CausalLM(nn.Module):
         return found
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """The weights by the names of transformers; of tied ones the first."""
-        state, seen = self.model.state_dict(), set()
-        tied = {t.data_ptr() for n, t in state.items() if n.endswith(".weight")}
-        found = {}
-        for name, tensor in state.items():
-            if tensor.data_ptr() not in seen or tensor.data_ptr() not in tied:
-                found[name] = tensor
-            seen.add(tensor.data_ptr())
-        return found
-
-    def _around(self, model: PreTrainedModel) -> CausalLM:
-        made = copy.copy(self)
-        made._modules = {"model": model}
-        names = {module: name for name, module in self.model.named_modules()}
-        made._attending = [model.get_submodule(names[module]) for module in self._attending]
-        return made
+        """The weights by the names of transformers; tied ones once, by the first name."""
+        first: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, tensor in self.model.state_dict().items():
+            first.setdefault(tensor.data_ptr(), (name, tensor))
+        return dict(first.values())
 
     def compile_layers(self) -> None:
-        """Lets PyTorch's compiler make the parts of the layers that do not attend."""
+        """Let PyTorch compile the parts of the layers that do not attend."""
         allow_compilations()
         for layer in self.units():
             for part in layer.children():
                 if not any(module in self._attending for module in part.modules()):
                     part.compile()
+
+
+def without_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """Return a network of the class of `model` whose parameters hold nothing (on `meta`).
+
+    It shares the buffers that no file holds, such as rotary frequencies.
+    """
+    with torch.device("meta"):
+        made = type(model)(config)
+    saved = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        if name not in saved:
+            module, _, own = name.rpartition(".")
+            setattr(made.get_submodule(module), own, buffer)
+    return made
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether logits of a network of this type are equal but for rounding."""
+    tolerance = AGREE if dtype.itemsize > 2 else AGREE_HALF
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def num_embeddings(model: PreTrainedModel) -> int:
@@ -283,7 +290,7 @@ class AdaptedModel(BlockDiffusion):
 def adapted_model(
     model: PreTrainedModel, config: DiffusionConfig, tokenizer: Any = None
 ) -> AdaptedModel:
-    """A block diffusion model around a causal language model, checked in one small pass.
+    """Make a block diffusion model around a causal language model, checked in one small pass.
 
     Raises:
         UserError: the family cannot be a backbone, see `CausalLM`; its vocabulary is not the
@@ -303,7 +310,7 @@ def adapted_model(
 
 
 def _check_streams(model: BlockDiffusion) -> None:
-    """Refuses a model whose streams of a training pass differ from blocks over a cache."""
+    """Refuse a model whose streams in a training pass differ from blocks over a cache."""
     size = 2
     config = replace(model.config, block_size=size, seq_len=3 * size)
     small = BlockDiffusion(model.backbone, config)
@@ -315,8 +322,7 @@ def _check_streams(model: BlockDiffusion) -> None:
     cache.commit(2 * size)
     cached = small.head(small.decode(noisy_1L[:, 2 * size :], 0, cache))[0]
     streams = small.denoise_logits(noisy_1L, ids_1L)[0, 2 * size :]
-    tolerance = AGREE if model.dtype.itemsize > 2 else 0.05
-    if not (cached - streams).abs().max() <= tolerance * streams.abs().max():
+    if not _agree(cached, streams, model.dtype):
         raise refusal(
             model.backbone.model, "its tokens reach each other by another way than attention"
         )
@@ -334,7 +340,7 @@ class _Layer(NamedTuple):
 
 
 class _Observer:
-    """A `read` that notes what the layers pass, and attends causally meanwhile.
+    """A `read` that notes what the layers pass and attends causally.
 
     Attributes:
         modules: those that attend, in the order of their calls.
@@ -356,7 +362,7 @@ class _Observer:
         mask: torch.Tensor | None,
         keywords: dict[str, Any],
     ) -> None:
-        """Notes one call of the attention function.
+        """Note one call of the attention function.
 
         Raises:
             UserError: it is called with what `read` does not take.

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from blockdiffusion.checkpoints.causal_lm import (
-    is_causal_lm,
     read_network,
     read_tokenizer,
+    section_of,
     start_token_id,
 )
-from blockdiffusion.checkpoints.formats import CONFIG, find_path
+from blockdiffusion.checkpoints.formats import find_causal_lm
 from blockdiffusion.data.manifest import TOKENIZER_FOLDER
 from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.errors import UserError, shown
-from blockdiffusion.files.records import read_json
-from blockdiffusion.models.causal_lm import SECTION, AdaptedModel, adapted_model, num_embeddings
+from blockdiffusion.models.causal_lm import AdaptedModel, adapted_model, num_embeddings
 from blockdiffusion.train.recipe import with_block_size
 
 if TYPE_CHECKING:
@@ -44,19 +42,14 @@ def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
     """
     options, size = recipe.adapt, with_block_size(recipe, manifest).model.block_size
     assert options.parent is not None and size is not None
-    path = find_path(options.parent)
-    raw = read_json(path / CONFIG, "copy or download it again") if path.is_dir() else {}
-    if path.is_dir() and not is_causal_lm(raw):
-        raise UserError(
-            f"adapt.parent is {options.parent}, whose model_type is "
-            f"{shown(raw.get('model_type'))}; give a causal language model of transformers"
-        )
+    path, raw = find_causal_lm(options.parent)
     tokenizer = load_tokenizer(Path(recipe.data.path) / TOKENIZER_FOLDER)
     parents = read_tokenizer(path)
     _check_tokenizers(parents, tokenizer, options.parent, recipe.data.path)
-    _check_section(raw.get(SECTION), options)
+    before = section_of(path, raw)
+    _check_section(before, options)
     network = read_network(path, raw, torch.float32)
-    if SECTION not in raw:
+    if before is None:
         _add_mask(network, manifest.mask_id, _copied_row(options, parents))
     config = DiffusionConfig(
         vocab_size=num_embeddings(network),
@@ -87,10 +80,10 @@ def _check_tokenizers(parents: Any, of_data: Any, parent: str, data: str) -> Non
         )
 
 
-def _check_section(section: Any, options: AdaptOptions) -> None:
+def _check_section(before: DiffusionConfig | None, options: AdaptOptions) -> None:
     """Refuse another reading or attention than that of a parent that was adapted before."""
-    for name in ("reading", "clean_attention") if isinstance(section, Mapping) else ():
-        found, wanted = section.get(name), getattr(options, name)
+    for name in ("reading", "clean_attention") if before is not None else ():
+        found, wanted = getattr(before, name), getattr(options, name)
         if found != wanted:
             raise UserError(
                 f"adapt.{name} is {wanted}, but {options.parent} was adapted with {shown(found)}; "
