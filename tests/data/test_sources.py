@@ -162,12 +162,12 @@ def test_jsonl_reads_a_field_and_skips_blank_lines(tmp_path):
         ("{'text': 1}", "line 2 of .* is not JSON"),
         ("[1, 2]", "line 2 of .* is not a JSON object"),
         ('{"body": "x"}', "line 2 of .* has no string 'text' .*'body'"),
-        ('{"text": null}', "line 2 of .* has no string 'text': null is there"),
-        ('{"text": ["a"]}', "line 2 of .* has no string 'text': \\['a'\\] is there"),
-        ('{"text": {}}', "{} is there"),
-        ('{"text": 5}', "5 is there"),
-        ('{"text": NaN}', "nan is there"),
-        ('{"text": true}', "True is there"),
+        ('{"text": null}', "line 2 of .* has no string 'text': null stands there"),
+        ('{"text": ["a"]}', "line 2 of .* has no string 'text': a list stands there"),
+        ('{"text": {}}', "an object stands there"),
+        ('{"text": 5}', "a number stands there"),
+        ('{"text": NaN}', "a number stands there"),
+        ('{"text": true}', "a truth value stands there"),
         ('{"text": "a", "text": "b"}', "line 2 of .* is not JSON .'text' is given twice"),
         ('{"text": ' + "9" * 5000 + "}", "line 2 of .* is not JSON"),
         ('{"' + "x" * 10**6 + '": 1}', r"line 2 of .* has no string 'text' .*xxx\.\.\.xxx.*'\)"),
@@ -188,11 +188,11 @@ def test_a_field_may_lie_in_another_and_its_literal_name_comes_first(tmp_path):
     assert read(file, field="a.b.c") == ["deep", "literal"]
     for field, there in (
         ("a.b.x", r" \(its fields: 'a\.b\.c'\)"), ("a.x.c", r" \(its fields: 'a\.b'\)"),
-        ("a.b.c.d", r": 'deep' is at 'a\.b\.c'"), (".", r" \(its fields: 'a'\)"),
+        ("a.b.c.d", r": a string stands at 'a\.b\.c'"), (".", r" \(its fields: 'a'\)"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=rf"line 1 of .* has no string '{field}'{there}"):
             read(file, field=field)
-    with pytest.raises(UserError, match=r"has no string 'a\.b': \{.*\} is there"):
+    with pytest.raises(UserError, match=r"has no string 'a\.b': an object stands there"):
         read(file, field="a.b")
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -202,7 +202,7 @@ def test_a_field_may_lie_in_another_and_its_literal_name_comes_first(tmp_path):
     table = arrow.table({"meta": meta, "meta.text": ["three", "four"]})
     parquet.write_table(table, tmp_path / "b.parquet")
     assert read(tmp_path / "b.parquet", field="meta.text") == ["three", "four"]
-    for field, sentence in (("meta.n", "row 1 of .*: 1 is there"), ("meta.x", "has no string")):
+    for field, sentence in (("meta.n", "row 1 of .*: a number"), ("meta.x", "has no string")):
         with pytest.raises(UserError, match=sentence):
             read(tmp_path / "a.parquet", field=field)
 
@@ -258,10 +258,10 @@ def test_parquet_values_that_are_no_text(tmp_path):
     parquet.write_table(arrow.table(columns), file)
     for field, sentence in (
         ("text", r"row 2 of .* is not UTF-8 text \(at byte 0 of 'text'\)"),
-        ("n", "row 2 of .* has no string 'n': null is there"),
-        ("list", r"row 1 of .*: \[.*\] is there"),
-        ("bytes", "row 1 of .*: b'.*' is there"),
-        ("date", "row 1 of .*date.* is there"),
+        ("n", "row 2 of .* has no string 'n': null stands there"),
+        ("list", "row 1 of .*: a list stands there"),
+        ("bytes", "row 1 of .*: a string of bytes stands there"),
+        ("date", "row 1 of .*: a value of type .* stands there"),
     ):
         with pytest.raises(UserError, match=sentence):
             read(file, field=field)

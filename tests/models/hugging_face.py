@@ -39,6 +39,12 @@ FAMILIES: dict[str, dict] = {
 }  # fmt: skip
 
 
+SCALES = {
+    "phi3": 0.3,
+    "stablelm": 0.3,
+}  # of weights; its logits are large, and norms round to float32
+
+
 def make_causal_lm(family: str, vocab_size: int = 13, **more):
     """A random model of a family in float64, with large weights."""
     sizes = {} if family == "gpt2" else SIZES
@@ -51,7 +57,7 @@ def make_causal_lm(family: str, vocab_size: int = 13, **more):
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            scale = 0.1 if "norm" in name else 0.4
+            scale = 0.1 if "norm" in name else SCALES.get(family, 0.4)
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return network.double().eval()
 
