@@ -12,7 +12,7 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -215,3 +215,15 @@ def too_long(what: str, instead: str) -> UserError:
         f"{what} is one document of more than {MAX_DOCUMENT_BYTES // 2**20} MiB, which would not "
         f"fit in memory: use {instead}"
     )
+
+
+def kind_of(value: object) -> str:
+    """Return what a value of JSON or parquet is, in words."""
+    if value is None:
+        return "null"
+    for kind, words in ((bool, "a truth value"), (int | float, "a number"), (str, "a string"),
+                        (list, "a list"), (Mapping, "an object"),
+                        (bytes, "a string of bytes")):  # fmt: skip
+        if isinstance(value, kind):
+            return words
+    return f"a value of type {type(value).__name__}"

@@ -23,6 +23,7 @@ from blockdiffusion.data.reading import (
     decode,
     find,
     import_arrow,
+    kind_of,
     read_lines,
     text_suffix,
     too_long,
@@ -283,7 +284,7 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
 
 def _no_string(where: str, field: str, value: object, place: str) -> UserError:
     return UserError(
-        f"{where} has no string {field!r}: {_kind(value)} stands {place}; mend it, or name the "
+        f"{where} has no string {field!r}: {kind_of(value)} stands {place}; mend it, or name the "
         "text's (--field NAME)"
     )
 
@@ -293,18 +294,6 @@ def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
     return UserError(
         f"{where} has no string {field!r} (its fields: {there}): name the text's (--field NAME)"
     )
-
-
-def _kind(value: object) -> str:
-    """Return what a value is, in words."""
-    if value is None:
-        return "null"
-    for kind, words in ((bool, "a truth value"), (int | float, "a number"), (str, "a string"),
-                        (list, "a list"), (Mapping, "an object"),
-                        (bytes, "a string of bytes")):  # fmt: skip
-        if isinstance(value, kind):
-            return words
-    return f"a value of type {type(value).__name__}"
 
 
 JSON = json.JSONDecoder(object_pairs_hook=unique)
@@ -346,7 +335,7 @@ class JsonLines(_File):
             ) from None
         if not isinstance(record, dict):
             raise UserError(
-                f"{where} is not a JSON object but {_kind(record)}: every line must be one, with "
+                f"{where} is not a JSON object but {kind_of(record)}: every line must be one, with "
                 "the text"
             )
         return field_text(record, self.field, where)
