@@ -20,6 +20,7 @@ def test_every_run_is_a_valid_recipe(name, tmp_path):
     assert load_recipe(study.RECIPE, given).model.block_size == size
 
 
+@pytest.mark.slow
 def test_it_trains_scores_and_compares(place, tmp_path):  # noqa: F811
     for name in ("tuned", "s4"):
         study.perform(name, str(place / "parent"), place / "data", 2, tmp_path)
