@@ -80,8 +80,8 @@ class ObjectiveOptions:
     )
     estimator: EstimatorName | None = option(
         None,
-        "how masks are drawn and weighed; the paper's is bernoulli. null: complement, which learns "
-        "most from a row. Not read by d3pm",
+        "how masks are drawn and weighted; the paper's is bernoulli. null: complement, which "
+        "learns most from a row. Not read by d3pm",
     )
     schedule: str = option(
         "linear",

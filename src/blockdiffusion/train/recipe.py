@@ -178,7 +178,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file cannot be read, a key is unknown, or a value is not allowed.
     """
-    tree = read_yaml(Path(path), "mend it, or give another recipe")
+    tree = read_yaml(Path(path), "fix it, or give another recipe")
     _override(tree, overrides)
     with of_file(Path(path), ""):
         return build(Recipe, tree)
