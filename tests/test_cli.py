@@ -26,8 +26,7 @@ from blockdiffusion.diffusion.schedules import SCHEDULES
 from blockdiffusion.estimate.options import SampleDtype
 from blockdiffusion.evaluate.zero_shot import options as zero_shot
 from blockdiffusion.runtime.hardware import NAMES
-from blockdiffusion.sampling.choosing import _MASKED
-from blockdiffusion.sampling.params import TopPRule
+from blockdiffusion.sampling.params import SAMPLERS, TopPRule
 from blockdiffusion.studies.reproduce.scales import SCALES
 from tests.command import blockdiff
 from tests.conftest import GOLDEN
@@ -643,7 +642,7 @@ def test_the_shell_completes_values_to_those_that_there_are(monkeypatch):
         "prepare x --detokenize": DETOKENIZERS,
         "estimate x --device": NAMES,
         "estimate x --sample-dtype": get_args(SampleDtype),
-        "sample x --sampler": {*_MASKED, "analytic"},
+        "sample x --sampler": SAMPLERS,
         "sample x --schedule": SCHEDULES,
         "sample x --top-p-rule": get_args(TopPRule),
         "sample x --device": ("auto", "cpu", "cuda", "mps"),

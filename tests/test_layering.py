@@ -133,7 +133,7 @@ def test_the_mathematics_knows_torch_only():
 
 def test_nothing_heavy_is_imported_with_the_package_or_the_command_line():
     code = (
-        "import sys, blockdiffusion, blockdiffusion.cli; "
+        "import sys, blockdiffusion, blockdiffusion.cli, blockdiffusion.sampling.params; "
         "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'matplotlib', "
         "'jinja2'} & sys.modules.keys(); "
         "assert not heavy, heavy"

@@ -1,7 +1,7 @@
 """The exception for a user's mistake, the one for lost processes, and helpers for messages."""
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -46,6 +46,12 @@ def few(items: Sequence[str]) -> str:
     """Name the first three items and count the rest."""
     more = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
     return ", ".join(items[:3]) + more
+
+
+def either(names: Iterable[str]) -> str:
+    """Return `a`, `a or b`, `a, b or c` and so on."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def reason(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import sys
@@ -108,6 +109,18 @@ def test_a_folder_is_read_recursively_by_name_without_hidden_files(tmp_path):
     write(tmp_path / "a.tokens", "first")
     write(tmp_path / "empty.txt", "")
     assert read(tmp_path) == ["first", "second", "third"]
+
+
+def test_csv_is_read_by_its_column_alone_packed_and_in_a_folder(tmp_path):
+    rows = 'id,text\n1,"one, ""two"""\n\n2,"three\nfour"\n'
+    file = write(tmp_path / "a.csv", rows)
+    write(tmp_path / "b.csv.gz", gzip.compress(b"text\nfive\n"))
+    write(tmp_path / "c.txt", "text\nsix\n")
+    assert read(file) == ['one, "two"', "three\nfour"]
+    assert read(file, field="id") == ["1", "2"]
+    assert read(tmp_path) == ['one, "two"', "three\nfour", "five", "text\nsix\n"]
+    with pytest.raises(UserError, match=r"row 1 of .*a\.csv has no string 'body' .*id.*text"):
+        read(tmp_path, field="body")
 
 
 def test_a_file_comes_before_a_built_in_name(tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def test_the_bound_of_d3pm_is_that_of_the_matrices(
 
 @pytest.mark.parametrize("transition", ["absorbing", "uniform"])
 def test_every_term_of_d3pm_is_that_of_the_matrices(make_tiny, transition):
-    """Without noise: all times and all x_t of a block as noisy copies, weighed by their chance."""
+    """Without noise: all times and all x_t of a block as noisy copies, weighted by their chance."""
     steps, row = 3, [1, 2]
     model = make_tiny("d3pm", transition=transition, timesteps=steps, seq_len=2)
     probs = probabilities(steps)

@@ -229,10 +229,10 @@ def test_verify_lists_what_it_finds(place):
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [
         f"{place}: no checksums (text.safetensors): an older version or another program",
-        f"{place / 'data'}: 7 of 7 files whole",
-        f"{place / 'run/checkpoints/step-00000002'}: 4 of 4 files whole",
-        f"{place / 'run/checkpoints/step-00000004'}: 4 of 4 files whole",
-        f"{place / 'run/model'}: 4 of 4 files whole",
+        f"{place / 'data'}: 7 of 7 files intact",
+        f"{place / 'run/checkpoints/step-00000002'}: 4 of 4 files intact",
+        f"{place / 'run/checkpoints/step-00000004'}: 4 of 4 files intact",
+        f"{place / 'run/model'}: 4 of 4 files intact",
     ]
     flip(place / "data" / "valid-00000.len")
     (place / "run" / "checkpoints" / "step-00000002" / "average.safetensors").unlink()

@@ -4,7 +4,8 @@ import pytest
 
 import blockdiffusion
 from blockdiffusion import SamplingParams, UserError
-from blockdiffusion.sampling.params import FIELDS
+from blockdiffusion.sampling import choosing
+from blockdiffusion.sampling.params import FIELDS, MASKED_SAMPLERS, SAMPLERS
 from tests.command import blockdiff
 from tests.tokenizer_kinds import KINDS
 
@@ -64,3 +65,11 @@ def test_every_option_has_help_and_is_told(make_model):
 def test_mistakes_are_told_in_one_sentence(make_model, given, options, message):
     with pytest.raises(UserError, match=message):
         blockdiffusion.generate(make_model(), None, given, **options)
+
+
+def test_every_sampler_of_masked_diffusion_can_be_made():
+    """The names that help shows are those that have a class behind them."""
+    assert list(MASKED_SAMPLERS) == list(choosing._MASKED)
+    assert set(SAMPLERS) == {
+        name for family in choosing._FAMILIES.values() for name in family.names
+    }

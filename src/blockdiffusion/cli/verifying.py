@@ -15,7 +15,7 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="Prepared data, run, checkpoint or model.")],
     update: Annotated[
         bool,
-        typer.Option("--update", help="Take models and checkpoints as they are now for whole."),
+        typer.Option("--update", help="Accept models and checkpoints as they are now."),
     ] = False,
 ) -> None:
     """Compare all files with the checksums that were written with them."""
@@ -28,7 +28,7 @@ def verify(
     for one in found:
         bad = [str(one.folder / name) for name in one.bad]
         damaged += bad
-        said = f"{one.num_files - len(bad)} of {one.num_files} files whole"
+        said = f"{one.num_files - len(bad)} of {one.num_files} files intact"
         if one.without:
             said = f"no checksums ({', '.join(one.without)}): an older version or another program"
         say(f"{one.folder}: {said}")
@@ -37,5 +37,5 @@ def verify(
     if damaged:
         raise UserError(
             f"not what was written: {few(damaged)}; copy again from where it is "
-            "whole, or, if you changed a model yourself, note it by --update"
+            "intact, or, if you changed a model yourself, accept it with --update"
         )

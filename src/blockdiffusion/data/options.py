@@ -48,8 +48,8 @@ class PrepareOptions:
     )
     field: str = option(
         "text",
-        "Field of the text in JSON lines, parquet files and Hugging Face data sets; a.b is b "
-        "inside a, unless a field is called that.",
+        "Field of the text in JSON lines, CSV, parquet files and Hugging Face data sets; a.b is "
+        "b inside a, unless a field is called that.",
     )
     skip_invalid: int = option(
         0, "Documents that may be left out because they cannot be read; any more are an error."

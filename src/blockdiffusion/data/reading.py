@@ -43,7 +43,9 @@ def find(name: str) -> Path | None:
         if path.exists():
             return path
         if path.is_symlink():
-            raise UserError(f"{name} is a link to {os.readlink(path)}, which is not there: mend it")
+            raise UserError(
+                f"{name} is a link to {os.readlink(path)}, which is not there: fix or remove it"
+            )
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # a text instead of a name
             raise

@@ -96,11 +96,11 @@ def open_sources(
     """Open the sources called `names`, in this order; a folder gives one for each file.
 
     Args:
-        names: paths of text (any UTF-8), JSON lines, both also packed (see `reading.PACKED`), of
-            parquet files, or of folders of them (see `reading.walk`); `python-docs`,
+        names: paths of text (any UTF-8), JSON lines, CSV, all also packed (see `reading.PACKED`),
+            of parquet files, or of folders of them (see `reading.walk`); `python-docs`,
             `python-source`; or Hugging Face data sets as `owner/name[:configuration[:split]]`. A
             path that exists comes before a name.
-        field: of the text in JSON lines, parquet files and data sets, see `field_text`.
+        field: of the text in JSON lines, CSV, parquet files and data sets, see `field_text`.
         documents: how text files are cut, see `TextFile`.
         document_bytes: see `TextFile`.
         left_out: gets the files in folders that are not read and not empty, and why.
@@ -142,12 +142,14 @@ def open_sources(
 
 def open_file(
     path: Path, name: str, field: str, documents: str, document_bytes: int
-) -> JsonLines | Parquet | TextFile:
+) -> JsonLines | Csv | Parquet | TextFile:
     """Open a file as its suffix says; see `open_sources`."""
     if text_suffix(path) in JSON_SUFFIXES:
         return JsonLines(name, path, field)
     if text_suffix(path) == ".parquet":
         return Parquet(name, path, field)
+    if text_suffix(path) == ".csv":
+        return Csv(name, path, field)
     return TextFile(name, path, documents, document_bytes)
 
 
@@ -277,14 +279,14 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{where} holds half a surrogate pair, which is not a character: mend it"
+            f"{where} holds half a surrogate pair, which is not a character: fix it"
         ) from None
     return value
 
 
 def _no_string(where: str, field: str, value: object, place: str) -> UserError:
     return UserError(
-        f"{where} has no string {field!r}: {kind_of(value)} stands {place}; mend it, or name the "
+        f"{where} has no string {field!r}: {kind_of(value)} stands {place}; fix it, or name the "
         "text's (--field NAME)"
     )
 
@@ -346,7 +348,7 @@ class Csv(_File):
     """A CSV file (UTF-8, commas, double quotes); the document is the column `field`.
 
     `columns` names the columns of a file without a header that has `field`. Columns of the same
-    name are joined with a space.
+    name are joined with a space. Blank lines between rows are skipped.
     """
 
     field: str
@@ -360,6 +362,8 @@ class Csv(_File):
                 lines = (decode(raw, self.name, at) for _, at, raw in read_lines(file, self.name))
                 for row in csv.reader(lines, skipinitialspace=True, strict=True):
                     number += 1
+                    if not row:
+                        continue
                     if number == 1 and self.field in row:
                         columns = tuple(row)
                     elif self.field not in columns or len(row) != len(columns):
@@ -402,7 +406,7 @@ class Parquet(_File):
             found = value.as_py()
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{where} is not UTF-8 text (at byte {error.start} of {self.field!r}): mend it"
+                f"{where} is not UTF-8 text (at byte {error.start} of {self.field!r}): fix it"
             ) from None
         except (ValueError, OverflowError):  # a date that Python has none for
             found = value

@@ -6,15 +6,20 @@ that the negative evidence lower bound (NELBO) gives to a masked token (paper, e
 schedules with the same end points have the same NELBO in continuous time; they differ in variance
 (paper, section 5 and table 8): the integral of p'^2/p decides, which is infinite for the linear,
 square root and logarithmic schedules unless t is cut, and finite for the square and the cosine.
+
+Help and shell completion read the names in `SCHEDULES`, so importing this module must not import
+PyTorch, which takes seconds.
 """
 
 from __future__ import annotations
 
 import math
-
-import torch
+from typing import TYPE_CHECKING
 
 from blockdiffusion.errors import UserError, shown
+
+if TYPE_CHECKING:
+    import torch
 
 CLEANEST = 1e-3  # the authors' eps: networks read no time at which fewer tokens are kept
 
@@ -79,7 +84,7 @@ class Cosine(Schedule):
         return (math.pi / 2) / (t * (math.pi / 4)).tan()
 
     def inverse(self, p: torch.Tensor) -> torch.Tensor:
-        return torch.atan2((p * (2 - p)).sqrt(), 1 - p) * (2 / math.pi)
+        return (p * (2 - p)).sqrt().atan2(1 - p) * (2 / math.pi)
 
 
 class Square(Schedule):
@@ -137,6 +142,8 @@ class Clipped(Schedule):
     is_bound = False
 
     def __init__(self, base: Schedule, beta: float, omega: float):
+        import torch
+
         if not 0 <= beta <= omega <= 1 or omega == 0:
             raise UserError(
                 f"the clip [{beta}, {omega}] is empty or leaves (0, 1]; "
@@ -203,6 +210,8 @@ def make_schedule(name: str, clip: tuple[float, float] | None = None) -> Schedul
 
 def prob_range(schedule: Schedule) -> tuple[float, float]:
     """Return the mask probabilities (beta, omega) at the ends of the schedule's `t_range`."""
+    import torch
+
     ends = torch.tensor(schedule.t_range, dtype=torch.float64)
     beta, omega = schedule.mask_prob(ends).tolist()
     return beta, omega
@@ -213,4 +222,4 @@ def noise_level(prob: torch.Tensor) -> torch.Tensor:
 
     The authors cut it at the same value (their `sigma_max`): at p = 1 it would be infinite.
     """
-    return -torch.log1p(-prob.clamp(max=1 - CLEANEST))
+    return -(-prob.clamp(max=1 - CLEANEST)).log1p()

@@ -108,7 +108,7 @@ class BlockDiffusion(nn.Module):
         """Return what config.json holds of a model that has files; see its subclasses.
 
         Raises:
-            UserError: it is a network of one's own, which no file describes.
+            UserError: it is another network, which no file describes.
         """
         raise UserError(
             f"a model around {type(self.backbone).__name__} has no configuration to save; keep its "

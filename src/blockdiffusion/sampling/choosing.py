@@ -11,7 +11,7 @@ from blockdiffusion.diffusion.objectives import DiscreteTime
 from blockdiffusion.diffusion.schedules import Schedule, make_schedule
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.sampling.adaptive import MostCertain, Remasking
-from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.sampling.params import MASKED_SAMPLERS, SAMPLERS, SamplingParams
 from blockdiffusion.sampling.reverse import Analytic, UniformReverse
 from blockdiffusion.sampling.samplers import (
     Ancestral,
@@ -78,10 +78,11 @@ def _object(sampler: Any, params: SamplingParams) -> Sampler:
 
 def _masked(config: Any, name: str | None, params: SamplingParams) -> Sampler:
     name = "first-hitting" if name is None else name
-    if name not in _MASKED:
-        raise UserError(f"unknown sampler {shown(name)}; known: {', '.join(sorted(_MASKED))}")
-    params.check_read(name, {other: reads for other, (reads, _) in _MASKED.items()})
-    return _MASKED[name][1](name, params)
+    if name not in MASKED_SAMPLERS:
+        known = ", ".join(sorted(MASKED_SAMPLERS))
+        raise UserError(f"unknown sampler {shown(name)}; known: {known}")
+    params.check_read(name, MASKED_SAMPLERS)
+    return _MASKED[name](name, params)
 
 
 def _random(name: str, params: SamplingParams) -> Sampler:
@@ -111,19 +112,16 @@ def _schedule(params: SamplingParams) -> Schedule:
     return make_schedule(params.schedule or "linear")
 
 
-# The samplers of masked diffusion: the settings that each reads, and who makes it.
-_MASKED: dict[str, tuple[tuple[str, ...], Callable[[str, SamplingParams], Sampler]]] = {
-    "first-hitting": ((), lambda name, params: FirstHitting()),
-    "ancestral": (
-        ("steps", "schedule"),
-        lambda name, params: Ancestral(_steps(name, params), _schedule(params)),
-    ),
-    "random": (("tokens_per_step",), _random),
-    "leftmost": (("tokens_per_step",), lambda name, params: Leftmost(params.tokens_per_step or 1)),
-    "confidence": (("tokens_per_step", "threshold"), _most_certain),
-    "margin": (("tokens_per_step", "threshold"), _most_certain),
-    "entropy": (("tokens_per_step", "threshold"), _most_certain),
-    "remask": (("steps", "schedule", "remask"), _remasking),
+# What makes each of the samplers in `MASKED_SAMPLERS`, which help reads without PyTorch.
+_MASKED: dict[str, Callable[[str, SamplingParams], Sampler]] = {
+    "first-hitting": lambda name, params: FirstHitting(),
+    "ancestral": lambda name, params: Ancestral(_steps(name, params), _schedule(params)),
+    "random": _random,
+    "leftmost": lambda name, params: Leftmost(params.tokens_per_step or 1),
+    "confidence": _most_certain,
+    "margin": _most_certain,
+    "entropy": _most_certain,
+    "remask": _remasking,
 }
 
 
@@ -133,7 +131,7 @@ def _score_entropy(config: Any, name: str | None, params: SamplingParams) -> Sam
             f"sampler is {name}, but a network of score entropy (SEDD) is sampled by its scores; "
             "use analytic"
         )
-    params.check_read("analytic", {"analytic": ("steps", "schedule")})
+    params.check_read("analytic", {"analytic": SAMPLERS["analytic"]})
     steps = config.block_size if params.steps is None else params.steps
     return Analytic(steps, _schedule(params))
 
@@ -162,7 +160,7 @@ class _Family(NamedTuple):
 
 
 _FAMILIES = {
-    "block_diffusion": _Family(tuple(_MASKED), _masked),
+    "block_diffusion": _Family(tuple(MASKED_SAMPLERS), _masked),
     "score_entropy": _Family(("analytic",), _score_entropy),
     "d3pm": _Family(("ancestral",), _d3pm),
 }

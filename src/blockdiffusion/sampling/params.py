@@ -11,15 +11,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from blockdiffusion.errors import UserError, shown
+from blockdiffusion.diffusion.schedules import SCHEDULES
+from blockdiffusion.errors import UserError, either, shown
 from blockdiffusion.limits import check_limits
 from blockdiffusion.options import Renamed, changed, option
 
 TopPRule = Literal["transformers", "authors"]
 TEMPERATURES = (1e-3, 1e3)  # beyond them quotients of logits overflow, or nothing is left of them
 SETTINGS = ("steps", "schedule", "tokens_per_step", "threshold", "remask")  # of named samplers
-SAMPLERS = "first-hitting ancestral random leftmost confidence margin entropy remask analytic"
-SCHEDULES = "linear cosine square sqrt log"
+MASKED_SAMPLERS: dict[str, tuple[str, ...]] = {  # of masked diffusion: the settings that each reads
+    "first-hitting": (),
+    "ancestral": ("steps", "schedule"),
+    "random": ("tokens_per_step",),
+    "leftmost": ("tokens_per_step",),
+    "confidence": ("tokens_per_step", "threshold"),
+    "margin": ("tokens_per_step", "threshold"),
+    "entropy": ("tokens_per_step", "threshold"),
+    "remask": ("steps", "schedule", "remask"),
+}
+SAMPLERS = MASKED_SAMPLERS | {"analytic": ("steps", "schedule")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +47,14 @@ class SamplingParams:
     max_new_tokens: int = option(128, "Tokens after the prompt, at most.")
     sampler: Any = option(
         None,
-        "first-hitting, ancestral, random, leftmost, confidence, margin, entropy or remask; SEDD: "
-        "analytic; by default the model's. In Python also an object, see `sampling.samplers`.",
-        choices=SAMPLERS,
+        f"{either(MASKED_SAMPLERS)}; SEDD: analytic; by default the model's. In Python also an "
+        "object, see `sampling.samplers`.",
+        choices=" ".join(SAMPLERS),
         was="policy",
     )
     steps: int | None = option(None, "Steps per block, for ancestral, remask and analytic.")
     schedule: str | None = option(
-        None, "Noise schedule of the steps: linear, cosine, square, sqrt or log.", SCHEDULES
+        None, f"Noise schedule of the steps: {either(SCHEDULES)}.", " ".join(SCHEDULES)
     )
     tokens_per_step: int | None = option(
         None, "Tokens of a pass, for random, confidence, margin and entropy."
@@ -103,7 +113,7 @@ class SamplingParams:
         for setting, value in self.settings().items():
             if value is not None and setting not in reads[name]:
                 readers = [other for other, read in reads.items() if setting in read]
-                advice = f", or take {_either(readers)}" if readers else ""
+                advice = f", or take {either(readers)}" if readers else ""
                 raise UserError(
                     f"{setting} is {value}, which has no meaning for the sampler {name}; leave it "
                     f"out{advice}"
@@ -128,8 +138,3 @@ def as_params(params: SamplingParams | None = None, **options: Any) -> SamplingP
     if not isinstance(params, SamplingParams | None):
         raise UserError(f"params is {shown(params)}; give SamplingParams, or options by name")
     return changed(params or SamplingParams(), options)
-
-
-def _either(names: Sequence[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last

@@ -180,7 +180,7 @@ class _ScheduledState(BlockState):
 
 @dataclass(frozen=True)
 class Planned(Scheduled):
-    """An object of one's own with a `name` and `plan`, and `reveal_probs` where it knows times."""
+    """A user's object with a `name` and `plan`, and `reveal_probs` where it knows times."""
 
     policy: Any
 

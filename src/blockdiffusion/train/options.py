@@ -14,7 +14,8 @@ from blockdiffusion.diffusion.estimators import (
     Transition,
     build_estimator,
 )
-from blockdiffusion.errors import UserError
+from blockdiffusion.diffusion.schedules import SCHEDULES
+from blockdiffusion.errors import UserError, either
 from blockdiffusion.limits import check_limits
 from blockdiffusion.options import REQUIRED, option
 
@@ -79,12 +80,12 @@ class ObjectiveOptions:
     )
     estimator: EstimatorName | None = option(
         None,
-        "how masks are drawn and weighed; the paper's is bernoulli. null: complement, which learns "
-        "most from a row. Not read by d3pm",
+        "how masks are drawn and weighted; the paper's is bernoulli. null: complement, which "
+        "learns most from a row. Not read by d3pm",
     )
     schedule: str = option(
         "linear",
-        "noise schedule: linear, cosine, square, sqrt or log. Without a clip, count and complement "
+        f"noise schedule: {either(SCHEDULES)}. Without a clip, count and complement "
         "integrate t out and allow linear only. For d3pm it is part of the model",
     )
     clip: tuple[float, float] | None = option(

@@ -159,13 +159,13 @@ class Recipe:
         ):
             if (value := getattr(self.model, name)) not in allowed:
                 raise UserError(
-                    f"model.{name} is {value}, but objective.name is ar, whose network has no "
-                    f"blocks and no conditioning; set model.{name}={stored}"
+                    f"model.{name} is {value}, but objective.name is {self.objective.name}, whose "
+                    f"network has no blocks and no conditioning; set model.{name}={stored}"
                 )
         if self.eval.estimator not in ("auto", "exact"):
             raise UserError(
-                f"eval.estimator is {self.eval.estimator}, but objective.name is ar, whose "
-                "likelihood is exact; set eval.estimator=auto"
+                f"eval.estimator is {self.eval.estimator}, but objective.name is "
+                f"{self.objective.name}, whose likelihood is exact; set eval.estimator=auto"
             )
 
 
@@ -178,7 +178,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file cannot be read, a key is unknown, or a value is not allowed.
     """
-    tree = read_yaml(Path(path), "mend it, or give another recipe")
+    tree = read_yaml(Path(path), "fix it, or give another recipe")
     _override(tree, overrides)
     with of_file(Path(path), ""):
         return build(Recipe, tree)
@@ -239,14 +239,15 @@ def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
     """Return the recipe with its block size, which the data's L may decide.
 
     Raises:
-        UserError: the block size does not divide L, or is not L for `mdlm`.
+        UserError: the block size does not divide L, or is not L for an objective of one block.
     """
     size, length = recipe.model.block_size, manifest.seq_len
     if recipe.objective.has_one_block:
         if size not in (None, length):
             raise UserError(
-                f"model.block_size is {size}, but objective.name is mdlm, whose block is the whole "
-                f"row of {length} tokens; set model.block_size=null, or objective.name=bd3lm"
+                f"model.block_size is {size}, but objective.name is {recipe.objective.name}, whose "
+                f"block is the whole row of {length} tokens; set model.block_size=null, or "
+                "objective.name=bd3lm"
             )
         size = length
     assert size is not None

@@ -1,4 +1,4 @@
-"""Operating points: a policy with its settings, as callers name them and as they are usual."""
+"""Operating points: a sampler with its settings, as callers name them and as they are usual."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ KINDS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Point:
-    """A way to sample: `policy` and its settings by name, as in `SamplingParams`."""
+    """A way to sample: `sampler` and its settings by name, as in `SamplingParams`."""
 
-    policy: str
+    sampler: str
     settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def label(self) -> str:
         """How it is given on the command line: "confidence:threshold=0.9"."""
         values = ",".join(f"{name}={value}" for name, value in self.settings)
-        return f"{self.policy}:{values}" if values else self.policy
+        return f"{self.sampler}:{values}" if values else self.sampler
 
     def check(self, config: Any) -> None:
         """Refuses what a network of this configuration cannot do.
 
         Raises:
-            UserError: an autoregressive network, an unknown policy, or settings that it does not
+            UserError: an autoregressive network, an unknown sampler, or settings that it does not
                 read or that do not fit.
         """
         _refuse_autoregressive(config)
-        make_sampler(config, SamplingParams(sampler=self.policy, **dict(self.settings)))
+        make_sampler(config, SamplingParams(sampler=self.sampler, **dict(self.settings)))
 
 
 # The published samples are drawn so: one token a pass, nucleus 0.9 by the authors' rule.
@@ -53,7 +53,7 @@ def parse_point(text: str) -> Point:
     Raises:
         UserError: a setting that there is not, or whose value is none.
     """
-    policy, _, rest = text.partition(":")
+    sampler, _, rest = text.partition(":")
     settings = []
     for item in filter(None, rest.split(",")):
         name, _, value = item.partition("=")
@@ -69,7 +69,7 @@ def parse_point(text: str) -> Point:
                 f"the point {shown(text)} gives {shown(value)} for {name}, which is no "
                 f"{KINDS[name].__name__}"
             ) from None
-    return Point(policy, tuple(settings))
+    return Point(sampler, tuple(settings))
 
 
 def _refuse_autoregressive(config: Any) -> None:
@@ -106,8 +106,8 @@ def usual_points(config: Any) -> tuple[Point, ...]:
         *(Point("random", (("tokens_per_step", n),)) for n in no_times),
         *(Point("confidence", (("tokens_per_step", n),)) for n in tokens),
         *(
-            Point(policy, (("threshold", value),))
-            for policy, values in THRESHOLDS.items()
+            Point(sampler, (("threshold", value),))
+            for sampler, values in THRESHOLDS.items()
             for value in values
         ),
         *(Point("remask", (("steps", n),)) for n in (2 * size, *steps[:2])),

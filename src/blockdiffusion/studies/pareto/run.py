@@ -50,7 +50,7 @@ def measure_pareto(
 ) -> dict[str, Any]:
     """Measures every point; plain values for JSON, in the order of the points.
 
-    The bound is the model's own, of the samples that its policy wrote: low where they are what the
+    The bound is the model's own, of the samples that its sampler wrote: low where they are what the
     model finds likely, which is not the same as good.
 
     Raises:
@@ -99,8 +99,8 @@ def measure_pareto(
 
 
 def _draw(options: Pareto, point: Point) -> DrawOptions:
-    """How a point is drawn: as all are, but for its policy and what it sets."""
-    return replace(options.draw, sampler=point.policy, **dict(point.settings))
+    """How a point is drawn: as all are, but for its sampler and what that reads."""
+    return replace(options.draw, sampler=point.sampler, **dict(point.settings))
 
 
 def _at_stage(progress: Progress, point: str) -> Progress:
@@ -157,7 +157,7 @@ def _measured(
     values = {
         "key": key,
         "label": point.label,
-        "policy": point.policy,
+        "policy": point.sampler,
         "calls_per_token": 1 / cost.tokens_per_forward,
         "seconds_per_token": 1 / cost.tokens_per_second if cost.tokens_per_second else None,
         "text": scored.text.to_dict(),
