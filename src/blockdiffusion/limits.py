@@ -74,11 +74,15 @@ LIMITS: dict[str, Limit] = {
     "keep": Limit(1, 10**6),
     "threads": Limit(1, 4096),
     "ar_loss": Limit(0, 1000, whole=False),
+    "lora_rank": Limit(0, 2**14),
+    "lora_alpha": interval("(0, 1000000]"),
     "num_noisy": Limit(1, 1024),
     "offset_step": interval("[0.001, 1]"),  # its inverse is a number of clips
     **dict.fromkeys(("lr", "eps", "clip_norm"), interval("(0, inf)")),
     "weight_decay": interval("[0, inf)"),
-    **dict.fromkeys(("momentum", "ema_decay", "dropout", "t_min"), interval("[0, 1)")),
+    **dict.fromkeys(
+        ("momentum", "ema_decay", "dropout", "lora_dropout", "t_min"), interval("[0, 1)")
+    ),
     # measuring
     **dict.fromkeys(("rows", "limit", "train_rows", "max_documents"), Limit(1, MOST_COUNT)),
     **dict.fromkeys(("mc_samples", "batches"), Limit(1, 10**6)),

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import blockdiffusion
-from blockdiffusion.checkpoints.formats import COPY_AGAIN, copy_weights
+from blockdiffusion.checkpoints.finding import COPY_AGAIN
+from blockdiffusion.checkpoints.formats import copy_weights
 from blockdiffusion.checkpoints.tensors import is_finite, read_safetensors
 from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.errors import UserError

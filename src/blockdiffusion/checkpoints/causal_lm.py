@@ -22,7 +22,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from blockdiffusion.checkpoints.tensors import FLOAT_KINDS, check_header, is_finite
+from blockdiffusion.checkpoints.finding import (
+    ADAPTER,
+    CONFIG,
+    GGUF,
+    INDEX,
+    config_of,
+    find_path,
+)
+from blockdiffusion.checkpoints.tensors import (
+    FLOAT_KINDS,
+    check_header,
+    is_finite,
+    read_safetensors,
+)
 from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files import records
@@ -35,9 +48,9 @@ from blockdiffusion.models.causal_lm import (
     num_embeddings,
     without_weights,
 )
+from blockdiffusion.models.lora import SECTION as LORA
+from blockdiffusion.models.lora import AdapterOf, fingerprint, merge_adapter
 
-GGUF = ".gguf"
-INDEX = "model.safetensors.index.json"  # of weights in several files
 MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # in a configuration
 MOST_POSITIONS = 2**14  # of L, where only the network says how many positions it has
 START_TOKEN = "<|endoftext|>"  # what GPT-2, Qwen and SmolLM put between documents
@@ -267,8 +280,15 @@ def check_folder(folder: Path) -> None:
 
 
 def read_network(path: Path, raw: Mapping[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
+    """Read the network of a directory or a GGUF file; an adapter is merged into its parent.
+
+    Raises:
+        UserError: see `read_causal_lm`; or the adapter's parent is not there, or another model.
+    """
     if path.suffix == GGUF:
         return _read_gguf(path, dtype)
+    if (path / ADAPTER).is_file():
+        return _read_with_adapter(path, raw, dtype or torch.float32)
     check_folder(path)
     return load_network(
         path,
@@ -283,7 +303,7 @@ def _network_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     """The configuration of the network; a published family's as that of the same layers."""
     family = FAMILIES.get(raw.get("model_type", ""))
     name = raw["model_type"] if family is None else family.model_type
-    left_out = ("model_type", "auto_map", "architectures", "attn_implementation", SECTION)
+    left_out = ("model_type", "auto_map", "architectures", "attn_implementation", SECTION, LORA)
     known = {key: value for key, value in raw.items() if key not in left_out}
     try:
         return AutoConfig.for_model(name, **known)
@@ -291,6 +311,35 @@ def _network_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
         raise UserError(
             f"{path / 'config.json'} is no {name} configuration ({error}); {ADVICE}"
         ) from error
+
+
+def _read_with_adapter(path: Path, raw: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """Read the parent of an adapter, with a row for the mask token, and merge the adapter in."""
+    file = path / CONFIG
+    section = section_of(path, raw)
+    with records.of_file(file, ADVICE):
+        if section is None or not isinstance(raw.get(LORA), Mapping):
+            raise Damaged(f"it has no {SECTION} or no {LORA}, which an adapter needs")
+        origin = records.build(AdapterOf, raw[LORA], f"{LORA}.")
+    try:
+        parent = find_path(origin.parent)
+        network = read_network(parent, config_of(parent), dtype)
+    except UserError as error:
+        raise UserError(
+            f"{path} is an adapter, and its parent cannot be read: {error}; if it is elsewhere, "
+            f"set {LORA}.parent in {file}"
+        ) from error
+    if fingerprint(network) != origin.fingerprint:
+        raise UserError(
+            f"{path} is an adapter of another model than the one in {origin.parent}, whose weights "
+            f"differ from those it was trained with; set {LORA}.parent in {file} to that one"
+        )
+    if num_embeddings(network) < section.vocab_size:
+        network.resize_token_embeddings(section.vocab_size, mean_resizing=False)
+    with records.of_file(path / ADAPTER, ADVICE):
+        tensors = read_safetensors(path / ADAPTER)
+        merge_adapter(network, tensors, origin.scale, section.mask_id)
+    return network
 
 
 def _read_gguf(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -6,7 +6,6 @@ in a file can run. A missing, unexpected or misshapen tensor is an error that na
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,15 @@ from transformers.initialization import no_init_weights
 
 from blockdiffusion.checkpoints.bd3lm import MODEL_TYPE as BD3LM
 from blockdiffusion.checkpoints.bd3lm import from_bd3lm
-from blockdiffusion.checkpoints.causal_lm import (
+from blockdiffusion.checkpoints.causal_lm import is_causal_lm, read_causal_lm, read_network
+from blockdiffusion.checkpoints.finding import (
+    ADAPTER,
+    CONFIG,
+    COPY_AGAIN,
     GGUF,
-    INDEX,
-    is_causal_lm,
-    read_causal_lm,
-    read_network,
+    WEIGHTS,
+    config_of,
+    find_path,
 )
 from blockdiffusion.checkpoints.lightning import LightningFile, LightningOptions, read_lightning
 from blockdiffusion.checkpoints.tensors import check_tensors, read_safetensors, write_safetensors
@@ -31,16 +33,10 @@ from blockdiffusion.files import records
 from blockdiffusion.files.checksums import warn_of_changes
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.models.block_diffusion import BlockDiffusion
-from blockdiffusion.models.causal_lm import SECTION
+from blockdiffusion.models.causal_lm import SECTION, AdaptedModel
 from blockdiffusion.models.transformer import OLD_SIZES, BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.options import renamed
 
-CONFIG = "config.json"
-COPY_AGAIN = "copy or download it again"
-WEIGHTS = "model.safetensors"
-LIGHTNING = ".ckpt"
-PICKLES = (".bin", LIGHTNING, ".pt", ".pth", ".pkl")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DtypeName = Literal["float32", "float64", "bfloat16", "float16"]
 Format = Literal["blockdiffusion", "bd3lm", "lightning", "transformers"]
 
@@ -117,7 +113,7 @@ def find_model(
         UserError: see `load`; or options for a Lightning file are given for something else.
     """
     path = find_path(path_or_hub_id)
-    raw = _config_of(path)
+    raw = config_of(path)
     if path.suffix == GGUF or is_causal_lm(raw):
         adapted = read_causal_lm(path, raw, block_size=block_size, mask_id=mask_id, dtype=dtype)
         if path.is_dir():
@@ -167,17 +163,13 @@ def find_causal_lm(path_or_hub_id: str | Path) -> tuple[Path, dict[str, Any]]:
         UserError: there is no such model.
     """
     path = find_path(path_or_hub_id)
-    raw = _config_of(path)
+    raw = config_of(path)
     if path.suffix != GGUF and not is_causal_lm(raw):
         raise UserError(
             f"{path_or_hub_id}: its model_type is {shown(raw.get('model_type'))}; give a causal "
             "language model of transformers, or one that was adapted"
         )
     return path, raw
-
-
-def _config_of(path: Path) -> dict[str, Any]:
-    return records.read_json(path / CONFIG, COPY_AGAIN) if path.is_dir() else {}
 
 
 def copy_weights(path_or_hub_id: str | Path, model: BlockDiffusion) -> None:
@@ -224,96 +216,11 @@ def write_model(model: BlockDiffusion, folder: Path) -> dict[str, str]:
         The sha256 of the weights, by the name of their file.
     """
     model.full_config().save_pretrained(folder)
-    return {WEIGHTS: write_safetensors(model.backbone.saved_tensors(), folder / WEIGHTS)}
-
-
-# --- Finding --------------------------------------------------------------------------------------
-
-
-def find_directory(path: Path) -> Path | None:
-    """Return `path` or the `model` in it (of a run), if it is a model directory.
-
-    Raises:
-        UserError: there is a config.json without weights.
-    """
-    folder = next((f for f in (path, path / "model") if (f / CONFIG).is_file()), None)
-    if folder is not None and not any((folder / w).is_file() for w in (WEIGHTS, INDEX)):
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-        if pickles:
-            raise UserError(
-                f"{folder} holds {pickles[0]}, a pickle, which can hold code and is not opened; "
-                f"a {WEIGHTS} is needed"
-            )
-        raise UserError(f"{folder} has a {CONFIG} but no {WEIGHTS}")
-    return folder
-
-
-def find_path(path_or_hub_id: str | Path) -> Path:
-    """The local directory or Lightning file that holds the model; downloads a hub id."""
-    path = Path(path_or_hub_id)
-    if path.is_file():
-        if path.suffix in (LIGHTNING, GGUF):
-            return path
-        if path.suffix in PICKLES:
-            raise UserError(
-                f"{path} is a pickle, which can hold code and is not opened; "
-                f"give a directory with {CONFIG} and {WEIGHTS}, or a Lightning {LIGHTNING}"
-            )
-        raise UserError(f"{path} is a file; give the directory that holds {CONFIG}")
-    folder = find_directory(path)
-    if folder is not None:
-        return folder
-    if path.is_dir():
-        files = sorted(path.glob(f"*{LIGHTNING}"))
-        instead = "give a model's or a training run's directory"
-        if files:
-            instead = f"for a Lightning checkpoint give the file itself, such as {files[0]}"
-        raise UserError(f"{path} holds no {CONFIG}; {instead}")
-    refuse_missing_path(path_or_hub_id)
-    if not HUB_ID.fullmatch(str(path_or_hub_id)):
-        raise _nowhere(path)
-    return _download(str(path_or_hub_id))
-
-
-def refuse_missing_path(name: str | Path) -> None:
-    """Refuse a local path that does not exist, before a hub is asked for it.
-
-    OWNER/NAME is a path if there is a folder OWNER.
-
-    Raises:
-        UserError: the name is such a path.
-    """
-    text, parent = str(name), Path(name).parent
-    if text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise _nowhere(name)
-    if "/" in text and parent.is_dir():
-        raise UserError(
-            f"{name} does not exist: the folder {parent} is here and has no {Path(name).name} in "
-            "it; check the name, or give a Hugging Face id"
-        )
-
-
-def _nowhere(name: str | Path) -> UserError:
-    return UserError(f"{name} does not exist; give a model directory or a Hugging Face id")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", WEIGHTS, "*.txt"]))
-    except Exception as error:  # the hub client has no common base class for its failures
-        raise UserError(
-            f"{hub_id} is no local directory, and the download from the hub failed "
-            f"({type(error).__name__}); check the name and the connection, or give a directory"
-        ) from error
-    # Without a connection an interrupted download in the cache is taken for the snapshot.
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-        raise UserError(
-            f"{hub_id} is incomplete in the cache: {folder} has no {' and no '.join(missing)}; "
-            "repeat with a connection, or give a directory that has both"
-        )
-    return folder
+    name = WEIGHTS
+    if isinstance(model, AdaptedModel) and (lora := model.backbone.lora) is not None:
+        lora.config.save_pretrained(str(folder))
+        name = ADAPTER
+    return {name: write_safetensors(model.backbone.saved_tensors(), folder / name)}
 
 
 # --- Reading directories --------------------------------------------------------------------------

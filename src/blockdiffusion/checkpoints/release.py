@@ -20,20 +20,18 @@ from blockdiffusion.checkpoints.card import (
     render,
     write_card,
 )
-from blockdiffusion.checkpoints.formats import (
+from blockdiffusion.checkpoints.finding import (
     CONFIG,
     COPY_AGAIN,
     HUB_ID,
     WEIGHTS,
-    Found,
     find_directory,
-    find_model,
-    read_config,
-    write_model,
 )
+from blockdiffusion.checkpoints.formats import Found, find_model, read_config, write_model
 from blockdiffusion.checkpoints.options import LightningOptions, Target
 from blockdiffusion.checkpoints.tensors import write_safetensors
 from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
+from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.errors import UserError, reason, shown
 from blockdiffusion.files.checksums import sums_of, write_sums
 from blockdiffusion.files.directories import publish_directory, writing
@@ -132,7 +130,7 @@ def _tokenizer(
     """The tokenizer `spec`, or the source's own, if it fits the model."""
     if spec is not None:
         tokenizer = load_tokenizer(spec)
-        if why := _misfit(tokenizer, found.config):
+        if why := _misfit(tokenizer, found.model.config):
             raise UserError(f"the tokenizer {spec} is not this model's: {why}; give another")
         return tokenizer
     if found.model.tokenizer is not None:
@@ -142,7 +140,7 @@ def _tokenizer(
             file = Path(folder) / "tokenizer.json"
             file.write_text(found.lightning.tokenizer, encoding="utf-8")
             tokenizer = load_tokenizer(file)
-        why = _misfit(tokenizer, found.config)
+        why = _misfit(tokenizer, found.model.config)
         if why is None:
             notes.append("the tokenizer is the one in the file")
             return tokenizer
@@ -152,7 +150,7 @@ def _tokenizer(
     return None
 
 
-def _misfit(tokenizer: PreTrainedTokenizerFast, config: BlockDiffusionConfig) -> str | None:
+def _misfit(tokenizer: PreTrainedTokenizerFast, config: DiffusionConfig) -> str | None:
     theirs = (vocab_size(tokenizer), tokenizer.mask_token_id)
     ours = (config.vocab_size, config.mask_id)
     if theirs == ours:
@@ -172,6 +170,11 @@ def _name_tokens(model: BlockDiffusion, tokenizer: PreTrainedTokenizerFast) -> N
 
 def _write_bd3lm(found: Found, folder: Path) -> dict[str, str]:
     """Write the published format; return the sha256 of the weights, by the name of their file."""
+    if found.format == "transformers":
+        raise UserError(
+            f"--to is bd3lm, but {found.path} is an adapted causal model, which that format cannot "
+            "describe; leave --to out"
+        )
     raw, tensors = to_bd3lm(found.config, found.model.backbone.state_dict())
     raw["dtype"] = str(found.model.dtype).removeprefix("torch.")
     (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
@@ -180,13 +183,14 @@ def _write_bd3lm(found: Found, folder: Path) -> dict[str, str]:
 
 def _card(found: Found, source: str | Path, out: Path) -> Card:
     """The card of converted weights, or our own card, which stays true of the same weights."""
-    if found.format == "blockdiffusion":
-        return replace(read_card(found.path) or Card(name=out.name), name=out.name)
+    own = read_card(found.path) if found.path.is_dir() else None
+    if own is not None or found.format == "blockdiffusion":
+        return replace(own or Card(name=out.name), name=out.name)
     facts: dict[str, Any] = {
         "format": found.format,
         "converted from": public_name(source),
         "how its authors measure": MEASURED_EXACTLY
-        if found.config.is_autoregressive
+        if found.model.config.is_autoregressive
         else MEASURED_AS_A_BOUND,
     }
     if found.lightning is None:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from blockdiffusion.checkpoints.causal_lm import check_folder, load_network
-from blockdiffusion.checkpoints.formats import LIGHTNING, PICKLES, load, refuse_missing_path
+from blockdiffusion.checkpoints.finding import LIGHTNING, PICKLES, refuse_missing_path
+from blockdiffusion.checkpoints.formats import load
 from blockdiffusion.data.tokenizers import encode, load_tokenizer
 from blockdiffusion.diffusion.denoiser import bos_id, causal_nll, is_autoregressive
 from blockdiffusion.diffusion.exact import MAX_BLOCK_SIZE

@@ -27,6 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.errors import UserError
+from blockdiffusion.models import lora
 from blockdiffusion.models.attention import attend_causal, causal_mask
 from blockdiffusion.models.backbone import ALL, AttentionSizes, Outputs, Read
 from blockdiffusion.models.block_diffusion import BlockDiffusion
@@ -76,6 +77,8 @@ class CausalLM(nn.Module):
         model: one with an output layer (`...ForCausalLM`). It is kept, not copied, and from now on
             attends through the `BlockDiffusion` around it.
 
+        adapters: that it holds in training, if any.
+
     Attributes:
         attention: what was observed; see `AttentionSizes`.
 
@@ -83,9 +86,10 @@ class CausalLM(nn.Module):
         UserError: it is of a family that cannot be a backbone; the sentence gives the reason.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, adapters: lora.Lora | None = None):
         super().__init__()
         self.model = model
+        self.lora = adapters
         self._checkpoints_activations = False
         if model.get_output_embeddings() is None:
             raise refusal(model, "it has no output layer over the vocabulary")
@@ -134,8 +138,13 @@ class CausalLM(nn.Module):
 
     @property
     def output(self) -> nn.Linear:
-        """The layer behind `head`; of a model with a soft cap it is not all of it."""
-        return self.model.get_output_embeddings()  # type: ignore[return-value]
+        """The layer behind `head`; of a model with a soft cap it is not all of it.
+
+        With LoRA it is the layer without the mask token's trained row, which only a tied table has:
+        no token is predicted to be the mask.
+        """
+        layer: Any = self.model.get_output_embeddings()
+        return layer if isinstance(layer, nn.Linear) else layer.token_adapter.base_layer
 
     @property
     def logits_are_linear(self) -> bool:
@@ -217,9 +226,11 @@ class CausalLM(nn.Module):
         return [p for layer in self.units() for p in layer.parameters() if p.ndim == 2]
 
     def empty_copy(self) -> CausalLM:
-        """A network of the same sizes whose parameters hold nothing (on the device `meta`)."""
+        """A network of the same sizes whose parameters hold nothing (on the device `meta`), without
+        adapters."""
         model = without_weights(self.model, copy.deepcopy(self.config))
         made = copy.copy(self)
+        made.lora = None
         made._modules = {"model": model}
         names = {module: name for name, module in self.model.named_modules()}
         made._attending = [model.get_submodule(names[module]) for module in self._attending]
@@ -232,7 +243,10 @@ class CausalLM(nn.Module):
         return found
 
     def saved_tensors(self) -> dict[str, torch.Tensor]:
-        """The weights by the names of transformers; tied ones once, by the first name."""
+        """The weights by the names of transformers; tied ones once, by the first name. With LoRA
+        only those of the adapters, by the names of peft."""
+        if self.lora is not None:
+            return lora.adapter_tensors(self.model)
         first: dict[int, tuple[str, torch.Tensor]] = {}
         for name, tensor in self.model.state_dict().items():
             first.setdefault(tensor.data_ptr(), (name, tensor))
@@ -254,9 +268,9 @@ def without_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     """
     with torch.device("meta"):
         made = type(model)(config)
-    saved = set(model.state_dict())
+    saved, known = set(model.state_dict()), dict(made.named_buffers())
     for name, buffer in model.named_buffers():
-        if name not in saved:
+        if name not in saved and name in known:
             module, _, own = name.rpartition(".")
             setattr(made.get_submodule(module), own, buffer)
     return made
@@ -284,11 +298,16 @@ class AdaptedModel(BlockDiffusion):
         full.dtype = str(self.dtype).removeprefix("torch.")
         full.architectures = [type(self.backbone.model).__name__]
         setattr(full, SECTION, asdict(self.config))
+        if self.backbone.lora is not None:
+            setattr(full, lora.SECTION, asdict(self.backbone.lora.origin))
         return full
 
 
 def adapted_model(
-    model: PreTrainedModel, config: DiffusionConfig, tokenizer: Any = None
+    model: PreTrainedModel,
+    config: DiffusionConfig,
+    tokenizer: Any = None,
+    adapters: lora.Lora | None = None,
 ) -> AdaptedModel:
     """Make a block diffusion model around a causal language model, checked in one small pass.
 
@@ -302,7 +321,7 @@ def adapted_model(
             f"{type(model).__name__} has {rows} embeddings, but vocab_size is {config.vocab_size}; "
             "give the number of embeddings"
         )
-    made = AdaptedModel(CausalLM(model), config, tokenizer)
+    made = AdaptedModel(CausalLM(model, adapters), config, tokenizer)
     if not config.is_autoregressive:
         with torch.no_grad(), _evaluating(model):
             _check_streams(made)

@@ -19,6 +19,8 @@ from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.models.causal_lm import AdaptedModel, adapted_model, num_embeddings
+from blockdiffusion.models.lora import add_lora, fingerprint
+from blockdiffusion.runtime.seeding import seed_global
 from blockdiffusion.train.recipe import with_block_size
 
 if TYPE_CHECKING:
@@ -49,8 +51,23 @@ def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
     before = section_of(path, raw)
     _check_section(before, options)
     network = read_network(path, raw, torch.float32)
+    digest = fingerprint(network) if options.lora_rank else ""
     if before is None:
         _add_mask(network, manifest.mask_id, _copied_row(options, parents))
+    adapters = None
+    if options.lora_rank:
+        is_local = Path(options.parent).exists()
+        with torch.random.fork_rng(devices=[]):
+            seed_global(recipe.train.seed, "weights")
+            adapters = add_lora(
+                network,
+                rank=options.lora_rank,
+                alpha=options.lora_alpha,
+                dropout=options.lora_dropout,
+                mask_id=manifest.mask_id,
+                parent=str(Path(options.parent).resolve()) if is_local else options.parent,
+                fingerprint=digest,
+            )
     config = DiffusionConfig(
         vocab_size=num_embeddings(network),
         seq_len=manifest.seq_len,
@@ -64,7 +81,7 @@ def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
         bos_id=manifest.bos_id,
         eos_id=manifest.eos_id,
     )
-    return adapted_model(network, config, tokenizer)
+    return adapted_model(network, config, tokenizer, adapters)
 
 
 def _check_tokenizers(parents: Any, of_data: Any, parent: str, data: str) -> None:

@@ -228,6 +228,23 @@ class AdaptOptions:
         "how the embedding of the mask token starts: mean, of all embeddings, or a token of the "
         "parent, whose row is copied",
     )
+    lora_rank: int = option(
+        0,
+        "rank of the matrices of LoRA, which are trained instead of the weights and saved alone; "
+        "0: all weights are trained",
+    )
+    lora_alpha: float = option(32.0, "LoRA's products count this much, divided by the rank")
+    lora_dropout: float = option(0.0, "dropout of the inputs of LoRA's matrices")
+
+    def __post_init__(self) -> None:
+        check_limits(self, "adapt.")
+        usual = AdaptOptions.__dataclass_fields__
+        for name in () if self.lora_rank else ("lora_alpha", "lora_dropout"):
+            if (value := getattr(self, name)) != usual[name].default:
+                raise UserError(
+                    f"adapt.{name} is {value}, but adapt.lora_rank is 0, so nothing reads it; give "
+                    "a rank, such as 16, or leave it out"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

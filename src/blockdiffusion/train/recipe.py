@@ -145,6 +145,11 @@ class Recipe:
                     f"objective.name is {self.objective.name}, but adapt.parent is given; causal "
                     "models are adapted to masked diffusion: set objective.name=bd3lm"
                 )
+        if self.adapt.lora_rank and self.train.parallel == "fsdp":
+            raise UserError(
+                "adapt.lora_rank is given, but train.parallel is fsdp, which shards all weights "
+                "alike; set train.parallel=ddp"
+            )
         for item in fields(usual):
             value = getattr(changed, item.name)
             if item.name not in ("parent", "block_size") and value != getattr(usual, item.name):
