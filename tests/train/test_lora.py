@@ -146,7 +146,10 @@ def test_damaged_adapters_are_refused(recipe, tmp_path):  # noqa: F811
     name = next(n for n in whole if n.endswith("lora_A.weight"))
     for damaged, message in (
         ({n: t for n, t in whole.items() if n != name}, "but no"),
-        (whole | {"base_model.model.there.lora_A.weight": whole[name].clone()}, "belongs to no layer"),
+        (
+            whole | {"base_model.model.there.lora_A.weight": whole[name].clone()},
+            "belongs to no layer",
+        ),
         (whole | {name: whole[name][:, 1:].contiguous()}, "does not fit"),
     ):
         save_file(damaged, file)

@@ -144,7 +144,7 @@ class CausalLM(nn.Module):
         no token is predicted to be the mask.
         """
         layer: Any = self.model.get_output_embeddings()
-        return layer if isinstance(layer, nn.Linear) else layer.token_adapter.base_layer
+        return layer.token_adapter.base_layer if hasattr(layer, "token_adapter") else layer
 
     @property
     def logits_are_linear(self) -> bool:

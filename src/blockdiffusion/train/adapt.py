@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
                 parent=str(Path(options.parent).resolve()) if is_local else options.parent,
                 fingerprint=digest,
             )
+    _freeze(network, options)
     config = DiffusionConfig(
         vocab_size=num_embeddings(network),
         seq_len=manifest.seq_len,
@@ -130,6 +132,22 @@ def _add_mask(network: PreTrainedModel, mask_id: int, copied: int | None) -> Non
     with torch.no_grad():
         for table, old in zip(_tables(network), before, strict=True):
             table[mask_id] = old[:mask_id].mean(0) if copied is None else old[copied]
+
+
+def _freeze(network: PreTrainedModel, options: AdaptOptions) -> None:
+    """Let the parameters of `adapt.freeze` keep their values."""
+    named = dict(network.named_parameters())
+    for pattern in options.freeze:
+        found = [name for name in named if fnmatchcase(name, pattern)]
+        if not found:
+            raise UserError(
+                f"adapt.freeze has {shown(pattern)}, which matches no parameter of "
+                f"{options.parent}; its first is {next(iter(named))}"
+            )
+        for name in found:
+            named[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise UserError("adapt.freeze matches all parameters, so nothing is trained; freeze less")
 
 
 def _tables(network: PreTrainedModel) -> list[torch.Tensor]:

@@ -235,6 +235,8 @@ class _Training:
             clipped = replace(self.objective, clip=self.clip).make_estimator()
             estimator, note = for_block_size(clipped, self.model.config.block_size)
             self.estimator = diffusion_of(self.model.config).fitted(estimator)
+            for size in self.options.block_sizes:
+                for_block_size(self.estimator, size)  # refuses now what it would refuse later
             if note is not None and self.objective.estimator is not None:
                 self.notes.append(note)
         self._began = time.perf_counter() - self.state.seconds
@@ -286,6 +288,7 @@ class _Training:
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
+            **({"block_size": options.block_size_at(step)} if options.block_sizes else {}),
             "tokens_per_second": round(batch_loss.batch.num_tokens / (now - began), 1),
             **self.speed.reached(batch_loss, now - began),
             "seconds": round(now - self._began, 3),
@@ -300,9 +303,12 @@ class _Training:
             return NextTokenLoss(batch, free_BL), num_free
         config = self.model.config
         source = generator(self.options.seed, "corruption", step)
-        corrupted = self.estimator(batch.ids_BL, free_BL, config.block_size, config.mask_id, source)
+        size = self.options.block_size_at(step) or config.block_size
+        estimator, _ = for_block_size(self.estimator, size)
+        corrupted = estimator(batch.ids_BL, free_BL, size, config.mask_id, source)
         ar_loss = self.objective.ar_loss
-        return DiffusionLoss(batch, corrupted, ar_loss * free_BL if ar_loss else None), num_free
+        ar_weight_BL = ar_loss * free_BL if ar_loss else None
+        return DiffusionLoss(batch, corrupted, ar_weight_BL, size), num_free
 
     def measure(self, step: int, due: Sequence[Periodic], report: Report) -> None:
         """Report what each of `due` returns for the averaged model; the state keeps evaluations."""

@@ -56,6 +56,8 @@ class DiffusionLoss(BatchLoss):
     corrupted: Corrupted
     ar_weight_BL: torch.Tensor | None = None
     """Weights of the next-token loss on the clean stream, 0 at tokens that are not scored."""
+    block_size: int | None = None
+    """S of this update, in which the noise was drawn; None: the model's."""
 
     @property
     def num_noisy(self) -> int:
@@ -67,6 +69,8 @@ class DiffusionLoss(BatchLoss):
         return int(self.corrupted.scored_BNL.sum()) + clean
 
     def nats(self, model: BlockDiffusion, rows: slice) -> torch.Tensor:
+        if self.block_size is not None and self.block_size != model.config.block_size:
+            model = model.with_block_size(self.block_size)
         drawn = self.corrupted.rows(rows.start, rows.stop).to(model.device)
         if self.ar_weight_BL is not None:
             ar_weight_BL = self.num_noisy * self.ar_weight_BL[rows].to(model.device)

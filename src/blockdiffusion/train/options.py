@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal
 
 from blockdiffusion.diffusion.estimators import (
@@ -235,6 +236,11 @@ class AdaptOptions:
     )
     lora_alpha: float = option(32.0, "LoRA's products count this much, divided by the rank")
     lora_dropout: float = option(0.0, "dropout of the inputs of LoRA's matrices")
+    freeze: tuple[str, ...] = option(
+        (),
+        "parameters that keep the parent's values: names of transformers, or patterns such as "
+        "model.layers.0.* and *embed_tokens*",
+    )
 
     def __post_init__(self) -> None:
         check_limits(self, "adapt.")
@@ -245,6 +251,11 @@ class AdaptOptions:
                     f"adapt.{name} is {value}, but adapt.lora_rank is 0, so nothing reads it; give "
                     "a rank, such as 16, or leave it out"
                 )
+        if self.lora_rank and self.freeze:
+            raise UserError(
+                "adapt.freeze is given, but LoRA trains no weight of the parent anyway; leave out "
+                "adapt.freeze or adapt.lora_rank"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,6 +263,11 @@ class TrainOptions:
     """How long, on which device and in which precision to train."""
 
     steps: int = option(REQUIRED, "updates of the weights")
+    block_sizes: tuple[int, ...] = option(
+        (),
+        "block sizes in equal parts of the steps, such as [1, 2, 4]: each divides the next, and "
+        "the last is model.block_size; empty: model.block_size in all steps",
+    )
     batch_size: int = option(512, "rows of one update, of all processes together")
     micro_batch_size: int | None = option(
         None, "rows of one forward and backward pass; null: the whole batch"
@@ -287,3 +303,16 @@ class TrainOptions:
                 f"train.micro_batch_size is {self.micro_batch_size}; it must be at most "
                 f"train.batch_size, which is {self.batch_size}"
             )
+        sizes = self.block_sizes
+        grows = all(0 < a < b and b % a == 0 for a, b in pairwise(sizes))
+        if min(sizes, default=1) < 1 or not grows or len(sizes) > self.steps:
+            raise UserError(
+                f"train.block_sizes is {list(sizes)}; it must grow, each size dividing the next, "
+                "with at most as many sizes as train.steps"
+            )
+
+    def block_size_at(self, step: int) -> int | None:
+        """Return the block size of update `step` (from 1); None: that of the model."""
+        if not self.block_sizes:
+            return None
+        return self.block_sizes[(step - 1) * len(self.block_sizes) // self.steps]

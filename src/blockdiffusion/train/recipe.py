@@ -256,6 +256,17 @@ def with_block_size(recipe: Recipe, manifest: Manifest) -> Recipe:
             )
         size = length
     assert size is not None
+    grown = recipe.train.block_sizes
+    if grown and (recipe.objective.is_autoregressive or recipe.objective.has_one_block):
+        raise UserError(
+            f"train.block_sizes is {list(grown)}, but objective.name is {recipe.objective.name}, "
+            "which has one block size; leave it out"
+        )
+    if grown and grown[-1] != size:
+        raise UserError(
+            f"train.block_sizes is {list(grown)}, but model.block_size is {size}; the last of them "
+            "must be equal"
+        )
     if length % size:
         raise UserError(
             f"model.block_size is {size}, which does not divide the {length} tokens of a row of "

@@ -122,11 +122,12 @@ def _refuse_changes(recipe: Recipe, saved: Path) -> None:
         return  # `train` says what is missing
     changed = differences(to_dict(load_recipe(saved)), to_dict(recipe))
     changed = [key for key in changed if not key.startswith(CHANGEABLE)]
-    if recipe.optim.schedule == "constant":
+    if recipe.optim.schedule == "constant" and not recipe.train.block_sizes:
         changed = [key for key in changed if key != "train.steps"]
     if changed:
         keys = ", ".join(changed)
-        why = " (the learning rate depends on it)" if changed == ["train.steps"] else ""
+        reason = "block sizes depend" if recipe.train.block_sizes else "learning rate depends"
+        why = f" (the {reason} on it)" if changed == ["train.steps"] else ""
         raise UserError(
             f"the run in {saved.parent} was started with another {keys}{why}; resume with its own "
             f"{saved}, or choose another out=... for a new run"
