@@ -194,11 +194,13 @@ def _folded(network: DiT) -> DiT:
 
 
 def like_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """Return a linear layer that holds these tensors, which are not trained."""
+    """Return a linear layer that holds these tensors; a parameter stays the same object."""
     with torch.device("meta"):
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     made.weight = nn.Parameter(weight.detach(), requires_grad=False)
-    if bias is not None:
+    if isinstance(bias, nn.Parameter):
+        made.bias = bias
+    elif bias is not None:
         made.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return made
 
