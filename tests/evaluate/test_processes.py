@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -36,9 +37,9 @@ def models(make_model, make_ar, tmp_path) -> Path:
     return tmp_path
 
 
+@patch.object(replicates, "PASS_TOKENS", 96)  # a row or two at a time
 def measure(folder: Path) -> None:
     """Likelihoods and samples, into a file of the number of processes."""
-    replicates.PASS_TOKENS = 96  # a row or two at a time
     ids = torch.randint(256, (7, 16), generator=torch.Generator().manual_seed(1))
     found = []
     with process_group() as processes:

@@ -128,11 +128,13 @@ def pareto(
         f"{result['model']}: {drawn['num_samples']} samples of at most "
         f"{drawn['max_new_tokens']} tokens, {filters(drawn)}"
     )
+    say(table, end="")
     try:
-        write_text(out / "pareto.svg", plots.svg(plots.pareto_figure(result, what)))
+        picture = plots.svg(plots.pareto_figure(result, what))
     except UserError as error:  # the measurement is there, and its tables
         say(f"no pareto.svg: {error}", err=True)
-    say(table, end="")
+    else:
+        write_text(out / "pareto.svg", picture)
 
 
 def _write_generation_tables(results: list[Any], notes: list[str], files: Outputs) -> None:
