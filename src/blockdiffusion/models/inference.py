@@ -119,7 +119,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        self.bias = None if linear.bias is None else linear.bias.detach()
         self.then = ("gelu", [], "tanh") if isinstance(linear, LinearGelu) else ("none", [], "")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
