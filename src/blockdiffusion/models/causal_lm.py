@@ -31,6 +31,7 @@ from blockdiffusion.models import lora
 from blockdiffusion.models.attention import attend_causal, causal_mask
 from blockdiffusion.models.backbone import ALL, AttentionSizes, Outputs, Read
 from blockdiffusion.models.block_diffusion import BlockDiffusion
+from blockdiffusion.models.fused_llama import fused_llama, replace_conv1d
 from blockdiffusion.runtime.devices import allow_compilations
 
 ATTENTION = "blockdiffusion"  # our function's name in the registry of transformers
@@ -251,6 +252,25 @@ class CausalLM(nn.Module):
         for name, tensor in self.model.state_dict().items():
             first.setdefault(tensor.data_ptr(), (name, tensor))
         return dict(first.values())
+
+    def simplify(self) -> None:
+        """Replace layers by faster ones of the same function, in a copy that only samples."""
+        replace_conv1d(self.model)
+        body = fused_llama(self.model.base_model, self.attention)
+        if body is None:
+            return
+        ids_1T = torch.arange(TOKENS)[None] % self.config.vocab_size
+        positions_1T = torch.arange(TOKENS)[None]
+        mask_BTT = causal_mask(torch.ones_like(ids_1T, dtype=torch.bool), None)
+
+        def read(index: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return attend_causal(q, k, v, mask_BTT, self.attention)
+
+        with torch.no_grad(), _evaluating(self):
+            expected = self._hidden(ids_1T, positions_1T, read)
+            found = body(ids_1T, positions_1T, read, use_cache=False).last_hidden_state
+        if _agree(found, expected, self.dtype):
+            setattr(self.model, self.model.base_model_prefix, body)
 
     def compile_layers(self) -> None:
         """Let PyTorch compile the parts of the layers that do not attend."""

@@ -3,6 +3,8 @@
 * The modulation (adaLN) of a network without time input is the same for every token of every pass.
   Shifts and scales, with the weights of the norms, are folded into the linear layers after the
   norms, and gates into those before the sums. A plain pre-norm transformer remains.
+* The layers of Llama and its relatives in transformers are fused on a CPU (see `fused_llama`), and
+  GPT-2's transposed layers become linear ones.
 * On a CPU the weights of linear layers are laid out once as oneDNN's products read them: the same
   numbers, in half the time for few rows.
 * With `int8` the weights of linear layers are stored in 8 bits, with one scale per output, and
@@ -67,6 +69,9 @@ def optimize_for_inference(model: AnyModel, *, int8: bool = False) -> AnyModel:
     else:  # the modules are copied, the tensors shared
         tensors = (*backbone.parameters(), *backbone.buffers())
         made = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
+        simplify = getattr(made, "simplify", None)  # of causal models
+        if simplify is not None and (int8 or _packs(model)):  # weights are copied anyway
+            simplify()
     if int8:
         _replace(made, Int8Linear)
     elif _packs(model):
@@ -101,8 +106,8 @@ class FoldedLayer(nn.Module):
     ) -> torch.Tensor:
         """As in `Layer`; `cond` is in the weights."""
         qkv = split_heads(self.attn_qkv(_normed(x_BTD)), self.num_attention_heads, rotary)
-        x_BTD = _plus(outputs.take(x_BTD), self.attn_out, attended(qkv, read, outputs))
-        return _plus(x_BTD, self.mlp_out, self.mlp_in(_normed(x_BTD)))
+        x_BTD = plus(outputs.take(x_BTD), self.attn_out, attended(qkv, read, outputs))
+        return plus(x_BTD, self.mlp_out, self.mlp_in(_normed(x_BTD)))
 
 
 class PackedLinear(nn.Module):
@@ -114,7 +119,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        self.bias = None if linear.bias is None else linear.bias.detach()
         self.then = ("gelu", [], "tanh") if isinstance(linear, LinearGelu) else ("none", [], "")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -158,7 +163,8 @@ class Int8Linear(nn.Module):
         return gelu(out) if self.has_gelu else out
 
 
-def _plus(x: torch.Tensor, linear: nn.Module, input: torch.Tensor) -> torch.Tensor:
+def plus(x: torch.Tensor, linear: nn.Module, input: torch.Tensor) -> torch.Tensor:
+    """Return x + linear(input), in one operation where the layer has it."""
     return linear.plus(x, input) if isinstance(linear, PackedLinear) else x + linear(input)
 
 
@@ -184,6 +190,18 @@ def _folded(network: DiT) -> DiT:
     made.final_norm = copy.deepcopy(network.final_norm)
     nn.init.ones_(made.final_norm.weight)
     made.time = made.final_modulation = None
+    return made
+
+
+def like_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """Return a linear layer that holds these tensors; a parameter stays the same object."""
+    with torch.device("meta"):
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    made.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if isinstance(bias, nn.Parameter):
+        made.bias = bias
+    elif bias is not None:
+        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return made
 
 
