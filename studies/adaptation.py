@@ -41,6 +41,8 @@ RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "s4-causal-blocks": (4, ("objective.ar_loss=0.5", "adapt.block_attention=causal")),
     "s4-same-reading": (4, ("adapt.reading=same",)),
     "s4-block-clean": (4, ("adapt.clean_attention=block",)),
+    "s4-grown": (4, ("objective.ar_loss=0.5", "train.block_sizes=[1,2,4]")),
+    "s4-lora": (4, ("objective.ar_loss=0.5", "adapt.lora_rank=16", "optim.lr=1e-3")),
     "s4-reserved-mask": (4, ("objective.ar_loss=0.5", "adapt.mask=<reponame>")),
 }
 
