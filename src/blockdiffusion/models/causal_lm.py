@@ -92,6 +92,7 @@ class CausalLM(nn.Module):
         self.model = model
         self.lora = adapters
         self._checkpoints_activations = False
+        self._max_positions = self.max_positions
         if model.get_output_embeddings() is None:
             raise refusal(model, "it has no output layer over the vocabulary")
         if model.base_model is model:
@@ -194,7 +195,37 @@ class CausalLM(nn.Module):
         )
         return hidden_BTD if self._scale == 1 else self._scale * hidden_BTD
 
+    @property
+    def max_positions(self) -> int | None:
+        """The number of positions that the network knows; None: any.
+
+        Learned positions end, and `longrope` has other frequencies for longer texts.
+        """
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            return rope.get("original_max_position_embeddings")
+        most = getattr(self.config, "max_position_embeddings", None)
+        tables = [m for m in self.model.base_model.modules() if isinstance(m, nn.Embedding)]
+        # OPT's table begins with two rows that are no positions.
+        learned = most and any(m.num_embeddings - most in (0, 2) for m in tables[1:])
+        return most if learned else None
+
+    def check_length(self, length: int) -> None:
+        """Refuse texts beyond the positions that the network knows.
+
+        Raises:
+            UserError: the text is longer.
+        """
+        if self._max_positions is not None and length > self._max_positions:
+            raise UserError(
+                f"{type(self.model).__name__} knows {self._max_positions} positions, and the text "
+                f"has {length} tokens; take shorter rows, or fewer new tokens"
+            )
+
     def _hidden(self, ids_BT: torch.Tensor, positions_BT: torch.Tensor, read: Read) -> torch.Tensor:
+        # A GPU is not waited for: there `adapted_model` has refused longer rows.
+        if self._max_positions is not None and positions_BT.device.type == "cpu":
+            self.check_length(int(positions_BT.max()) + 1)
         token = _current.set(read)
         try:
             return self.model.base_model(
@@ -342,6 +373,7 @@ def adapted_model(
             "give the number of embeddings"
         )
     made = AdaptedModel(CausalLM(model, adapters), config, tokenizer)
+    made.backbone.check_length(config.seq_len)
     if not config.is_autoregressive:
         with torch.no_grad(), _evaluating(model):
             _check_streams(made)
