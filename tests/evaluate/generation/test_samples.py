@@ -118,6 +118,17 @@ def test_a_killed_run_goes_on(model, tmp_path, monkeypatch):
     assert len(calls) == 4  # all was there
 
 
+def test_a_batch_that_claims_to_be_huge_takes_no_memory(model, tmp_path):
+    file = tmp_path / "s.jsonl"
+    whole = draw_samples(model, options(), file=file)
+    claim = b'"batch": [0, 1' + b"0" * 30 + b"]"
+    file.write_bytes(file.read_bytes().replace(b'"batch": [0, 3]', claim, 1))
+    assert without_time(draw_samples(model, options(), file=file).samples) == without_time(
+        whole.samples
+    )
+    assert claim not in file.read_bytes()
+
+
 def test_more_samples_go_on_from_fewer(model, tmp_path, monkeypatch):
     file = tmp_path / "s.jsonl"
     few = draw_samples(model, options(num_samples=6), file=file)

@@ -291,8 +291,13 @@ class SampleFile:
 
     def batches(self, due: Sequence[Batch]) -> list[list[Sample] | None]:
         """Return the samples of each batch, or None if they were not drawn together as that."""
-        found = [(range(b[0], sum(b)), self._found.get(b, {})) for b in due]
-        return [[of[n] for n in rows] if {*rows} == of.keys() else None for rows, of in found]
+        whole: list[list[Sample] | None] = []
+        for first, size in due:
+            # A damaged file may claim any size, so no list of that size is made before this.
+            found, rows = self._found.get((first, size), {}), range(first, first + size)
+            complete = len(found) == size and all(index in rows for index in found)
+            whole.append([found[index] for index in rows] if complete else None)
+        return whole
 
     def add(self, first: int, samples: Sequence[Sample]) -> None:
         """Add a finished batch; it survives a kill from here on.
