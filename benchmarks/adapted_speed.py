@@ -22,6 +22,7 @@ import torch
 import blockdiffusion
 from benchmarks.machine import describe, read_bandwidth
 from benchmarks.sampling_speed import TOP_P, Contestant
+from blockdiffusion.checkpoints.formats import load_parent
 from blockdiffusion.models.inference import optimize_for_inference
 from blockdiffusion.sampling import generate
 
@@ -55,8 +56,6 @@ def ours(model: Any, prompts: torch.Tensor, how: dict[str, Any], tokens: int) ->
 def contestants(
     parent: str, child: str, batch: int, dtypes: list[str], bandwidth: float
 ) -> list[Contestant]:
-    from transformers import AutoModelForCausalLM
-
     prompts = torch.randint(
         1000, 40_000, (batch, PROMPT), generator=torch.Generator().manual_seed(0)
     )
@@ -66,7 +65,7 @@ def contestants(
         plain = blockdiffusion.load(child, dtype=kind).eval()
         floor = (sum(p.numel() for p in plain.parameters()) * BYTES[dtype] / bandwidth,)
         if dtype != "int8":
-            model = AutoModelForCausalLM.from_pretrained(parent, dtype=kind).eval()
+            model = load_parent(parent).to(kind)
             write = partial(theirs, model, prompts)
             found.append(Contestant(dtype, "parent, transformers", batch, write, floor))
         adapted = optimize_for_inference(plain, int8=dtype == "int8")

@@ -64,7 +64,11 @@ def test_a_resumed_run_has_the_same_sizes(recipe, tmp_path):  # noqa: F811
         (["train.block_sizes=[2,4]", "model.block_size=8"], "the last of them must be equal"),
         (["train.block_sizes=[2,3]", "model.block_size=3"], "each size dividing the next"),
         (["train.block_sizes=[4,4]"], "it must grow"),
-        (["train.block_sizes=[0,4]"], "it must grow"),
+        (["train.block_sizes=[0,4]"], "train.block_sizes is 0"),
+        (
+            ["train.block_sizes=[1" + "0" * 5000 + "]"],
+            "train.block_sizes is a whole number of more",
+        ),
         (["train.block_sizes=[1,2,4]", "train.steps=2"], "at most as many sizes"),
         (["adapt.freeze=[nothing.*]"], "matches no parameter"),
         (["adapt.freeze=['*']"], "nothing is trained"),

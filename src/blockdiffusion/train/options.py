@@ -17,7 +17,7 @@ from blockdiffusion.diffusion.estimators import (
 )
 from blockdiffusion.diffusion.schedules import SCHEDULES
 from blockdiffusion.errors import UserError, either
-from blockdiffusion.limits import check_limits
+from blockdiffusion.limits import check_limit, check_limits
 from blockdiffusion.options import REQUIRED, option
 
 Parallel = Literal["ddp", "fsdp"]
@@ -304,8 +304,10 @@ class TrainOptions:
                 f"train.batch_size, which is {self.batch_size}"
             )
         sizes = self.block_sizes
-        grows = all(0 < a < b and b % a == 0 for a, b in pairwise(sizes))
-        if min(sizes, default=1) < 1 or not grows or len(sizes) > self.steps:
+        for size in sizes:
+            check_limit("block_size", size, "train.block_sizes")
+        grows = all(a < b and b % a == 0 for a, b in pairwise(sizes))
+        if not grows or len(sizes) > self.steps:
             raise UserError(
                 f"train.block_sizes is {list(sizes)}; it must grow, each size dividing the next, "
                 "with at most as many sizes as train.steps"
