@@ -67,7 +67,7 @@ def test_a_resumed_run_has_the_same_sizes(recipe, tmp_path):  # noqa: F811
         (["train.block_sizes=[0,4]"], "train.block_sizes is 0"),
         (
             ["train.block_sizes=[1" + "0" * 5000 + "]"],
-            "train.block_sizes is a whole number of more",
+            "must be a list of: a whole number",
         ),
         (["train.block_sizes=[1,2,4]", "train.steps=2"], "at most as many sizes"),
         (["adapt.freeze=[nothing.*]"], "matches no parameter"),
