@@ -20,8 +20,11 @@ def parents_nats(family, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_an_untrained_child_reads_as_its_parent_where_it_promises_to(family, random_ids):
+@pytest.mark.parametrize(
+    ("family", "reading"),
+    [("llama", "next"), ("gpt2", "next"), ("gemma2", "next"), ("gemma2", "shifted")],
+)
+def test_an_untrained_child_reads_as_its_parent_where_it_promises_to(family, reading, random_ids):
     """Autoregressively at any attention inside blocks; left to right where that is causal. The mask
     token's probability, which the child does not have, is taken out of the parent's."""
     ids = random_ids(3, 14)
@@ -30,7 +33,9 @@ def test_an_untrained_child_reads_as_its_parent_where_it_promises_to(family, ran
     bias[12] = -torch.inf
     parent.register_forward_hook(lambda m, i, out: setattr(out, "logits", out.logits + bias))
     for attention in ("causal", "full"):
-        child = make_hugging_face(family, block_attention=attention, **CAUSAL)
+        child = make_hugging_face(
+            family, block_attention=attention, **CAUSAL | dict(reading=reading)
+        )
         found = compare(parent, child, ids)
         readings = {reading.name: reading for reading in found.readings}
         lost = {name: reading.lost.value for name, reading in readings.items()}
@@ -53,7 +58,7 @@ def test_the_parents_value_is_that_of_transformers(random_ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("reading", ["same", "next"])
+@pytest.mark.parametrize("reading", ["same", "next", "shifted"])
 @pytest.mark.parametrize("length", [16, 14])
 def test_left_to_right_is_the_sum_of_its_conditionals(reading, length, random_ids):
     model = make_hugging_face("llama", reading=reading)

@@ -117,7 +117,7 @@ def compare(
 @torch.no_grad()
 def _parents(parent: Any, ids_1L: torch.Tensor) -> float:
     if isinstance(parent, AdaptedModel):
-        return _autoregressive(_starting(parent, ids_1L), ids_1L[:, 1:])
+        return _autoregressive(_starting(parent, ids_1L), ids_1L)
     ids_1L = ids_1L.to(parent.device)
     logits = parent(input_ids=ids_1L, use_cache=False).logits
     nll = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids_1L[0, 1:], reduction="none")
@@ -131,9 +131,9 @@ def _childs(
     generator: torch.Generator | None,
 ) -> dict[tuple[str, bool], float]:
     """Return the nats of a row by the name of each reading, and whether it is an upper bound."""
-    model, rest = _starting(child, ids_1L), ids_1L[:, 1:]
-    given = model.config.reading == "same"  # which has no start symbol: the token is in the row
-    text, skipped = (ids_1L, 1) if given else (rest, 0)
+    model = _starting(child, ids_1L)
+    given = model.config.reading != "next"  # there is no start symbol: the token is in the row
+    text, skipped = (ids_1L, 1) if given else (ids_1L[:, 1:], 0)
     found = likelihood(model, text, options, bos=given, generator=generator)
     name = f"child, blocks of {model.config.block_size}"
     per_token = {(f"{name}, bound", True): found.nats_per_token}
@@ -145,14 +145,14 @@ def _childs(
         per_token[f"{name}, {options.orders} orders", True] = found.orders_nats_per_token
     values = {key: value * found.num_tokens for key, value in per_token.items()}
     values[f"{name}, left to right", False] = left_to_right_nats(model, text, skipped)
-    if not given and model.config.clean_attention == "causal":
-        values["child, autoregressive", False] = _autoregressive(model, rest)
+    if model.config.reading != "same" and model.config.clean_attention == "causal":
+        values["child, autoregressive", False] = _autoregressive(model, ids_1L)
     return values
 
 
 def _starting(model: AdaptedModel, ids_1L: torch.Tensor) -> AdaptedModel:
-    """Return the model with a row's first token as its start symbol."""
-    if model.config.reading == "same":
+    """Return the model with a row's first token as its start symbol, if it has one."""
+    if model.config.reading != "next":
         return model
     made = model.with_backbone(model.backbone)
     made.config = replace(model.config, start_id=int(ids_1L[0, 0]), bos=False)
@@ -183,4 +183,6 @@ def left_to_right_nats(model: AdaptedModel, ids_1L: torch.Tensor, skipped: int =
 
 
 def _autoregressive(model: AdaptedModel, ids_1L: torch.Tensor) -> float:
-    return left_to_right_nats(model.with_block_size(1), ids_1L)
+    """Return -log p of a row given its first token, which `_starting` made the start symbol."""
+    model, starts = model.with_block_size(1), model.config.reading == "next"
+    return left_to_right_nats(model, ids_1L[:, starts:], skipped=0 if starts else 1)
