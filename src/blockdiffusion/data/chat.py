@@ -16,7 +16,7 @@ from blockdiffusion.data.reading import MAX_DOCUMENT_BYTES, too_long
 from blockdiffusion.data.sources import no_field
 from blockdiffusion.errors import UserError, shown
 
-Message = Mapping[str, str]
+Message = dict[str, str]
 FIELD = "messages"
 RESPONSE = "assistant"
 OLDER_FIELD = "conversations"  # ShareGPT's, with other names inside
@@ -35,7 +35,7 @@ def conversation_text(record: Mapping[str, Any], field: str, where: str) -> str:
             {"from": "human", "value": ...}.
 
     Raises:
-        UserError: there are no messages, one is no text, or none is a response.
+        UserError: there are no messages, one is no text, the first is a response, or none is.
     """
     if field not in record and OLDER_FIELD in record:
         field = OLDER_FIELD
@@ -45,10 +45,15 @@ def conversation_text(record: Mapping[str, Any], field: str, where: str) -> str:
     messages = [_message(item) for item in found] if isinstance(found, list) else []
     if not messages or None in messages:
         raise UserError(f"{where}: {shown(field)} is no list of messages with texts; write {SHAPE}")
-    if not any(message and message["role"] == RESPONSE for message in messages):
+    roles = [message["role"] for message in messages if message is not None]
+    if RESPONSE not in roles:
         raise UserError(
             f"{where} has no response, so there is nothing to learn; give a message with the role "
             f"{RESPONSE}"
+        )
+    if roles[0] == RESPONSE:
+        raise UserError(
+            f"{where} begins with a response to nothing; begin with a message of another role"
         )
     text = json.dumps(messages, ensure_ascii=False)
     try:
@@ -160,7 +165,7 @@ def _example(tokenizer: Any, messages: list[Message]) -> tuple[list[int], list[i
     else:
         response.append(eos_id)
     if not start:
-        raise _not_shown("nothing is before it; begin with a message of another role")
+        raise _not_shown("nothing is before it")
     return ids[:start], response
 
 

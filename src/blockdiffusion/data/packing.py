@@ -185,7 +185,7 @@ def _prepare(corpus: Corpus, out: Path, settings: dict[str, Any], progress: Repo
     return manifest
 
 
-def _chat_template(tokenizer: PreTrainedTokenizerFast, options: PrepareOptions) -> str | None:
+def _chat_template(tokenizer: Any, options: PrepareOptions) -> str | None:
     """Return the template of conversations; None for plain text."""
     from blockdiffusion.data.tokenizers import require_token
 

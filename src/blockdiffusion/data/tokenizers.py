@@ -33,9 +33,10 @@ MIN_BPE_VOCAB = 257  # every byte, and the end of text
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer `spec`: `byte`, a folder or file that exists, or a Hugging Face name.
 
-    A GGUF file holds one. A folder is one written by `save_pretrained`, or holds a `tokenizer.json` or the `vocab.txt` of
+    A folder is one written by `save_pretrained`, or holds a `tokenizer.json` or the `vocab.txt` of
     a BERT. The mask is the tokenizer's own if it has one, else `<|mask|>`, appended as the last id.
-    If no BOS and EOS are named, a BERT's are [CLS] and [SEP], and a GPT-2's both <|endoftext|>.
+    If no BOS and EOS are named, a BERT's are [CLS] and [SEP], and a GPT-2's both <|endoftext|>. A
+    GGUF file holds one, too.
 
     Raises:
         UserError: there is no such tokenizer, or it has no fast form.

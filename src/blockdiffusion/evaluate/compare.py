@@ -1,8 +1,9 @@
 """What an adaptation cost: a parent and its child on the same tokens with the same context.
 
 Each row is a window, whose first token is context and the others are scored, as transformers does
-without a BOS; or a conversation, of which the last response is scored: the parent by its own forward pass, the child by its likelihood in blocks (bound, and
-exact or over orders), along the order from left to right, and as an autoregressive model.
+without a BOS; or a conversation, of which the last response is scored. The parent scores it by its
+own forward pass, the child by its likelihood in blocks (bound, and exact or over orders), along the
+order from left to right, and as an autoregressive model.
 
 Shape suffixes: R rows, L tokens of a row.
 """

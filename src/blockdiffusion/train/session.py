@@ -168,8 +168,8 @@ def _check_chat(model: BlockDiffusion, rows: TokenRows) -> None:
         )
     if not isinstance(align, int) or align % size:
         raise UserError(
-            f"model.block_size is {size}, which does not divide the data's align={align}, so blocks "
-            f"would span two conversations; prepare the data with --align {size}"
+            f"model.block_size is {size}, which does not divide the data's align={align}, so a "
+            f"block would span two conversations; prepare the data with --align {size}"
         )
 
 
