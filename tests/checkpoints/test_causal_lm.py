@@ -1,4 +1,4 @@
-"""Causal language models as block diffusion models: published ones, our own files, and mistakes."""
+"""Causal language models as block diffusion models: our own files, GGUF, and mistakes."""
 
 import json
 import shutil
@@ -11,99 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import blockdiffusion
 from blockdiffusion.checkpoints.formats import write_model
-from blockdiffusion.diffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.models.causal_lm import SECTION
 from tests.conftest import GOLDEN
 from tests.models.hugging_face import FAMILIES, make_causal_lm, make_hugging_face
-
-# Families whose files hold neither block size nor mask token: these are those of the golden data.
-PUBLISHED = {"sdar": {}, "dllm_a2d_qwen3": dict(block_size=4, mask_id=317)}
-TOLERANCE = 1e-4
-
-
-@pytest.fixture(params=PUBLISHED)
-def published(request):
-    """A model as published, and what its authors' code computes with it."""
-    folder = GOLDEN / request.param
-    model = blockdiffusion.load(folder, **PUBLISHED[request.param])
-    return model, load_file(folder / "expected.safetensors")
-
-
-@torch.no_grad()
-def test_published_logits_with_and_without_a_cache(published):
-    model, expected = published
-    for case in ("p0", "p1", "p3", "ragged"):
-        for kind in ("all", "part"):
-            ids = expected[f"{case}.{kind}.input_ids"][None].long()
-            prefix = int(expected[f"{case}.prefix_len"])
-            wanted = expected[f"{case}.{kind}.logits"]
-            found = model.denoise_logits(ids, ids)[0, prefix:]
-            assert (found - wanted).abs().max() < TOLERANCE
-            cache = model.make_cache(1, 32)
-            if prefix:
-                model.decode(ids[:, :prefix], prefix, cache)
-                cache.commit(prefix)
-            found = model.head(model.decode(ids[:, prefix:], 0, cache))[0]
-            assert (found - wanted).abs().max() < TOLERANCE
-
-
-@torch.no_grad()
-def test_published_training_logits_and_losses():
-    """Logits over both streams; the loss of SDAR, with its weights, per labelled token."""
-    for family, options in PUBLISHED.items():
-        model = blockdiffusion.load(GOLDEN / family, **options)
-        expected = load_file(GOLDEN / family / "expected.safetensors")
-        clean = expected["train.input_ids"].view(-1, expected["train.input_ids"].shape[-1]).long()
-        masked = expected["train.masked"].view(clean.shape).bool()
-        noisy = clean.masked_fill(masked, model.config.mask_id)
-        logits = model.denoise_logits(noisy, clean)
-        name = "train.logits" if family == "sdar" else "train.raw_logits"
-        wanted = expected[name].view(len(clean), 2 * clean.shape[1], -1)[:, : clean.shape[1]]
-        assert (logits - wanted).abs().max() < TOLERANCE
-        if family == "sdar":
-            rate = expected["train.p_mask_of_masked"]
-            # Its softmax holds the mask token, which ours gives probability zero.
-            nll = torch.nn.functional.cross_entropy(logits[masked], clean[masked], reduction="none")
-            labels = int((expected["train.labels"] != -100).sum())
-            assert abs((nll / rate).sum() / labels - expected["train.loss"]) < TOLERANCE
-        terms = masked_nll(model, noisy[:, None], clean, masked[:, None])
-        assert terms.isfinite().all()
-
-
-def test_published_samples_token_for_token():
-    """Greedy, left to right, one token a pass; and a whole block at once."""
-    model = blockdiffusion.load(GOLDEN / "sdar")
-    expected = load_file(GOLDEN / "sdar" / "expected.safetensors")
-    prompt = expected["sample_sequential.prompt"].tolist()
-    for name, options in (
-        ("sample_sequential", dict(sampler="leftmost")),
-        ("sample_one_step_per_block", dict(sampler="leftmost", tokens_per_step=4)),
-    ):
-        wanted = expected[f"{name}.output_ids"].tolist()
-        made = blockdiffusion.generate(
-            model, [prompt], max_new_tokens=len(wanted) - len(prompt), top_k=1, eos=False, **options
-        )
-        assert made.sequences[0].tolist() == wanted
-
-
-def test_a2d_samples_token_for_token():
-    """The most confident token of each pass."""
-    model = blockdiffusion.load(GOLDEN / "dllm_a2d_qwen3", block_size=4, mask_id=317)
-    expected = load_file(GOLDEN / "dllm_a2d_qwen3" / "expected.safetensors")
-    for name, tokens in (("sample_aligned", 1), ("sample_half_steps", 2)):
-        prompt = expected[f"{name}.prompt"].flatten().tolist()
-        wanted = expected[f"{name}.output_ids"].flatten().tolist()
-        made = blockdiffusion.generate(
-            model,
-            [prompt],
-            max_new_tokens=len(wanted) - len(prompt),
-            sampler="confidence",
-            tokens_per_step=tokens,
-            top_k=1,
-            eos=False,
-        )
-        assert made.sequences[0].tolist() == wanted
 
 
 @torch.no_grad()

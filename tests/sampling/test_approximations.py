@@ -67,6 +67,18 @@ def test_so_many_tokens_in_a_pass(name, per_step, passes):
     assert passes_of(MostCertain(name, tokens_per_step=per_step)) == passes
 
 
+@pytest.mark.parametrize(("name", "threshold", "passes"), [
+    ("confidence", 0.95, [0, 0, 1, 1]),
+    ("confidence", 0.45, [0, 0, 0, 1]),  # more reach it
+    ("confidence", 0.0, [0, 0, 0, 0]),
+    ("margin", 0.2, [0, 1, 0, 1]),
+    ("entropy", 0.0, [0, 0, 1, 1]),
+    ("entropy", 1.2, [0, 0, 0, 1]),
+])  # fmt: skip
+def test_a_threshold_and_at_least_two_tokens_in_a_pass(name, threshold, passes):
+    assert passes_of(MostCertain(name, 2, threshold)) == passes
+
+
 def passes_of(sampler):
     """The pass that reveals each of four slots, two rows in step, with the same predictions in
     every pass; the second row has two given tokens."""
@@ -225,8 +237,8 @@ def test_remasked_tokens_are_told(make_model):
     (dict(sampler="random", tokens_per_step=3), "tokens_per_step is 3; .* at most 2, the tokens"),
     (dict(sampler="confidence", tokens_per_step=3), "tokens_per_step is 3; .* at most 2"),
     (dict(sampler="confidence", tokens_per_step=0), "tokens_per_step is 0; it must be at least 1"),
-    (dict(sampler="confidence"), "needs either tokens_per_step or threshold"),
-    (dict(sampler="margin", tokens_per_step=1, threshold=0.5), "needs either"),
+    (dict(sampler="confidence"), "needs tokens_per_step or threshold"),
+    (dict(sampler="margin", tokens_per_step=3, threshold=0.5), "tokens_per_step is 3"),
     (dict(sampler="margin", threshold=1.5), r"threshold is 1\.5; for margin it lies in \[0, 1\]"),
     (dict(sampler="entropy", threshold=-1), "threshold is -1; entropies are at least 0"),
     (dict(sampler="remask"), "needs a number of steps"),

@@ -42,7 +42,8 @@ class MostCertain:
     same, as all masks of a text's first block do.
 
     Args:
-        tokens_per_step: reveal so many in every pass, or
+        tokens_per_step: reveal so many in every pass; with a threshold at least so many (SDAR's
+            dynamic rule, Cheng et al. 2025).
         threshold: reveal all that reach it, but at least one.
     """
 
@@ -51,21 +52,18 @@ class MostCertain:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.tokens_per_step is None) == (self.threshold is None):
+        if self.tokens_per_step is None and self.threshold is None:
             raise UserError(
-                f"the sampler {self.name} needs either tokens_per_step or threshold; give one"
+                f"the sampler {self.name} needs tokens_per_step or threshold; give one, or both"
             )
         if self.tokens_per_step is not None:
             check_tokens_per_step(self.tokens_per_step)
-        elif self.name == "entropy" and not self._threshold >= 0:
+        if self.threshold is None:
+            return
+        if self.name == "entropy" and not self.threshold >= 0:
             raise UserError(f"threshold is {self.threshold}; entropies are at least 0 nats")
-        elif self.name != "entropy" and not 0 <= self._threshold <= 1:
+        if self.name != "entropy" and not 0 <= self.threshold <= 1:
             raise UserError(f"threshold is {self.threshold}; for {self.name} it lies in [0, 1]")
-
-    @property
-    def _threshold(self) -> float:
-        assert self.threshold is not None
-        return self.threshold
 
     def start(self, open_RS: torch.Tensor, context: SamplingContext) -> BlockState:
         if self.tokens_per_step is not None:
@@ -83,14 +81,13 @@ class MostCertain:
     def revealed(self, ordered_RS: torch.Tensor) -> torch.Tensor:
         """Which tokens are revealed, bool (R, S), given their uncertainties in the order in which
         they go (infinite where there is no masked token)."""
-        rank_S = torch.arange(ordered_RS.shape[1])
-        if self.tokens_per_step is not None:
-            kept_RS = (rank_S < self.tokens_per_step).expand_as(ordered_RS)
-        elif self.name == "entropy":
-            kept_RS = ordered_RS.cumsum(1) - ordered_RS <= self._threshold
-        else:
-            kept_RS = ordered_RS <= 1 - self._threshold
-        return (kept_RS | (rank_S == 0)) & ordered_RS.isfinite()
+        first_S = torch.arange(ordered_RS.shape[1]) < (self.tokens_per_step or 1)
+        kept_RS = first_S.expand_as(ordered_RS)
+        if self.threshold is not None and self.name == "entropy":
+            kept_RS = kept_RS | (ordered_RS.cumsum(1) - ordered_RS <= self.threshold)
+        elif self.threshold is not None:
+            kept_RS = kept_RS | (ordered_RS <= 1 - self.threshold)
+        return kept_RS & ordered_RS.isfinite()
 
 
 class _MostCertainState(BlockState):

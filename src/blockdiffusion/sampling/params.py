@@ -57,10 +57,12 @@ class SamplingParams:
         None, f"Noise schedule of the steps: {either(SCHEDULES)}.", " ".join(SCHEDULES)
     )
     tokens_per_step: int | None = option(
-        None, "Tokens of a pass, for random, confidence, margin and entropy."
+        None,
+        "Tokens of a pass, for random, leftmost, confidence, margin and entropy; with a threshold, "
+        "at least so many.",
     )
     threshold: float | None = option(
-        None, "Instead: of confidence or margin in [0, 1], or of entropy in nats."
+        None, "Reveal what reaches it: confidence or margin in [0, 1], or entropy in nats."
     )
     remask: float | None = option(
         None, "Share of the largest rate of remask, in [0, 1]; 1 by default."
