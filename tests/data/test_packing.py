@@ -434,8 +434,8 @@ def test_short_documents_in_long_rows_take_bounded_memory(tmp_path, monkeypatch)
     monkeypatch.setattr(packing, "SHARD_TOKENS", 2**14)
     sizes, real = [], packing.PACKERS["document"].add
 
-    def add(packer, ids, lengths):
-        rows, row_lengths = real(packer, ids, lengths)
+    def add(packer, *documents):
+        rows, row_lengths = real(packer, *documents)
         sizes.append(rows.size)
         return rows, row_lengths
 

@@ -86,7 +86,7 @@ def test_row_eos_in_document_packing_follows_the_tokens():
 
 
 def test_shards_are_full_and_hidden_until_they_are_whole(tmp_path):
-    writer = ShardWriter(tmp_path, "train", rows_per_shard=3)
+    writer = ShardWriter(tmp_path, "train", rows_per_shard=3, packing="document")
     rows = np.arange(16, dtype=U16).reshape(8, 2)
     lengths = np.array([2, 1] * 4, dtype="<u4")
     writer.write(rows[:5], lengths[:5])
@@ -108,7 +108,7 @@ def test_shards_are_full_and_hidden_until_they_are_whole(tmp_path):
 
 
 def test_an_unfinished_shard_leaves_nothing_behind(tmp_path):
-    writer = ShardWriter(tmp_path, "train", rows_per_shard=3)
+    writer = ShardWriter(tmp_path, "train", rows_per_shard=3, packing="document")
     writer.write(np.zeros((2, 2), dtype=U16), np.array([1, 1]))
     writer.close()
     assert list(tmp_path.iterdir()) == []

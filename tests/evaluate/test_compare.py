@@ -48,6 +48,19 @@ def test_an_untrained_child_reads_as_its_parent_where_it_promises_to(family, rea
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("reading", ["next", "shifted"])
+def test_a_parent_that_was_adapted_has_the_same_context(reading, random_ids):
+    """With both readings it is the causal model, here compared with itself."""
+    model = make_hugging_face("llama", **CAUSAL | dict(reading=reading))
+    found = compare(model, model, random_ids(2, 14))
+    assert {r.name: r.lost.value for r in found.readings}["child, autoregressive"] == 0
+    other = compare(make_hugging_face("llama", **CAUSAL), model, random_ids(2, 14))
+    assert other.readings[0].nats_per_token.value == pytest.approx(
+        found.readings[0].nats_per_token.value, abs=1e-6
+    )
+
+
+@torch.no_grad()
 def test_the_parents_value_is_that_of_transformers(random_ids):
     ids = random_ids(4, 16)
     found = compare(make_causal_lm("llama"), make_hugging_face("llama", **CAUSAL), ids)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import blockdiffusion
-from blockdiffusion.data.loader import TokenRows
+from blockdiffusion.data.loader import Batch, TokenRows
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.tokenizers import byte_tokenizer
@@ -157,7 +157,7 @@ def test_the_next_token_loss_of_the_same_pass(family, random_ids):
     noisy = clean[:, None].expand(2, 2, 16).masked_fill(scored, 12)
     free = torch.ones(2, 16, dtype=torch.bool)
     free[0, 0] = False
-    batch = _Batch(clean, None)
+    batch = Batch(clean)
     gradients = []
     for joint in (True, False):
         model = make_hugging_face(family, **options)
@@ -175,11 +175,6 @@ def test_the_next_token_loss_of_the_same_pass(family, random_ids):
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
     for one, two in zip(gradients[0][1:], gradients[1][1:], strict=True):
         assert torch.allclose(one, two, atol=1e-4)
-
-
-class _Batch:
-    def __init__(self, ids_BL, valid_BL):
-        self.ids_BL, self.valid_BL = ids_BL, valid_BL
 
 
 def test_a_run_resumes_bit_for_bit_and_is_read_by_everyone(recipe, tmp_path):

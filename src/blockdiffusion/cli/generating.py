@@ -27,6 +27,11 @@ class SampleOptions:
     prompt: str | None = option(None, "Text to continue.")
     prompt_file: Path | None = option(None, "File with the text to continue.")
     sampling: SamplingParams = field(default=SamplingParams(max_new_tokens=256))
+    chat: bool = option(
+        False,
+        "The prompt is a user's message: ask by the model's chat template, show the answer alone.",
+        flags="--chat",
+    )
     stream: bool = option(False, "Show blocks as they fill in.", flags="--stream")
     json_lines: bool = option(False, JSON_LINES, flags="--json")
     network: SamplerOptions = field(default=SamplerOptions())
@@ -34,6 +39,8 @@ class SampleOptions:
     def __post_init__(self) -> None:
         if self.stream and (self.json_lines or self.sampling.num_samples != 1):
             raise UserError("--stream shows one sample as text; leave out --json and --num-samples")
+        if self.chat and self.prompt is None and self.prompt_file is None:
+            raise UserError("--chat needs a message; give --prompt or --prompt-file")
 
 
 @grouped
@@ -44,15 +51,33 @@ def sample(model: MODEL, options: SampleOptions) -> None:
     from blockdiffusion.sampling import collect, prepare_prompts, stream
 
     sampling = _seeded(options.sampling)
-    _warn_of_a_last_space(network, text)
-    events = stream(network, text, sampling)
+    prompt: Any = text
+    if options.chat:
+        from blockdiffusion.data.chat import question
+
+        prompt, text = question(network.tokenizer, text or ""), ""
+    else:
+        _warn_of_a_last_space(network, text)
+    events = stream(network, prompt, sampling)
     if options.stream:
         from blockdiffusion.reports.terminal import show_stream
 
-        (ids,) = prepare_prompts(network, text, 1, sampling.bos)
+        (ids,) = prepare_prompts(network, prompt, 1, sampling.bos)
         show_stream(events, network.tokenizer, ids, text)
         return
-    _print_samples(collect(network, events), sampling.seed, options.json_lines)
+    result = collect(network, events)
+    if options.chat:
+        result = _answers(network, result)
+    _print_samples(result, sampling.seed, options.json_lines)
+
+
+def _answers(network: Any, result: Any) -> Any:
+    """Return samples whose texts leave out the prompts."""
+    from blockdiffusion.text import whole_text
+
+    rows = zip(result.sequences.tolist(), result.prompt_lengths, result.lengths, strict=True)
+    texts = [whole_text(network.tokenizer, ids[int(a) : int(b)]) for ids, a, b in rows]
+    return replace(result, texts=texts)
 
 
 def _typed(text: str | None) -> str | None:

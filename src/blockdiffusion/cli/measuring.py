@@ -81,7 +81,7 @@ def compare(
         raise UserError(f"{child} was not adapted from a causal model; give one that was")
     with progress_bar("compare") as report:
         text = read_rows(options.data, options.split, model, options.limit, None, report)
-        if text.batch.valid_BL is not None:
+        if text.batch.valid_BL is not None and text.batch.target_BL is None:
             raise UserError(
                 f"{options.data} has one document a row, with padding; compare reads windows of "
                 "one length: prepare the data with --packing wrap"
@@ -89,7 +89,7 @@ def compare(
         found = measure(
             load_parent(parent),
             model,
-            text.batch.ids_BL,
+            text.batch,
             options.how,
             generator=generator(options.seed, "likelihood"),
             progress=lambda done, total: report("compare", done, total),
@@ -125,6 +125,7 @@ def evaluate(model: MODEL, options: EvalOptions) -> None:
             options.how,
             bos=text.bos,
             valid=text.batch.valid_BL,
+            given=text.given_BL,
             num_bytes=text.num_bytes,
             generator=generator(options.seed, "likelihood"),
             progress=lambda done, total: report(options.how.estimator, done, total),

@@ -11,8 +11,10 @@ import typer
 
 from blockdiffusion.cli.options import Outputs, grouped, one_of
 from blockdiffusion.cli.shared import write_json
+from blockdiffusion.errors import UserError
 from blockdiffusion.escape import say
 from blockdiffusion.estimate.options import EstimateOptions
+from blockdiffusion.limits import check_limits
 from blockdiffusion.options import REQUIRED, only, option
 
 if TYPE_CHECKING:
@@ -59,11 +61,28 @@ def estimate(
 class AdaptCommand:
     """What is adapted, to which data and blocks; the rest is `section.key=value`."""
 
-    data: Path = option(REQUIRED, "Directory of prepared data, with the parent's tokenizer.")
+    data: Path | None = option(None, "Directory of prepared data, with the parent's tokenizer.")
+    chat: Path | None = option(
+        None,
+        "Instead: conversations to learn to answer (.jsonl or .parquet with messages), prepared "
+        "into OUT/data.",
+    )
+    seq_len: int = option(512, "With --chat: L, tokens of a row; longer conversations are cut.")
     block_size: int = option(REQUIRED, "S, tokens of a diffusion block; divides the data's L.")
     out: Path = option(REQUIRED, "Directory of the run.")
     steps: int = option(1000, "Updates of the weights.")
     resume: bool = option(False, "Resume the run in --out.", flags="--resume")
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if (self.data is None) == (self.chat is None):
+            given = "none of them is" if self.data is None else "both are"
+            raise UserError(f"--data or --chat is needed, and {given} given; give one")
+        if self.chat is not None and self.seq_len % self.block_size:
+            raise UserError(
+                f"--seq-len is {self.seq_len}, which --block-size {self.block_size} does not "
+                "divide; give a multiple of it"
+            )
 
 
 # What suits the adaptation of a trained network, unless overridden.
@@ -84,13 +103,40 @@ def adapt(
 
     keys = {
         "adapt.parent": parent,
-        "data.path": options.data,
+        "data.path": options.data or options.out / "data",
         "model.block_size": options.block_size,
         "out": options.out,
         "train.steps": options.steps,
     }
     given = [*ADAPT_DEFAULTS, *(f"{key}={value}" for key, value in keys.items())]
-    _train(lambda: recipe_of([*given, *(overrides or [])]), options.resume)
+
+    def read() -> Recipe:
+        recipe = recipe_of([*given, *(overrides or [])])
+        if options.chat is not None:
+            _prepare_chat(parent, options)
+        return recipe
+
+    _train(read, options.resume)
+
+
+def _prepare_chat(parent: str, options: AdaptCommand) -> None:
+    """Prepare the conversations with the parent's tokenizer, in the first of the processes."""
+    from blockdiffusion.checkpoints.formats import find_causal_lm
+    from blockdiffusion.data.options import PrepareOptions
+    from blockdiffusion.data.packing import prepare
+    from blockdiffusion.reports.terminal import progress_bar
+    from blockdiffusion.runtime.distributed import current_group
+
+    path, _ = find_causal_lm(parent)
+    chosen = PrepareOptions(
+        tokenizer=str(path), packing="chat", seq_len=options.seq_len, align=options.block_size
+    )
+
+    def run() -> None:
+        with progress_bar("prepare") as report:
+            prepare([str(options.chat)], options.out / "data", chosen, report)
+
+    current_group().broadcast(run)
 
 
 def train(

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from blockdiffusion.data.chat import conversation_text
 from blockdiffusion.data.detokenizers import DETOKENIZERS
 from blockdiffusion.data.named import NamedSplit, parse_named
 from blockdiffusion.data.options import PrepareOptions
@@ -37,13 +38,15 @@ class Corpus:
         self.skipped: dict[str, Counter[int]] = {}
         for name in map(str, sources):
             if named := parse_named(name):
+                self._refuse_chat(name)
                 self.groups["train"].append(named.training())
                 held_out = None if options.valid else named.held_out()
                 self.groups["valid"] += [] if held_out is None else [held_out]
             else:
                 self.groups["train"] += self._open(name)
         for name in options.valid:
-            named = parse_named(name)
+            if named := parse_named(name):
+                self._refuse_chat(name)
             self.groups["valid"] += self._open(name) if named is None else [named.validation()]
 
     def _open(self, name: str) -> list[Source]:
@@ -54,7 +57,15 @@ class Corpus:
             documents=options.documents,
             document_bytes=options.document_bytes,
             left_out=self.left_out,
+            read=conversation_text if options.packing == "chat" else None,
         )
+
+    def _refuse_chat(self, name: str) -> None:
+        if self.options.packing == "chat":
+            raise UserError(
+                f"{name} is a set of texts, which holds no conversations; give JSON lines, "
+                "parquet or a Hugging Face data set of messages"
+            )
 
     def account(self) -> Iterator[str]:
         """Yield a line about what was read, and one about what was left out."""

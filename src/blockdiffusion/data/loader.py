@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from blockdiffusion.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest
 from blockdiffusion.data.parts import id_dtype
-from blockdiffusion.data.shards import lengths_file
+from blockdiffusion.data.shards import BESIDE, file_beside
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.checksums import Report, check_files, read_sums, silent
 from blockdiffusion.runtime.seeding import derive_seed
@@ -31,14 +32,39 @@ class Batch:
     Attributes:
         ids_BL: int64 token ids.
         valid_BL: bool, False at padding, which is at the right end of a row; None if there is none.
+        target_BL: bool, False at context, which is not scored; None = all tokens are targets.
+        document_BL: int64, the number of each token's example in its row, from 1, and 0 at
+            padding; None = each row is one text.
     """
 
     ids_BL: torch.Tensor
     valid_BL: torch.Tensor | None = None
+    target_BL: torch.Tensor | None = None
+    document_BL: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.ids_BL.numel() if self.valid_BL is None else int(self.valid_BL.sum())
+
+    @property
+    def attended_BL(self) -> torch.Tensor | None:
+        """What `BlockDiffusion.encode` takes for `valid_BL`."""
+        return self.valid_BL if self.document_BL is None else self.document_BL
+
+    def unpacked(self) -> Batch:
+        """Return the same texts, one a row, padded to the longest."""
+        if self.document_BL is None or self.target_BL is None:
+            return self
+        ids, targets = [], []
+        for row, document_L in enumerate(self.document_BL):
+            for number in range(1, int(document_L.max()) + 1):
+                own_L = document_L == number
+                ids.append(self.ids_BL[row][own_L])
+                targets.append(self.target_BL[row][own_L])
+        lengths_B = torch.tensor([len(row) for row in ids])
+        pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        valid_BL = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+        return Batch(pad(ids), valid_BL, pad(targets))
 
 
 class TokenRows:
@@ -74,12 +100,16 @@ class TokenRows:
         self._rows = [
             _map(directory / shard.file, dtype, (shard.rows, self.seq_len)) for shard in shards
         ]
-        self._lengths = None
-        if self.manifest.packing == "document":
-            self._lengths = [
-                _map(directory / lengths_file(s.file), np.dtype("<u4"), (s.rows,)) for s in shards
+        packing, self._beside = self.manifest.packing, None
+        beside = [file_beside(shard.file, packing) for shard in shards]
+        if packing in BESIDE:
+            kind, more = BESIDE[packing][1], () if packing == "document" else (self.seq_len,)
+            self._beside = [
+                _map(directory / name, kind, (shard.rows, *more))
+                for name, shard in zip(beside, shards, strict=True)
+                if name is not None
             ]
-        names = [MANIFEST_FILE, *(lengths_file(shard.file) for shard in shards)]
+        names = [MANIFEST_FILE, *beside]
         sums = read_sums(directory) or {}  # older directories have those of the manifest only
         used = {n: s for n, s in sums.items() if n in names or n.startswith(TOKENIZER_FOLDER)}
         used |= {shard.file: shard.sha256 for shard in shards}
@@ -95,18 +125,25 @@ class TokenRows:
         if len(indices) and not 0 <= indices.min() <= indices.max() < self.num_rows:
             raise IndexError(f"row numbers must be from 0 to {self.num_rows - 1}: {indices}")
         ids_BL = np.empty((len(indices), self.seq_len), dtype=np.int64)
-        lengths_B = np.empty(len(indices), dtype=np.int64)
+        beside = np.empty((len(indices), *self._shape_beside), dtype=np.int64)
         shard_of_row = np.searchsorted(self._starts, indices, side="right") - 1
         for shard in np.unique(shard_of_row):
             where = np.flatnonzero(shard_of_row == shard)
             inside = indices[where] - self._starts[shard]
             ids_BL[where] = self._rows[shard][inside]
-            if self._lengths is not None:
-                lengths_B[where] = self._lengths[shard][inside]
-        if self._lengths is None:
-            return Batch(torch.from_numpy(ids_BL))
-        valid_BL = np.arange(self.seq_len) < lengths_B[:, None]
-        return Batch(torch.from_numpy(ids_BL), torch.from_numpy(valid_BL))
+            if self._beside is not None:
+                beside[where] = self._beside[shard][inside]
+        ids = torch.from_numpy(ids_BL)
+        if self._beside is None:
+            return Batch(ids)
+        if beside.ndim == 1:
+            return Batch(ids, torch.from_numpy(np.arange(self.seq_len) < beside[:, None]))
+        marks_BL = torch.from_numpy(beside)
+        return Batch(ids, marks_BL > 0, marks_BL % 2 == 1, marks_BL // 2)
+
+    @property
+    def _shape_beside(self) -> tuple[int, ...]:
+        return () if self._beside is None else self._beside[0].shape[1:]
 
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
@@ -165,9 +202,11 @@ class BatchOrder:
 
 
 def free_tokens(batch: Batch, row_bos: bool) -> torch.Tensor:
-    """Return bool (B, L): the tokens that are scored, so neither padding nor a given BOS."""
+    """Return bool (B, L): the tokens that are scored, so no padding, context or given BOS."""
     valid_BL = batch.valid_BL
     free_BL = torch.ones_like(batch.ids_BL).bool() if valid_BL is None else valid_BL.clone()
+    if batch.target_BL is not None:
+        free_BL &= batch.target_BL
     if row_bos:
         free_BL[:, 0] = False
     return free_BL

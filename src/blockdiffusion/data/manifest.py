@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blockdiffusion.data.shards import PACKERS, Shard, lengths_file
+from blockdiffusion.data.shards import PACKERS, Shard, file_beside
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files.checksums import sha256_of, sums_of, write_sums
 from blockdiffusion.files.disk import written_aside
@@ -34,7 +34,8 @@ class Split:
         bytes: UTF-8 bytes of the text of the kept document tokens (after detokenizing); if tokens
             were dropped at the end, all text times the share of tokens kept.
         rows: rows of `seq_len` ids.
-        dropped_tokens: document tokens at the end that did not fill a row.
+        dropped_tokens: document tokens in no row: those at the end that did not fill one, and those
+            cut from conversations longer than a row.
         shards: the files, in order.
     """
 
@@ -51,7 +52,8 @@ class Manifest:
     """The contents of `manifest.json`.
 
     Attributes:
-        packing: "wrap" (no padding) or "document" (one document a row, padded at the right).
+        packing: "wrap" (no padding), "document" (one document a row, padded at the right) or
+            "chat" (several conversations a row; see `shards.ChatPacker`).
         row_bos: whether every row begins with BOS, which is given: never masked, never scored.
         tokenizer: the option; the tokenizer itself is in the folder `tokenizer`.
         sources: name, signature, split and number of documents of each source.
@@ -82,8 +84,8 @@ class Manifest:
         sums = {MANIFEST_FILE: hashlib.sha256(content).hexdigest()}
         for split in self.splits.values():
             sums |= {shard.file: shard.sha256 for shard in split.shards}
-            lengths = [lengths_file(shard.file) for shard in split.shards]
-            sums |= {n: sha256_of(directory / n) for n in lengths if (directory / n).is_file()}
+            beside = [file_beside(shard.file, self.packing) for shard in split.shards]
+            sums |= {name: sha256_of(directory / name) for name in beside if name is not None}
         if (tokenizer := directory / TOKENIZER_FOLDER).is_dir():
             sums |= {f"{TOKENIZER_FOLDER}/{n}": s for n, s in sums_of(tokenizer).items()}
         write_sums(directory, sums)

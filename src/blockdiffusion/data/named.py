@@ -34,7 +34,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.files.disk import irregular
 
 PIECE_CHARACTERS = 65_536
-NO_TEXT = {".md", ".bin", ".len"}  # notes about a set, and files of `prepare`
+NO_TEXT = {".md", ".bin", ".len", ".chat"}  # notes about a set, and files of `prepare`
 TITLE = re.compile(r"\s*= [^=].* =\s*")  # " = Title = "; a section has two signs or more
 HEADING = re.compile(r"\s*= .* =\s*")  # both
 

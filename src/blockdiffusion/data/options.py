@@ -26,10 +26,17 @@ class PrepareOptions:
         choices="bpe: byte",
     )
     seq_len: int = option(128, "L, tokens per row; the block size must divide it.")
-    packing: Literal["wrap", "document"] = option(
+    packing: Literal["wrap", "document", "chat"] = option(
         "wrap",
-        "wrap (documents one after another; the last partial row is dropped) or document (one a "
-        "row, padded at the right; a longer one continues in the next rows).",
+        "wrap (documents one after another; the last partial row is dropped), document (one a "
+        "row, padded at the right; a longer one continues in the next rows) or chat (messages, by "
+        "the tokenizer's chat template; several conversations a row, which do not see each other; "
+        "only responses are learnt).",
+    )
+    align: int = option(
+        32,
+        "With chat: fill each conversation with EOS, which is learnt, to a multiple of this; the "
+        "model's block size must divide it.",
     )
     row_bos: bool = option(
         False, "Begin every row with a BOS (context): never masked, never scored."
@@ -49,7 +56,7 @@ class PrepareOptions:
     field: str = option(
         "text",
         "Field of the text in JSON lines, CSV, parquet files and Hugging Face data sets; a.b is "
-        "b inside a, unless a field is called that.",
+        "b inside a, unless a field is called that. With chat messages by default.",
     )
     skip_invalid: int = option(
         0, "Documents that may be left out because they cannot be read; any more are an error."
@@ -84,6 +91,8 @@ class PrepareOptions:
                 f"seq_len is {self.seq_len}, which leaves no room for text: it must be at least "
                 f"{least} with these row_bos and row_eos"
             )
+        if self.packing == "chat":
+            self._check_chat()
         size = self.tokenizer.removeprefix("bpe:")
         if size != self.tokenizer and not (
             size.isascii() and size.isdecimal() and len(size) <= 9 and int(size) <= MOST_IDS
@@ -92,6 +101,23 @@ class PrepareOptions:
                 f"tokenizer is {shown(self.tokenizer)}: a BPE trained here is bpe:SIZE, like "
                 f"bpe:2048, of at most {MOST_IDS} ids"
             )
+
+    def _check_chat(self) -> None:
+        """The template writes BOS and EOS, and the field is not that of a text."""
+        for name, unused in (("row_bos", False), ("row_eos", False), ("detokenize", "none")):
+            if getattr(self, name) != unused:
+                raise UserError(
+                    f"{name} is {shown(getattr(self, name))}, but packing is chat, whose template "
+                    f"writes all that is not a message; leave out {name}"
+                )
+        if self.seq_len % self.align:
+            raise UserError(
+                f"seq_len is {self.seq_len}, which align={self.align} does not divide; give a "
+                "multiple of it"
+            )
+        object.__setattr__(self, "document_eos", False)
+        if self.field == "text":
+            object.__setattr__(self, "field", "messages")
 
     def content(self) -> dict[str, Any]:
         """Return the options that the result depends on, as JSON gives them back."""

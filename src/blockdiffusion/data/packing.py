@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from blockdiffusion.data.chat import check_template
 from blockdiffusion.data.corpus import Corpus
 from blockdiffusion.data.manifest import (
     FORMAT_VERSION,
@@ -44,6 +45,7 @@ SHARD_TOKENS = 64 * 2**20
 BPE_TEXT_BYTES = 2**30  # more text improves no BPE, but takes more time and memory
 PARTS_FOLDER = "parts"
 LOCK_FILE = "lock"
+SHARD_FILES = r"\.?(train|valid)-\d{5}\.(bin|len|chat)(\.\d+\.partial)?"
 SETTINGS_FILE = "settings.json"
 
 
@@ -141,6 +143,7 @@ def _prepare(corpus: Corpus, out: Path, settings: dict[str, Any], progress: Repo
         seq_len=options.seq_len,
         dtype=id_dtype(size),
         pad_id=eos_id or 0,
+        align=options.align,
         row_bos_id=require_token(tokenizer, "bos", "row_bos") if options.row_bos else None,
         row_eos_id=require_token(tokenizer, "eos", "row_eos") if options.row_eos else None,
         document_eos_id=(
@@ -153,6 +156,7 @@ def _prepare(corpus: Corpus, out: Path, settings: dict[str, Any], progress: Repo
         vocab_size=size,
         mask_id=tokenizer.mask_token_id,
         detokenize=options.detokenize,
+        chat_template=_chat_template(tokenizer, options),
     )
     units, counts = _tokenize(corpus, out / PARTS_FOLDER, part_rules, progress)
     splits = _pack(corpus, out, units, row_rules, progress)
@@ -179,6 +183,17 @@ def _prepare(corpus: Corpus, out: Path, settings: dict[str, Any], progress: Repo
     manifest.save(out)
     shutil.rmtree(out / PARTS_FOLDER)
     return manifest
+
+
+def _chat_template(tokenizer: Any, options: PrepareOptions) -> str | None:
+    """Return the template of conversations; None for plain text."""
+    from blockdiffusion.data.tokenizers import require_token
+
+    if options.packing != "chat":
+        return None
+    check_template(tokenizer)
+    require_token(tokenizer, "eos", "packing=chat")
+    return tokenizer.chat_template
 
 
 def _tokenizer(
@@ -312,14 +327,14 @@ def _pack(
 ) -> dict[str, Split]:
     """Write the shards of both splits from the parts."""
     for path in out.iterdir():  # of a run stopped while packing
-        if re.fullmatch(r"\.?(train|valid)-\d{5}\.(bin|len)(\.\d+\.partial)?", path.name) or (
+        if re.fullmatch(SHARD_FILES, path.name) or (
             path.name.startswith((f".{MANIFEST_FILE}.", f".{SUMS}."))
         ):
             path.unlink()
     rows_per_shard = max(1, SHARD_TOKENS // rules.seq_len)
-    make_packer = PACKERS[corpus.options.packing]
+    packing = corpus.options.packing
     states = {
-        name: _SplitState(make_packer(rules), ShardWriter(out, name, rows_per_shard))
+        name: _SplitState(PACKERS[packing](rules), ShardWriter(out, name, rows_per_shard, packing))
         for name in ("train", "valid")
     }
     total = sum(unit.num_bytes for unit in units)
@@ -340,7 +355,7 @@ def _pack(
 
 
 def _pack_unit(corpus: Corpus, unit: Unit, states: dict[str, _SplitState]) -> None:
-    ids, lengths, sizes = read_part(unit.path)
+    ids, lengths, sizes, is_target = read_part(unit.path, corpus.options.packing == "chat")
     assert len(lengths) == unit.num_documents
     numbers = range(unit.first_document, unit.first_document + unit.num_documents)
     is_valid = np.array([unit.group == "valid" or corpus.is_valid(n) for n in numbers])
@@ -348,11 +363,15 @@ def _pack_unit(corpus: Corpus, unit: Unit, states: dict[str, _SplitState]) -> No
     for name, chosen in (("train", ~is_valid), ("valid", is_valid)):
         if chosen.any():
             state = states[name]
-            chosen_ids, ends = ids[np.repeat(chosen, lengths)], np.cumsum(lengths[chosen])
+            chosen_tokens, ends = np.repeat(chosen, lengths), np.cumsum(lengths[chosen])
+            chosen_ids = ids[chosen_tokens]
+            targets = None if is_target is None else is_target[chosen_tokens]
             for first in range(0, len(ends), at_once):
                 some = lengths[chosen][first : first + at_once]
                 end = ends[first + len(some) - 1]
-                state.writer.write(*state.packer.add(chosen_ids[end - some.sum() : end], some))
+                own = slice(end - some.sum(), end)
+                its_targets = None if targets is None else targets[own]
+                state.writer.write(*state.packer.add(chosen_ids[own], some, its_targets))
             state.documents += int(chosen.sum())
             state.tokens += len(chosen_ids) + corpus.options.document_eos * int(chosen.sum())
             state.bytes += int(sizes[chosen].sum())
@@ -364,6 +383,8 @@ def _finish_split(name: str, state: _SplitState, rules: RowRules) -> Split:
     Raises:
         UserError: it does not fill one row.
     """
+    if (rest := state.packer.finish()) is not None:
+        state.writer.write(*rest)
     if state.writer.num_rows == 0:
         what, more = {
             "train": ("training", "more text"),

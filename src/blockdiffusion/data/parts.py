@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import json
 import os
 import pickle
 import queue
@@ -21,11 +22,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from blockdiffusion.data.chat import render
 from blockdiffusion.data.detokenizers import DETOKENIZERS
+from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.files.disk import written_aside
 
@@ -45,11 +48,14 @@ class PartRules:
     vocab_size: int
     mask_id: int
     detokenize: str
+    chat_template: str | None = None  # of conversations; None: the texts are plain
 
     def key(self, raw_texts: Iterable[bytes]) -> str:
         """Return the name of the part made from `raw_texts`."""
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{PART_VERSION} {self.tokenizer_sha256} {self.detokenize}".encode())
+        if self.chat_template is not None:
+            digest.update(f" chat {self.chat_template}".encode())
         for raw in raw_texts:
             digest.update(f" {len(raw)} ".encode())
             digest.update(raw)
@@ -75,17 +81,18 @@ def write_part(job: Job) -> None:
     """Tokenise a unit into its file.
 
     Raises:
-        UserError: a text becomes the mask token.
+        UserError: a text becomes the mask token, or a conversation cannot be rendered.
         OSError: the file cannot be written.
     """
-    tokenizer = _open_tokenizer(job.rules.tokenizer_file)
+    tokenize = _plain if job.rules.chat_template is None else _conversation
     detokenize, dtype = DETOKENIZERS[job.rules.detokenize], id_dtype(job.rules.vocab_size)
     ids: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
     sizes: list[int] = []
     for text in map(detokenize, job.texts):
-        # A batch of one: no second thread (the processes have the cores), no offsets.
-        encoding = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-        ids.append(np.array(encoding.ids, dtype=dtype))
+        found, is_target = tokenize(job.rules, text)
+        ids.append(np.array(found, dtype=dtype))
+        targets.append(np.array(is_target, dtype=bool))
         sizes.append(len(text.encode()))
         if (ids[-1] == job.rules.mask_id).any():
             raise UserError(
@@ -96,15 +103,43 @@ def write_part(job: Job) -> None:
     np.save(content, np.concatenate(ids))
     np.save(content, np.array([len(document) for document in ids], dtype=np.int64))
     np.save(content, np.array(sizes, dtype=np.int64))
+    if job.rules.chat_template is not None:
+        np.save(content, np.concatenate(targets))
     with written_aside(job.path) as file:
         file.write(content.getbuffer())
 
 
-def read_part(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (ids of all documents, number of ids of each, number of UTF-8 bytes of each)."""
+def _plain(rules: PartRules, text: str) -> tuple[list[int], list[bool]]:
+    # A batch of one: no second thread (the processes have the cores), no offsets.
+    tokenizer = _open_tokenizer(rules.tokenizer_file)
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids, []
+
+
+def _conversation(rules: PartRules, text: str) -> tuple[list[int], list[bool]]:
+    rendered = render(_open_chat_tokenizer(rules.tokenizer_file), json.loads(text))
+    return rendered.ids, rendered.is_target
+
+
+class TokenizedUnit(NamedTuple):
+    """A unit's documents, one after another.
+
+    Attributes:
+        ids: of all documents.
+        lengths, sizes: number of ids, and of UTF-8 bytes, of each.
+        is_target: for each id of a conversation, whether it is of a response; None in plain text.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    sizes: np.ndarray
+    is_target: np.ndarray | None
+
+
+def read_part(path: Path, is_chat: bool) -> TokenizedUnit:
+    """Return the content of a part."""
     with open(path, "rb") as file:
-        ids, lengths, sizes = (np.load(file, allow_pickle=False) for _ in range(3))
-    return ids, lengths, sizes
+        arrays = [np.load(file, allow_pickle=False) for _ in range(3 + is_chat)]
+    return TokenizedUnit(*arrays, *([] if is_chat else [None]))
 
 
 @functools.lru_cache(maxsize=1)
@@ -116,6 +151,11 @@ def _open_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
+@functools.lru_cache(maxsize=1)
+def _open_chat_tokenizer(path: str) -> Any:
+    return load_tokenizer(Path(path).parent)
+
+
 def run_jobs(jobs: Iterator[Job], num_workers: int, on_done: Callable[[Job], None]) -> None:
     """Write the parts of `jobs` in at most `num_workers` processes.
 
@@ -123,7 +163,8 @@ def run_jobs(jobs: Iterator[Job], num_workers: int, on_done: Callable[[Job], Non
         UserError: a worker was killed, or reading the jobs or writing a part failed. The parts that
             were under way are finished first.
     """
-    _open_tokenizer.cache_clear()  # another preparation may have written another file there
+    for opened in (_open_tokenizer, _open_chat_tokenizer):
+        opened.cache_clear()  # another preparation may have written another file there
     first = list(islice(jobs, num_workers))
     jobs = chain(first, jobs)
     if len(first) < 2:

@@ -47,6 +47,8 @@ BLANK_LINE = re.compile(rb"(?>\r\n|\n|\r)(?:[ \t]*+(?>\r\n|\n|\r))+")
 SPACE = re.compile(rb" ")
 
 Invalid = Callable[[UserError], None]
+# (record, field, where) -> the document in it, as `field_text`.
+ReadRecord = Callable[[Mapping[str, Any], str, str], str]
 
 
 def refuse(error: UserError) -> None:
@@ -92,6 +94,7 @@ def open_sources(
     documents: str,
     document_bytes: int,
     left_out: list[str] | None = None,
+    read: ReadRecord | None = None,
 ) -> list[Source]:
     """Open the sources called `names`, in this order; a folder gives one for each file.
 
@@ -104,11 +107,15 @@ def open_sources(
         documents: how text files are cut, see `TextFile`.
         document_bytes: see `TextFile`.
         left_out: gets the files in folders that are not read and not empty, and why.
+        read: makes a document of a record that is no text; only sources of records can then be
+            opened.
 
     Raises:
         UserError: there is no such source, or it is empty or not a regular file.
     """
-    open_one = partial(open_file, field=field, documents=documents, document_bytes=document_bytes)
+    open_one = partial(
+        open_file, field=field, documents=documents, document_bytes=document_bytes, read=read
+    )
     opened: list[Source] = []
     for name in names:
         path = find(name)
@@ -127,10 +134,10 @@ def open_sources(
         elif path is not None:
             check_regular(path)
             opened.append(open_one(path, name))
-        elif name in BUILT_IN:
+        elif name in BUILT_IN and read is None:
             opened.append(BuiltIn(name))
         elif HUB_NAME.fullmatch(name) and not name.lower().endswith(FILE_SUFFIXES):
-            opened.append(HubDataset(name, field))
+            opened.append(HubDataset(name, field, read or field_text))
         else:
             raise UserError(
                 f"there is no file or folder {shown(name)}: give a path that exists, "
@@ -141,13 +148,23 @@ def open_sources(
 
 
 def open_file(
-    path: Path, name: str, field: str, documents: str, document_bytes: int
+    path: Path,
+    name: str,
+    field: str,
+    documents: str,
+    document_bytes: int,
+    read: ReadRecord | None = None,
 ) -> JsonLines | Csv | Parquet | TextFile:
     """Open a file as its suffix says; see `open_sources`."""
     if text_suffix(path) in JSON_SUFFIXES:
-        return JsonLines(name, path, field)
+        return JsonLines(name, path, field, read or field_text)
     if text_suffix(path) == ".parquet":
-        return Parquet(name, path, field)
+        return Parquet(name, path, field, read or field_text)
+    if read is not None:
+        raise UserError(
+            f"{name} is plain text or CSV, which holds no list of messages; give JSON lines "
+            "(.jsonl), parquet or a Hugging Face data set"
+        )
     if text_suffix(path) == ".csv":
         return Csv(name, path, field)
     return TextFile(name, path, documents, document_bytes)
@@ -269,7 +286,7 @@ def field_text(record: Mapping[str, Any], field: str, where: str) -> str:
         if not isinstance(value, Mapping):
             raise _no_string(where, field, value, f"at {place[:-1]!r}")
         if key not in value:
-            raise _no_field(where, field, [f"{place}{name}" for name in value])
+            raise no_field(where, field, [f"{place}{name}" for name in value])
         value, place = value[key], f"{place}{key}."
     if not isinstance(value, str):
         raise _no_string(where, field, value, "there")
@@ -291,7 +308,7 @@ def _no_string(where: str, field: str, value: object, place: str) -> UserError:
     )
 
 
-def _no_field(where: str, field: str, names: Sequence[str]) -> UserError:
+def no_field(where: str, field: str, names: Sequence[str]) -> UserError:
     there = ", ".join(map(shown, names[:8])) or "none"
     return UserError(
         f"{where} has no string {field!r} (its fields: {there}): name the text's (--field NAME)"
@@ -306,6 +323,7 @@ class JsonLines(_File):
     """A file with one JSON object a line; the document is its string `field`."""
 
     field: str
+    read: ReadRecord = field_text
 
     def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
         is_first = True
@@ -340,7 +358,7 @@ class JsonLines(_File):
                 f"{where} is not a JSON object but {kind_of(record)}: every line must be one, with "
                 "the text"
             )
-        return field_text(record, self.field, where)
+        return self.read(record, self.field, where)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +386,7 @@ class Csv(_File):
                         columns = tuple(row)
                     elif self.field not in columns or len(row) != len(columns):
                         where = f"row {number} of {self.name}"
-                        invalid(_no_field(where, self.field, columns or row))
+                        invalid(no_field(where, self.field, columns or row))
                     else:
                         named = zip(columns, row, strict=True)
                         yield " ".join(text for column, text in named if column == self.field)
@@ -384,6 +402,7 @@ class Parquet(_File):
     """A parquet file; the document is the string column `field`."""
 
     field: str
+    read: ReadRecord = field_text
 
     def documents(self, invalid: Invalid = refuse) -> Iterator[str]:
         with self._opened() as table:
@@ -393,7 +412,7 @@ class Parquet(_File):
             # Few rows, since a dictionary or packed bytes may expand far beyond the file.
             for batch in table.iter_batches(batch_size=8, columns=[self.field]):
                 if top not in batch.schema.names:
-                    raise _no_field(self.name, self.field, names)
+                    raise no_field(self.name, self.field, names)
                 for value in batch.column(batch.schema.names.index(top)):
                     number += 1
                     try:
@@ -410,7 +429,7 @@ class Parquet(_File):
             ) from None
         except (ValueError, OverflowError):  # a date that Python has none for
             found = value
-        return field_text({top: found}, self.field, where)
+        return self.read({top: found}, self.field, where)
 
     def num_rows(self) -> int:
         """Return the number of rows, read from the end of the file.
@@ -441,6 +460,7 @@ class HubDataset:
 
     name: str
     field: str
+    read: ReadRecord = field_text
 
     @property
     def size(self) -> int | None:
@@ -465,7 +485,7 @@ class HubDataset:
             )
             for number, row in enumerate(rows, 1):
                 try:
-                    yield field_text(row, self.field, f"row {number} of {self.name}")
+                    yield self.read(row, self.field, f"row {number} of {self.name}")
                 except UserError as error:
                     invalid(error)
         except UserError:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blockdiffusion.checkpoints.finding import GGUF
 from blockdiffusion.errors import UserError, reason, shown
 from blockdiffusion.from_pretrained import from_pretrained
 from blockdiffusion.text import byte_letters
@@ -34,7 +35,8 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
 
     A folder is one written by `save_pretrained`, or holds a `tokenizer.json` or the `vocab.txt` of
     a BERT. The mask is the tokenizer's own if it has one, else `<|mask|>`, appended as the last id.
-    If no BOS and EOS are named, a BERT's are [CLS] and [SEP], and a GPT-2's both <|endoftext|>.
+    If no BOS and EOS are named, a BERT's are [CLS] and [SEP], and a GPT-2's both <|endoftext|>. A
+    GGUF file holds one, too.
 
     Raises:
         UserError: there is no such tokenizer, or it has no fast form.
@@ -43,6 +45,8 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
     if path.is_dir():
         return _load_folder(path)
     if path.is_file():
+        if path.suffix == GGUF:
+            return _load_pretrained(str(path.parent), gguf_file=path.name)
         return _load_file(path)
     if spec == "byte":
         return byte_tokenizer()
@@ -68,7 +72,7 @@ def _load_folder(path: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
+def _load_pretrained(name: str, **options: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     tokenizer = from_pretrained(
@@ -76,6 +80,7 @@ def _load_pretrained(name: str) -> PreTrainedTokenizerFast:
         name,
         f"cannot load the tokenizer {shown(name)}",
         "check the name and the network, or give a tokenizer.json",
+        **options,
     )
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(

@@ -1,8 +1,9 @@
 """What an adaptation cost: a parent and its child on the same tokens with the same context.
 
-Each row is a window. Its first token is context and the others are scored, as transformers does
-without a BOS: the parent by its own forward pass, the child by its likelihood in blocks (bound, and
-exact or over orders), along the order from left to right, and as an autoregressive model.
+Each row is a window, whose first token is context and the others are scored, as transformers does
+without a BOS; or a conversation, of which the last response is scored. The parent scores it by its
+own forward pass, the child by its likelihood in blocks (bound, and exact or over orders), along the
+order from left to right, and as an autoregressive model.
 
 Shape suffixes: R rows, L tokens of a row.
 """
@@ -14,10 +15,11 @@ from typing import Any
 
 import torch
 
+from blockdiffusion.data.loader import Batch
 from blockdiffusion.diffusion.denoiser import masked_nll
 from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import choose_estimator, likelihood
-from blockdiffusion.evaluate.measured import Measured, mean_of, perplexity_of
+from blockdiffusion.evaluate.measured import Measured, perplexity_of, ratio_of
 from blockdiffusion.evaluate.options import LikelihoodOptions
 from blockdiffusion.evaluate.replicates import Progress
 from blockdiffusion.models.causal_lm import AdaptedModel
@@ -64,10 +66,44 @@ class Comparison:
         return values
 
 
+@dataclass(frozen=True)
+class _Text:
+    """A row as a model reads it.
+
+    Attributes:
+        start_id: the token before the first one; None = there is none.
+        ids_1L: the tokens.
+        skipped: how many of them, from the first, are context.
+    """
+
+    start_id: int | None
+    ids_1L: torch.Tensor
+    skipped: int = 0
+
+    @property
+    def num_scored(self) -> int:
+        return self.ids_1L.shape[1] - self.skipped
+
+    def of(self, model: AdaptedModel) -> _Text:
+        """Return the row for a model: one without a start symbol has that token in the row."""
+        if self.start_id is None or model.config.reading == "next":
+            return self
+        start_11 = self.ids_1L.new_full((1, 1), self.start_id)
+        return _Text(None, torch.cat([start_11, self.ids_1L], dim=1), self.skipped + 1)
+
+    def read_by(self, model: AdaptedModel) -> AdaptedModel:
+        """Return the model with this row's start symbol."""
+        if self.start_id is None or model.config.reading != "next":
+            return model
+        made = model.with_backbone(model.backbone)
+        made.config = replace(model.config, start_id=self.start_id, bos=False)
+        return made
+
+
 def compare(
     parent: Any,
     child: AdaptedModel,
-    ids_RL: torch.Tensor,
+    rows: torch.Tensor | Batch,
     options: LikelihoodOptions | None = None,
     *,
     generator: torch.Generator | None = None,
@@ -78,63 +114,94 @@ def compare(
     Args:
         parent: a causal model of transformers, or an `AdaptedModel`, which is read
             autoregressively.
-        ids_RL: windows of tokens, of one length.
+        rows: windows of tokens (R, L), or conversations, of which only targets are scored.
         options: of the child's likelihood in blocks.
 
     Raises:
         UserError: the rows are shorter than two tokens, or the child cannot be measured so.
     """
-    if ids_RL.shape[1] < 2:
-        raise UserError(f"a row has {ids_RL.shape[1]} token; at least 2 are needed to score one")
+    batch = rows if isinstance(rows, Batch) else Batch(rows)
+    if batch.ids_BL.shape[1] < 2:
+        raise UserError(
+            f"a row has {batch.ids_BL.shape[1]} token; at least 2 are needed to score one"
+        )
     options = options or LikelihoodOptions()
     choose_estimator(options, child.config)
     found: dict[tuple[str, bool], list[float]] = {}
-    for number, ids_1L in enumerate(ids_RL.split(1)):
-        ids_1L = ids_1L.to(child.device)
-        row = {(PARENT, False): _parents(parent, ids_1L)}
-        for reading, nats in (row | _childs(child, ids_1L, options, generator)).items():
+    counts = []
+    for number in range(len(batch.ids_BL)):
+        of_parent, of_child = _texts(batch, number, child)
+        counts.append(of_parent.num_scored)
+        row = {(PARENT, False): _parents(parent, of_parent)}
+        for reading, nats in (row | _childs(child, of_child, options, generator)).items():
             found.setdefault(reading, []).append(nats)
         if progress is not None:
-            progress(number + 1, len(ids_RL))
-    tokens, own = ids_RL.shape[1] - 1, found[PARENT, False]
+            progress(number + 1, len(batch.ids_BL))
+    own = found[PARENT, False]
     readings = [
         Reading(
             name=name,
             is_bound=is_bound,
-            nats_per_token=mean_of([n / tokens for n in nats]),
-            lost=mean_of([(n - p) / tokens for n, p in zip(nats, own, strict=True)]),
+            nats_per_token=_per_token(nats, counts),
+            lost=_per_token([n - p for n, p in zip(nats, own, strict=True)], counts),
         )
         for (name, is_bound), nats in found.items()
     ]
     return Comparison(
-        num_rows=len(ids_RL),
-        num_tokens=len(ids_RL) * tokens,
+        num_rows=len(counts),
+        num_tokens=sum(counts),
         block_size=child.config.block_size,
         readings=readings,
     )
 
 
+def _per_token(nats: list[float], counts: list[int]) -> Measured:
+    found = ratio_of(nats, counts)
+    assert found is not None, "every row has a scored token"
+    return found
+
+
+def _texts(batch: Batch, number: int, child: AdaptedModel) -> tuple[_Text, _Text]:
+    """Return a row as the parent and as the child read it: the same tokens and context.
+
+    A window has no start symbol, as in transformers: its first token is that. A conversation begins
+    with the child's, if it has one.
+    """
+    ids_1L = batch.ids_BL[number][None].to(child.device)
+    if batch.target_BL is None:
+        window = _Text(int(ids_1L[0, 0]), ids_1L[:, 1:])
+        return window, window.of(child)
+    assert batch.valid_BL is not None
+    length, scored = int(batch.valid_BL[number].sum()), int(batch.target_BL[number].sum())
+    start_id = child.config.start_id if child.config.reading == "next" else None
+    text = _Text(start_id, ids_1L[:, :length], length - scored)
+    return text, text
+
+
 @torch.no_grad()
-def _parents(parent: Any, ids_1L: torch.Tensor) -> float:
+def _parents(parent: Any, text: _Text) -> float:
     if isinstance(parent, AdaptedModel):
-        return _autoregressive(_starting(parent, ids_1L), ids_1L)
-    ids_1L = ids_1L.to(parent.device)
-    logits = parent(input_ids=ids_1L, use_cache=False).logits
-    nll = torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids_1L[0, 1:], reduction="none")
-    return float(nll.double().sum())
+        text = text.of(parent)
+        return _autoregressive(text.read_by(parent), text)
+    ids_1L = text.ids_1L.to(parent.device)
+    begun = [] if text.start_id is None else [ids_1L.new_full((1, 1), text.start_id)]
+    read_1T = torch.cat([*begun, ids_1L], dim=1)
+    logits_TV = parent(input_ids=read_1T, use_cache=False).logits[0, -1 - text.num_scored : -1]
+    target_T = ids_1L[0, text.skipped :]
+    nll_T = torch.nn.functional.cross_entropy(logits_TV.float(), target_T, reduction="none")
+    return float(nll_T.double().sum())
 
 
 def _childs(
     child: AdaptedModel,
-    ids_1L: torch.Tensor,
+    text: _Text,
     options: LikelihoodOptions,
     generator: torch.Generator | None,
 ) -> dict[tuple[str, bool], float]:
     """Return the nats of a row by the name of each reading, and whether it is an upper bound."""
-    model = _starting(child, ids_1L)
-    given = model.config.reading != "next"  # there is no start symbol: the token is in the row
-    text, skipped = (ids_1L, 1) if given else (ids_1L[:, 1:], 0)
-    found = likelihood(model, text, options, bos=given, generator=generator)
+    model = text.read_by(child)
+    given_1L = torch.arange(text.ids_1L.shape[1])[None] < text.skipped
+    found = likelihood(model, text.ids_1L, options, bos=False, given=given_1L, generator=generator)
     name = f"child, blocks of {model.config.block_size}"
     per_token = {(f"{name}, bound", True): found.nats_per_token}
     if not found.is_bound:
@@ -144,19 +211,10 @@ def _childs(
     if found.orders_nats_per_token is not None:
         per_token[f"{name}, {options.orders} orders", True] = found.orders_nats_per_token
     values = {key: value * found.num_tokens for key, value in per_token.items()}
-    values[f"{name}, left to right", False] = left_to_right_nats(model, text, skipped)
+    values[f"{name}, left to right", False] = left_to_right_nats(model, text.ids_1L, text.skipped)
     if model.config.reading != "same" and model.config.clean_attention == "causal":
-        values["child, autoregressive", False] = _autoregressive(model, ids_1L)
+        values["child, autoregressive", False] = _autoregressive(model, text)
     return values
-
-
-def _starting(model: AdaptedModel, ids_1L: torch.Tensor) -> AdaptedModel:
-    """Return the model with a row's first token as its start symbol, if it has one."""
-    if model.config.reading != "next":
-        return model
-    made = model.with_backbone(model.backbone)
-    made.config = replace(model.config, start_id=int(ids_1L[0, 0]), bos=False)
-    return made
 
 
 @torch.no_grad()
@@ -182,7 +240,5 @@ def left_to_right_nats(model: AdaptedModel, ids_1L: torch.Tensor, skipped: int =
     return float(masked_nll(model, noisy_1NT, ids_1T, scored_1NT, valid).double().sum())
 
 
-def _autoregressive(model: AdaptedModel, ids_1L: torch.Tensor) -> float:
-    """Return -log p of a row given its first token, which `_starting` made the start symbol."""
-    model, starts = model.with_block_size(1), model.config.reading == "next"
-    return left_to_right_nats(model, ids_1L[:, starts:], skipped=0 if starts else 1)
+def _autoregressive(model: AdaptedModel, text: _Text) -> float:
+    return left_to_right_nats(model.with_block_size(1), text.ids_1L, text.skipped)

@@ -88,5 +88,8 @@ def comparison_table(found: Comparison) -> Table:
     ]
     rows = found.to_dict()["readings"]
     text = f"{counted(found.num_tokens, 'token')} in {counted(found.num_rows, 'row')}"
-    note = "each row's first token is context; errors over rows, of differences in pairs"
+    note = (
+        "context, for both: a window's first token, or a conversation up to its response; errors "
+        "over rows, of differences in pairs"
+    )
     return Table(columns, rows, title=text, notes=[note])

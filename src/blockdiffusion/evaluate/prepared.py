@@ -30,12 +30,18 @@ MEASURED = (
 class HeldOutText:
     """Rows to score, the UTF-8 bytes that they cover, and whether position 0 is a given BOS.
 
-    The bytes of a part of a split are the split's times the share of tokens.
+    The bytes of a part of a split are the split's times the share of tokens; those of responses are
+    not known (None). Conversations stand one example a row.
     """
 
     batch: Batch
-    num_bytes: float
+    num_bytes: float | None
     bos: bool
+
+    @property
+    def given_BL(self) -> torch.Tensor | None:
+        """Context besides a BOS, bool (B, L); None = there is none."""
+        return None if self.batch.target_BL is None else ~self.batch.target_BL
 
     def free_tokens(self) -> torch.Tensor:
         """Count the tokens of every row, int64 (B,), without padding and a given BOS."""
@@ -77,10 +83,10 @@ def read_rows(
                 "the other way, or choose with --bos (given, not counted) or --no-bos"
             )
     count = min(source.num_rows, rows or source.num_rows)
-    batch = source.rows(np.arange(count))
-    tokens = batch.ids_BL.numel() if batch.valid_BL is None else int(batch.valid_BL.sum())
+    batch = source.rows(np.arange(count)).unpacked()
     info = manifest.splits[split]
-    return HeldOutText(batch, info.bytes * tokens / info.tokens, bos)
+    num_bytes = info.bytes * batch.num_tokens / info.tokens
+    return HeldOutText(batch, None if batch.target_BL is not None else num_bytes, bos)
 
 
 def evaluation_facts(

@@ -69,8 +69,9 @@ def attend(
 
     Args:
         q_BHQE: queries of all streams, or of the noisy ones only (Q = num_noisy * seq_len).
-        valid_BL: bool, False at padding. Padding still sees itself, so that no row of the softmax
-            is empty.
+        valid_BL: bool, False at padding; or the number of each token's document, whole blocks that
+            do not see each other, 0 at padding. Padding still sees itself, so that no row of the
+            softmax is empty.
         built: holds the backend's form of the masks: one for all layers of a pass, empty at first.
         sizes: scale and soft cap of the scores; None = 1/sqrt(E), and no cap.
     """
@@ -222,6 +223,14 @@ def attend_causal(
     return attend_cached(q_BHTE, k_BJTE, v_BJTE, mask_BTT, sizes)
 
 
+def of_one_document(query_BQ: torch.Tensor, key_BK: torch.Tensor) -> torch.Tensor:
+    """Return which keys (B, Q or 1, K) are no padding and, if documents are numbered, of the
+    query's document; the arguments are parts of `valid_BL`."""
+    if key_BK.dtype == torch.bool:
+        return key_BK[:, None]
+    return (query_BQ[:, :, None] == key_BK[:, None]) & (key_BK[:, None] != 0)
+
+
 # --- dense: the oracle -----------------------------------------------------------------------
 
 
@@ -232,7 +241,9 @@ def _dense(
     if valid_BL is not None:
         copies = streams.num_noisy + streams.has_clean
         itself = torch.eye(streams.num_tokens, dtype=torch.bool, device=q.device)[: q.shape[2]]
-        visible = visible & (valid_BL.repeat(1, copies)[:, None, None] | itself)
+        key_BT = valid_BL.repeat(1, copies)
+        allowed_BQT = of_one_document(key_BT[:, : q.shape[2]], key_BT)
+        visible = visible & (allowed_BQT[:, None] | itself)
     return _written_softmax(q, k, visible, softcap) @ v
 
 
@@ -330,7 +341,7 @@ def _own_blocks(streams: Streams, valid_BL: torch.Tensor | None) -> Part:
     if has_window or streams.block_attention == "causal":
         mask = stream_predicate(streams, *_grid(0, size, 0, size))
     if valid_BL is not None:
-        valid = valid_BL.repeat(1, streams.num_noisy).view(-1, 1, 1, size)
+        valid = valid_BL.bool().repeat(1, streams.num_noisy).view(-1, 1, 1, size)
         valid = valid | torch.eye(size, dtype=torch.bool, device=valid.device)
         mask = valid if mask is None else valid & mask.to(valid.device)
     return Part(blocks, blocks, merged=0, mask=mask)
@@ -361,7 +372,8 @@ def _chunks(
         free = start if streams.window is None else 0
         mask = _chunk_mask(streams, start, stop, free, number, is_noisy, device)
         if valid_BL is not None:  # no query sees padding, except clean padding itself
-            valid = valid_BL[:, None, :number].expand(-1, stop - start, -1)
+            valid = of_one_document(valid_BL[:, start:stop], valid_BL[:, :number])
+            valid = valid.expand(-1, stop - start, -1)
             index = torch.arange(number, device=device)
             valid = valid if is_noisy else valid | (index[start:stop, None] == index)
             free, mask = 0, (valid & F.pad(mask, (free, 0), value=True))[:, None]
@@ -517,7 +529,10 @@ def _mask_mod(streams: Streams, b, h, q_index, kv_index):
 
 def _padded_mask_mod(streams: Streams, valid_BL: torch.Tensor, b, h, q_index, kv_index):
     seen = stream_predicate(streams, q_index, kv_index)
-    return seen & (valid_BL[b, kv_index % streams.seq_len] | (q_index == kv_index))
+    allowed = valid_BL[b, kv_index % streams.seq_len]
+    if valid_BL.dtype != torch.bool:
+        allowed = (allowed != 0) & (allowed == valid_BL[b, q_index % streams.seq_len])
+    return seen & (allowed | (q_index == kv_index))
 
 
 @lru_cache(maxsize=16)

@@ -132,37 +132,49 @@ class BlockDiffusion(nn.Module):
             noisy_BNL: ids; every block of every copy may be masked in its own way.
             clean_BL: the clean ids; may be None if one block is the whole sequence.
             sigma_BNK: time per block, for time-conditioned networks only (others ignore it).
-            valid_BL: bool, False at padding, which no token attends to; None = all valid.
+            valid_BL: bool, False at padding, which no token attends to; None = all valid. Integers
+                number the documents of a row, 0 at padding: each is whole blocks, begins at
+                position 0, and sees no other.
             scored_BNL: bool, the positions whose states are returned, as (M, D); None = all noisy
                 ones. With N + 1 copies the last one is the clean stream.
         """
         self._require(autoregressive=False)
         batch, copies, length = noisy_BNL.shape
         has_clean = self._has_clean(length, clean_BL)
+        position_BL = torch.arange(length, device=noisy_BNL.device)[None]
+        first_BL = position_BL == 0  # of a document
+        if valid_BL is not None and valid_BL.dtype != torch.bool:
+            first_BL = torch.diff(valid_BL, prepend=torch.full_like(valid_BL[:, :1], -1)) != 0
+            position_BL = position_BL - (first_BL * position_BL).cummax(1).values
         if self.config.reading == "next":
-            noisy_BNL, clean_BL = self._delayed_streams(noisy_BNL, clean_BL)
-            valid_BL = None if valid_BL is None else F.pad(valid_BL[:, :-1], (1, 0), value=True)
+            noisy_BNL, clean_BL = self._delayed_streams(noisy_BNL, clean_BL, first_BL)
+            if valid_BL is not None and valid_BL.dtype == torch.bool:
+                valid_BL = F.pad(valid_BL[:, :-1], (1, 0), value=True)
         ids_BT = noisy_BNL.reshape(batch, copies * length)
         if has_clean:
             assert clean_BL is not None
             ids_BT = torch.cat([ids_BT, clean_BL], dim=1)
-        positions_T = torch.arange(length, device=ids_BT.device).repeat(copies + has_clean)
-        predicting_T = self._predicting_columns(length, copies, has_clean, ids_BT.device)
+        positions_BT = position_BL.repeat(1, copies + has_clean)
+        predicting_BT = None
+        if self._is_shifted:
+            columns = predicting_columns(first_BL, self.config.block_size, copies, has_clean)
+            predicting_BT = columns.expand(batch, -1)
         read = self._read_streams(length, copies, has_clean, valid_BL, ids_BT.device)
         sigma_BT = self._sigma_of_streams(sigma_BNK, (batch, copies, length), has_clean)
         places = None
         if scored_BNL is not None:
             row_M, token_M = scored_BNL.flatten(1).nonzero(as_tuple=True)
-            places = (row_M, token_M if predicting_T is None else predicting_T[token_M])
+            places = (row_M, token_M if predicting_BT is None else predicting_BT[row_M, token_M])
         # Mostly nothing reads the clean stream's output.
         reads_clean = scored_BNL is not None and scored_BNL.shape[1] > copies
-        reads_clean |= predicting_T is not None
+        reads_clean |= self._is_shifted
         outputs = Outputs(None if reads_clean else copies * length, places)
-        hidden_BTD = self.backbone(ids_BT, positions_T, read, outputs, sigma_BT)
+        hidden_BTD = self.backbone(ids_BT, positions_BT, read, outputs, sigma_BT)
         if places is not None:
             return hidden_BTD[0]
-        if predicting_T is not None:
-            hidden_BTD = hidden_BTD[:, predicting_T[: copies * length]]
+        if predicting_BT is not None:
+            row_B1 = torch.arange(batch, device=ids_BT.device)[:, None]
+            hidden_BTD = hidden_BTD[row_B1, predicting_BT[:, : copies * length]]
         return hidden_BTD.unflatten(1, (copies, length))
 
     def encode_causal(
@@ -476,28 +488,21 @@ class BlockDiffusion(nn.Module):
     def _is_shifted(self) -> bool:
         return self.config.reading == "shifted"
 
-    def _predicting_columns(
-        self, length: int, copies: int, has_clean: bool, device: torch.device
-    ) -> torch.Tensor | None:
-        """See `shifted.predicting_columns`; None: each token is predicted at its own column."""
-        if not self._is_shifted:
-            return None
-        return predicting_columns(length, self.config.block_size, copies, has_clean, device)
-
     @property
     def _start_id(self) -> int:
         start_id = self.config.start_id
         return self.config.mask_id if start_id is None else start_id
 
     def _delayed_streams(
-        self, noisy_BNL: torch.Tensor, clean_BL: torch.Tensor | None
+        self, noisy_BNL: torch.Tensor, clean_BL: torch.Tensor | None, first_BL: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Both streams, each token at the position after its own. A block's first position reads
-        the clean token before the block."""
-        delayed_BNL = F.pad(noisy_BNL[..., :-1], (1, 0), value=self._start_id)
+        the clean token before the block, and a document's (`first_BL`) the start symbol."""
+        start_id = self._start_id
+        delayed_BNL = noisy_BNL.roll(1, -1).masked_fill(first_BL[:, None], start_id)
         if clean_BL is None:
             return delayed_BNL, None
-        delayed_BL = F.pad(clean_BL[:, :-1], (1, 0), value=self._start_id)
+        delayed_BL = clean_BL.roll(1, -1).masked_fill(first_BL, start_id)
         size = self.config.block_size
         delayed_BNL[..., ::size] = delayed_BL[:, None, ::size]
         return delayed_BNL, delayed_BL

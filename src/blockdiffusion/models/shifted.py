@@ -17,16 +17,24 @@ from blockdiffusion.models.cache import BlockCache
 
 
 def predicting_columns(
-    length: int, block_size: int, num_noisy: int, has_clean: bool, device: torch.device
+    first_BL: torch.Tensor, block_size: int, num_noisy: int, has_clean: bool
 ) -> torch.Tensor:
-    """Return which of the streams [noisy_1; ...; noisy_N; clean] and of their tokens predicts each
-    of these tokens, as columns (T,)."""
-    before_L = (torch.arange(length, device=device) - 1).clamp(min=0)
-    stream = torch.arange(num_noisy + has_clean, device=device)[:, None]
-    columns = stream * length + before_L
+    """Return which token of the streams [noisy_1; ...; noisy_N; clean] predicts each of them, as
+    columns (B, T).
+
+    Args:
+        first_BL: bool, the first token of every text in a row.
+    """
+    length = first_BL.shape[1]
+    token_L = torch.arange(length, device=first_BL.device)
+    before_BL = token_L - 1 + first_BL.long()
+    stream_N1 = torch.arange(num_noisy + has_clean, device=first_BL.device)[:, None]
+    columns = before_BL[:, None] + length * stream_N1
     if has_clean:
-        columns[:, block_size::block_size] = num_noisy * length + before_L[block_size::block_size]
-    return columns.flatten()
+        from_clean_BL = (token_L % block_size == 0) & ~first_BL
+        clean_BL = before_BL + length * num_noisy
+        columns = torch.where(from_clean_BL[:, None], clean_BL[:, None], columns)
+    return columns.flatten(1)
 
 
 class ShiftedPass:

@@ -44,8 +44,9 @@ class BatchLoss(ABC):
         """
 
     def _inputs(self, rows: slice, device: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the ids and the validity of some rows on the device."""
-        valid_BL = None if self.batch.valid_BL is None else self.batch.valid_BL[rows].to(device)
+        """Return the ids of some rows, and what they attend to, on the device."""
+        attended_BL = self.batch.attended_BL
+        valid_BL = None if attended_BL is None else attended_BL[rows].to(device)
         return self.batch.ids_BL[rows].to(device), valid_BL
 
 

@@ -156,7 +156,8 @@ def _evaluation(
         raise UserError(f"{data} has no validation rows; set eval.every=null to train without")
     choose_estimator(recipe.eval, network)  # now, not at the first evaluation
     rows = TokenRows(data, "valid")
-    batch = rows.rows(np.arange(min(rows.num_rows, recipe.eval.rows or rows.num_rows)))
+    batch = rows.rows(np.arange(min(rows.num_rows, recipe.eval.rows or rows.num_rows))).unpacked()
+    given_BL = None if batch.target_BL is None else ~batch.target_BL
 
     def evaluate(model: Any) -> dict[str, Any]:
         result = likelihood(
@@ -164,6 +165,7 @@ def _evaluation(
             batch.ids_BL,
             recipe.eval,
             valid=batch.valid_BL,
+            given=given_BL,
             generator=generator(recipe.train.seed, "evaluate"),
             processes=processes,
         )

@@ -172,7 +172,8 @@ class ScheduleSearch:
         """float64 (C,): the variance of one batch under each of the C clips."""
         batch = self._rows.rows(indices)
         free_BL = free_tokens(batch, self._rows.manifest.row_bos)
-        valid_BL = None if batch.valid_BL is None else batch.valid_BL.to(model.device)
+        attended_BL = batch.attended_BL
+        valid_BL = None if attended_BL is None else attended_BL.to(model.device)
         variances = []
         for estimator in self.estimators.values():
             moments = batch_moments(

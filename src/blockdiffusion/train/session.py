@@ -149,12 +149,28 @@ def check_fit(model: BlockDiffusion, rows: TokenRows, objective: ObjectiveOption
                 f"the model's {name} is {of_model}, but the data's is {of_data}; "
                 "prepare the data for this model, or build the model for the data"
             )
+    if rows.manifest.packing == "chat":
+        _check_chat(model, rows)
     if objective.ar_loss and (config.reading, config.clean_attention) != ("next", "causal"):
         raise UserError(
             f"objective.ar_loss is {objective.ar_loss}, which needs the reading next and the clean "
             f"attention causal, but the network's are {config.reading} and "
             f"{config.clean_attention}; set objective.ar_loss=0, or adapt a causal model with its "
             "own reading and attention"
+        )
+
+
+def _check_chat(model: BlockDiffusion, rows: TokenRows) -> None:
+    size, align = model.config.block_size, rows.manifest.options.get("align")
+    if model.config.is_autoregressive:
+        raise UserError(
+            "the data hold conversations, several in a row, which the autoregressive baseline "
+            "cannot keep apart; train with another objective.name, or adapt with model.block_size=1"
+        )
+    if not isinstance(align, int) or align % size:
+        raise UserError(
+            f"model.block_size is {size}, which does not divide the data's align={align}, so a "
+            f"block would span two conversations; prepare the data with --align {size}"
         )
 
 

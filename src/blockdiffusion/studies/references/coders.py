@@ -168,6 +168,11 @@ class _Symbols:
     def of(cls, directory: Path, options: CoderOptions) -> _Symbols:
         source, train = TokenRows(directory, options.split), TokenRows(directory, "train")
         manifest, split = source.manifest, source.manifest.splits[options.split]
+        if manifest.packing == "chat":
+            raise UserError(
+                f"{directory} holds conversations, of which only responses are scored; give data "
+                "prepared with --packing wrap or document"
+            )
         held_out = source.rows(np.arange(min(source.num_rows, options.limit or source.num_rows)))
         share = int(_valid(held_out).sum()) / split.tokens
         train_rows = min(train.num_rows, options.train_rows or train.num_rows)
