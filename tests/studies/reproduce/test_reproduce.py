@@ -207,7 +207,7 @@ def test_the_command_shows_the_page(made, data, monkeypatch):
     assert "16 steps, 16 done" in listed.stdout and "is left: 0 FLOP" in listed.stdout
 
 
-@pytest.mark.parametrize("every", [300, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [600, pytest.param(60, marks=pytest.mark.slow)])
 def test_damaged_results_are_told_and_damaged_notes_are_made_anew(made, every):
     """Every file of results, and notes, by a sample of wrong values; see `test_mutations`."""
     plan, _, _ = made

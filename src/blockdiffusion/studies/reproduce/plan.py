@@ -370,8 +370,8 @@ class _Planner:
             other = self.data.get(text.option)
             if other is not None and _overlap(place, other.resolve()):
                 raise UserError(
-                    f"--data judge={self.data[SCORER_RUN]} is the text that the models under test are "
-                    "trained on, whose copies such a scorer would reward; give other text"
+                    f"--data judge={self.data[SCORER_RUN]} is the text that the models under test "
+                    "are trained on, whose copies such a scorer would reward; give other text"
                 )
 
     # --- measurements ----------------------------------------------------------------------------
