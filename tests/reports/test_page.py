@@ -135,7 +135,7 @@ def full_contents() -> ReportContents:
             samples=[(30, [HOSTILE])],
         ),
         trace=trace(),
-        samples=[Sample(text=f"Once{HOSTILE}", prompt="Once", seed=7, policy=HOSTILE, nfe=5)],
+        samples=[Sample(text=f"Once{HOSTILE}", prompt="Once", seed=7, sampler=HOSTILE, nfe=5)],
         config={"model": {"width": 192, "optimizer": {"betas": [0.9, 0.999]}}, "name": HOSTILE},
         commands=[Command(purpose="again", command=f"blockdiff train x.yaml '{HOSTILE}'")],
     )

@@ -1,4 +1,4 @@
-"""Devices: the table, names that drivers give, a device of one's own, and what is measured here."""
+"""Devices: the table, names that drivers give, one that a user describes, one measured here."""
 
 import time
 

@@ -253,7 +253,7 @@ class Untimed:
     ("uniform", dict(sampler="analytic"), "by its own steps; use ancestral"),
     ("uniform", dict(steps=0), "steps is 0; it must be at least 1"),
     ("absorbing", dict(schedule="cosine"), r"has its own \(linear\); leave it out"),
-    ("masked", dict(sampler=Untimed()), "which the sampler untimed does not tell"),
+    ("masked", dict(sampler=Untimed()), "which the sampler untimed does not know"),
     ("masked", dict(sampler="analytic"), "unknown sampler 'analytic'"),
     ("sedd", dict(sampler=Analytic(2), steps=3), "this object has its own"),
 ])  # fmt: skip

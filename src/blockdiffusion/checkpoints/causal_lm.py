@@ -153,8 +153,8 @@ def section_of(path: Path, raw: Mapping[str, Any], **given: int | None) -> Diffu
 
 
 def start_token_id(tokenizer: Any, network: PretrainedConfig) -> int | None:
-    """The token before the first one: what separates documents in the parent's training data, as
-    far as its tokenizer tells; None: there is no such token."""
+    """Return the token before the first one: what separates documents in the parent's training
+    data, as far as its tokenizer shows; None: there is no such token."""
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     return _first_given(
         vocabulary.get(START_TOKEN), _special(network, "bos"), _special(network, "eos")

@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def _as_recipe_key(error: Any) -> str | None:
-    """Tells how to write a recipe's key that was given as an option; None for other options."""
+    """Return how to write a recipe's key that was given as an option; None for other options."""
     option, command = getattr(error, "option_name", None), getattr(error.ctx, "info_name", None)
     if option is None or command not in ("adapt", "estimate", "plan", "train"):
         return None

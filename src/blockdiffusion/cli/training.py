@@ -171,7 +171,7 @@ def _train(read: Callable[[], Recipe], resume: bool) -> None:
 
 
 def recipe_key(option: str, arguments: list[str]) -> str | None:
-    """Tells how to give a recipe's key that was written as an `option`; None for other options."""
+    """Return how to give a recipe's key that was written as an `option`; None for other options."""
     from blockdiffusion.files.records import dotted_keys
     from blockdiffusion.train.recipe import Recipe
 

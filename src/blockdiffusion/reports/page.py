@@ -101,7 +101,7 @@ class Sample:
     text: str
     prompt: str = ""
     seed: int | None = None
-    policy: str = ""
+    sampler: str = ""
     nfe: int | None = None
     tokens_per_forward: float | None = None
     num_tokens: int | None = None
@@ -111,7 +111,7 @@ class Sample:
         """The known facts of how it was drawn, in words."""
         words = {
             "seed {}": self.seed,
-            "{}": self.policy or None,
+            "{}": self.sampler or None,
             "{:,} tokens": self.num_tokens,
             "{:,} network passes": self.nfe,
             "{:.2f} tokens per pass": self.tokens_per_forward,

@@ -328,7 +328,7 @@ def pareto_figure(result: Mapping[str, Any], what: str) -> Figure:
     """Draw the quality of samples against the cost of a token, in network calls and in seconds.
 
     Quality has three measures, one above the other: perplexity under the scorer, entropy, the
-    model's own bound. A line joins the points of a policy; a dashed line is real text.
+    model's own bound. A line joins the points of a sampler; a dashed line is real text.
 
     Args:
         result: from `measure_pareto`.
@@ -375,11 +375,11 @@ def _qualities(sign: str, text: Mapping[str, Any], bound: Mapping[str, Any] | No
 
 def _points(axes: Axes, shown: Sequence[Any], words: Sequence[str]) -> Any:
     """Draw points (point, cost, value, reach); return their legend and their marks."""
-    policies = dict.fromkeys(point["policy"] for point, *_ in shown)
-    colours = dict(zip(policies, itertools.cycle(COLOURS), strict=False))
+    samplers = dict.fromkeys(point["policy"] for point, *_ in shown)
+    colours = dict(zip(samplers, itertools.cycle(COLOURS), strict=False))
     known = [(n, *found) for n, found in enumerate(shown, 1) if found[1] and found[2] is not None]
-    for policy, colour in colours.items():
-        line = [(x, y) for _, p, x, y, _ in known if p["policy"] == policy and not p["is_authors"]]
+    for sampler, colour in colours.items():
+        line = [(x, y) for _, p, x, y, _ in known if p["policy"] == sampler and not p["is_authors"]]
         axes.plot(*columns(sorted(line)), color=colour, alpha=0.55)
     entries, marks = {}, []
     for n, point, x, y, reach in known:

@@ -163,7 +163,7 @@ def _draw(
             Sample(
                 text=" ".join(map(str, done.ids)) if done.text is None else done.text,
                 seed=seed,
-                policy=make_sampler(model.config).name,
+                sampler=make_sampler(model.config).name,
                 nfe=done.nfe,
                 tokens_per_forward=done.tokens_per_forward,
                 num_tokens=len(done.ids) - done.prompt_tokens,

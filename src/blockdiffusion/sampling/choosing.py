@@ -31,7 +31,7 @@ def make_sampler(config: Any, params: SamplingParams | None = None) -> Sampler:
 
     Raises:
         UserError: the network's objective has no such sampler, or not with these settings; it reads
-            too many tokens at a time, or the network reads times that the sampler does not tell.
+            too many tokens at a time, or the network reads times that the sampler does not know.
     """
     params = params or SamplingParams()
     sampler = params.sampler

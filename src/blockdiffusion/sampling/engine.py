@@ -114,7 +114,7 @@ class _Request:
         return reason or ("length" if len(self.ids) == self.limit else None)
 
     def block_done(self) -> BlockDone:
-        """What tells of the block that was closed."""
+        """The event of the block that was closed."""
         row, start, end = torch.tensor([self.id, self.start, len(self.ids)]).split(1)
         return BlockDone(row, start, torch.tensor([self.block]), end)
 
@@ -228,7 +228,7 @@ class Engine:
         return request.id
 
     def cancel(self, id: int) -> bool:
-        """Ends a request; whether it was still there. The next step tells what it had written."""
+        """End a request; return whether it was still there. The next step returns what it wrote."""
         for number, request in enumerate(self._rows):
             if request.id == id:
                 self._cancelled.append(request)
@@ -242,7 +242,7 @@ class Engine:
         return False
 
     def run(self) -> Iterator[Event]:
-        """Steps until nothing is left, and tells what happens; requests may be submitted and
+        """Step until nothing is left, and yield what happens; requests may be submitted and
         cancelled meanwhile."""
         while self._rows or self._waiting or self._cancelled:
             yield from self.step()

@@ -1,4 +1,4 @@
-"""What sampling tells while it runs: the events of `stream` and of the `Engine`.
+"""What sampling reports while it runs: the events of `stream` and of the `Engine`.
 
 A row is the number that `Engine.submit` returned, or in `stream` the row of the batch: the samples
 of the first prompt, then those of the second, and so on.
@@ -22,11 +22,11 @@ Reason = Literal["length", "eos", "cancelled"]
 class TokensRevealed:
     """A pass decided, or changed, M tokens. All tensors are (M,).
 
-    In `stream` one event tells of all rows, in the engine each row has its own. `ids` and
+    In `stream` one event is about all rows, in the engine each row has its own. `ids` and
     `confidences` are on the network's device, where a look at them waits for the pass; the others
     are on the CPU.
 
-    Where noise turns tokens into others (uniform D3PM), the first pass tells all tokens of the
+    Where noise turns tokens into others (uniform D3PM), the first pass reports all tokens of the
     block, and later ones those that change: the last word on a position counts.
 
     Attributes:

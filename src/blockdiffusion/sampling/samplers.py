@@ -151,7 +151,7 @@ class Scheduled(ABC):
         prob_RS = self.reveal_probs(open_RS, context.streams)
         if prob_RS is None:
             raise UserError(
-                f"this network reads the time, which the sampler {self.name} does not tell; "
+                f"this network reads the time, which the sampler {self.name} does not know; "
                 "take first-hitting or ancestral"
             )
         return _ScheduledState(in_order(prob_RS, open_RS), prob_RS, context)

@@ -192,9 +192,9 @@ def test_documents_without_an_eos_have_no_length(local, tmp_path):
     assert plan_tables(["T3"], scale, tmp_path / "out", local).steps
 
 
-def test_a_model_of_ones_own_can_judge(local, tmp_path):
-    plan = plan_tables(["T7"], TINY, tmp_path / "out", local[:1], judge="some/model")
-    assert plan.judge == "some/model" and not any("judge" in s.name for s in plan.steps)
+def test_another_model_can_be_the_scorer(local, tmp_path):
+    plan = plan_tables(["T7"], TINY, tmp_path / "out", local[:1], scorer="some/model")
+    assert plan.scorer == "some/model" and not any("judge" in s.name for s in plan.steps)
     measured = [step for step in plan.steps if step.kind == "measure"]
     assert all("some/model" in step.command for step in measured)
     assert len(measured) == 12  # SEDD and D3PM have no 2L

@@ -180,9 +180,9 @@ def test_generated_text_has_entropy_and_calls_beside_it(made):
             assert cell["entropy"]["value"] > 0
         assert all(c["nfe"] >= length for name, c in cells.items() if name != "d3pm")
     notes = " ".join(found["T7"].values["notes"])
-    assert "Judge: runs/judge, autoregressive" in notes and plan.judge.endswith("runs/judge")
-    judge, judged = (plan.step(name).run for name in ("train-judge", "train-pages-ar"))
-    assert judge.parameters > judged.parameters
+    assert "Scorer: runs/judge, autoregressive" in notes and plan.scorer.endswith("runs/judge")
+    scorer, scored = (plan.step(name).run for name in ("train-judge", "train-pages-ar"))
+    assert scorer.parameters > scored.parameters
 
 
 def test_what_is_made_is_left_alone(made, data):
@@ -207,7 +207,7 @@ def test_the_command_shows_the_page(made, data, monkeypatch):
     assert "16 steps, 16 done" in listed.stdout and "is left: 0 FLOP" in listed.stdout
 
 
-@pytest.mark.parametrize("every", [300, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [600, pytest.param(60, marks=pytest.mark.slow)])
 def test_damaged_results_are_told_and_damaged_notes_are_made_anew(made, every):
     """Every file of results, and notes, by a sample of wrong values; see `test_mutations`."""
     plan, _, _ = made
@@ -298,7 +298,7 @@ def few_held_out(monkeypatch):
     monkeypatch.setitem(DATA_SETS, "openwebtext", cut)
 
 
-def made_reduced(scale, tables, folder, judge=None):
+def made_reduced(scale, tables, folder, scorer=None):
     """(plan, tables by name) of a reduced scale, on sentences of this project's pages."""
     sentences = [s for s in (DOCS / "concepts.md").read_text().split("\n") if len(s) > 60]
     (folder / "lm1b").mkdir()
@@ -307,7 +307,7 @@ def made_reduced(scale, tables, folder, judge=None):
     (folder / "openwebtext").mkdir()
     (folder / "openwebtext" / "documents.txt").write_text("\n".join(sentences[:100]))
     local = [f"{name}={folder / name}" for name in ("lm1b", "openwebtext")]
-    plan = make_plan(tables, reduced(scale, "byte"), folder / "out", local, judge)
+    plan = make_plan(tables, reduced(scale, "byte"), folder / "out", local, scorer)
     found = {one.name: one for one in reproduce(plan, lambda line: None, InProcess())}
     if any(table.corpus == "owt" for table in tables):
         prepared = plan.out / "data" / "owt"
@@ -323,9 +323,9 @@ def made_reduced(scale, tables, folder, judge=None):
 
 
 def test_the_commands_of_small_at_reduced_size(tmp_path, few_held_out):
-    judge = save_gpt2(tmp_path / "judge")
+    scorer = save_gpt2(tmp_path / "judge")
     tables = [few("T4", "s4"), few("T6", "mdlm"), few("T7", "s4")]
-    plan, found = made_reduced(SMALL, tables, tmp_path, str(judge))
+    plan, found = made_reduced(SMALL, tables, tmp_path, str(scorer))
     run = plan.out / "runs" / "owt-s4"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert any("clip_grid" in line for line in lines)  # the schedule search
@@ -358,14 +358,14 @@ def test_the_commands_of_paper_at_reduced_size(tmp_path, few_held_out, no_hub):
 @pytest.mark.parametrize("scale", [SMALL, PAPER], ids=lambda scale: scale.name)
 def test_every_table_of_small_and_paper_at_reduced_size(scale, tmp_path, few_held_out, no_hub):
     """All rows but of T2 and T8, of which one of every block size, with every noise of T8."""
-    judge = save_gpt2(tmp_path / "judge")
+    scorer = save_gpt2(tmp_path / "judge")
     tables = [
         *(TABLES[name] for name in ("T1", "T3", "T4", "T5", "T6", "T7")),
         few("T2", "t2-sL-0-0.5", "t2-s16-0.3-0.8", "t2-s4-0.5-1"),
         few("T8", *(f"t8-s4-{noise}" for noise in ("linear", "log", "sqrt")),
             "t8-s16-square", "t8-s16-cosine"),
     ]  # fmt: skip
-    plan, found = made_reduced(scale, tables, tmp_path, str(judge))
+    plan, found = made_reduced(scale, tables, tmp_path, str(scorer))
     for table in tables:
         for name in table.columns:
             # T5 has one local set; of T1 the autoregressive row has no noise.

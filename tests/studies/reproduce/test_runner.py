@@ -42,7 +42,7 @@ def measure(out, name, *needs, words=()):
 
 
 def plan_of(out, *steps):
-    return Plan(tables=(), scale=TOY, out=out, data={}, judge=None, steps=steps)
+    return Plan(tables=(), scale=TOY, out=out, data={}, scorer=None, steps=steps)
 
 
 class Fake:
@@ -256,7 +256,7 @@ def test_the_papers_steps_are_spread_over_all_gpus(monkeypatch, tmp_path):
         assert slot.processes == processes
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if gpus else {}
         assert slot.environment == visible
-    lines = plan_lines(Plan(tables=(), scale=PAPER, out=tmp_path, data={}, judge=None, steps=()))
+    lines = plan_lines(Plan(tables=(), scale=PAPER, out=tmp_path, data={}, scorer=None, steps=()))
     assert "one at a time, by 8 processes" in lines[2] and "by 8 processes" in lines[-1]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

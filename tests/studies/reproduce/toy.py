@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blockdiffusion.studies.reproduce.scales import Measurements, Scale, Steps, Text, TrainedJudge
+from blockdiffusion.studies.reproduce.scales import Measurements, Scale, Steps, Text, TrainedScorer
 from tests.command import blockdiff
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -47,7 +47,7 @@ TOY = Scale(
         generated=3,
         batch=2,
     ),
-    judge=TrainedJudge(
+    scorer=TrainedScorer(
         tokenizer="bpe:310",
         seq_len=32,
         model={"num_hidden_layers": 1, "hidden_size": 24, "num_attention_heads": 2, "dropout": 0.0},

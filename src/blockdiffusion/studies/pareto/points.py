@@ -98,7 +98,7 @@ def usual_points(config: Any) -> tuple[Point, ...]:
         else:  # continuous time
             steps = [2 * size, *steps]
         return tuple(Point(names[0], (("steps", n),)) for n in steps)
-    no_times = () if config.time_conditioning else tokens[1:]  # which a random order does not tell
+    no_times = () if config.time_conditioning else tokens[1:]  # which a random order does not know
     return (
         AUTHORS,
         Point("first-hitting"),

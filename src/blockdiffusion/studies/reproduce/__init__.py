@@ -33,7 +33,7 @@ def plan_tables(
     scale: str | Scale,
     out: Path,
     data: Sequence[str] = (),
-    judge: str | None = None,
+    scorer: str | None = None,
 ) -> Plan:
     """Return the plan of some tables; write nothing.
 
@@ -42,14 +42,14 @@ def plan_tables(
         scale: "tiny", "small", "paper", or one of your own.
         out: directory for all files.
         data: `NAME=PATH` of local text; see docs/how-to/reproduce.md.
-        judge: model that replaces the scale's judge in table 7.
+        scorer: model that replaces the scale's scorer in table 7.
 
     Raises:
         UserError: see `find_table`, `find_scale` and `make_plan`.
     """
     sizes = find_scale(scale) if isinstance(scale, str) else scale
     found = {table.name: table for table in map(find_table, tables)}
-    return make_plan(list(found.values()), sizes, out, data, judge)
+    return make_plan(list(found.values()), sizes, out, data, scorer)
 
 
 def reproduce(plan: Plan, log: Log, launch: Launch = launch) -> list[Reproduced]:

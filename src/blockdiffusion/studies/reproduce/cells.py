@@ -224,15 +224,15 @@ def _generated_cells(plan: Plan, table: PaperTable) -> tuple[Cells, list[str]]:
                 },
             )
             warnings.update(dict.fromkeys(values["warnings"]))
-    judge, length = values["judge"], plan.text(table).seq_len
+    scorer, length = values["judge"], plan.text(table).seq_len
     notes = [
         f"{plan.scale.measure.generated} samples a cell, of L = {length} and 2L = {2 * length} "
         "tokens with the given BOS; EOS does not end them; nucleus 0.9 by the authors' rule; one "
         "token a pass (SEDD: as many analytic steps as tokens; D3PM: its 1,000 steps, less those "
         "that reveal nothing); no sample is rejected. Values are means over samples of each "
         "sample's perplexity, as the paper's.",
-        f"Judge: {judge['name']}, {judge['kind']}, {judge['parameters']:,} parameters, windows of "
-        f"{judge['context']} tokens.",
+        f"Scorer: {scorer['name']}, {scorer['kind']}, {scorer['parameters']:,} parameters, windows "
+        f"of {scorer['context']} tokens.",
         *warnings,
     ]
     return cells, [note.replace(f"{plan.out}/", "") for note in notes]

@@ -23,11 +23,11 @@ import yaml
 
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.studies.reproduce.paper import PaperTable
-from blockdiffusion.studies.reproduce.scales import Scale, Text, TrainedJudge
+from blockdiffusion.studies.reproduce.scales import Scale, Text, TrainedScorer
 from blockdiffusion.studies.reproduce.systems import find_system
 
 TOP_P = ("--top-p", "0.9", "--top-p-rule", "authors")  # the paper's sampling
-JUDGE = "judge"
+SCORER_RUN = "judge"  # the name of its run and of its text
 ONE_BLOCK = ("sedd", "mdlm")  # L tokens at most, in the paper
 
 
@@ -79,14 +79,14 @@ class Plan:
 
     Attributes:
         data: `--data` as given, name -> path.
-        judge: of table 7, from `--scorer` or a run of this plan; None where no table has one.
+        scorer: of table 7, from `--scorer` or a run of this plan; None where no table has one.
     """
 
     tables: tuple[PaperTable, ...]
     scale: Scale
     out: Path
     data: Mapping[str, Path]
-    judge: str | None
+    scorer: str | None
     steps: tuple[Step, ...]
 
     def step(self, name: str) -> Step:
@@ -107,27 +107,27 @@ def make_plan(
     scale: Scale,
     out: Path,
     data: Sequence[str] = (),
-    judge: str | None = None,
+    scorer: str | None = None,
 ) -> Plan:
     """The plan of `tables` at a scale.
 
     Args:
         data: `NAME=PATH` of local text.
-        judge: a model that takes the place of the scale's judge.
+        scorer: a model that replaces the scale's scorer.
 
     Raises:
         UserError: a name that nothing reads, a path that does not exist, text that is missing, or a
-            judge that cannot be one.
+            scorer that cannot be one.
     """
     planner = _Planner(scale=scale, out=out, data=_local_data(data, scale), steps={})
     for table in tables:
-        planner.add_table(table, judge)
+        planner.add_table(table, scorer)
     return Plan(
         tables=tuple(tables),
         scale=scale,
         out=out,
         data=planner.data,
-        judge=planner.judge,
+        scorer=planner.scorer,
         steps=tuple(planner.steps.values()),
     )
 
@@ -140,7 +140,7 @@ def zero_shot_names() -> list[str]:
 
 
 def _local_data(entries: Sequence[str], scale: Scale) -> dict[str, Path]:
-    trained = [JUDGE] if isinstance(scale.judge, TrainedJudge) else []
+    trained = [SCORER_RUN] if isinstance(scale.scorer, TrainedScorer) else []
     own = [text.option for text in scale.texts.values()]
     known = list(dict.fromkeys([*own, *trained, *zero_shot_names()]))
     found = {}
@@ -169,13 +169,13 @@ class _Planner:
     out: Path
     data: dict[str, Path]
     steps: dict[str, Step]
-    judge: str | None = None
+    scorer: str | None = None
 
     def add(self, step: Step) -> str:
         """Puts a step in, once; returns its name."""
         return self.steps.setdefault(step.name, step).name
 
-    def add_table(self, table: PaperTable, judge: str | None) -> None:
+    def add_table(self, table: PaperTable, scorer: str | None) -> None:
         text = self.scale.texts[table.corpus]
         self._check_text(table, text)
         match table.name:
@@ -195,10 +195,10 @@ class _Planner:
                 for row in table.built:
                     self._lengths(text, row.system)
             case "T7":
-                judge_model, needs = self._add_judge(judge)
+                scorer_model, needs = self._add_scorer(scorer)
                 for row in table.built:
                     for column in row.measured:
-                        self._generate(text, row.system, column, judge_model, needs)
+                        self._generate(text, row.system, column, scorer_model, needs)
 
     # --- text and models -------------------------------------------------------------------------
 
@@ -317,61 +317,61 @@ class _Planner:
             )
         )
 
-    def _add_judge(self, judge: str | None) -> tuple[str, list[str]]:
-        """The judge of table 7 and the steps that make it."""
-        self._check_judge(judge)
-        spec = self.scale.judge
-        if judge is not None or isinstance(spec, str):
-            self.judge = judge or str(spec)
-            return self.judge, []
+    def _add_scorer(self, scorer: str | None) -> tuple[str, list[str]]:
+        """The scorer of table 7 and the steps that make it."""
+        self._check_scorer(scorer)
+        spec = self.scale.scorer
+        if scorer is not None or isinstance(spec, str):
+            self.scorer = scorer or str(spec)
+            return self.scorer, []
         prepared = self.add(
             Step(
                 name="prepare-judge",
                 kind="prepare",
                 command=(
-                    "prepare", str(self.data[JUDGE]), "--out", self._rows_of(JUDGE),
+                    "prepare", str(self.data[SCORER_RUN]), "--out", self._rows_of(SCORER_RUN),
                     "--tokenizer", spec.tokenizer, "--seq-len", str(spec.seq_len),
                 ),
-                product=Path(self._rows_of(JUDGE)),
-                files=(self.data[JUDGE],),
+                product=Path(self._rows_of(SCORER_RUN)),
+                files=(self.data[SCORER_RUN],),
             )
         )  # fmt: skip
         trained = self._add_run(
-            JUDGE,
+            SCORER_RUN,
             [prepared],
-            data=self._rows_of(JUDGE),
+            data=self._rows_of(SCORER_RUN),
             model=spec.model,
             objective={"name": "ar"},
             search={},
             train={"steps": spec.steps, "batch_size": spec.batch_size},
             size=_Size(spec.seq_len, spec.tokenizer, 1, 1),
         )
-        self.judge = self._run_of(JUDGE)
-        return self.judge, [trained]
+        self.scorer = self._run_of(SCORER_RUN)
+        return self.scorer, [trained]
 
-    def _check_judge(self, judge: str | None) -> None:
-        if judge is not None:
-            place, runs = Path(judge).resolve(), (self.out / "runs").resolve()
-            if place.is_relative_to(runs) and place.relative_to(runs).parts[:1] != (JUDGE,):
+    def _check_scorer(self, scorer: str | None) -> None:
+        if scorer is not None:
+            place, runs = Path(scorer).resolve(), (self.out / "runs").resolve()
+            if place.is_relative_to(runs) and place.relative_to(runs).parts[:1] != (SCORER_RUN,):
                 raise UserError(
-                    f"the scorer {judge} is one of the models under test, or of their run; take "
+                    f"the scorer {scorer} is one of the models under test, or of their run; take "
                     "another model, trained on other text"
                 )
             return
-        if isinstance(self.scale.judge, str):
+        if isinstance(self.scale.scorer, str):
             return
-        if JUDGE not in self.data:
+        if SCORER_RUN not in self.data:
             raise UserError(
                 f"T7 at the scale {self.scale.name} trains a scorer on text of its own, which is "
                 "not given; say where it is with --data judge=PATH, or name a model with --scorer"
             )
-        place = self.data[JUDGE].resolve()
+        place = self.data[SCORER_RUN].resolve()
         for text in self.scale.texts.values():
             other = self.data.get(text.option)
             if other is not None and _overlap(place, other.resolve()):
                 raise UserError(
-                    f"--data judge={self.data[JUDGE]} is the text that the models under test are "
-                    "trained on, whose copies such a scorer would reward; give other text"
+                    f"--data judge={self.data[SCORER_RUN]} is the text that the models under test "
+                    "are trained on, whose copies such a scorer would reward; give other text"
                 )
 
     # --- measurements ----------------------------------------------------------------------------
@@ -433,16 +433,16 @@ class _Planner:
         self._measure(text, name, "lengths", [*options, *TOP_P])
 
     def _generate(
-        self, text: Text, name: str, column: str, judge: str, needs: Sequence[str]
+        self, text: Text, name: str, column: str, scorer: str, needs: Sequence[str]
     ) -> None:
         measure = self.scale.measure
         length = text.seq_len * {"L": 1, "2L": 2}[column]
-        options = ["generate-eval", "--scorer", judge, "--num-samples", str(measure.generated)]
+        options = ["generate-eval", "--scorer", scorer, "--num-samples", str(measure.generated)]
         options += ["--max-new-tokens", str(length - 1), "--batch-size", str(measure.batch)]
         options += ["--bos", "--no-eos", *TOP_P]
         if column == "2L" and name not in ONE_BLOCK:
             options += ["--window", str(text.seq_len)]
-        models = () if needs else (judge,)
+        models = () if needs else (scorer,)
         self._measure(text, name, f"generated-{column}", options, needs=needs, models=models)
 
 

@@ -42,8 +42,8 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainedJudge:
-    """An autoregressive judge that is trained on other text (`--data judge=PATH`).
+class TrainedScorer:
+    """An autoregressive scorer that is trained on other text (`--data judge=PATH`).
 
     Attributes:
         model: sections of its recipe, as for the candidates.
@@ -111,7 +111,7 @@ class Scale:
         objective: of masked diffusion, where a table does not ask for another noise.
         num_noisy: noisy copies that D3PM draws: as many as the others.
         search: of the clip, for the short blocks; empty: none.
-        judge: a Hugging Face id, or one that is trained here.
+        scorer: a Hugging Face id, or one that is trained here.
         jobs: steps at a time, of `threads` CPU threads each; None: one for each GPU.
         spread: one step at a time instead, and those whose work processes share
             (`distributed.SHARED`) on all GPUs of the machine.
@@ -131,7 +131,7 @@ class Scale:
     search: Mapping[str, Any] = field(default_factory=dict)
     steps: Steps
     measure: Measurements
-    judge: str | TrainedJudge
+    scorer: str | TrainedScorer
     jobs: int | None = None
     threads: int = 1
     spread: bool = False
@@ -201,7 +201,7 @@ TINY = Scale(
         generated=100,
         batch=50,
     ),
-    judge=TrainedJudge(
+    scorer=TrainedScorer(
         tokenizer="bpe:4096",
         seq_len=256,
         model={
@@ -273,7 +273,7 @@ SMALL = Scale(
         generated=300,
         batch=50,
     ),
-    judge=GPT2_LARGE,
+    scorer=GPT2_LARGE,
     flops=1.5e14,
 )
 
@@ -306,7 +306,7 @@ PAPER = Scale(
         generated=300,
         batch=50,
     ),
-    judge=GPT2_LARGE,
+    scorer=GPT2_LARGE,
     spread=True,
     flops=3e14,
 )
