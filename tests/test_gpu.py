@@ -135,7 +135,7 @@ def test_the_shifted_reading_samples_what_a_cpu_samples(policy, recorded):
         model = make_hugging_face("llama", reading="shifted", eos_id=None).to(device)
         model = optimize_for_inference(model) if recorded and device == "cuda" else model
         made = blockdiffusion.generate(
-            model, [[1, 2, 3], []], 3, max_new_tokens=21, generator=seeded(), **policy
+            model, [[1, 2, 3], []], num_samples=3, max_new_tokens=21, generator=seeded(), **policy
         )
         results.append(made.sequences.cpu())
     assert torch.equal(*results)

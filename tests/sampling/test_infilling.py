@@ -9,8 +9,8 @@ import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling import infill
 from blockdiffusion.sampling.infilling import prepare_templates
-from tests.oracles import subs_log_prob
 from tests.models.hugging_face import make_hugging_face
+from tests.oracles import subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
 
 
