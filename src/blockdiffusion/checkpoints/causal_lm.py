@@ -257,7 +257,7 @@ def check_folder(folder: Path) -> None:
     """Refuse what transformers would accept: sizes that alone would fill the memory, weights
     outside the folder, oversized headers, and integers instead of weights. Links to a cache, as
     the hub's client makes them, are allowed."""
-    config = records.read_json(folder / "config.json", ADVICE)
+    config = config_of(folder)
     for name, value in config.items():
         most = MOST_LAYERS if "layer" in name else MOST_NUMBER
         if isinstance(value, int) and value > most:
