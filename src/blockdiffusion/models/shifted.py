@@ -81,13 +81,15 @@ class ShiftedPass:
         self._firsts_B, self._counts_B = has_clean_B.cumsum(0) - clean_B, clean_B
 
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the states (M, D) that predict the wanted tokens, from those at `places`."""
+        """Return the states (M, D) that predict the wanted tokens, from those at `places`; or of all
+        tokens, in the shape of `hidden`."""
         if self.places is None:
-            found_MD, seen = hidden[self._before_M], hidden
+            seen = hidden.flatten(0, -2)
+            found_MD = seen[self._before_M]
         else:
             found_MD, seen = hidden.split([len(self._kept_M), len(hidden) - len(self._kept_M)])
         last_BD = self._cache.kept_of(seen)
         kept_M1 = self._kept_M[:, None]
         found_MD = torch.where(kept_M1 < 0, found_MD, last_BD[self._kept_M.clamp(min=0)])
         self._cache.passed(seen, self._firsts_B, self._counts_B)
-        return found_MD
+        return found_MD.view_as(hidden) if self.places is None else found_MD
