@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.scorer import load_scorer
 from blockdiffusion.train.tensor_files import SavedTensors
 from tests.command import blockdiff
+from tests.conftest import GOLDEN
 from tests.evaluate.scorers import save_gpt2
 from tests.tiny import TEXT, write_recipe
 
@@ -206,3 +208,29 @@ def test_a_judge_whose_logits_are_far_too_large(place, file):
         "generate-eval", "--judge", place / "judge", "--samples-from", place / "samples.jsonl"
     )
     assert ended.returncode == 2 and "far too large" in ended.stderr
+
+
+# --- kinds of models ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["sample", "infill", "eval", "adapt", "compare", "convert"])
+def test_commands_say_why_diffusion_gemma_is_not_read(place, tmp_path, command):
+    shutil.copy(GOLDEN / "diffusion_gemma" / "config.json", tmp_path)
+    save_file({"never.read": torch.zeros(1)}, tmp_path / WEIGHTS)
+    options = {
+        "infill": ("a[MASK:2]b",),
+        "eval": ("--data", place / "data"),
+        "adapt": ("--data", place / "data", "--block-size", 4, "--out", tmp_path / "out"),
+        "compare": (tmp_path, "--data", place / "data"),
+        "convert": ("--out", tmp_path / "out"),
+    }
+    made = blockdiff(command, tmp_path, *options.get(command, ()))
+    assert made.returncode == 2 and made.stdout == ""
+    assert made.stderr.count("\n") == 1 and "self-conditioning" in made.stderr
+
+
+def test_diffusion_gemma_is_no_scorer(tmp_path):
+    shutil.copy(GOLDEN / "diffusion_gemma" / "config.json", tmp_path)
+    save_file({"never.read": torch.zeros(1)}, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match="self-conditioning"):
+        load_scorer(str(tmp_path))

@@ -21,7 +21,8 @@ ROWS = [
     ["diffusion.schedules", "diffusion.losses", "diffusion.estimators", "diffusion.config"],
     ["models.backbone"],
     [
-        *("models.masks", "models.cuda_graphs", "models.cache", "models.attention"),
+        *("models.masks", "models.cuda_graphs", "models.cache", "models.shifted"),
+        "models.attention",
         "models.block_diffusion",
     ],
     ["diffusion"],

@@ -41,6 +41,7 @@ BESIDE = {
     "steps": "--policy ancestral",
     "tokens_per_step": "--policy random",
     "threshold": "--policy confidence",
+    "sub_block": "--policy confidence --threshold 0.9",
     "remask": "--policy remask --steps 2",
     "entropy_window": "--min-entropy 0.1",
     "tflops": "--device mine --bandwidth 9 --memory 9",

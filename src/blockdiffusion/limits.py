@@ -62,7 +62,9 @@ LIMITS: dict[str, Limit] = {
     # networks
     **dict.fromkeys(("vocab_size", "top_k"), Limit(1, MOST_IDS)),
     **dict.fromkeys(("mask_id", "bos_id", "eos_id", "pad_id", "start_id"), Limit(0, MOST_IDS)),
-    **dict.fromkeys(("seq_len", "block_size", "align", "tokens_per_step"), Limit(1, 2**20)),
+    **dict.fromkeys(
+        ("seq_len", "block_size", "align", "tokens_per_step", "sub_block"), Limit(1, 2**20)
+    ),
     **dict.fromkeys(("hidden_size", "cond_dim"), Limit(1, 2**17)),
     "num_hidden_layers": Limit(1, 10_000),
     "num_attention_heads": Limit(1, 10_000),

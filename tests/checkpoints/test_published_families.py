@@ -11,6 +11,8 @@ Shape suffixes: B rows, L tokens of a row, T tokens of a block, V vocabulary, M 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,11 @@ from blockdiffusion.sampling.adaptive import TIE
 from tests.conftest import GOLDEN
 
 # Families whose files hold neither block size nor mask token: these are those of the golden data.
-OPTIONS = {"sdar": {}, "dllm_a2d_qwen3": dict(block_size=4, mask_id=317)}
+OPTIONS = {
+    "sdar": {},
+    "dllm_a2d_qwen3": dict(block_size=4, mask_id=317),
+    "fast_dllm_v2": dict(mask_id=318),
+}
 CASES = ("p0", "p1", "p3", "ragged")
 TOLERANCE = 1e-4
 
@@ -38,6 +44,13 @@ def read(family):
     return model, load_file(GOLDEN / family / "expected.safetensors")
 
 
+def unshifted(model):
+    """The same network, whose output at a token is taken as the prediction of this token."""
+    made = model.with_backbone(model.backbone)
+    made.config = replace(model.config, reading="same")
+    return made
+
+
 def close(found, wanted, tolerance=TOLERANCE):
     return found.shape == wanted.shape and float((found - wanted).abs().max()) < tolerance
 
@@ -47,12 +60,16 @@ def close(found, wanted, tolerance=TOLERANCE):
 
 @torch.no_grad()
 def test_logits_of_a_block_with_and_without_a_cache(published):
+    """The first token of a Fast-dLLM block is predicted by the clean pass over the one before, and
+    by no row of its own `logits`, except in a text's first block."""
     model, expected = published
     for case in CASES:
         prefix = int(expected[f"{case}.prefix_len"])
         for kind in ("all", "part"):
             ids = expected[f"{case}.{kind}.input_ids"][None]
-            wanted = expected[f"{case}.{kind}.logits"]
+            wanted = expected[f"{case}.{kind}.logits"].clone()
+            if f"{case}.prefix_logits" in expected:
+                wanted[0] = expected[f"{case}.prefix_logits"][-1]
             assert close(model.denoise_logits(ids, ids)[0, prefix:], wanted)
             cache = model.make_cache(1, 32)
             if prefix:
@@ -63,10 +80,12 @@ def test_logits_of_a_block_with_and_without_a_cache(published):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
-def test_logits_of_clean_tokens(case):
-    model, expected = read("sdar")
-    ids = expected[f"{case}.clean.input_ids"][None]
-    wanted = expected[f"{case}.clean.logits"]
+@pytest.mark.parametrize("family", ["sdar", "fast_dllm_v2"])
+def test_logits_of_clean_tokens(family, case):
+    model, expected = read(family)
+    model, ids = unshifted(model), expected[f"{case}.clean.input_ids"][None]
+    name = "logits" if family == "sdar" else "raw_logits"
+    wanted = expected[f"{case}.clean.{name}"]
     cache = model.make_cache(1, 32)
     assert close(model.head(model.decode(ids, ids.shape[1], cache))[0], wanted)
     if ids.shape[1] > model.config.block_size:  # else there is no clean stream
@@ -78,6 +97,20 @@ def both_streams(model, noisy_BL, clean_BL, valid_BL=None):
     scored_BNL = torch.ones(len(noisy_BL), 2, noisy_BL.shape[1], dtype=torch.bool)
     hidden = model.encode(noisy_BL[:, None], clean_BL, None, valid_BL, scored_BNL)
     return model.head(hidden).view(len(noisy_BL), scored_BNL[0].numel(), -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_raw_logits_of_fast_dllm(case):
+    model, expected = read("fast_dllm_v2")
+    prefix = int(expected[f"{case}.prefix_len"])
+    for kind in ("all", "part"):
+        ids = expected[f"{case}.{kind}.input_ids"][None]
+        wanted = expected[f"{case}.{kind}.raw_logits"]
+        assert close(unshifted(model).denoise_logits(ids, ids)[0, prefix:], wanted)
+        if prefix:
+            found = both_streams(unshifted(model), ids, ids)[0, len(ids[0]) :][:prefix]
+            assert close(found, expected[f"{case}.prefix_logits"])
 
 
 @torch.no_grad()
@@ -102,7 +135,8 @@ def left_padded_logits(model, ids_BL, padding):
 def samples_of(family, expected, name):
     """The samples of a pass, each alone: noisy and clean ids (1, L), and logits (2L, V)."""
     concat_BT = expected[f"{name}.concat_input_ids"]
-    logits = expected.get(f"{name}.logits", expected.get(f"{name}.raw_logits"))
+    arrays = ("logits", "all_raw_logits", "raw_logits")
+    logits = next(expected[f"{name}.{a}"] for a in arrays if f"{name}.{a}" in expected)
     if family != "sdar":
         for ids_T, logits_TV in zip(concat_BT, logits, strict=True):
             yield (*ids_T[None].chunk(2, 1), logits_TV)
@@ -129,6 +163,7 @@ PASSES = [
         ("dllm_a2d_qwen3", name)
         for name in ("train", "train_sft", "train_shifted", "train_uniform_batchnorm")
     ),
+    *(("fast_dllm_v2", name) for name in ("train", "train_sft")),
 ]
 
 
@@ -136,7 +171,7 @@ PASSES = [
 @pytest.mark.parametrize(("family", "name"), PASSES)
 def test_logits_of_a_training_pass(family, name):
     model, expected = read(family)
-    number = 0
+    model, number = unshifted(model), 0
     for noisy, clean, wanted in samples_of(family, expected, name):
         length, mask_id = clean.shape[1], model.config.mask_id
         noisy, valid = filled(noisy, 4, mask_id)
@@ -144,7 +179,8 @@ def test_logits_of_a_training_pass(family, name):
         found = both_streams(model, noisy, clean, valid)[0].unflatten(0, (2, -1))[:, :length]
         assert close(found.flatten(0, 1), wanted)
         number += 1
-    assert number == (1 if family == "sdar" and name != "train_packed" else 2)
+    rows = {"sdar": 1 + (name == "train_packed"), "fast_dllm_v2": 4}  # with the complements
+    assert number == rows.get(family, 2)
 
 
 def published_loss(model, noisy_BL, clean_BL, masked_BL, weight_BL, valid_BL=None):
@@ -211,6 +247,34 @@ def test_the_shifted_loss_of_a2d():
     count = int((expected["train_shifted.labels"] != -100).sum())
     found = (expected["train_shifted.loss_weights"][masked] * nll_M).sum() / count
     assert close(found, expected["train_shifted.loss"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["train", "train_sft"])
+def test_the_loss_of_fast_dllm(name):
+    """The mean cross-entropy of the next token at the noisy rows, over masks and their complements.
+
+    So the authors train a block's first token with the noisy row before it, while their sampler
+    takes the clean one. Here both take the clean one; the other tokens have the same loss.
+    """
+    model, expected = read("fast_dllm_v2")
+    noisy, clean = expected[f"{name}.concat_input_ids"].chunk(2, 1)
+    scored = expected[f"{name}.concat_labels"] != -100
+    given = (expected[f"{name}.labels"] == -100).repeat(2, 1)
+    assert torch.equal(scored, (noisy == 318) & ~given)
+    assert torch.equal(scored[:2] ^ scored[2:], ~given[:2])
+    scored[:, 0] = False  # no row predicts it
+    logits = unshifted(model).denoise_logits(noisy, clean)[:, :-1]
+    nll = F.pad(F.cross_entropy(logits.mT, clean[:, 1:], reduction="none"), (1, 0))
+    assert close(nll[scored].mean(), expected[f"{name}.loss"])
+    starts = scored & (torch.arange(scored.shape[1]) % 4 == 0)
+    inner = scored & ~starts
+    ours = published_loss(model, noisy, clean, inner, inner.float())
+    assert close(ours / inner.sum(), nll[inner].mean())
+    logits = expected[f"{name}.all_raw_logits"][:, clean.shape[1] : -1]
+    nll = F.pad(F.cross_entropy(logits.mT, clean[:, 1:], reduction="none"), (1, 0))
+    ours = published_loss(model, noisy, clean, starts, starts.float())
+    assert starts.any() and close(ours / starts.sum(), nll[starts].mean())
 
 
 # --- samples
@@ -356,7 +420,7 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("family", OPTIONS)
+@pytest.mark.parametrize("family", ["sdar", "dllm_a2d_qwen3"])
 def test_greedy_samples_by_every_published_rule(family):
     model, expected = read(family)
     name = "sample_sequential" if family == "sdar" else "sample_leftpad"
@@ -368,3 +432,77 @@ def test_greedy_samples_by_every_published_rule(family):
         assert found == (wanted, passes)
         passes_of_rules.add(passes)
     assert len(passes_of_rules) > 4  # thresholds and numbers matter
+
+
+def next_token(network, ids, forbidden):
+    """The most likely token after whole blocks, by their last row."""
+    cache = network.make_cache(1, len(ids))
+    logits_V = network.head(network.decode(torch.tensor([ids]), len(ids), cache))[0, -1]
+    logits_V[forbidden] = -torch.inf
+    return int(logits_V.argmax())
+
+
+@torch.no_grad()
+def sampled_by_fast_dllm(model, prompt, new_blocks, threshold, sub_block, as_ours=False):
+    """Greedy samples by the rule of Fast-dLLM v2; ids and passes. See `sampled_by_rule`.
+
+    Parts of a block are filled one after another. A pass reveals all tokens of its part that are
+    more certain than the threshold, and always the most certain one. The pass over a finished block
+    gives the first token of the next one.
+    """
+    size, mask_id, network = model.config.block_size, model.config.mask_id, unshifted(model)
+    forbidden, resolution = ([mask_id], TIE) if as_ours else ([], 1e-9)
+    ids, passes = list(prompt), 0
+    if len(ids) % size == 0:
+        ids.append(next_token(network, ids, forbidden))
+    for _ in range(new_blocks):
+        row_1L = torch.tensor([ids + [mask_id] * (-len(ids) % size)])
+        for first in range(0, size, sub_block):
+            part = slice(first, first + sub_block)
+            part_T = row_1L[0, -size:][part]
+            while (part_T == mask_id).any():
+                logits_TV = network.denoise_logits(row_1L, row_1L)[0, -size:]
+                logits_TV = torch.cat([logits_TV[:1], logits_TV[:-1]])[part]
+                logits_TV[:, forbidden] = -torch.inf
+                prob_T, best_T = logits_TV.softmax(-1).max(-1)
+                chosen = chosen_by_rule(
+                    "low_confidence_dynamic", prob_T, part_T == mask_id, 1, threshold, resolution
+                )
+                part_T[chosen] = best_T[chosen]
+                passes += 1
+        ids = row_1L[0].tolist()
+        ids.append(next_token(network, ids, forbidden))
+        passes += 1
+    return ids, passes
+
+
+FAST = [("sample_block", 0.9, 4), ("sample_small_blocks", 0.9, 2), ("sample_threshold_02", 0.2, 4)]
+
+
+@pytest.mark.parametrize(("name", "threshold", "sub_block"), FAST)
+def test_samples_of_fast_dllm_token_for_token(name, threshold, sub_block):
+    model, expected = read("fast_dllm_v2")
+    prompt, wanted = expected["sample.prompt"].tolist(), expected[f"{name}.output_ids"].tolist()
+    ids, passes = sampled_by_fast_dllm(model, prompt, 4, threshold, sub_block)
+    assert ids == wanted
+    options = dict(sampler="confidence", threshold=threshold, sub_block=sub_block)
+    assert generated(model, prompt, len(wanted) - len(prompt), **options) == (wanted, passes)
+
+
+@pytest.mark.parametrize("length", [11, 8, 3])
+def test_greedy_samples_of_fast_dllm_at_other_thresholds_and_parts(length):
+    """From prompts that end inside a block, at its edge, and in the first one. (At the edge of the
+    first one their code drops the prompt.)"""
+    model, expected = read("fast_dllm_v2")
+    prompt = expected["sample.prompt"].tolist()[:length]
+    passes_of_rules = set()
+    for threshold in (0.9, 0.3, 0.1, 0.05):
+        for sub_block in (2, 3, 4):
+            wanted, passes = sampled_by_fast_dllm(model, prompt, 3, threshold, sub_block, True)
+            # Their pass over a prompt of whole blocks gives a token, too; ours only reads.
+            passes += length % 4 == 0
+            options = dict(sampler="confidence", threshold=threshold, sub_block=sub_block)
+            found = generated(model, prompt, len(wanted) - length, **options)
+            assert found == (wanted, passes)
+            passes_of_rules.add(passes)
+    assert len(passes_of_rules) > 2

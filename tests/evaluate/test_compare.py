@@ -20,8 +20,11 @@ def parents_nats(family, ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_an_untrained_child_reads_as_its_parent_where_it_promises_to(family, random_ids):
+@pytest.mark.parametrize(
+    ("family", "reading"),
+    [("llama", "next"), ("gpt2", "next"), ("gemma2", "next"), ("gemma2", "shifted")],
+)
+def test_an_untrained_child_reads_as_its_parent_where_it_promises_to(family, reading, random_ids):
     """Autoregressively at any attention inside blocks; left to right where that is causal. The mask
     token's probability, which the child does not have, is taken out of the parent's."""
     ids = random_ids(3, 14)
@@ -30,7 +33,9 @@ def test_an_untrained_child_reads_as_its_parent_where_it_promises_to(family, ran
     bias[12] = -torch.inf
     parent.register_forward_hook(lambda m, i, out: setattr(out, "logits", out.logits + bias))
     for attention in ("causal", "full"):
-        child = make_hugging_face(family, block_attention=attention, **CAUSAL)
+        child = make_hugging_face(
+            family, block_attention=attention, **CAUSAL | dict(reading=reading)
+        )
         found = compare(parent, child, ids)
         readings = {reading.name: reading for reading in found.readings}
         lost = {name: reading.lost.value for name, reading in readings.items()}
@@ -40,6 +45,19 @@ def test_an_untrained_child_reads_as_its_parent_where_it_promises_to(family, ran
         bound, exact = (lost[f"child, blocks of 4, {name}"] for name in ("bound", "random order"))
         assert bound > exact and readings["child, blocks of 4, bound"].is_bound
         assert found.num_tokens == 39 and found.num_rows == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reading", ["next", "shifted"])
+def test_a_parent_that_was_adapted_has_the_same_context(reading, random_ids):
+    """With both readings it is the causal model, here compared with itself."""
+    model = make_hugging_face("llama", **CAUSAL | dict(reading=reading))
+    found = compare(model, model, random_ids(2, 14))
+    assert {r.name: r.lost.value for r in found.readings}["child, autoregressive"] == 0
+    other = compare(make_hugging_face("llama", **CAUSAL), model, random_ids(2, 14))
+    assert other.readings[0].nats_per_token.value == pytest.approx(
+        found.readings[0].nats_per_token.value, abs=1e-6
+    )
 
 
 @torch.no_grad()
@@ -53,7 +71,7 @@ def test_the_parents_value_is_that_of_transformers(random_ids):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("reading", ["same", "next"])
+@pytest.mark.parametrize("reading", ["same", "next", "shifted"])
 @pytest.mark.parametrize("length", [16, 14])
 def test_left_to_right_is_the_sum_of_its_conditionals(reading, length, random_ids):
     model = make_hugging_face("llama", reading=reading)

@@ -21,7 +21,7 @@ from tests.oracles import mask_by_loops, subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
 
 TOLERANCE = 2e-6  # norms of transformers are computed in float32
-READINGS = ("same", "next")
+READINGS = ("same", "next", "shifted")
 CLEAN = ("block", "causal")
 
 
@@ -67,12 +67,21 @@ def expected_logits(model, noisy_L, clean_L):
     if config.block_attention == "causal":
         mask[:length, :length] &= torch.ones(length, length).tril().bool()
     positions = torch.arange(length).repeat(2)
-    return masked_logits(model, torch.cat([noisy_in, clean_in]), positions, mask)[:length]
+    logits = masked_logits(model, torch.cat([noisy_in, clean_in]), positions, mask)
+    if config.reading != "shifted":
+        return logits[:length]
+    # Each token is predicted one row before: the clean one before a block, itself before the text.
+    rows = [
+        max(0, token - 1) + (token > 0 and token % config.block_size == 0) * length
+        for token in range(length)
+    ]
+    return logits[rows]
 
 
 KINDS = [
     *(f"llama-{reading}-{clean}-full" for reading in READINGS for clean in CLEAN),
     *("gemma2-same-block-full", "gemma2-next-block-causal"),
+    *("gemma2-shifted-block-full", "llama-shifted-block-full", "llama-shifted-causal-causal"),
     *(f"{family}-next-causal-causal" for family in FAMILIES),
     *(f"{family}-next-causal-full" for family in FAMILIES if family != "llama"),
 ]
@@ -157,14 +166,46 @@ def test_single_token_blocks_with_the_next_reading_are_the_causal_model(family, 
     assert math.isclose(found.nats_per_token, -float(log_prob.mean()), abs_tol=TOLERANCE)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("clean_attention", CLEAN)
+def test_single_token_blocks_with_the_shifted_reading_are_the_causal_model(
+    clean_attention, random_ids
+):
+    """S = 1: each token but the first one is predicted by the clean row before it."""
+    model = make_hugging_face(
+        "llama", block_size=1, reading="shifted", clean_attention=clean_attention
+    )
+    ids = random_ids(2, 16)
+    log_prob = subs_log_prob(plain(model)(ids).logits[:, :-1], 12)
+    expected = -log_prob.gather(-1, ids[:, 1:, None])[..., 0]
+    masked = torch.full_like(ids, 12)[:, None]
+    found = masked_nll(model, masked, ids, torch.ones_like(masked, dtype=torch.bool))[:, 0]
+    assert (found[:, 1:] - expected).abs().max() < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_clean_stream_of_the_shifted_reading_predicts_next_tokens(family, random_ids):
+    """Scored as a copy more, see `encode`: from the clean row before each token but the first."""
+    model = make_hugging_face(family, reading="shifted", clean_attention="causal")
+    ids, length = random_ids(1, 16), 16
+    noisy = half_masked(ids, 12)
+    scored = torch.zeros(1, 2, length, dtype=torch.bool)
+    scored[:, 1, 1:] = True
+    found = model.head(model.encode(noisy[:, None], ids, scored_BNL=scored))
+    expected = plain(model)(ids).logits[0, :-1]
+    assert (found - expected).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("family", "reading"),
     [
         ("llama", "next"),
         ("gemma2", "same"),
+        ("llama", "shifted"),
         *(
             pytest.param(*kind, marks=pytest.mark.slow)
-            for kind in (("llama", "same"), ("gemma2", "next"))
+            for kind in (("llama", "same"), ("gemma2", "next"), ("gemma2", "shifted"))
         ),
     ],
 )
@@ -187,17 +228,19 @@ def test_samples_have_the_law_that_likelihood_says(family, reading):
             assert p_value(made, law) > FALSE_ALARM
 
 
-def test_the_engine_writes_what_generate_writes():
-    model = make_hugging_face("llama", reading="next", bos=False, eos_id=None)
+@pytest.mark.parametrize("reading", ["next", "shifted"])
+@pytest.mark.parametrize("options", [{}, dict(sampler="confidence", threshold=0.3)])
+def test_the_engine_writes_what_generate_writes(reading, options):
+    model = make_hugging_face("llama", reading=reading, bos=False, eos_id=None)
     prompts = [[1, 2, 3, 4, 5], [], [7] * 9, [3]]
     engine = Engine(model, max_rows=2)
     requests = [
-        engine.submit(prompt, max_new_tokens=9, eos=False, seed=number)
+        engine.submit(prompt, max_new_tokens=9, eos=False, seed=number, **options)
         for number, prompt in enumerate(prompts)
     ]
     ended = {event.row: event.ids for event in engine.run() if isinstance(event, Finished)}
     for number, (prompt, request) in enumerate(zip(prompts, requests, strict=True)):
-        alone = generate(model, [prompt], max_new_tokens=9, eos=False, seed=number)
+        alone = generate(model, [prompt], max_new_tokens=9, eos=False, seed=number, **options)
         assert ended[request] == alone.sequences[0].tolist()
 
 

@@ -9,6 +9,7 @@ import torch
 
 import blockdiffusion
 from blockdiffusion.models.cuda_graphs import Recorder
+from tests.models.hugging_face import make_hugging_face
 from tests.sampling.laws import seeded
 
 
@@ -131,6 +132,21 @@ def test_recorded_passes_sample_the_same(make_model, recorded, options):
         )
         texts.append((result.sequences, result.nfe))
     assert torch.equal(texts[0][0], texts[1][0]) and torch.equal(texts[0][1], texts[1][1])
+    assert Rerun.made > 1
+
+
+@pytest.mark.parametrize("options", [dict(), dict(window=8), dict(sampler="ancestral", steps=2)])
+def test_so_do_networks_that_predict_the_next_token(recorded, options):
+    """The cache keeps the state of the last committed token, from memory that passes overwrite."""
+    found = [
+        blockdiffusion.generate(
+            prepare(make_hugging_face("llama", reading="shifted", eos_id=None)),
+            [[1, 2, 3], [], [5, 6, 7, 8, 9]], max_new_tokens=20,
+            generator=seeded(), optimize=False, **options,
+        )
+        for prepare in (lambda model: model, recorded)
+    ]  # fmt: skip
+    assert torch.equal(found[0].sequences, found[1].sequences)
     assert Rerun.made > 1
 
 

@@ -56,7 +56,7 @@ def drawn(seed=0):
 
 
 @pytest.mark.parametrize("backend", ["dense", "chunked"])
-@pytest.mark.parametrize("reading", ["next", "same"])
+@pytest.mark.parametrize("reading", ["next", "same", "shifted"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma3_text"])
 def test_a_document_in_a_row_is_computed_as_if_alone(family, reading, backend):
     model = make_hugging_face(
@@ -88,8 +88,9 @@ def test_a_document_in_a_row_is_computed_as_if_alone(family, reading, backend):
         assert own is None or (own - other).abs().max() < 1e-5 * (1 + other.abs().max()), name
 
 
-def test_another_document_changes_nothing():
-    model = make_hugging_face("llama", seq_len=LENGTH, block_size=SIZE, reading="next")
+@pytest.mark.parametrize("reading", ["next", "shifted"])
+def test_another_document_changes_nothing(reading):
+    model = make_hugging_face("llama", seq_len=LENGTH, block_size=SIZE, reading=reading)
     clean_BL, noisy_BNL = drawn()
     before = model.encode(noisy_BNL, clean_BL, valid_BL=numbered())
     document_BL = numbered()

@@ -38,7 +38,6 @@ PROBS = torch.tensor([
     [0.50, 0.25, 0.25],
     [0.34, 0.33, 0.33],
 ], dtype=torch.float64)  # fmt: skip
-LOGITS = torch.cat([PROBS.log(), torch.full((4, 1), 9.0, dtype=torch.float64)], dim=1)
 
 
 @pytest.mark.parametrize(("name", "threshold", "passes"), [
@@ -79,13 +78,41 @@ def test_a_threshold_and_at_least_two_tokens_in_a_pass(name, threshold, passes):
     assert passes_of(MostCertain(name, 2, threshold)) == passes
 
 
-def passes_of(sampler):
+@pytest.mark.parametrize(("how", "passes"), [
+    (dict(threshold=0.45, sub_block=2), [0, 0, 1, 2]),
+    (dict(threshold=0.0, sub_block=2), [0, 0, 1, 1]),
+    (dict(threshold=0.0, sub_block=3), [0, 0, 0, 1]),
+    (dict(tokens_per_step=1, sub_block=1), [0, 1, 2, 3]),
+    (dict(tokens_per_step=3, sub_block=2), [0, 0, 1, 1]),
+])  # fmt: skip
+def test_parts_of_a_block_in_order(how, passes):
+    assert passes_of(MostCertain("confidence", **how)) == passes
+
+
+def test_the_most_certain_token_of_a_part_goes_first():
+    probs = PROBS.flip(0)  # the least certain one is first
+    for sub_block, passes in ((None, [3, 2, 1, 0]), (2, [1, 0, 3, 2]), (3, [2, 1, 0, 3])):
+        sampler = MostCertain("confidence", tokens_per_step=1, sub_block=sub_block)
+        assert passes_of(sampler, probs) == passes
+
+
+def test_the_first_token_goes_alone_if_the_clean_past_alone_predicts_it():
+    for how, passes in (
+        (dict(threshold=0.0), [0, 1, 1, 1]),
+        (dict(tokens_per_step=2), [0, 2, 1, 1]),
+    ):
+        sampler = MostCertain("confidence", **how)
+        assert passes_of(sampler, PROBS.flip(0), of_reading="shifted") == passes
+
+
+def passes_of(sampler, probs=PROBS, of_reading="same"):
     """The pass that reveals each of four slots, two rows in step, with the same predictions in
     every pass; the second row has two given tokens."""
 
     class Config:
-        mask_id, time_conditioning = 3, False
+        mask_id, time_conditioning, reading = 3, False, of_reading
 
+    logits = torch.cat([probs.log(), torch.full((4, 1), 9.0, dtype=torch.float64)], dim=1)
     open_RS = torch.tensor([[True] * 4, [False, True, True, False]])
     state = sampler.start(
         open_RS,
@@ -96,9 +123,9 @@ def passes_of(sampler):
         if not state.undecided_RS.any():
             break
         place = state.wanted_RS().nonzero(as_tuple=True)
-        update = state.step(place, torch.full_like(place[0], 3), LOGITS[place[1]].clone())
+        update = state.step(place, torch.full_like(place[0], 3), logits[place[1]].clone())
         assert (update.ids == 0).all()  # the filter keeps the most likely
-        assert torch.allclose(update.confidences, PROBS[update.slots, 0])
+        assert torch.allclose(update.confidences, probs[update.slots, 0])
         assert (passes[update.rows, update.slots] == -1).all()
         passes[update.rows, update.slots] = step
     assert (passes[1] == -1).tolist() == [True, False, False, True]
@@ -239,6 +266,8 @@ def test_remasked_tokens_are_told(make_model):
     (dict(sampler="confidence", tokens_per_step=0), "tokens_per_step is 0; it must be at least 1"),
     (dict(sampler="confidence"), "needs tokens_per_step or threshold"),
     (dict(sampler="margin", tokens_per_step=3, threshold=0.5), "tokens_per_step is 3"),
+    (dict(sampler="margin", threshold=0.5, sub_block=0), "sub_block is 0; it must be at least 1"),
+    (dict(sampler="random", tokens_per_step=1, sub_block=2), "sub_block is 2, which has no"),
     (dict(sampler="margin", threshold=1.5), r"threshold is 1\.5; for margin it lies in \[0, 1\]"),
     (dict(sampler="entropy", threshold=-1), "threshold is -1; entropies are at least 0"),
     (dict(sampler="remask"), "needs a number of steps"),

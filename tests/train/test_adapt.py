@@ -81,14 +81,21 @@ def adapt(recipe):
 
 
 @torch.no_grad()
-def test_before_training_the_autoregressive_reading_is_the_parent(recipe, place):
-    """Blocks of one token, and larger ones that are causal inside and read from left to right."""
-    made = recipe("adapt.block_attention=causal")
+@pytest.mark.parametrize("reading", ["next", "shifted"])
+def test_before_training_the_autoregressive_reading_is_the_parent(recipe, place, reading):
+    """Blocks of one token, and larger ones that are causal inside and read from left to right. The
+    first token follows the start symbol, which the shifted reading needs in the row."""
+    made = recipe("adapt.block_attention=causal", f"adapt.reading={reading}")
     model, ids = adapt(made), torch.as_tensor(rows_of(made).rows(range(6)).ids_BL)
     parent = AutoModelForCausalLM.from_pretrained(place / "parent").eval()
-    read = torch.cat([torch.full((6, 1), 256), ids[:, :-1]], 1)
-    nll = torch.nn.functional.cross_entropy(parent(read).logits.transpose(1, 2), ids)
-    found = blockdiffusion.likelihood(model.with_block_size(1), ids, estimator="exact")
+    started = reading == "shifted"
+    if started:
+        ids[:, 0] = 256
+    read = ids if started else torch.cat([torch.full((6, 1), 256), ids[:, :-1]], 1)
+    logits = parent(read).logits[:, : L - started].transpose(1, 2)
+    nll = torch.nn.functional.cross_entropy(logits, ids[:, started:])
+    small = model.with_block_size(1)
+    found = blockdiffusion.likelihood(small, ids, estimator="exact", bos=started)
     assert not found.is_bound and found.nats_per_token == pytest.approx(float(nll), abs=1e-5)
     # All tokens left to right within a block of four: what a causal block gives in one pass.
     columns = torch.arange(L) % 4
@@ -97,22 +104,23 @@ def test_before_training_the_autoregressive_reading_is_the_parent(recipe, place)
         scored = (columns == first).expand(6, 1, L)
         noisy = ids[:, None].masked_fill((columns >= first).expand(6, 1, L), model.config.mask_id)
         total += masked_nll(model, noisy, ids, scored)[:, 0]
-    assert float(total.mean()) == pytest.approx(float(nll), abs=1e-5)
+    assert float(total[:, started:].mean()) == pytest.approx(float(nll), abs=1e-5)
 
 
 @torch.no_grad()
-def test_left_to_right_greedy_samples_are_those_of_the_parent(recipe, place):
-    model = adapt(recipe("adapt.block_attention=causal"))
+@pytest.mark.parametrize("reading", ["next", "shifted"])
+def test_left_to_right_greedy_samples_are_those_of_the_parent(recipe, place, reading):
+    model = adapt(recipe("adapt.block_attention=causal", f"adapt.reading={reading}"))
     parent = AutoModelForCausalLM.from_pretrained(place / "parent").eval()
     prompt = [84, 104, 101, 32, 99]
-    start = [model.config.start_id]
+    start = [] if reading == "shifted" else [model.config.start_id]
     expected = parent.generate(
         torch.tensor([start + prompt]), max_new_tokens=11, do_sample=False, eos_token_id=None
     )
     made = blockdiffusion.generate(
         model, [prompt], max_new_tokens=11, sampler="leftmost", top_k=1, eos=False, bos=False
     )
-    assert made.sequences[0].tolist() == expected[0, 1:].tolist()
+    assert made.sequences[0].tolist() == expected[0, len(start) :].tolist()
 
 
 def test_the_mask_token_starts_as_the_mean_or_as_a_copy(recipe, place):
@@ -212,7 +220,7 @@ def test_a_run_resumes_bit_for_bit_and_is_read_by_everyone(recipe, tmp_path):
         (["adapt.parent=null", "adapt.reading=same"], "adapt.reading is same, but adapt.parent is"),
         (["adapt.mask=<nothing>"], "adapt.mask is '<nothing>', which is no token of"),
         (["model.block_size=5"], "does not divide the 32 tokens"),
-        (["adapt.reading=same", "objective.ar_loss=1"], "its clean stream predicts no next token"),
+        (["adapt.reading=same", "objective.ar_loss=1"], "the network's are same and causal"),
         (["adapt.clean_attention=block", "objective.ar_loss=1"], "set objective.ar_loss=0"),
         (["objective.ar_loss=-1"], "objective.ar_loss is -1"),
     ],

@@ -73,13 +73,17 @@ class Family:
     conventions: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Their clean stream is block-causal, and each position speaks of its own token.
+# Their clean stream is block-causal, and each position speaks of its own token where no reading is
+# given.
 FAMILIES = {
     "sdar": Family("qwen3", mask_id=151669, block_size=4),
     "sdar_moe": Family("qwen3_moe", mask_id=151669, block_size=4),
     "a2d-qwen3": Family("qwen3", block_size=32),
     "a2d-qwen2": Family("qwen2", block_size=32),
     "a2d-llama": Family("llama", block_size=32),
+    "Fast_dLLM_Qwen": Family(
+        "qwen2", mask_id=151665, block_size=32, conventions={"reading": "shifted"}
+    ),
 }
 # A causal model as it is reads the token before and sees clean tokens up to it.
 CAUSAL = {"reading": "next", "clean_attention": "causal"}
@@ -253,7 +257,7 @@ def check_folder(folder: Path) -> None:
     """Refuse what transformers would accept: sizes that alone would fill the memory, weights
     outside the folder, oversized headers, and integers instead of weights. Links to a cache, as
     the hub's client makes them, are allowed."""
-    config = records.read_json(folder / "config.json", ADVICE)
+    config = config_of(folder)
     for name, value in config.items():
         most = MOST_LAYERS if "layer" in name else MOST_NUMBER
         if isinstance(value, int) and value > most:

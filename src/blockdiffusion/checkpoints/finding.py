@@ -18,11 +18,26 @@ GGUF = ".gguf"
 LIGHTNING = ".ckpt"
 PICKLES = (".bin", LIGHTNING, ".pt", ".pth", ".pkl")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Values of model_type that cannot be read, and why.
+REFUSED = {
+    "diffusion_gemma": "DiffusionGemma replaces tokens by random ones instead of a mask token, and "
+    "its network reads its own previous predictions (self-conditioning)",
+}
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """Return the config.json of a model's directory; {} of a file."""
-    return records.read_json(path / CONFIG, COPY_AGAIN) if path.is_dir() else {}
+    """Return the config.json of a model's directory; {} of a file.
+
+    Raises:
+        UserError: it cannot be read, or is that of a kind of model that cannot.
+    """
+    raw = records.read_json(path / CONFIG, COPY_AGAIN) if path.is_dir() else {}
+    if (why := REFUSED.get(str(raw.get("model_type")))) is not None:
+        raise UserError(
+            f"{path} cannot be read: {why}, and neither is masked diffusion; give a model with a "
+            "mask token, such as SDAR, or adapt a causal one"
+        )
+    return raw
 
 
 def find_directory(path: Path) -> Path | None:

@@ -13,7 +13,7 @@ from blockdiffusion.limits import check_limit
 Objective = Literal["block_diffusion", "score_entropy", "d3pm", "autoregressive"]
 CleanAttention = Literal["block", "causal"]
 BlockAttention = Literal["full", "causal"]
-Reading = Literal["same", "next"]
+Reading = Literal["same", "next", "shifted"]
 
 
 class ObjectiveProperties:
@@ -45,9 +45,11 @@ class DiffusionConfig(ObjectiveProperties):
         block_attention: whether a noisy token sees all of its block ("full", as in the paper) or
             the tokens up to itself ("causal"). With `reading` "next" and causal clean tokens the
             latter is, from left to right, the autoregressive network itself at every block size.
-        reading: whether the output at position i predicts token i ("same", as in the paper) or
-            token i + 1 ("next", as in networks trained autoregressively). With "next" position i
-            reads token i - 1 in both streams, and the first position reads `start_id`.
+        reading: what predicts token i. "same", as in the paper: the output at position i, which
+            reads token i. "next": the output at position i, which reads token i - 1 in both
+            streams (the first position reads `start_id`), as networks trained autoregressively
+            do. "shifted", as in Fast-dLLM v2: the output at position i - 1, which reads token
+            i - 1, the clean one at a block's first token; see `models/shifted.py`.
         start_id: the token before the first one with `reading` "next"; None = the mask token.
         objective: "block_diffusion"; "score_entropy" (SEDD) or "d3pm" for other diffusions inside
             a block; or "autoregressive" for the baseline that predicts the next token and has no

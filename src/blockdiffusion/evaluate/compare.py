@@ -84,9 +84,16 @@ class _Text:
     def num_scored(self) -> int:
         return self.ids_1L.shape[1] - self.skipped
 
+    def of(self, model: AdaptedModel) -> _Text:
+        """Return the row for a model: one without a start symbol has that token in the row."""
+        if self.start_id is None or model.config.reading == "next":
+            return self
+        start_11 = self.ids_1L.new_full((1, 1), self.start_id)
+        return _Text(None, torch.cat([start_11, self.ids_1L], dim=1), self.skipped + 1)
+
     def read_by(self, model: AdaptedModel) -> AdaptedModel:
         """Return the model with this row's start symbol."""
-        if self.start_id is None or model.config.reading == "same":
+        if self.start_id is None or model.config.reading != "next":
             return model
         made = model.with_backbone(model.backbone)
         made.config = replace(model.config, start_id=self.start_id, bos=False)
@@ -161,13 +168,12 @@ def _texts(batch: Batch, number: int, child: AdaptedModel) -> tuple[_Text, _Text
     with the child's, if it has one.
     """
     ids_1L = batch.ids_BL[number][None].to(child.device)
-    has_start = child.config.reading == "next"
     if batch.target_BL is None:
         window = _Text(int(ids_1L[0, 0]), ids_1L[:, 1:])
-        return window, window if has_start else _Text(None, ids_1L, 1)
+        return window, window.of(child)
     assert batch.valid_BL is not None
     length, scored = int(batch.valid_BL[number].sum()), int(batch.target_BL[number].sum())
-    start_id = child.config.start_id if has_start else None
+    start_id = child.config.start_id if child.config.reading == "next" else None
     text = _Text(start_id, ids_1L[:, :length], length - scored)
     return text, text
 
@@ -175,6 +181,7 @@ def _texts(batch: Batch, number: int, child: AdaptedModel) -> tuple[_Text, _Text
 @torch.no_grad()
 def _parents(parent: Any, text: _Text) -> float:
     if isinstance(parent, AdaptedModel):
+        text = text.of(parent)
         return _autoregressive(text.read_by(parent), text)
     ids_1L = text.ids_1L.to(parent.device)
     begun = [] if text.start_id is None else [ids_1L.new_full((1, 1), text.start_id)]
@@ -205,7 +212,7 @@ def _childs(
         per_token[f"{name}, {options.orders} orders", True] = found.orders_nats_per_token
     values = {key: value * found.num_tokens for key, value in per_token.items()}
     values[f"{name}, left to right", False] = left_to_right_nats(model, text.ids_1L, text.skipped)
-    if model.config.reading == "next" and model.config.clean_attention == "causal":
+    if model.config.reading != "same" and model.config.clean_attention == "causal":
         values["child, autoregressive", False] = _autoregressive(model, text)
     return values
 

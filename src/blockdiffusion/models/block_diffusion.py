@@ -43,6 +43,7 @@ from blockdiffusion.models.backbone import Backbone, Outputs, Read
 from blockdiffusion.models.cache import BlockCache, Placement, held_positions
 from blockdiffusion.models.cuda_graphs import Recorder
 from blockdiffusion.models.masks import Streams, decode_predicate
+from blockdiffusion.models.shifted import ShiftedPass, predicting_columns
 
 
 class BlockDiffusion(nn.Module):
@@ -154,17 +155,27 @@ class BlockDiffusion(nn.Module):
             assert clean_BL is not None
             ids_BT = torch.cat([ids_BT, clean_BL], dim=1)
         positions_BT = position_BL.repeat(1, copies + has_clean)
+        predicting_BT = None
+        if self._is_shifted:
+            columns = predicting_columns(first_BL, self.config.block_size, copies, has_clean)
+            predicting_BT = columns.expand(batch, -1)
         read = self._read_streams(length, copies, has_clean, valid_BL, ids_BT.device)
         sigma_BT = self._sigma_of_streams(sigma_BNK, (batch, copies, length), has_clean)
         places = None
         if scored_BNL is not None:
             row_M, token_M = scored_BNL.flatten(1).nonzero(as_tuple=True)
-            places = (row_M, token_M)
+            places = (row_M, token_M if predicting_BT is None else predicting_BT[row_M, token_M])
         # Mostly nothing reads the clean stream's output.
         reads_clean = scored_BNL is not None and scored_BNL.shape[1] > copies
+        reads_clean |= self._is_shifted
         outputs = Outputs(None if reads_clean else copies * length, places)
         hidden_BTD = self.backbone(ids_BT, positions_BT, read, outputs, sigma_BT)
-        return hidden_BTD.unflatten(1, (copies, length)) if places is None else hidden_BTD[0]
+        if places is not None:
+            return hidden_BTD[0]
+        if predicting_BT is not None:
+            row_B1 = torch.arange(batch, device=ids_BT.device)[:, None]
+            hidden_BTD = hidden_BTD[row_B1, predicting_BT[:, : copies * length]]
+        return hidden_BTD.unflatten(1, (copies, length))
 
     def encode_causal(
         self, ids_BT: torch.Tensor, valid_BT: torch.Tensor | None = None
@@ -248,6 +259,20 @@ class BlockDiffusion(nn.Module):
             wanted: rows and columns (M,) of the tokens whose states are returned, as (M, D).
         """
         self._require(autoregressive=False)
+        if self._is_shifted:
+            return self._decode_shifted(ids_BT, num_clean, cache, window, sigma_B, wanted)
+        return self._decode_or_record(ids_BT, num_clean, cache, window, sigma_B, wanted)
+
+    def _decode_or_record(
+        self,
+        ids_BT: torch.Tensor,
+        num_clean: int | torch.Tensor,
+        cache: BlockCache,
+        window: int | None,
+        sigma_B: torch.Tensor | None,
+        wanted: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """`decode` of what is read at each position: outputs at the positions `wanted`."""
         ids_BT = cache.delayed(ids_BT)
         # Without a time `_sigma_at_clean` looks at tokens, which a recording cannot.
         timeless = self.config.time_conditioning and sigma_B is None
@@ -256,6 +281,28 @@ class BlockDiffusion(nn.Module):
             return self._decode_recorded(ids_BT, num_clean, cache, window, sigma_B, wanted)
         hidden = self._decode(ids_BT, num_clean, cache, window, sigma_B, wanted)
         return hidden if wanted is None else hidden[0]
+
+    def _decode_shifted(
+        self,
+        ids_BT: torch.Tensor,
+        num_clean: int | torch.Tensor,
+        cache: BlockCache,
+        window: int | None,
+        sigma_B: torch.Tensor | None,
+        wanted: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """`decode` of a network with the reading "shifted"."""
+        batch, tokens = ids_BT.shape
+        tokens_B = torch.full((batch,), tokens)
+        clean_B = torch.as_tensor(num_clean).expand(batch)
+        wanted_M = None if wanted is None else wanted[0] * tokens + wanted[1]
+        shifted = ShiftedPass(cache, tokens_B, clean_B, wanted_M, ids_BT.device)
+        if shifted.places is None:
+            hidden_BTD = self._decode_or_record(ids_BT, num_clean, cache, window, sigma_B, None)
+            return shifted.predicting(hidden_BTD.flatten(0, 1)).view_as(hidden_BTD)
+        places = (shifted.places // tokens, shifted.places % tokens)
+        hidden_MD = self._decode_or_record(ids_BT, num_clean, cache, window, sigma_B, places)
+        return shifted.predicting(hidden_MD)
 
     def decode_ragged(
         self,
@@ -300,11 +347,17 @@ class BlockDiffusion(nn.Module):
             keys, values = cache.write_ragged(index, k_PJE, v_PJE, stored)
             return attend_ragged(q, keys, values, groups_of[sizes.window(index)], sizes)
 
+        shifted = None
+        if self._is_shifted:
+            shifted = ShiftedPass(cache, tokens_B, clean_B, wanted_M, ids_P.device)
+            wanted_M = shifted.places
         outputs = Outputs()
         if wanted_M is not None:
             outputs = Outputs(places=(torch.zeros_like(wanted_M), wanted_M))
         sigma_1P = self._sigma_at_clean(sigma_1P, clean_P[None])
-        return self.backbone(ids_P[None], position_1P.to(ids_P.device), read, outputs, sigma_1P)[0]
+        positions = position_1P.to(ids_P.device)
+        (hidden_MD,) = self.backbone(ids_P[None], positions, read, outputs, sigma_1P)
+        return hidden_MD if shifted is None else shifted.predicting(hidden_MD)
 
     def decode_causal(
         self, ids_BT: torch.Tensor, cache: BlockCache, window: int | None = None
@@ -430,6 +483,10 @@ class BlockDiffusion(nn.Module):
                 "and later blocks read earlier clean ones"
             )
         return length != size
+
+    @property
+    def _is_shifted(self) -> bool:
+        return self.config.reading == "shifted"
 
     @property
     def _start_id(self) -> int:

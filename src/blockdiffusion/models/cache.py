@@ -77,11 +77,13 @@ class BlockCache:
         self.capacity = capacity
         self.recorder = recorder
         self.start_id = start_id
-        self._last_B: torch.Tensor | None = None  # the last committed token of every row
+        # The last committed token of every row, or its hidden state (see `shifted`).
+        self._last_B: torch.Tensor | None = None
         if start_id is not None:
             self._last_B = torch.full((batch,), start_id, device=device)
-        self._passed = torch.zeros(0, device=device)  # the tokens of the last pass, rows in turn
-        self._firsts_B = torch.zeros(0)  # the first token of each row
+        self._passed = torch.zeros(0, device=device)  # those of the last pass, rows in turn
+        self._firsts_B = torch.zeros(0)  # the first one of each row
+        self._counts_B: torch.Tensor | None = None  # the only ones that can be committed
 
     @property
     def uniform(self) -> bool:
@@ -148,22 +150,35 @@ class BlockCache:
     def delayed(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """Return what the network reads in a pass over the next tokens of every row: these tokens,
         or with `start_id` those one position earlier."""
-        if self._last_B is None:
+        if self.start_id is None:
             return ids_BT
         tokens_B = torch.full((len(ids_BT),), ids_BT.shape[1])
         return self.delayed_ragged(ids_BT.flatten(), tokens_B).view_as(ids_BT)
 
     def delayed_ragged(self, ids_P: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
         """Return `delayed` of concatenated rows of different lengths."""
-        if self._last_B is None:
+        if self.start_id is None:
             return ids_P
-        rows = len(self.lengths_B)
-        self._passed, self._firsts_B = ids_P, tokens_B.cumsum(0) - tokens_B
+        self.passed(ids_P, tokens_B.cumsum(0) - tokens_B)
         has_some_B = tokens_B > 0
         first_M, has_some_B = (x.to(ids_P.device) for x in (self._firsts_B[has_some_B], has_some_B))
         before_P = F.pad(ids_P[:-1], (1, 0))
-        before_P[first_M] = self._last_B[:rows][has_some_B]
+        before_P[first_M] = self.kept_of(ids_P)[has_some_B]
         return before_P
+
+    def kept_of(self, passed: torch.Tensor) -> torch.Tensor:
+        """Return what is kept of each row's last committed token, (B, ...): an element of what
+        `passed` was given, which has this shape."""
+        if self._last_B is None:
+            self._last_B = passed.new_zeros(len(self.keys[0]), *passed.shape[1:])
+        return self._last_B[: len(self.lengths_B)]
+
+    def passed(
+        self, passed_P: torch.Tensor, firsts_B: torch.Tensor, counts_B: torch.Tensor | None = None
+    ) -> None:
+        """Note the tokens of a pass, or their hidden states: the next `commit` of n tokens of a row
+        keeps the one at `firsts_B` + n - 1. With `counts_B` only so many can be committed."""
+        self._passed, self._firsts_B, self._counts_B = passed_P, firsts_B, counts_B
 
     def positions(self, num_tokens_B: int | torch.Tensor) -> torch.Tensor:
         """Return the position in every used slot, (B, used), -1 if it is empty, after the next
@@ -174,6 +189,8 @@ class BlockCache:
     def commit(self, num_tokens_B: torch.Tensor | int) -> None:
         """Make the first `num_tokens_B` of the tokens just written part of the cache."""
         if self._last_B is not None:
+            counts_B = self._counts_B
+            assert counts_B is None or bool((counts_B == num_tokens_B).all())
             end_B = self._firsts_B + num_tokens_B
             some_B = (end_B > self._firsts_B).nonzero().flatten()
             last_M = self._passed[(end_B[some_B] - 1).to(self._passed.device)]
@@ -188,7 +205,7 @@ class BlockCache:
         """Put an empty row into use, as the last; return its index."""
         rows = len(self.lengths_B)
         assert rows < len(self.keys[0]), "the cache has no row left"
-        if self._last_B is not None and self.start_id is not None:
+        if self.start_id is not None and self._last_B is not None:
             self._last_B[rows] = self.start_id
         self.lengths_B = torch.cat([self.lengths_B, torch.zeros(1, dtype=torch.long)])
         return rows

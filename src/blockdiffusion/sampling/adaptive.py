@@ -10,6 +10,7 @@ import torch
 from blockdiffusion.diffusion.losses import exclude_mask_token_
 from blockdiffusion.diffusion.schedules import Linear, Schedule
 from blockdiffusion.errors import UserError
+from blockdiffusion.limits import check_limit
 from blockdiffusion.sampling.logits import probabilities
 from blockdiffusion.sampling.reverse import GridState
 from blockdiffusion.sampling.samplers import (
@@ -37,6 +38,10 @@ class MostCertain:
     * "entropy": the entropy in nats; with a threshold, as many tokens as have entropies that add
       up, without the largest, to at most it (EB-sampler, Ben-Hamu et al. 2025).
 
+    A block's first token goes alone, before the others, if the reading is "shifted": the clean past
+    alone predicts it, so no pass over the block makes it more certain (Fast-dLLM v2, Wu et al.
+    2025).
+
     Tokens go in the order of their uncertainties, rounded to 2^-10; of equal ones the first in the
     text goes first. Without that the rounding of kernels would choose among positions that see the
     same, as all masks of a text's first block do.
@@ -45,13 +50,16 @@ class MostCertain:
         tokens_per_step: reveal so many in every pass; with a threshold at least so many (SDAR's
             dynamic rule, Cheng et al. 2025).
         threshold: reveal all that reach it, but at least one.
+        sub_block: fill the block in parts of so many tokens, from left to right; None: as a whole.
     """
 
     name: Literal["confidence", "margin", "entropy"]
     tokens_per_step: int | None = None
     threshold: float | None = None
+    sub_block: int | None = None
 
     def __post_init__(self) -> None:
+        check_limit("sub_block", self.sub_block)
         if self.tokens_per_step is None and self.threshold is None:
             raise UserError(
                 f"the sampler {self.name} needs tokens_per_step or threshold; give one, or both"
@@ -97,6 +105,16 @@ class _MostCertainState(BlockState):
 
     def mask_prob_R(self) -> torch.Tensor:
         return (self.undecided_RS.sum(1) / self.open_RS.sum(1).clamp(min=1)).double()
+
+    def wanted_RS(self) -> torch.Tensor:
+        wanted_RS, size = self.undecided_RS, self.open_RS.shape[1]
+        if self.sampler.sub_block is not None:
+            part_S = torch.arange(size) // self.sampler.sub_block
+            part_R1 = torch.where(wanted_RS, part_S, size).amin(1, keepdim=True)
+            wanted_RS = wanted_RS & (part_S == part_R1)
+        if self.context.config.reading == "shifted":
+            wanted_RS = wanted_RS & ((torch.arange(size) == 0) | ~wanted_RS[:, :1])
+        return wanted_RS
 
     def step(self, place_M: Place, ids_M: torch.Tensor, logits_MV: torch.Tensor) -> Update:
         logits_MV = exclude_mask_token_(logits_MV, self.context.config.mask_id)

@@ -94,7 +94,7 @@ def _random(name: str, params: SamplingParams) -> Sampler:
 
 
 def _most_certain(name: Any, params: SamplingParams) -> Sampler:
-    return MostCertain(name, params.tokens_per_step, params.threshold)
+    return MostCertain(name, params.tokens_per_step, params.threshold, params.sub_block)
 
 
 def _remasking(name: str, params: SamplingParams) -> Sampler:

@@ -18,15 +18,22 @@ from blockdiffusion.options import Renamed, changed, option
 
 TopPRule = Literal["transformers", "authors"]
 TEMPERATURES = (1e-3, 1e3)  # beyond them quotients of logits overflow, or nothing is left of them
-SETTINGS = ("steps", "schedule", "tokens_per_step", "threshold", "remask")  # of named samplers
+SETTINGS = (
+    "steps",
+    "schedule",
+    "tokens_per_step",
+    "threshold",
+    "sub_block",
+    "remask",
+)  # of named samplers
 MASKED_SAMPLERS: dict[str, tuple[str, ...]] = {  # of masked diffusion: the settings that each reads
     "first-hitting": (),
     "ancestral": ("steps", "schedule"),
     "random": ("tokens_per_step",),
     "leftmost": ("tokens_per_step",),
-    "confidence": ("tokens_per_step", "threshold"),
-    "margin": ("tokens_per_step", "threshold"),
-    "entropy": ("tokens_per_step", "threshold"),
+    "confidence": ("tokens_per_step", "threshold", "sub_block"),
+    "margin": ("tokens_per_step", "threshold", "sub_block"),
+    "entropy": ("tokens_per_step", "threshold", "sub_block"),
     "remask": ("steps", "schedule", "remask"),
 }
 SAMPLERS = MASKED_SAMPLERS | {"analytic": ("steps", "schedule")}
@@ -63,6 +70,9 @@ class SamplingParams:
     )
     threshold: float | None = option(
         None, "Reveal what reaches it: confidence or margin in [0, 1], or entropy in nats."
+    )
+    sub_block: int | None = option(
+        None, "Confidence, margin and entropy fill a block in parts of so many tokens, in order."
     )
     remask: float | None = option(
         None, "Share of the largest rate of remask, in [0, 1]; 1 by default."

@@ -211,10 +211,12 @@ class AdaptOptions:
         "causal language model to start from, whose sizes are taken: a directory of transformers, "
         "a GGUF file or a Hugging Face id; also one that was adapted before. null: a new network",
     )
-    reading: Literal["next", "same"] = option(
+    reading: Literal["next", "shifted", "same"] = option(
         "next",
-        "whether position i reads the token before and predicts token i, as the parent does, or "
-        "reads its own token, as the paper's network does",
+        "which position predicts token i: position i, which reads the token before (next), or "
+        "position i - 1, which reads its own token (shifted, as in Fast-dLLM v2), as the parent "
+        "does both ways; or position i, which reads its own token, as in the paper's network "
+        "(same)",
     )
     clean_attention: Literal["causal", "block"] = option(
         "causal", "how clean tokens see each other: as in the parent, or by whole blocks"
