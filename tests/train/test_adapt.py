@@ -1,10 +1,12 @@
 """A causal model becomes a block diffusion model: it starts as the parent, its files are read."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import blockdiffusion
@@ -15,7 +17,10 @@ from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.diffusion.denoiser import masked_nll
 from blockdiffusion.diffusion.estimators import Corrupted
 from blockdiffusion.errors import UserError
+from blockdiffusion.estimate.run import estimate_recipe
+from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.models.causal_lm import CausalLM
+from blockdiffusion.runtime.hardware import find_hardware
 from blockdiffusion.train.adapt import adapted_for
 from blockdiffusion.train.loss import DiffusionLoss
 from blockdiffusion.train.recipe import recipe_of
@@ -279,3 +284,25 @@ def test_the_command(place, tmp_path):
     assert wrong.returncode == 2 and "adapt.reading" in wrong.stderr
     text = blockdiff("sample", out, "--max-new-tokens", 5)
     assert text.returncode == 0
+
+
+@pytest.mark.parametrize("more", [(), ("adapt.lora_rank=2",), ("adapt.freeze=[model.layers.0.*]",)])
+def test_its_cost_is_estimated_from_the_configuration_alone(more, recipe, place, tmp_path):
+    """Sizes are those of the network that is trained, before anything is read or prepared."""
+    shutil.copytree(place / "parent", tmp_path / "parent")
+    save_file({}, tmp_path / "parent" / "model.safetensors")
+    made = recipe(
+        f"adapt.parent={tmp_path / 'parent'}", "data.path=nothing", "train.steps=3", *more
+    )
+    found = estimate_recipe(made, find_hardware("h100"), seq_len=L, vocab_size=258)
+    real = adapt(recipe(*more))
+    assert found.network == NetworkSizes.of(real)
+    trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in real.parameters())
+    assert found.parameters == whole
+    assert found.training.memory.optimizer == 8 * trained
+    assert found.training.memory.average == found.training.memory.gradients == 4 * trained
+    assert (trained < whole) == bool(more)
+    run_training(recipe(*more))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["tflops_per_second"] > 0 for line in lines if "loss" in line)

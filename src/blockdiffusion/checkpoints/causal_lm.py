@@ -303,6 +303,24 @@ def read_network(path: Path, raw: Mapping[str, Any], dtype: torch.dtype | None) 
     )
 
 
+def network_on_meta(path: Path, raw: Mapping[str, Any]) -> PreTrainedModel:
+    """Return the network of a directory or a GGUF file on the device `meta`, without its weights.
+
+    Raises:
+        UserError: its configuration cannot be read.
+    """
+    if path.suffix == GGUF:
+        advice = f"{ADVICE}, or pip install 'blockdiffusion[adapt]'"
+        config = from_pretrained(
+            AutoConfig, path.parent, f"{path} cannot be read", advice, gguf_file=path.name
+        )
+    else:
+        check_folder(path)
+        config = _network_config(path, raw)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def _network_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     """The configuration of the network; a published family's as that of the same layers."""
     family = FAMILIES.get(raw.get("model_type", ""))

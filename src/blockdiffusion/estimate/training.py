@@ -141,13 +141,16 @@ class _Update:
         attending = peak if device.cuda else device.flops["float32"]
         attention = flops.attention / (attending * shares.attention)
         # Per micro-batch the gradient is added to the sum, and weights are cast to bfloat16.
-        moved = traffic_bytes(sizes, self.of(self.rows), self.how) + count * 12 * sizes.parameters
+        moved = traffic_bytes(sizes, self.of(self.rows), self.how)
+        moved += count * (8 * sizes.trained_parameters + 4 * sizes.parameters)
         share = shares.traffic_compiled if self.how.compiled else shares.traffic
         traffic = moved / (device.bandwidth * share)
         update = update_bytes(sizes, name) / self.shards / (device.bandwidth * shares.reading)
         # Replicas sum gradients and return them; shards sum them once, and gather weights for the
         # forward and the backward pass of every micro-batch.
-        exchanged = 4 * sizes.parameters * (2 if self.shards == 1 else 1 + 2 * count)
+        exchanged = 8 * sizes.trained_parameters
+        if self.shards > 1:
+            exchanged = 4 * (sizes.trained_parameters + 2 * count * sizes.parameters)
         if name == "muon":
             matrices = sizes.num_hidden_layers * muon_flops(sizes.layer_matrices)
             update += matrices / (device.flops["bfloat16"] * shares.products)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockdiffusion.checkpoints.causal_lm import (
+    network_on_meta,
     read_network,
     read_tokenizer,
     section_of,
@@ -43,8 +44,8 @@ def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
         UserError: the parent cannot be read, is no causal model or one that cannot be adapted; the
             data were prepared with another tokenizer.
     """
-    options, size = recipe.adapt, with_block_size(recipe, manifest).model.block_size
-    assert options.parent is not None and size is not None
+    options = recipe.adapt
+    assert options.parent is not None
     path, raw = find_causal_lm(options.parent)
     tokenizer = load_tokenizer(Path(recipe.data.path) / TOKENIZER_FOLDER)
     parents = read_tokenizer(path)
@@ -55,6 +56,40 @@ def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
     digest = fingerprint(network) if options.lora_rank else ""
     if before is None:
         _add_mask(network, manifest.mask_id, _copied_row(options, parents))
+    return _adapted(recipe, manifest, network, digest, parents, tokenizer)
+
+
+def adapted_on_meta(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
+    """Return the model of `adapted_for` on PyTorch's device `meta`: names and shapes only. Only the
+    parent's configuration is read.
+
+    Raises:
+        UserError: see `adapted_for`.
+    """
+    assert recipe.adapt.parent is not None
+    path, raw = find_causal_lm(recipe.adapt.parent)
+    network = network_on_meta(path, raw)
+    if manifest.mask_id >= num_embeddings(network):
+        network.resize_token_embeddings(manifest.mask_id + 1, mean_resizing=False)
+    return _adapted(recipe, manifest, network, "")
+
+
+def _adapted(
+    recipe: Recipe,
+    manifest: Manifest,
+    network: PreTrainedModel,
+    digest: str,
+    parents: Any = None,
+    tokenizer: Any = None,
+) -> AdaptedModel:
+    """Return the model around a network that has a mask token.
+
+    Args:
+        digest: the fingerprint of the parent's weights.
+        parents, tokenizer: that of the parent, and that of the data.
+    """
+    options, size = recipe.adapt, with_block_size(recipe, manifest).model.block_size
+    assert options.parent is not None and size is not None
     adapters = None
     if options.lora_rank:
         is_local = Path(options.parent).exists()
