@@ -81,8 +81,8 @@ class ShiftedPass:
         self._firsts_B, self._counts_B = has_clean_B.cumsum(0) - clean_B, clean_B
 
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the states (M, D) that predict the wanted tokens, from those at `places`; or of all
-        tokens, in the shape of `hidden`."""
+        """Return the states (M, D) that predict the wanted tokens, from those at `places`. If all
+        are wanted, they have the shape of `hidden`."""
         if self.places is None:
             seen = hidden.flatten(0, -2)
             found_MD = seen[self._before_M]
