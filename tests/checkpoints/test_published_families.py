@@ -122,6 +122,12 @@ def test_a_prompt_padded_on_the_left():
     padding = ids.shape[1] - model.config.block_size - len(expected["leftpad.prompt"])
     logits = left_padded_logits(model, ids, padding)
     assert padding == 2 and close(logits[0, -4:], expected["leftpad.logits"])
+    place_L = torch.arange(ids.shape[1])
+    seen_LL = (place_L // 4 <= place_L[:, None] // 4) & (
+        torch.minimum(place_L, place_L[:, None]) > 1
+    )
+    assert torch.equal(expected["leftpad.attention_mask"], seen_LL)
+    assert torch.equal(expected["leftpad.position_ids"], (place_L - padding).clamp(min=0))
 
 
 def left_padded_logits(model, ids_BL, padding):
@@ -138,6 +144,8 @@ def samples_of(family, expected, name):
     arrays = ("logits", "all_raw_logits", "raw_logits")
     logits = next(expected[f"{name}.{a}"] for a in arrays if f"{name}.{a}" in expected)
     if family != "sdar":
+        positions = expected.get(f"{name}.concat_position_ids", torch.arange(20).repeat(2)[None])
+        assert (positions == torch.arange(20).repeat(2)).all()
         for ids_T, logits_TV in zip(concat_BT, logits, strict=True):
             yield (*ids_T[None].chunk(2, 1), logits_TV)
         return
@@ -200,16 +208,18 @@ def test_the_loss_of_sdar(name):
     model, expected = read("sdar")
     masked_L, rate_M = expected[f"{name}.masked"].bool(), expected[f"{name}.p_mask_of_masked"]
     weight_L = torch.zeros(masked_L.shape).masked_scatter(masked_L, 1 / rate_M)
-    total, begin = 0.0, 0
+    total, begin, scored = 0.0, 0, []
     for noisy, clean, _ in samples_of("sdar", expected, name):
         part = slice(begin, begin + clean.shape[1])
         begin += clean.shape[1]
         assert torch.equal(clean[0], expected[f"{name}.input_ids"][part])
+        scored += [masked_L[part], torch.zeros_like(masked_L[part])]
         noisy, valid = filled(noisy, 4, 319)
         clean, _ = filled(clean, 4, 319)
         masked, weight = (filled(x[None, part], 4, 0)[0] for x in (masked_L, weight_L))
         assert torch.equal(noisy == 319, masked | ~valid)
         total += published_loss(model, noisy, clean, masked, weight, valid)
+    assert torch.equal(torch.cat(scored), expected[f"{name}.loss_rows_of_concat"])
     labels = int((expected[f"{name}.labels"] != -100).sum())
     assert close(total / labels, expected[f"{name}.loss"])
 
@@ -222,7 +232,7 @@ def test_the_loss_of_a2d(name):
     noisy, clean = expected[f"{name}.concat_input_ids"].chunk(2, 1)
     masked, weight = expected[f"{name}.masked"].bool(), expected[f"{name}.loss_weights"]
     if name == "train_uniform_batchnorm":
-        assert (weight == 1).all()
+        assert (weight == 1).all() and (expected[f"{name}.labels"] == clean)[masked].all()
         count = len(clean)
     else:
         assert close(weight, (1 / expected[f"{name}.t"])[:, None].expand_as(weight), 1e-2)
@@ -240,6 +250,7 @@ def test_the_shifted_loss_of_a2d():
     edges of blocks too (and row 0 gives its own). The model is ours; this reading of it is not."""
     model, expected = read("dllm_a2d_qwen3")
     noisy, clean = expected["train_shifted.concat_input_ids"].chunk(2, 1)
+    assert torch.equal(clean, expected["train_shifted.input_ids"])
     logits = model.denoise_logits(noisy, clean)
     shifted = torch.cat([logits[:, :1], logits[:, :-1]], 1)
     masked = expected["train_shifted.masked"].bool()
@@ -262,6 +273,8 @@ def test_the_loss_of_fast_dllm(name):
     scored = expected[f"{name}.concat_labels"] != -100
     given = (expected[f"{name}.labels"] == -100).repeat(2, 1)
     assert torch.equal(scored, (noisy == 318) & ~given)
+    assert torch.equal(clean, expected[f"{name}.input_ids"].repeat(2, 1))
+    assert torch.equal(expected[f"{name}.raw_logits"], expected[f"{name}.all_raw_logits"][:, :20])
     assert torch.equal(scored[:2] ^ scored[2:], ~given[:2])
     scored[:, 0] = False  # no row predicts it
     logits = unshifted(model).denoise_logits(noisy, clean)[:, :-1]
