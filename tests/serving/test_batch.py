@@ -31,7 +31,7 @@ def model(make_model):
     made.tokenizer = byte_tokenizer()
     made.tokenizer.chat_template = TEMPLATE
     with torch.no_grad():
-        made.output.bias[256] += 4
+        made.output.bias[256] += 8
     return made
 
 
