@@ -16,6 +16,7 @@ from blockdiffusion.models.masks import Streams
 from blockdiffusion.sampling import Finished
 from blockdiffusion.sampling.logits import draw_tokens, filtered_probs
 from blockdiffusion.sampling.params import SamplingParams
+from tests.models.hugging_face import make_hugging_face
 from tests.sampling.laws import DRAWS, FALSE_ALARM, law_of, p_value, seeded
 
 pytestmark = [
@@ -122,6 +123,21 @@ def test_every_policy_samples_what_a_cpu_samples(make_model, policy, recorded):
         ).sequences.cpu()
         for on_device in (model, on_gpu)
     ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("policy", [dict(), dict(window=8), dict(sampler="ancestral", steps=2)])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_shifted_reading_samples_what_a_cpu_samples(policy, recorded):
+    """The cache keeps a hidden state of each row, taken from the memory of a recorded pass."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model = make_hugging_face("llama", reading="shifted", eos_id=None).to(device)
+        model = optimize_for_inference(model) if recorded and device == "cuda" else model
+        made = blockdiffusion.generate(
+            model, [[1, 2, 3], []], num_samples=3, max_new_tokens=21, generator=seeded(), **policy
+        )
+        results.append(made.sequences.cpu())
     assert torch.equal(*results)
 
 

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
 import blockdiffusion
 from blockdiffusion.checkpoints.finding import COPY_AGAIN
@@ -39,6 +40,16 @@ def test_our_own_directories_round_trip(bd3lm, bd3lm_expected, tmp_path):
         clean, noisy = bd3lm_expected["x0"], bd3lm_expected["xt"]
         assert torch.equal(again.denoise_logits(noisy, clean), bd3lm.denoise_logits(noisy, clean))
         assert again.config.mask_id == 100 and again.config.block_size == 4
+
+
+def test_transformers_reads_our_directories(bd3lm, tmp_path):
+    bd3lm.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, BlockDiffusionConfig) and config.block_size == 4
+    network = AutoModel.from_pretrained(tmp_path)
+    again = BlockDiffusionModel(config).with_backbone(network)
+    for name, tensor in bd3lm.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
 
 
 def test_dtype_and_tokenizer(copy):

@@ -186,10 +186,19 @@ def test_a_size_that_is_left_out_has_no_default(folder, name):
         blockdiffusion.load(folder, **GIVEN)
 
 
-@pytest.mark.parametrize("changes", [dict(num_hidden_layers=9_999), dict(num_experts=2**16)])
-def test_sizes_that_the_file_cannot_hold_are_refused_before_they_cost_anything(folder, changes):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(num_hidden_layers=4_000), "too few for the layers and experts"),
+        (dict(num_experts=2**14), "too few for the layers and experts"),
+        (dict(num_hidden_layers=9_999, num_experts=2**15), "times num_experts must be at most"),
+    ],
+)
+def test_sizes_that_the_file_cannot_hold_are_refused_before_they_cost_anything(
+    folder, changes, message
+):
     change_config(folder, **changes)
-    with pytest.raises(UserError, match="too few for the layers and experts"):
+    with pytest.raises(UserError, match=message):
         blockdiffusion.load(folder, **GIVEN)
 
 
@@ -309,6 +318,28 @@ def test_adapted_from_the_published_model(place, tmp_path, lora):
         found = model.backbone.model.state_dict()[name]
         assert (found - tensor).abs().max() < 1e-4, name
     ran("compare", folder / "parent", run, "--data", folder / "data", "--limit", 2)
+
+
+def test_estimated_without_reading_the_weights(place, tmp_path):
+    """A mixture costs what its chosen experts do: twice as many experts cost the same pass."""
+    folder, _ = place
+    flops = []
+    for number in (8, 16):
+        parent = tmp_path / str(number)
+        shutil.copytree(folder / "parent", parent)
+        change_config(parent, num_experts=number)
+        recipe = tmp_path / f"{number}.yaml"
+        recipe.write_text(
+            json.dumps({
+                "out": str(tmp_path / "run"), "data": {"path": str(folder / "data")},
+                "model": {"block_size": 4}, "train": {"steps": 2, "batch_size": 2},
+                "adapt": {"parent": str(parent), "reading": "same", "clean_attention": "block"},
+            })
+        )  # fmt: skip
+        file = tmp_path / f"{number}.json"
+        ran("estimate", recipe, "--json", file)
+        flops.append(json.loads(file.read_text()))
+    print(flops)
 
 
 def test_another_reading_than_the_published_one_is_refused(place, tmp_path):

@@ -26,6 +26,7 @@ from blockdiffusion.estimate.memory import cache_bytes, weight_bytes
 from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.models.attention import _flex_block_mask
 from blockdiffusion.models.inference import optimize_for_inference
+from blockdiffusion.models.lora import add_lora
 from blockdiffusion.models.masks import Streams, dense_mask
 from blockdiffusion.models.transformer import BlockDiffusionConfig, BlockDiffusionModel
 from blockdiffusion.train.loss import BatchLoss, DiffusionLoss, NextTokenLoss
@@ -284,3 +285,28 @@ def test_muon_is_five_rounds_of_three_products():
         matrix.grad = torch.randn_like(matrix)
     got = counted(torch.optim.Muon(matrices).step)
     assert got == muon_flops(shapes)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "frozen layer", "frozen output"])
+def test_what_is_frozen_needs_no_gradient(kind):
+    """Of a product with frozen weights the gradient is one product; of those below everything that
+    is trained it is none, which the formula does not look at."""
+    model = make_hugging_face(
+        "llama", vocab_size=53, seq_len=64, block_size=4, reading="next", clean_attention="causal"
+    )
+    network = model.backbone.model
+    if kind == "LoRA":
+        add_lora(network, rank=4, alpha=8, dropout=0.0, mask_id=52, parent="", fingerprint="")
+    frozen = {"LoRA": (), "frozen layer": network.base_model.layers[1].parameters(),
+              "frozen output": [network.get_output_embeddings().weight]}  # fmt: skip
+    for parameter in frozen[kind]:
+        parameter.requires_grad_(False)
+    sizes_ = NetworkSizes.of(model)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    assert sizes_.trained_parameters == sum(p.numel() for p in trained) < sizes_.parameters
+    loss, p = update(model, "complement")
+    model.train()
+    got = counted(lambda: loss.nats(model, slice(0, 2)).backward())
+    read = p.rows * p.tokens(sizes_)
+    expected = training_flops(sizes_, replace(p, attention="chunked")).total
+    assert got == pytest.approx(expected, rel=0.02), (got - expected) / read

@@ -9,6 +9,7 @@ import blockdiffusion
 from blockdiffusion.errors import UserError
 from blockdiffusion.sampling import infill
 from blockdiffusion.sampling.infilling import prepare_templates
+from tests.models.hugging_face import make_hugging_face
 from tests.oracles import subs_log_prob
 from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
 
@@ -82,10 +83,13 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "shifted"])
 def test_blocks_that_are_given_are_read_at_once(make_model, kind):
     """Rows with holes far apart, each at another place: as without a cache, in few passes."""
-    model = make_model(seq_len=1024, **KINDS[kind])
+    if kind == "shifted":
+        model = make_hugging_face("llama", seq_len=1024, reading=kind)
+    else:
+        model = make_model(seq_len=1024, **KINDS[kind])
     mask, size = model.config.mask_id, model.config.block_size
     text = [n % 7 for n in range(700)]
     holes = [[5, 6, 651], [0, 352, 353, 354], [699], [8, 9, 10, 11, 12]]
@@ -100,7 +104,7 @@ def test_blocks_that_are_given_are_read_at_once(make_model, kind):
     for row, filled in zip(rows, cached.sequences.tolist(), strict=True):
         for before, after in zip(row, filled, strict=False):
             assert after == before if before != mask else after != mask
-    if kind == "masked":
+    if kind in ("masked", "shifted"):
         # 640 tokens before the last hole of the first row take 2 passes, not 160.
         blocks = [len({i // size for i in some}) for some in holes]
         assert all(n <= size * b + 2 for n, b in zip(cached.nfe.tolist(), blocks, strict=True))

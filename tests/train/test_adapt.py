@@ -1,10 +1,12 @@
 """A causal model becomes a block diffusion model: it starts as the parent, its files are read."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import blockdiffusion
@@ -15,7 +17,10 @@ from blockdiffusion.data.tokenizers import byte_tokenizer
 from blockdiffusion.diffusion.denoiser import masked_nll
 from blockdiffusion.diffusion.estimators import Corrupted
 from blockdiffusion.errors import UserError
+from blockdiffusion.estimate.run import estimate_recipe
+from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.models.causal_lm import CausalLM
+from blockdiffusion.runtime.hardware import find_hardware
 from blockdiffusion.train.adapt import adapted_for
 from blockdiffusion.train.loss import DiffusionLoss
 from blockdiffusion.train.recipe import recipe_of
@@ -153,16 +158,20 @@ def test_rows_of_padding_hold_the_mask(tmp_path, recipe, place):
     assert torch.equal(found[258:], table[258:])
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_the_next_token_loss_of_the_same_pass(family, random_ids):
+@pytest.mark.parametrize(
+    ("family", "reading"), [("llama", "next"), ("gemma2", "next"), ("llama", "shifted")]
+)
+def test_the_next_token_loss_of_the_same_pass(family, reading, random_ids):
     """The loss is that of the diffusion plus the weighted one of the clean stream, as gradients."""
-    options = dict(reading="next", clean_attention="causal", start_id=3)
+    options = dict(reading=reading, clean_attention="causal", start_id=3)
     clean = random_ids(2, 16)
     scored = torch.rand(2, 2, 16, generator=torch.Generator().manual_seed(1)) < 0.5
     weight = scored.double() * torch.rand(2, 2, 16, generator=torch.Generator().manual_seed(2))
     noisy = clean[:, None].expand(2, 2, 16).masked_fill(scored, 12)
     free = torch.ones(2, 16, dtype=torch.bool)
     free[0, 0] = False
+    if reading == "shifted":
+        free[1, 0] = False
     batch = Batch(clean)
     gradients = []
     for joint in (True, False):
@@ -175,7 +184,7 @@ def test_the_next_token_loss_of_the_same_pass(family, random_ids):
             all_masked = torch.full_like(clean, 12)[:, None]
             nats = nats + 0.7 * masked_nll(small, all_masked, clean, free[:, None]).sum()
         else:
-            assert loss.num_scored == int(scored.sum()) + 31
+            assert loss.num_scored == int(scored.sum()) + int(free.sum())
         nats.backward()
         gradients.append([float(nats), *(p.grad for p in model.parameters())])
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
@@ -212,6 +221,24 @@ def test_a_run_resumes_bit_for_bit_and_is_read_by_everyone(recipe, tmp_path):
         adapt(recipe(f"adapt.parent={folders[0]}", "adapt.reading=same"))
 
 
+def test_the_shifted_reading_is_trained_saved_and_read(recipe, tmp_path, monkeypatch):
+    """With the next-token loss, which no clean token has for a row's first one."""
+    weights = []
+    nats = DiffusionLoss.nats
+    monkeypatch.setattr(
+        DiffusionLoss, "nats", lambda *given: weights.append(given[0].ar_weight_BL) or nats(*given)
+    )
+    run_training(recipe("adapt.reading=shifted", "objective.ar_loss=0.5"))
+    assert len(weights) == 4
+    for weight_BL in weights:
+        assert (weight_BL[:, 0] == 0).all() and (weight_BL[:, 1:] > 0).any()
+    model = blockdiffusion.load(tmp_path / "run")
+    assert model.config.reading == "shifted" and model.config.start_id is None
+    made = blockdiffusion.generate(model, "The", max_new_tokens=6, seed=1)
+    slow = blockdiffusion.generate(model, "The", max_new_tokens=6, seed=1, use_cache=False)
+    assert torch.equal(made.sequences, slow.sequences)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -221,7 +248,7 @@ def test_a_run_resumes_bit_for_bit_and_is_read_by_everyone(recipe, tmp_path):
         (["adapt.parent=null", "adapt.reading=same"], "adapt.reading is same, but adapt.parent is"),
         (["adapt.mask=<nothing>"], "adapt.mask is '<nothing>', which is no token of"),
         (["model.block_size=5"], "does not divide the 32 tokens"),
-        (["adapt.reading=same", "objective.ar_loss=1"], "the network's are same and causal"),
+        (["adapt.reading=same", "objective.ar_loss=1"], "its clean stream predicts no next token"),
         (["adapt.clean_attention=block", "objective.ar_loss=1"], "set objective.ar_loss=0"),
         (["objective.ar_loss=-1"], "objective.ar_loss is -1"),
     ],
@@ -263,3 +290,25 @@ def test_the_command(place, tmp_path):
     assert wrong.returncode == 2 and "adapt.reading" in wrong.stderr
     text = blockdiff("sample", out, "--max-new-tokens", 5)
     assert text.returncode == 0
+
+
+@pytest.mark.parametrize("more", [(), ("adapt.lora_rank=2",), ("adapt.freeze=[model.layers.0.*]",)])
+def test_its_cost_is_estimated_from_the_configuration_alone(more, recipe, place, tmp_path):
+    """Sizes are those of the network that is trained, before anything is read or prepared."""
+    shutil.copytree(place / "parent", tmp_path / "parent")
+    save_file({}, tmp_path / "parent" / "model.safetensors")
+    made = recipe(
+        f"adapt.parent={tmp_path / 'parent'}", "data.path=nothing", "train.steps=3", *more
+    )
+    found = estimate_recipe(made, find_hardware("h100"), seq_len=L, vocab_size=258)
+    real = adapt(recipe(*more))
+    assert found.network == NetworkSizes.of(real)
+    trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in real.parameters())
+    assert found.parameters == whole
+    assert found.training.memory.optimizer == 8 * trained
+    assert found.training.memory.average == found.training.memory.gradients == 4 * trained
+    assert (trained < whole) == bool(more)
+    run_training(recipe(*more))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["tflops_per_second"] > 0 for line in lines if "loss" in line)

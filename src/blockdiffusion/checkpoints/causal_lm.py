@@ -49,7 +49,7 @@ from blockdiffusion.models.causal_lm import (
     num_embeddings,
     without_weights,
 )
-from blockdiffusion.models.llada2 import LLaDA2Config
+from blockdiffusion.models.llada2 import LLaDA2Config, LLaDA2MoeModelLM
 from blockdiffusion.models.lora import SECTION as LORA
 from blockdiffusion.models.lora import AdapterOf, fingerprint, merge_adapter
 
@@ -323,6 +323,26 @@ def read_network(path: Path, raw: Mapping[str, Any], dtype: torch.dtype | None) 
     if isinstance(config, LLaDA2Config):
         return read_llada2(path, config, dtype)
     return load_network(path, f"the model in {path}", ADVICE, config=config, dtype=dtype or "auto")
+
+
+def network_on_meta(path: Path, raw: Mapping[str, Any]) -> PreTrainedModel:
+    """Return the network of a directory or a GGUF file on the device `meta`, without its weights.
+
+    Raises:
+        UserError: its configuration cannot be read.
+    """
+    if path.suffix == GGUF:
+        advice = f"{ADVICE}, or pip install 'blockdiffusion[adapt]'"
+        config = from_pretrained(
+            AutoConfig, path.parent, f"{path} cannot be read", advice, gguf_file=path.name
+        )
+    else:
+        check_folder(path)
+        config = _network_config(path, raw)
+    with torch.device("meta"):
+        if isinstance(config, LLaDA2Config):
+            return LLaDA2MoeModelLM(config)
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _network_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:

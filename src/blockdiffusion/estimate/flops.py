@@ -167,13 +167,18 @@ def forward_flops(sizes: NetworkSizes, p: Pass) -> Flops:
 
 
 def training_flops(sizes: NetworkSizes, p: Pass, *, checkpointing: bool = False) -> Flops:
-    """Return those of a forward and backward pass: a product's gradient is two products.
+    """Return those of a forward and backward pass: a product's gradient is two products, and that
+    of frozen weights one (if anything below them is trained, which is not looked at).
 
     Args:
         checkpointing: whether the backward pass computes the layers again.
     """
     again = int(checkpointing)
-    return forward_flops(sizes, p).times(3 + again, 1 + ATTENTION_BACKWARD + again, 3)
+    return forward_flops(sizes, p).times(
+        2 + sizes.trained_share + again,
+        1 + ATTENTION_BACKWARD + again,
+        2 + sizes.trains_output,
+    )
 
 
 def call_flops(sizes: NetworkSizes, rows: int, tokens: int, keys: float, scored: float) -> Flops:

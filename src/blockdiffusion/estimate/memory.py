@@ -14,6 +14,8 @@ from blockdiffusion.diffusion.losses import CPU_PIECES, GPU_PIECES
 from blockdiffusion.estimate.flops import Pass
 from blockdiffusion.estimate.options import SampleDtype
 from blockdiffusion.estimate.sizes import NetworkSizes
+from blockdiffusion.train.adamw_8bit import PIECE
+from blockdiffusion.train.optim import OptimOptions
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -46,9 +48,9 @@ class Memory:
     """Bytes of training on one device.
 
     Attributes:
-        weights, gradients, optimizer, average: of all parameters, in float32; with
-            `train.parallel: fsdp` a device's share (of gradients that several micro-batches are
-            summed in, all).
+        weights, gradients, optimizer, average: in float32, of all parameters, and the last three of
+            trained ones; with `train.parallel: fsdp` a device's share (of gradients that several
+            micro-batches are summed in, all).
         gathered: with fsdp, weights and gradients that are whole while a pass needs them.
         activations: kept from forward to backward, for one micro-batch.
         working: the most needed in addition at a time: the backward pass of a layer, or logits
@@ -95,14 +97,22 @@ def pass_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> tuple[float, flo
     return kept, max(working, logits + output)
 
 
-def optimizer_bytes(sizes: NetworkSizes, name: str) -> float:
+def optimizer_bytes(sizes: NetworkSizes, optim: OptimOptions) -> float:
     """Return the state: two moments for AdamW, one for the matrices of the layers for Muon."""
-    muon = sizes.num_hidden_layers * sizes.layer_numbers if name == "muon" else 0
-    return 8 * sizes.parameters - 4 * muon
+    if optim.state == "8bit":
+        return 2 * (1 + 4 / PIECE) * sizes.trained_parameters
+    muon = sizes.num_hidden_layers * sizes.layer_numbers if optim.name == "muon" else 0
+    return 8 * sizes.trained_parameters - 4 * sizes.trained_share * muon
 
 
 def training_memory(
-    sizes: NetworkSizes, p: Pass, how: Execution, optimizer: str, *, shards: int, one_pass: bool
+    sizes: NetworkSizes,
+    p: Pass,
+    how: Execution,
+    optim: OptimOptions,
+    *,
+    shards: int,
+    one_pass: bool,
 ) -> Memory:
     """Return the memory of a device that holds one of `shards` parts of every tensor.
 
@@ -110,9 +120,10 @@ def training_memory(
         one_pass: whether the pass is the device's whole update. Gradients then replace activations
             during the backward pass, and with shards a device sums its part of them only.
     """
-    whole = 4 * sizes.parameters
-    weights, state = whole / shards, optimizer_bytes(sizes, optimizer) / shards
-    gradients = weights if one_pass else whole
+    whole, trained = 4 * sizes.parameters, 4 * sizes.trained_parameters
+    weights, state = whole / shards, optimizer_bytes(sizes, optim) / shards
+    average = trained / shards
+    gradients = average if one_pass else trained
     # Of a unit at a time: a layer, or what is in none.
     outside = sizes.parameters - sizes.num_hidden_layers * sizes.layer_parameters
     gathered = 8 * (outside + sizes.layer_parameters) if shards > 1 else 0
@@ -126,11 +137,11 @@ def training_memory(
         weights=weights,
         gradients=gradients,
         optimizer=state,
-        average=weights,
+        average=average,
         gathered=gathered,
         activations=kept,
         working=working,
-        peak=2 * weights + state + peak,
+        peak=weights + average + state + peak,
     )
 
 
@@ -141,10 +152,10 @@ def traffic_bytes(sizes: NetworkSizes, p: Pass, how: Execution) -> float:
     return layers + 8 * 4 * p.scored * sizes.vocab_size
 
 
-def update_bytes(sizes: NetworkSizes, optimizer: str) -> float:
+def update_bytes(sizes: NetworkSizes, optim: OptimOptions) -> float:
     """Return what clipping, optimizer and moving average read and write in an update: the gradient
     four times, weights and average five times in all, the optimizer's state once each way."""
-    return 4 * 9 * sizes.parameters + 2 * optimizer_bytes(sizes, optimizer)
+    return 4 * 9 * sizes.trained_parameters + 2 * optimizer_bytes(sizes, optim)
 
 
 def weight_bytes(sizes: NetworkSizes, dtype: SampleDtype) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from blockdiffusion.estimate.sizes import NetworkSizes
 from blockdiffusion.estimate.training import TrainingEstimate, estimate_training
 from blockdiffusion.limits import check_limit
 from blockdiffusion.runtime.hardware import Hardware
+from blockdiffusion.train.adapt import adapted_on_meta
 from blockdiffusion.train.recipe import Recipe, network_config
 
 
@@ -71,14 +72,14 @@ def estimate_recipe(
     """
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise UserError(f"--price-per-hour is {price_per_hour:g}; it must not be negative")
-    if recipe.adapt.parent is not None:
-        raise UserError(
-            f"the recipe adapts {recipe.adapt.parent}, and estimates are of networks that a recipe "
-            "describes; leave out adapt.parent and give model's sizes that are alike"
-        )
     manifest = manifest_of(recipe, seq_len, vocab_size)
-    config = network_config(recipe, manifest)
-    sizes, request = NetworkSizes.of_config(config), sampling or SamplingRequest()
+    if recipe.adapt.parent is None:
+        config: Any = network_config(recipe, manifest)
+        sizes = NetworkSizes.of_config(config)
+    else:
+        adapted = adapted_on_meta(recipe, manifest)
+        config, sizes = adapted.config, NetworkSizes.of(adapted)
+    request = sampling or SamplingRequest()
     return Estimate(
         recipe=name,
         device=device,

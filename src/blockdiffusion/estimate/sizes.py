@@ -22,8 +22,11 @@ class NetworkSizes:
 
     Attributes:
         parameters: all. Weights that input embedding and output share (`tied`) count once.
+        trained_parameters: those that are trained: all, but for LoRA and frozen parts.
         embedding_parameters: those of input embedding and output. layer_parameters: of one layer.
         layer_matrices: shapes of the matrices of one layer that every token passes through.
+        trained_share: of the numbers in these, over all layers. trains_output: whether the output
+            layer is trained.
         modulation: shapes of its other matrices (adaLN).
         conditioning: numbers in all other matrices, without input embedding and output. One vector
             per pass goes through them, or with `time_conditioning` every token.
@@ -33,9 +36,12 @@ class NetworkSizes:
     """
 
     parameters: int
+    trained_parameters: int
     embedding_parameters: int
     layer_parameters: int
     layer_matrices: Shapes
+    trained_share: float
+    trains_output: bool
     modulation: Shapes
     conditioning: int
     num_hidden_layers: int
@@ -63,7 +69,8 @@ class NetworkSizes:
         """Return those of a `BlockDiffusion` around any `Backbone`."""
         network, config, attention = model.backbone, model.config, model.backbone.attention
         layer = list(next(iter(network.units())).parameters())
-        hidden = {id(p) for p in network.hidden_matrices()}
+        matrices = network.hidden_matrices()
+        hidden = {id(p) for p in matrices}
         tables = [m.weight for m in network.modules() if isinstance(m, nn.Embedding)]
         ends = {id(p): p for p in (*tables, *network.output.parameters())}
         known = hidden | ends.keys()
@@ -71,9 +78,12 @@ class NetworkSizes:
         is_dit = isinstance(network, DiT)
         return cls(
             parameters=_numbers(network.parameters()),
+            trained_parameters=_numbers(p for p in network.parameters() if p.requires_grad),
             embedding_parameters=_numbers(ends.values()),
             layer_parameters=_numbers(layer),
             layer_matrices=tuple(tuple(p.shape) for p in layer if id(p) in hidden),
+            trained_share=_numbers(p for p in matrices if p.requires_grad) / _numbers(matrices),
+            trains_output=network.output.weight.requires_grad,
             modulation=tuple(tuple(p.shape) for p in layer if p.ndim == 2 and id(p) not in hidden),
             conditioning=_numbers(others),
             num_hidden_layers=attention.num_hidden_layers,

@@ -129,26 +129,29 @@ class _Update:
         """Return it for passes of so many rows. Replicas sum whole gradients in any case."""
         one_pass = rows >= self.rows and (self.shards > 1 or self.devices == 1)
         return training_memory(
-            self.sizes, self.of(rows), self.how, self.recipe.optim.name,
+            self.sizes, self.of(rows), self.how, self.recipe.optim,
             shards=self.shards, one_pass=one_pass,
         )  # fmt: skip
 
     def seconds(self, micro: int) -> Seconds:
         """Return it for passes of `micro` rows."""
-        sizes, device, flops, name = self.sizes, self.device, self.flops, self.recipe.optim.name
+        sizes, device, flops, optim = self.sizes, self.device, self.flops, self.recipe.optim
         shares, peak, count = device.shares, device.flops[self.how.dtype], -(-self.rows // micro)
         products = (flops.layers + flops.head) / (peak * shares.products)
         attending = peak if device.cuda else device.flops["float32"]
         attention = flops.attention / (attending * shares.attention)
         # Per micro-batch the gradient is added to the sum, and weights are cast to bfloat16.
-        moved = traffic_bytes(sizes, self.of(self.rows), self.how) + count * 12 * sizes.parameters
+        moved = traffic_bytes(sizes, self.of(self.rows), self.how)
+        moved += count * (8 * sizes.trained_parameters + 4 * sizes.parameters)
         share = shares.traffic_compiled if self.how.compiled else shares.traffic
         traffic = moved / (device.bandwidth * share)
-        update = update_bytes(sizes, name) / self.shards / (device.bandwidth * shares.reading)
+        update = update_bytes(sizes, optim) / self.shards / (device.bandwidth * shares.reading)
         # Replicas sum gradients and return them; shards sum them once, and gather weights for the
         # forward and the backward pass of every micro-batch.
-        exchanged = 4 * sizes.parameters * (2 if self.shards == 1 else 1 + 2 * count)
-        if name == "muon":
+        exchanged = 8 * sizes.trained_parameters
+        if self.shards > 1:
+            exchanged = 4 * (sizes.trained_parameters + 2 * count * sizes.parameters)
+        if optim.name == "muon":
             matrices = sizes.num_hidden_layers * muon_flops(sizes.layer_matrices)
             update += matrices / (device.flops["bfloat16"] * shares.products)
             if self.shards > 1:  # each device gathers the matrices, in bfloat16

@@ -6,6 +6,8 @@
 * `decode_causal`: the same for the autoregressive baseline,
 * `denoise_logits`: logits of a whole noisy sequence, for evaluation and tests.
 
+What they return for a token is the hidden state that predicts it; see `DiffusionConfig.reading`.
+
 The network (a `Backbone`) embeds ids, runs its layers and returns logits. It calls
 `read(layer, q, k, v)` for attention and knows nothing of blocks.
 
@@ -259,50 +261,24 @@ class BlockDiffusion(nn.Module):
             wanted: rows and columns (M,) of the tokens whose states are returned, as (M, D).
         """
         self._require(autoregressive=False)
+        ids_BT, shifted = cache.delayed(ids_BT), None
         if self._is_shifted:
-            return self._decode_shifted(ids_BT, num_clean, cache, window, sigma_B, wanted)
-        return self._decode_or_record(ids_BT, num_clean, cache, window, sigma_B, wanted)
-
-    def _decode_or_record(
-        self,
-        ids_BT: torch.Tensor,
-        num_clean: int | torch.Tensor,
-        cache: BlockCache,
-        window: int | None,
-        sigma_B: torch.Tensor | None,
-        wanted: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """`decode` of what is read at each position: outputs at the positions `wanted`."""
-        ids_BT = cache.delayed(ids_BT)
+            batch, tokens = ids_BT.shape
+            tokens_B = torch.full((batch,), tokens)
+            clean_B = torch.as_tensor(num_clean).expand(batch)
+            wanted_M = None if wanted is None else wanted[0] * tokens + wanted[1]
+            shifted = ShiftedPass(cache, tokens_B, clean_B, wanted_M, ids_BT.device)
+            if shifted.places is not None:
+                wanted = (shifted.places // tokens, shifted.places % tokens)
         # Without a time `_sigma_at_clean` looks at tokens, which a recording cannot.
         timeless = self.config.time_conditioning and sigma_B is None
         recorded = cache.recorder is not None and isinstance(num_clean, int) and not timeless
         if recorded and wanted is not None:
-            return self._decode_recorded(ids_BT, num_clean, cache, window, sigma_B, wanted)
-        hidden = self._decode(ids_BT, num_clean, cache, window, sigma_B, wanted)
-        return hidden if wanted is None else hidden[0]
-
-    def _decode_shifted(
-        self,
-        ids_BT: torch.Tensor,
-        num_clean: int | torch.Tensor,
-        cache: BlockCache,
-        window: int | None,
-        sigma_B: torch.Tensor | None,
-        wanted: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """`decode` of a network with the reading "shifted"."""
-        batch, tokens = ids_BT.shape
-        tokens_B = torch.full((batch,), tokens)
-        clean_B = torch.as_tensor(num_clean).expand(batch)
-        wanted_M = None if wanted is None else wanted[0] * tokens + wanted[1]
-        shifted = ShiftedPass(cache, tokens_B, clean_B, wanted_M, ids_BT.device)
-        if shifted.places is None:
-            hidden_BTD = self._decode_or_record(ids_BT, num_clean, cache, window, sigma_B, None)
-            return shifted.predicting(hidden_BTD.flatten(0, 1)).view_as(hidden_BTD)
-        places = (shifted.places // tokens, shifted.places % tokens)
-        hidden_MD = self._decode_or_record(ids_BT, num_clean, cache, window, sigma_B, places)
-        return shifted.predicting(hidden_MD)
+            hidden = self._decode_recorded(ids_BT, num_clean, cache, window, sigma_B, wanted)
+        else:
+            hidden = self._decode(ids_BT, num_clean, cache, window, sigma_B, wanted)
+            hidden = hidden if wanted is None else hidden[0]
+        return hidden if shifted is None else shifted.predicting(hidden)
 
     def decode_ragged(
         self,

@@ -104,14 +104,18 @@ class CausalLM(nn.Module):
         positions_1T = torch.arange(TOKENS, device=model.device)[None]
         observer = _Observer(model)
         with torch.no_grad(), _evaluating(model):
-            expected_TV = model(input_ids=ids_1T, use_cache=False).logits[0]
+            expected_TV = None
+            if has_numbers(model):
+                expected_TV = model(input_ids=ids_1T, use_cache=False).logits[0]
             model.set_attn_implementation(ATTENTION)
             hidden_TD = self._hidden(ids_1T, positions_1T, observer)[0]
             self.attention = observer.sizes()
             self._passes_keywords = observer.passes_keywords
             self._attending = observer.modules
             self._softcap = getattr(model.config, "final_logit_softcapping", None)
-            self._scale = self._scale_of_head(hidden_TD, expected_TV)
+            self._scale = 1.0
+            if expected_TV is not None:
+                self._scale = self._scale_of_head(hidden_TD, expected_TV)
 
     def _scale_of_head(self, hidden_TD: torch.Tensor, expected_TV: torch.Tensor) -> float:
         """The factor between the output layer's products and the model's own logits (Cohere and
@@ -315,6 +319,11 @@ class CausalLM(nn.Module):
                     part.compile()
 
 
+def has_numbers(model: PreTrainedModel) -> bool:
+    """Return whether there is anything to compare: the device `meta` has shapes alone."""
+    return model.device.type != "meta"
+
+
 def without_weights(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     """Return a network of the class of `model` whose parameters hold nothing (on `meta`).
 
@@ -383,7 +392,7 @@ def adapted_model(
         )
     made = AdaptedModel(CausalLM(model, adapters), config, tokenizer)
     made.backbone.check_length(config.seq_len)
-    if not config.is_autoregressive:
+    if not config.is_autoregressive and has_numbers(model):
         with torch.no_grad(), _evaluating(model):
             _check_streams(made)
     return made

@@ -33,6 +33,7 @@ from blockdiffusion.errors import UserError, check_number, check_whole, shown
 from blockdiffusion.limits import Limit, interval
 
 MOST = 2**24  # of widths
+MOST_EXPERTS = 2**16  # of all layers; LLaDA2.0-flash, with 100B parameters, has 8,000
 SIZES = {
     **dict.fromkeys(("vocab_size", "hidden_size", "max_position_embeddings"), Limit(1, MOST)),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), Limit(1, MOST)),
@@ -129,6 +130,9 @@ class LLaDA2Config(PreTrainedConfig):
             "topk_group must be at most n_group": self.topk_group <= self.n_group,
             "num_experts_per_tok must be at most the number of experts in topk_group groups": (
                 self.num_experts_per_tok <= self.topk_group * in_group
+            ),
+            f"num_hidden_layers times num_experts must be at most {MOST_EXPERTS}": (
+                self.num_hidden_layers * self.num_experts <= MOST_EXPERTS
             ),
             "rotary_dim must be head_dim times partial_rotary_factor, and even": (
                 self.rotary_dim == rotated > 0 and rotated % 2 == 0
@@ -248,7 +252,7 @@ class Experts(nn.Module):
         x_PD = x_BTD.flatten(0, -2)
         chosen_PK, weight_PK = self.gate(x_PD)
         order_M = chosen_PK.flatten().argsort(stable=True)
-        counts = chosen_PK.flatten().bincount(minlength=len(self.experts)).tolist()
+        counts = self._counts(chosen_PK)
         inputs_MD = x_PD[order_M // chosen_PK.shape[1]]
         outputs = [
             expert(tokens)
@@ -261,6 +265,13 @@ class Experts(nn.Module):
         if self.shared_experts is not None:
             y_PD = y_PD + self.shared_experts(x_PD)
         return y_PD.view_as(x_BTD)
+
+    def _counts(self, chosen_PK: torch.Tensor) -> list[int]:
+        """Return how many tokens chose each expert; on `meta`, where none is known, all the first,
+        which costs the same."""
+        if chosen_PK.is_meta:
+            return [chosen_PK.numel()] + [0] * (len(self.experts) - 1)
+        return chosen_PK.flatten().bincount(minlength=len(self.experts)).tolist()
 
 
 class Layer(GradientCheckpointingLayer):

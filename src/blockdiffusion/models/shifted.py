@@ -1,9 +1,9 @@
 """Networks whose output at a token predicts the next one, while each token is read at its own
 position (`reading` "shifted", as in Fast-dLLM v2).
 
-Token i is predicted where token i - 1 is read. Inside a block this is the block's own noisy token;
-before a block's first token it is the clean token, the last of the block before. There is nothing
-before a text's first token, which is predicted where itself is read: where it is masked.
+The output at token i - 1 predicts token i. Inside a block token i - 1 is noisy, as its block is;
+before a block's first token it is clean, the last of the block before. Nothing precedes a text's
+first token: the output at its own mask predicts it.
 
 Shape suffixes: B batch, L tokens of a sequence, T tokens of all streams, P tokens of all rows of a
 pass, one row after another, M wanted ones among them, D width.
@@ -40,8 +40,8 @@ def predicting_columns(
 class ShiftedPass:
     """A pass over the tokens that follow each row's cached ones.
 
-    What predicts the first of them is no token of the pass: the cache keeps the hidden state of
-    each row's last committed token, and gets new ones from the pass.
+    The token that predicts the first of them was in an earlier pass. So the cache keeps the hidden
+    state of each row's last committed token, and gets new ones from the pass.
 
     Args:
         tokens_B: the number of tokens of each row; int64 on the CPU, as `clean_B`.
@@ -81,13 +81,15 @@ class ShiftedPass:
         self._firsts_B, self._counts_B = has_clean_B.cumsum(0) - clean_B, clean_B
 
     def predicting(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the states (M, D) that predict the wanted tokens, from those at `places`."""
+        """Return the states (M, D) that predict the wanted tokens, from those at `places`. If all
+        are wanted, they have the shape of `hidden`."""
         if self.places is None:
-            found_MD, seen = hidden[self._before_M], hidden
+            seen = hidden.flatten(0, -2)
+            found_MD = seen[self._before_M]
         else:
             found_MD, seen = hidden.split([len(self._kept_M), len(hidden) - len(self._kept_M)])
         last_BD = self._cache.kept_of(seen)
         kept_M1 = self._kept_M[:, None]
         found_MD = torch.where(kept_M1 < 0, found_MD, last_BD[self._kept_M.clamp(min=0)])
         self._cache.passed(seen, self._firsts_B, self._counts_B)
-        return found_MD
+        return found_MD.view_as(hidden) if self.places is None else found_MD

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from blockdiffusion.diffusion.config import DiffusionConfig, ObjectiveProperties
 from blockdiffusion.errors import UserError
@@ -548,6 +548,11 @@ class DiT(PreTrainedModel):
     def compile_layers(self) -> None:
         for layer in self.layers:
             layer.compiled = True
+
+
+# `AutoConfig` and `AutoModel` of transformers read our directories, once this module is imported.
+AutoConfig.register(BlockDiffusionConfig.model_type, BlockDiffusionConfig)
+AutoModel.register(BlockDiffusionConfig, DiT)
 
 
 # --- the model -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from blockdiffusion.checkpoints.causal_lm import (
     FAMILIES,
     known_mask_id,
+    network_on_meta,
     read_network,
     read_tokenizer,
     section_of,
@@ -46,8 +47,8 @@ def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
         UserError: the parent cannot be read, is no causal model or one that cannot be adapted; the
             data were prepared with another tokenizer.
     """
-    options, size = recipe.adapt, with_block_size(recipe, manifest).model.block_size
-    assert options.parent is not None and size is not None
+    options = recipe.adapt
+    assert options.parent is not None
     path, raw = find_causal_lm(options.parent)
     tokenizer = load_tokenizer(Path(recipe.data.path) / TOKENIZER_FOLDER)
     parents = read_tokenizer(path)
@@ -60,6 +61,40 @@ def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
         if copied is None and raw.get("model_type") in FAMILIES:  # it was trained with a mask token
             copied = known_mask_id(raw, network, parents)
         _add_mask(network, manifest.mask_id, copied)
+    return _adapted(recipe, manifest, network, digest, parents, tokenizer)
+
+
+def adapted_on_meta(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
+    """Return the model of `adapted_for` on PyTorch's device `meta`: names and shapes only. Only the
+    parent's configuration is read.
+
+    Raises:
+        UserError: see `adapted_for`.
+    """
+    assert recipe.adapt.parent is not None
+    path, raw = find_causal_lm(recipe.adapt.parent)
+    network = network_on_meta(path, raw)
+    if manifest.mask_id >= num_embeddings(network):
+        network.resize_token_embeddings(manifest.mask_id + 1, mean_resizing=False)
+    return _adapted(recipe, manifest, network, "")
+
+
+def _adapted(
+    recipe: Recipe,
+    manifest: Manifest,
+    network: PreTrainedModel,
+    digest: str,
+    parents: Any = None,
+    tokenizer: Any = None,
+) -> AdaptedModel:
+    """Return the model around a network that has a mask token.
+
+    Args:
+        digest: the fingerprint of the parent's weights.
+        parents, tokenizer: that of the parent, and that of the data.
+    """
+    options, size = recipe.adapt, with_block_size(recipe, manifest).model.block_size
+    assert options.parent is not None and size is not None
     adapters = None
     if options.lora_rank:
         is_local = Path(options.parent).exists()

@@ -53,7 +53,13 @@ from blockdiffusion.limits import check_limits
 from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.options import option
 from blockdiffusion.runtime.distributed import SINGLE, ProcessGroup, is_sharded
-from blockdiffusion.train.optim import MovingAverage, optimizer_state_keys, trainable
+from blockdiffusion.train.optim import (
+    MovingAverage,
+    moments_of,
+    optimizer_state_keys,
+    set_moments,
+    trainable,
+)
 from blockdiffusion.train.tensor_files import SavedTensors, damaged, save_tensors
 
 FORMAT = "blockdiffusion-checkpoint-1"
@@ -164,7 +170,7 @@ def save(
         OPTIMIZER: {
             f"{name}.{key}": tensor
             for name, p in parameters.items()
-            for key, tensor in optimizer.state[p].items()
+            for key, tensor in moments_of(optimizer, p).items()
         },
     }
     sharded = any(map(is_sharded, tensors[WEIGHTS].values()))
@@ -291,10 +297,11 @@ def load(
             given = [key for key in kept[name] if f"{name}.{key}" in moments]
             if given and len(given) < len(kept[name]):
                 raise damaged(checkpoint / OPTIMIZER, f"it has only a part of {name}'s moments")
-            optimizer.state[parameter] = {
+            read = {
                 key: moments.read_into(_like_moment(parameter, key), f"{name}.{key}")
                 for key in given
             }
+            set_moments(optimizer, parameter, read)
     if state.step and not any(optimizer.state[p] for p in parameters.values()):
         raise damaged(checkpoint / OPTIMIZER, f"it has no moments, after {state.step} steps")
     return state

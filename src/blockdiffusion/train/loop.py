@@ -308,6 +308,9 @@ class _Training:
         corrupted = estimator(batch.ids_BL, free_BL, size, config.mask_id, source)
         ar_loss = self.objective.ar_loss
         ar_weight_BL = ar_loss * free_BL if ar_loss else None
+        if ar_weight_BL is not None and config.reading == "shifted":
+            # No clean token predicts a row's first one. (Those of conversations are not learnt.)
+            ar_weight_BL[:, 0] = 0
         return DiffusionLoss(batch, corrupted, ar_weight_BL, size), num_free
 
     def measure(self, step: int, due: Sequence[Periodic], report: Report) -> None:

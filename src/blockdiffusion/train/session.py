@@ -151,12 +151,12 @@ def check_fit(model: BlockDiffusion, rows: TokenRows, objective: ObjectiveOption
             )
     if rows.manifest.packing == "chat":
         _check_chat(model, rows)
-    if objective.ar_loss and (config.reading, config.clean_attention) != ("next", "causal"):
+    predicts_next = config.reading != "same" and config.clean_attention == "causal"
+    if objective.ar_loss and not predicts_next:
         raise UserError(
-            f"objective.ar_loss is {objective.ar_loss}, which needs the reading next and the clean "
-            f"attention causal, but the network's are {config.reading} and "
-            f"{config.clean_attention}; set objective.ar_loss=0, or adapt a causal model with its "
-            "own reading and attention"
+            f"objective.ar_loss is {objective.ar_loss}, but the network reads its own token or "
+            "sees clean tokens in blocks, so its clean stream predicts no next token; set "
+            "objective.ar_loss=0, or adapt a causal model with its own reading and attention"
         )
 
 

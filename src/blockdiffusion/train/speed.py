@@ -32,10 +32,8 @@ class Speed:
         row_bos: bool,
         processes: int = 1,
     ):
-        self.sizes = NetworkSizes.of(model.with_backbone(model.backbone.empty_copy()))
+        self.sizes = NetworkSizes.of(model)
         self.options, self.row_bos = options, row_bos
-        # The count is that of an update of all weights.
-        self.counts = all(parameter.requires_grad for parameter in model.parameters())
         self.attention: Any = "causal"
         if not self.sizes.autoregressive:
             self.attention = resolve_backend(model.attention_backend, device)
@@ -43,10 +41,7 @@ class Speed:
         self.peak = None if peak is None else peak * processes
 
     def reached(self, update: BatchLoss, seconds: float) -> dict[str, float]:
-        """Return what metrics.jsonl gets about an update that took `seconds`; nothing if parts of
-        the network are frozen."""
-        if not self.counts:
-            return {}
+        """Return what metrics.jsonl gets about an update that took `seconds`."""
         whole = Pass(
             rows=len(update.batch.ids_BL),
             scored=update.num_scored,
