@@ -81,8 +81,8 @@ def test_help_answers_within_a_second_and_names_every_command():
     assert shown.returncode == 0 and min(times) < 1
     for command in (
         "prepare", "datasets", "train", "eval", "zero-shot", "variance", "references", "sample",
-        "infill", "generate-eval", "generate-compare", "report", "convert", "push", "lengths",
-        "pareto", "reproduce",
+        "generate", "infill", "generate-eval", "generate-compare", "report", "convert", "push",
+        "lengths", "pareto", "reproduce",
     ):  # fmt: skip
         assert command in shown.stdout
 

@@ -30,6 +30,7 @@ report RUN --evaluation {}
 report RUN --num-samples 1 --max-new-tokens 4 --out {}
 adapt {} --data DATA --block-size 4 --out NEW
 adapt JUDGE --data {} --block-size 4 --out NEW
+adapt JUDGE --chat {} --block-size 4 --out NEW
 adapt JUDGE --data DATA --block-size 4 --out {}
 compare {} RUN --data DATA
 compare JUDGE {} --data DATA
@@ -53,6 +54,9 @@ variance RUN --data DATA --json {}
 variance RUN --data DATA --plot {}
 sample {}
 sample RUN --prompt-file {}
+generate {} PROMPTS --out NEW
+generate RUN {} --out NEW
+generate RUN PROMPTS --out {}
 infill {} a[MASK:2]b
 infill RUN --template-file {}
 lengths {}
@@ -97,6 +101,7 @@ OUTPUTS = ("--out {}", "--json {}", "--csv {}", "--markdown {}", "--plot {}", "o
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paths")
     (folder / "TEXT").write_text(TEXT)
+    (folder / "PROMPTS").write_text('{"prompt": "The"}')
     made = blockdiff("prepare", folder / "TEXT", "--out", folder / "DATA", "--tokenizer", "byte",
                      "--seq-len", 16, "--documents", "blank-line", "--workers", 1)  # fmt: skip
     assert made.returncode == 0, made.stderr
@@ -129,7 +134,7 @@ def places(folder):
 
 def words(line, folder, where):
     for word in line.split():
-        for name in ("TEXT", "RECIPE", "DATA", "RUN", "JUDGE", "RESULT", "NEW"):
+        for name in ("TEXT", "RECIPE", "DATA", "RUN", "JUDGE", "RESULT", "PROMPTS", "NEW"):
             if word == name or word.endswith(f"={name}"):
                 word = word.removesuffix(name) + str(folder / name)
         yield word.replace("{}", str(where))

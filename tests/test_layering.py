@@ -34,6 +34,7 @@ ROWS = [
     ["train", "estimate.sizes", "estimate.flops"],
     ["evaluate"],
     ["reports"],
+    ["serving"],
     ["train.run"],
     ["estimate"],
     ["studies"],

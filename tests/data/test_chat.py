@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from blockdiffusion.data.chat import conversation_text, question, render
+from blockdiffusion.data.chat import conversation_text, prompt_ids, render
 from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.packing import prepare
@@ -80,7 +80,7 @@ def test_a_response_without_an_end_gets_one():
 
 
 def test_a_question_ends_with_the_header_of_the_answer():
-    ids = question(tokenizer_with(PLAIN), "why")
+    ids = prompt_ids(tokenizer_with(PLAIN), messages(("user", "why")))
     assert [WORDS[i] for i in ids] == ["<user>", "why", "<end>", "<assistant>"]
 
 

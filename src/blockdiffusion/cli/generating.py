@@ -9,12 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
 from blockdiffusion.cli.options import MODEL, Outputs, SamplerOptions, grouped
-from blockdiffusion.cli.shared import warn, write_json
-from blockdiffusion.errors import UserError
+from blockdiffusion.cli.shared import check_places, warn, write_json
+from blockdiffusion.errors import UserError, counted
 from blockdiffusion.escape import say
 from blockdiffusion.options import all_but, only, option
 from blockdiffusion.sampling.params import SamplingParams
+from blockdiffusion.serving.options import BatchOptions
 
 JSON_LINES = "One JSON object a sample."
 FILTERS = ("top_p", "top_p_rule", "top_k", "temperature")
@@ -53,9 +56,10 @@ def sample(model: MODEL, options: SampleOptions) -> None:
     sampling = _seeded(options.sampling)
     prompt: Any = text
     if options.chat:
-        from blockdiffusion.data.chat import question
+        from blockdiffusion.data.chat import prompt_ids
 
-        prompt, text = question(network.tokenizer, text or ""), ""
+        messages = [{"role": "user", "content": text or ""}]
+        prompt, text = prompt_ids(network.tokenizer, messages), ""
     else:
         _warn_of_a_last_space(network, text)
     events = stream(network, prompt, sampling)
@@ -123,6 +127,32 @@ def _is_json(text: str) -> bool:
         with contextlib.suppress(ValueError, RecursionError):
             return isinstance(json.loads(part), dict | list)
     return False
+
+
+@grouped
+def generate(
+    model: MODEL,
+    prompts: Annotated[
+        Path,
+        typer.Argument(help='JSON lines: {"prompt": ...}, {"messages": ...} or {"template": ...}.'),
+    ],
+    out: Annotated[Path, typer.Option(help="The results, as JSON lines.")],
+    options: BatchOptions,
+    network: SamplerOptions,
+) -> None:
+    """Sample many prompts from a file; resumes where it was stopped."""
+    from blockdiffusion.reports.terminal import progress_bar
+    from blockdiffusion.runtime.distributed import process_group
+
+    check_places(out)
+    with process_group() as processes:
+        with progress_bar("generate", quiet=not processes.is_first) as report:
+            loaded = network.load_optimized(model)
+            from blockdiffusion.serving.batch import run_batch
+
+            count = run_batch(loaded, prompts, out, options, progress=report, processes=processes)
+        if processes.is_first:
+            say(f"{out}: {counted(count, 'sample')}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,11 +41,11 @@ def conversation_text(record: Mapping[str, Any], field: str, where: str) -> str:
         field = OLDER_FIELD
     if field not in record:
         raise no_field(where, field, list(record))
-    found = record[field]
-    messages = [_message(item) for item in found] if isinstance(found, list) else []
-    if not messages or None in messages:
-        raise UserError(f"{where}: {shown(field)} is no list of messages with texts; write {SHAPE}")
-    roles = [message["role"] for message in messages if message is not None]
+    try:
+        messages = messages_of(record[field], field)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    roles = [message["role"] for message in messages]
     if RESPONSE not in roles:
         raise UserError(
             f"{where} has no response, so there is nothing to learn; give a message with the role "
@@ -65,6 +65,19 @@ def conversation_text(record: Mapping[str, Any], field: str, where: str) -> str:
     if num_bytes > MAX_DOCUMENT_BYTES:
         raise too_long(where, "shorter conversations")
     return text
+
+
+def messages_of(found: Any, name: str) -> list[Message]:
+    """Return messages with their roles and contents alone.
+
+    Raises:
+        UserError: `found`, which is called `name`, is no list of them.
+    """
+    messages = [_message(item) for item in found] if isinstance(found, list) else []
+    known = [message for message in messages if message is not None]
+    if not known or len(known) < len(messages):
+        raise UserError(f"{shown(name)} is no list of messages with texts; write {SHAPE}")
+    return known
 
 
 def _message(item: Any) -> Message | None:
@@ -111,13 +124,12 @@ def render(tokenizer: Any, messages: list[Message]) -> Rendered:
     return Rendered(ids, is_target)
 
 
-def question(tokenizer: Any, content: str) -> list[int]:
-    """Return the tokens of a user's message up to where the response begins.
+def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """Return the tokens of a conversation up to where the next response begins.
 
     Raises:
         UserError: see `render`.
     """
-    messages = [{"role": "user", "content": content}]
     check_template(tokenizer)
     _check_contents(tokenizer, messages)
     return encode_chat(tokenizer, _text(tokenizer, messages, add_generation_prompt=True))

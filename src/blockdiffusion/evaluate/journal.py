@@ -44,6 +44,10 @@ class Journal:
     def __len__(self) -> int:
         return len(self._found)
 
+    def names(self) -> list[str]:
+        """Return the names of the results."""
+        return list(self._found)
+
     def get(self, name: str) -> Any | None:
         return self._found.get(name)
 

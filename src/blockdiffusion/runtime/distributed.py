@@ -32,7 +32,13 @@ MOST_PROCESSES = 10**6
 SECONDS_TO_FIND = 10  # for the machine that processes meet at
 SECONDS_TO_MEET = 300  # for the start of the last process
 LOST = re.compile(r"gloo|nccl|connection (closed|reset)|broken pipe|socket", re.IGNORECASE)
-SHARED = ("train", "adapt", "eval", "generate-eval")  # commands whose processes share the work
+SHARED = (
+    "train",
+    "adapt",
+    "eval",
+    "generate",
+    "generate-eval",
+)  # commands whose processes share the work
 SPEAKERS = 2  # ranks that report a lost process: one may be the lost one
 
 

@@ -185,7 +185,7 @@ class Engine:
         params: SamplingParams | None = None,
         **options: Any,
     ) -> int:
-        """Puts a request into the queue; returns its number.
+        """Put a request into the queue; return its number.
 
         Args:
             prompt: a text or ids; None = from nothing.
@@ -195,7 +195,16 @@ class Engine:
         Raises:
             UserError: something is out of range, or the request does not fit into the engine.
         """
-        params = as_params(params, **options)
+        request = self._request(prompt, as_params(params, **options))
+        self._next_id += 1
+        self._waiting.append(request)
+        return request.id
+
+    def check(self, prompt: Any = None, params: SamplingParams | None = None) -> None:
+        """Refuse what `submit` would refuse."""
+        self._request(prompt, as_params(params))
+
+    def _request(self, prompt: Any, params: SamplingParams) -> _Request:
         for name in ENGINES:
             if getattr(params, name) not in (FIELDS[name].default, getattr(self, name, None)):
                 raise UserError(
@@ -222,10 +231,7 @@ class Engine:
         eos_id = eos_of(self.model, params)
         begins = row.ids[:1] == [given_bos(self.model)]
         before = [self.model.config.mask_id] if self._causal and not begins else []
-        request = _Request(self._next_id, row, params, eos_id, streams, before)
-        self._next_id += 1
-        self._waiting.append(request)
-        return request.id
+        return _Request(self._next_id, row, params, eos_id, streams, before)
 
     def cancel(self, id: int) -> bool:
         """End a request; return whether it was still there. The next step returns what it wrote."""
