@@ -54,6 +54,7 @@ variance RUN --data DATA --json {}
 variance RUN --data DATA --plot {}
 sample {}
 sample RUN --prompt-file {}
+chat {}
 generate {} PROMPTS --out NEW
 generate RUN {} --out NEW
 generate RUN PROMPTS --out {}

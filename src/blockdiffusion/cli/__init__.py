@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from blockdiffusion.cli.data import datasets, prepare
-from blockdiffusion.cli.generating import generate, infill, lengths, sample
+from blockdiffusion.cli.generating import chat, generate, infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
 from blockdiffusion.cli.measuring import compare, evaluate, references, variance, zero_shot
 from blockdiffusion.cli.options import new_names, within_limits
@@ -58,6 +58,7 @@ COMMANDS = {
     "references": references,
     "variance": variance,
     "sample": sample,
+    "chat": chat,
     "generate": generate,
     "infill": infill,
     "lengths": lengths,

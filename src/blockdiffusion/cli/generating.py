@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +21,7 @@ from blockdiffusion.options import all_but, only, option
 from blockdiffusion.sampling.params import SamplingParams
 from blockdiffusion.serving.options import BatchOptions
 
+MOST_BYTES = 2**20  # of a message
 JSON_LINES = "One JSON object a sample."
 FILTERS = ("top_p", "top_p_rule", "top_k", "temperature")
 
@@ -127,6 +130,70 @@ def _is_json(text: str) -> bool:
         with contextlib.suppress(ValueError, RecursionError):
             return isinstance(json.loads(part), dict | list)
     return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How `chat` answers."""
+
+    system: str | None = option(None, "What the model is told first; else the template's own.")
+    sampling: Annotated[
+        SamplingParams, all_but(SamplingParams, "num_samples", "stride", "bos", "use_cache")
+    ] = field(default=SamplingParams(max_new_tokens=512))
+    network: SamplerOptions = field(default=SamplerOptions())
+
+
+@grouped
+def chat(model: MODEL, options: ChatOptions) -> None:
+    """Talk to a model that has a chat template; a line is a message, /reset begins anew."""
+    network = options.network.load_optimized(model)
+    from blockdiffusion.reports.terminal import show_stream
+    from blockdiffusion.serving.conversation import Conversation
+
+    talk = Conversation(network, _seeded(options.sampling), _typed(options.system))
+    for message in _messages(f"{model}: /reset begins anew, /exit or Ctrl-D ends"):
+        if message == "/reset":
+            talk.reset()
+            continue
+        try:
+            prompt, events = talk.ask(message)
+            show_stream(events, network.tokenizer, prompt, "")
+        except UserError as error:  # the conversation stays as it was
+            say(f"blockdiff: {error}", err=True)
+        except KeyboardInterrupt:
+            say("\nstopped; the message is forgotten", err=True)
+
+
+def _messages(about: str) -> Iterator[str]:
+    """Yield what is typed, a line at a time, or the lines of standard input."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (line editing)
+        say(about, err=True)
+    while True:
+        try:
+            line = input("> ") if sys.stdin.isatty() else _line()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            say("", err=True)
+            continue
+        if line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _line() -> str:
+    raw = sys.stdin.buffer.readline(MOST_BYTES + 1)
+    if not raw:
+        raise EOFError
+    if len(raw) > MOST_BYTES:
+        raise UserError(f"a message is longer than {MOST_BYTES:,} bytes; give shorter ones")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise UserError("a message is not UTF-8; give text in UTF-8") from None
 
 
 @grouped
