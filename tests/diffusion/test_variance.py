@@ -56,7 +56,7 @@ def outcomes(free, size):
         yield math.prod(p for p, _, _ in parts), mask, weight
 
 
-@pytest.mark.parametrize(("size", "given"), [(2, []), (3, [0])])
+@pytest.mark.parametrize(("size", "given"), [pytest.param(2, [], marks=pytest.mark.slow), (3, [0])])
 def test_moments_have_the_enumerated_values_as_expectation(make_model, random_ids, size, given):
     """One row of two blocks: all pairs of mask sets are enumerated, with the loss and gradient of
     each. 48 estimates of 12 replicates are unbiased: each mean lies within 4.5 of its standard

@@ -34,7 +34,9 @@ def test_ancestral_tends_to_the_law(tiny_law, tiny_law_expected):
     assert few < 1e-10 and many > FALSE_ALARM
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=pytest.mark.slow) if s == "S=2" else s for s in SHAPES]
+)
 def test_both_samplers_have_their_laws_at_every_block_size(make_model, shape):
     """First hitting that of a random order, ancestral steps that of their chain; at S = 1 both are
     the law of the next token."""

@@ -114,6 +114,7 @@ def test_what_is_no_message_ends_with_a_sentence(lines, key, saved, monkeypatch)
     assert done.returncode == 2 and key in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_on_a_terminal(saved):
     """With line editing and a prompt; Ctrl-D ends."""
     pty = pytest.importorskip("pty")
