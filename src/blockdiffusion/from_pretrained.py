@@ -7,6 +7,7 @@ something else.
 
 from __future__ import annotations
 
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def from_pretrained(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would interrupt ours
+    logger = getLogger("transformers.configuration_utils")
+    logger.addFilter(_is_not_of_model_type)
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # the library, the network and broken files raise many classes
@@ -38,4 +41,11 @@ def from_pretrained(
             why = "it needs Python code of its own (auto_map), which is never run"
         raise UserError(f"{problem} ({why}); {advice}") from error
     finally:
+        logger.removeFilter(_is_not_of_model_type)
         logging.enable_progress_bar()
+
+
+def _is_not_of_model_type(record: LogRecord) -> bool:
+    """Leave out the warning about a `model_type` that is unknown to transformers, as those of
+    published families are when their tokenizers are read."""
+    return "using a model of type" not in record.getMessage()

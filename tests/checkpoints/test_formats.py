@@ -167,6 +167,32 @@ def test_a_hub_id_loads_from_the_snapshot(monkeypatch):
     assert asked == ["someone/some-model"]
 
 
+def test_a_hub_id_with_weights_in_several_files(monkeypatch, tmp_path):
+    """All large models have several. The snapshot holds what the patterns let through."""
+    import huggingface_hub
+
+    from tests.models.hugging_face import make_causal_lm
+
+    make_causal_lm("llama").float().save_pretrained(tmp_path / "hub", max_shard_size="4KB")
+    assert len(list((tmp_path / "hub").glob("*.safetensors"))) > 1
+
+    def snapshot(hub_id, allow_patterns):
+        folder = tmp_path / "snapshot"
+        folder.mkdir(exist_ok=True)
+        for pattern in allow_patterns:
+            for file in (tmp_path / "hub").glob(pattern):
+                shutil.copy(file, folder)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert blockdiffusion.load("someone/large", 4, 12).config.block_size == 4
+    (gone, *_) = (tmp_path / "hub").glob("*.safetensors")
+    gone.unlink()
+    shutil.rmtree(tmp_path / "snapshot")
+    with pytest.raises(UserError, match=rf"names '{gone.name}' for weights, which is no file"):
+        blockdiffusion.load("someone/large", 4, 12)
+
+
 @torch.no_grad()
 def test_an_autoregressive_model_round_trips(make_ar, random_ids, tmp_path):
     model, ids = make_ar(), random_ids(2, 16)

@@ -28,6 +28,7 @@ OPTIONS = {
     "sdar": {},
     "dllm_a2d_qwen3": dict(block_size=4, mask_id=317),
     "fast_dllm_v2": dict(mask_id=318),
+    "llada2_moe": dict(block_size=4, mask_id=318),
 }
 CASES = ("p0", "p1", "p3", "ragged")
 TOLERANCE = 1e-4
@@ -114,6 +115,37 @@ def test_raw_logits_of_fast_dllm(case):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_all_tokens_of_llada2(case):
+    """One pass over the prefix, in whole blocks, and the block that follows it."""
+    model, expected = read("llada2_moe")
+    for kind in ("all", "part"):
+        ids = expected[f"{case}.{kind}.input_ids"][None]
+        length, prefix = ids.shape[1], int(expected[f"{case}.prefix_len"])
+        if prefix:
+            found = both_streams(model, ids, ids)[0]
+            found = torch.cat([found[length:][:prefix], found[prefix:length]])
+        else:  # there is no clean stream
+            found = model.denoise_logits(ids, ids)[0]
+        assert close(found, expected[f"{case}.{kind}.all_logits"])
+
+
+@torch.no_grad()
+def test_router_of_llada2():
+    model, expected = read("llada2_moe")
+    ids, seen = expected["router.input_ids"][None], []
+    gate = model.backbone.model.model.layers[1].mlp.gate
+    hook = gate.register_forward_hook(lambda gate, x, out: seen.append((gate.logits(*x), out)))
+    both_streams(model, ids, ids)
+    hook.remove()
+    ((logits_PN, (chosen_PK, _)),) = seen
+    length = ids.shape[1]
+    assert close(logits_PN[length:], expected["router.layer0.logits"])
+    for clean in (chosen_PK[length:], chosen_PK[:length]):  # all tokens are known
+        assert torch.equal(clean.sort(-1).values, expected["router.layer0.experts"].sort(-1).values)
+
+
+@torch.no_grad()
 def test_a_prompt_padded_on_the_left():
     """A2D fills a ragged prompt with hidden tokens on its left. Its positions begin at the first
     real token, ours at the padding: rotary attention sees differences only."""
@@ -171,7 +203,11 @@ PASSES = [
         ("dllm_a2d_qwen3", name)
         for name in ("train", "train_sft", "train_shifted", "train_uniform_batchnorm")
     ),
-    *(("fast_dllm_v2", name) for name in ("train", "train_sft")),
+    *(
+        (family, name)
+        for family in ("fast_dllm_v2", "llada2_moe")
+        for name in ("train", "train_sft")
+    ),
 ]
 
 
@@ -187,7 +223,8 @@ def test_logits_of_a_training_pass(family, name):
         found = both_streams(model, noisy, clean, valid)[0].unflatten(0, (2, -1))[:, :length]
         assert close(found.flatten(0, 1), wanted)
         number += 1
-    rows = {"sdar": 1 + (name == "train_packed"), "fast_dllm_v2": 4}  # with the complements
+    rows = {"sdar": 1 + (name == "train_packed"), "llada2_moe": 1}
+    rows["fast_dllm_v2"] = 4  # with the complements
     assert number == rows.get(family, 2)
 
 
@@ -290,6 +327,22 @@ def test_the_loss_of_fast_dllm(name):
     assert starts.any() and close(ours / starts.sum(), nll[starts].mean())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["train", "train_sft"])
+def test_the_loss_of_llada2(name):
+    """The mean cross-entropy of the masked tokens. `loss_if_shifted`, an option of theirs that no
+    published recipe sets, is that of the next tokens at the same rows."""
+    model, expected = read("llada2_moe")
+    noisy, clean = expected[f"{name}.concat_input_ids"].chunk(2, 1)
+    labels = expected[f"{name}.labels"]
+    masked = labels != -100
+    assert torch.equal(noisy, clean.masked_fill(masked, 318))
+    ours = published_loss(model, noisy, clean, masked, masked.float())
+    assert close(ours / masked.sum(), expected[f"{name}.loss"])
+    logits = model.denoise_logits(noisy, clean)[0, :-1]
+    assert close(F.cross_entropy(logits, labels[0, 1:]), expected[f"{name}.loss_if_shifted"])
+
+
 # --- samples
 
 
@@ -375,6 +428,11 @@ PUBLISHED = [
     ("dllm_a2d_qwen3", "sample_aligned", dict(rule="low_confidence_static")),
     ("dllm_a2d_qwen3", "sample_half_steps", dict(rule="low_confidence_static", steps=2)),
 ]
+LLADA2 = [  # threshold and number of steps
+    ("sample_default", 0.95, 4),
+    ("sample_threshold_03", 0.3, 4),
+    ("sample_half_steps", 0.95, 2),
+]
 # The options of `generate` that write them.
 OURS = {
     "sample_sequential": [dict(sampler="leftmost")],
@@ -404,6 +462,32 @@ def test_published_samples_token_for_token(family, name, rule):
         new = len(wanted) - len(prompt)
         assert generated(model, prompt, new, **options) == (wanted, passes)
         assert generated(model, prompt, new, use_cache=False, **options)[0] == wanted
+
+
+@pytest.mark.parametrize(("name", "threshold", "steps"), LLADA2)
+def test_samples_of_llada2_token_for_token(name, threshold, steps):
+    """Their code fills the last block and returns a part of it."""
+    model, expected = read("llada2_moe")
+    prompt, wanted = expected["sample.prompt"].tolist(), expected[f"{name}.output_ids"].tolist()
+    rule = dict(threshold=threshold, steps=steps)
+    ids, passes = sampled_by_rule(model, prompt, 4, "low_confidence_dynamic", **rule)
+    assert ids[: len(prompt) + len(wanted)] == prompt + wanted
+    options = dict(sampler="confidence", threshold=threshold, tokens_per_step=4 // steps)
+    assert generated(model, prompt, len(ids) - len(prompt), **options) == (ids, passes)
+
+
+def test_samples_of_llada2_at_thresholds_that_decide():
+    """Most confidences of the random weights lie between 0.03 and 0.15."""
+    model, expected = read("llada2_moe")
+    prompt, passes_of_rules = expected["sample.prompt"].tolist(), set()
+    for threshold in (0.1, 0.07, 0.05, 0.04):
+        for steps in (4, 2):
+            rule = dict(threshold=threshold, steps=steps, as_ours=True)
+            ids, passes = sampled_by_rule(model, prompt, 4, "low_confidence_dynamic", **rule)
+            options = dict(sampler="confidence", threshold=threshold, tokens_per_step=4 // steps)
+            assert generated(model, prompt, len(ids) - len(prompt), **options) == (ids, passes)
+            passes_of_rules.add(passes)
+    assert len(passes_of_rules) > 4, passes_of_rules
 
 
 def test_a2d_samples_after_a_prompt_padded_on_the_left():

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.models.causal_lm import adapted_model
+from blockdiffusion.models.llada2 import LLaDA2Config, LLaDA2MoeModelLM
 
 SIZES = dict(
     hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -37,6 +38,11 @@ FAMILIES: dict[str, dict] = {
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
                       norm_topk_prob=True),
 }  # fmt: skip
+# Our own network, which transformers does not know.
+LLADA2 = dict(
+    num_experts=8, num_experts_per_tok=2, num_shared_experts=1, n_group=4, topk_group=2,
+    moe_intermediate_size=16, first_k_dense_replace=1, use_qkv_bias=True, use_bias=True,
+)  # fmt: skip
 
 
 SCALES = {
@@ -47,6 +53,8 @@ SCALES = {
 
 def make_causal_lm(family: str, vocab_size: int = 13, **more):
     """A random model of a family in float64, with large weights."""
+    if family == "llada2_moe":
+        return make_llada2(vocab_size=vocab_size, **more)
     sizes = {} if family == "gpt2" else SIZES
     config = AutoConfig.for_model(
         family, vocab_size=vocab_size, **{**sizes, **FAMILIES[family], **more}
@@ -54,11 +62,28 @@ def make_causal_lm(family: str, vocab_size: int = 13, **more):
     torch.manual_seed(5)
     eager = {"experts_implementation": "eager"} if "num_experts" in FAMILIES[family] else {}
     network = AutoModelForCausalLM.from_config(config, **eager)  # the other one has no float64
+    return with_large_weights(network, SCALES.get(family, 0.4))
+
+
+def make_llada2(**sizes) -> LLaDA2MoeModelLM:
+    """A random network with large weights and biases of the choice in float64."""
+    torch.manual_seed(5)
+    network = with_large_weights(
+        LLaDA2MoeModelLM(LLaDA2Config(**{**SIZES, **LLADA2, "vocab_size": 13, **sizes}))
+    )
+    generator = torch.Generator().manual_seed(11)
+    for name, buffer in network.named_buffers():
+        assert name.endswith("expert_bias")
+        buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
+    return network
+
+
+def with_large_weights(network, scale=0.4):
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            scale = 0.1 if "norm" in name else SCALES.get(family, 0.4)
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+            size = 0.1 if "norm" in name else scale
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
     return network.double().eval()
 
 

@@ -23,6 +23,7 @@ from tests.sampling.laws import DRAWS, FALSE_ALARM, p_value, seeded
 TOLERANCE = 2e-6  # norms of transformers are computed in float32
 READINGS = ("same", "next", "shifted")
 CLEAN = ("block", "causal")
+ALL = [*FAMILIES, "llada2_moe"]
 
 
 def plain(model):
@@ -84,6 +85,7 @@ KINDS = [
     *("gemma2-shifted-block-full", "llama-shifted-block-full", "llama-shifted-causal-causal"),
     *(f"{family}-next-causal-causal" for family in FAMILIES),
     *(f"{family}-next-causal-full" for family in FAMILIES if family != "llama"),
+    *("llada2_moe-same-block-full", "llada2_moe-next-causal-causal"),
 ]
 
 
@@ -152,7 +154,7 @@ def test_the_cache_gives_what_streams_give(model, random_ids, window):
     assert (found.view(together.shape) - together).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_single_token_blocks_with_the_next_reading_are_the_causal_model(family, random_ids):
     """Delayed inputs and S = 1: exactly what the network was, with a start symbol in front."""
     model = make_hugging_face(family, block_size=1, reading="next", start_id=0)
@@ -291,7 +293,7 @@ def gradients(model, random_ids):
     return [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "llada2_moe"])
 def test_activations_can_be_computed_again(family, random_ids):
     model = make_hugging_face(family)
     kept = gradients(model, random_ids)
@@ -301,7 +303,7 @@ def test_activations_can_be_computed_again(family, random_ids):
     assert all(torch.equal(one, two) for one, two in zip(kept, again, strict=True))
     passes = []
     for name, module in model.backbone.named_modules():
-        if name.endswith(("self_attn", ".attn")):
+        if name.endswith(("self_attn", ".attn", ".attention")):
             module.register_forward_pre_hook(lambda *_: passes.append(1))
     gradients(model, random_ids)
     assert len(passes) == 2 * len(model.backbone.units())
@@ -313,7 +315,7 @@ def test_a_family_that_hands_no_keywords_down_keeps_its_activations():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_layers_matrices_and_empty_copies(family, random_ids):
     model = make_hugging_face(family)
     backbone = model.backbone

@@ -36,13 +36,19 @@ def save_parent(folder, family="llama", **sizes):
     """A model over the bytes and <|endoftext|>, whose tokenizer has no mask token."""
     network = make_causal_lm(family, 257, **sizes).float()
     network.save_pretrained(folder)
+    save_bytes(folder)
+    return network
+
+
+def save_bytes(folder, mask=False):
+    """The tokenizer over the bytes and <|endoftext|>, with a mask token or without."""
     state = json.loads(byte_tokenizer().backend_tokenizer.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] != "<|mask|>"]
+    if not mask:
+        state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] != "<|mask|>"]
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(state))
-    end = "<|endoftext|>"
-    PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token=end).save_pretrained(folder)
-    return network
+    special = {"eos_token": "<|endoftext|>"} | ({"mask_token": "<|mask|>"} if mask else {})
+    PreTrainedTokenizerFast(tokenizer_file=str(path), **special).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +217,7 @@ def test_a_run_resumes_bit_for_bit_and_is_read_by_everyone(recipe, tmp_path):
     )
     run_training(larger)
     assert blockdiffusion.load(tmp_path / "larger").config.block_size == 8
-    with pytest.raises(UserError, match=r"adapt\.reading is same, but .* was adapted with 'next'"):
+    with pytest.raises(UserError, match=r"adapt\.reading is same, but .* was trained with 'next'"):
         adapt(recipe(f"adapt.parent={folders[0]}", "adapt.reading=same"))
 
 

@@ -30,6 +30,7 @@ from blockdiffusion.checkpoints.finding import (
     config_of,
     find_path,
 )
+from blockdiffusion.checkpoints.llada2 import read_llada2
 from blockdiffusion.checkpoints.tensors import (
     FLOAT_KINDS,
     check_header,
@@ -48,6 +49,7 @@ from blockdiffusion.models.causal_lm import (
     num_embeddings,
     without_weights,
 )
+from blockdiffusion.models.llada2 import LLaDA2Config, LLaDA2MoeModelLM
 from blockdiffusion.models.lora import SECTION as LORA
 from blockdiffusion.models.lora import AdapterOf, fingerprint, merge_adapter
 
@@ -59,10 +61,10 @@ ADVICE = "copy or download it again"
 
 @dataclass(frozen=True)
 class Family:
-    """A published family whose network is one of transformers.
+    """A published family whose network is one of transformers, or `models.llada2`.
 
     Attributes:
-        model_type: the network's in transformers.
+        model_type: the network's.
         mask_id, block_size: what its code assumes where no file says it; None: nothing.
         conventions: what differs from the defaults of `DiffusionConfig`.
     """
@@ -73,8 +75,6 @@ class Family:
     conventions: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Their clean stream is block-causal, and each position speaks of its own token where no reading is
-# given.
 FAMILIES = {
     "sdar": Family("qwen3", mask_id=151669, block_size=4),
     "sdar_moe": Family("qwen3_moe", mask_id=151669, block_size=4),
@@ -84,7 +84,9 @@ FAMILIES = {
     "Fast_dLLM_Qwen": Family(
         "qwen2", mask_id=151665, block_size=32, conventions={"reading": "shifted"}
     ),
+    LLaDA2Config.model_type: Family(LLaDA2Config.model_type, mask_id=156895, block_size=32),
 }
+PUBLISHED = {"reading": "same", "clean_attention": "block"}  # if the family says nothing else
 # A causal model as it is reads the token before and sees clean tokens up to it.
 CAUSAL = {"reading": "next", "clean_attention": "causal"}
 BLOCK_SIZE_KEYS = ("block_size", "bd_size", "canvas_length")
@@ -152,6 +154,19 @@ def section_of(path: Path, raw: Mapping[str, Any], **given: int | None) -> Diffu
         return records.build(DiffusionConfig, {**section, **given}, f"{SECTION}.")
 
 
+def trained_with(path: Path, raw: Mapping[str, Any]) -> dict[str, str]:
+    """Return the `reading` and `clean_attention` of a block diffusion model, as its section or its
+    family says; {} of a causal model.
+
+    Raises:
+        UserError: the section is damaged.
+    """
+    section, family = section_of(path, raw), FAMILIES.get(raw.get("model_type", ""))
+    if section is not None:
+        return {name: getattr(section, name) for name in CAUSAL}
+    return {} if family is None else {**PUBLISHED, **family.conventions}
+
+
 def start_token_id(tokenizer: Any, network: PretrainedConfig) -> int | None:
     """Return the token before the first one: what separates documents in the parent's training
     data, as far as its tokenizer shows; None: there is no such token."""
@@ -172,6 +187,16 @@ def _special(network: PretrainedConfig, name: str) -> int | None:
     return found if isinstance(found, int) and found < network.vocab_size else None
 
 
+def known_mask_id(raw: Mapping[str, Any], network: PreTrainedModel, tokenizer: Any) -> int | None:
+    """Return the mask token that the configuration, the tokenizer or the family names, if any."""
+    family = FAMILIES.get(raw.get("model_type", ""))
+    of_tokenizer = getattr(tokenizer, "mask_token_id", None)
+    found = _first_given(*map(raw.get, MASK_ID_KEYS), of_tokenizer)
+    if found is None and family is not None and family.mask_id is not None:
+        return family.mask_id if family.mask_id < num_embeddings(network) else None
+    return found
+
+
 def _conventions(
     path: Path,
     network: PreTrainedModel,
@@ -190,8 +215,7 @@ def _conventions(
             f"{path} is autoregressive and says no block size; give block_size=..., or make it a "
             "block diffusion model by `blockdiff adapt`"
         )
-    of_tokenizer = getattr(tokenizer, "mask_token_id", None)
-    mask = _first_given(mask_id, *map(raw.get, MASK_ID_KEYS), of_tokenizer, own.mask_id)
+    mask = _first_given(mask_id, known_mask_id(raw, network, tokenizer))
     if mask is None:
         raise UserError(
             f"{path} has no mask token; give mask_id=..., the id of a token that no text has, or "
@@ -207,6 +231,7 @@ def _conventions(
         "bos": False,
         "bos_id": _special(config, "bos"),
         "eos_id": _special(config, "eos"),
+        **PUBLISHED,
         **own.conventions,
     }
     if conventions.get("reading") == "next":
@@ -294,13 +319,10 @@ def read_network(path: Path, raw: Mapping[str, Any], dtype: torch.dtype | None) 
     if (path / ADAPTER).is_file():
         return _read_with_adapter(path, raw, dtype or torch.float32)
     check_folder(path)
-    return load_network(
-        path,
-        f"the model in {path}",
-        ADVICE,
-        config=_network_config(path, raw),
-        dtype=dtype or "auto",
-    )
+    config = _network_config(path, raw)
+    if isinstance(config, LLaDA2Config):
+        return read_llada2(path, config, dtype)
+    return load_network(path, f"the model in {path}", ADVICE, config=config, dtype=dtype or "auto")
 
 
 def network_on_meta(path: Path, raw: Mapping[str, Any]) -> PreTrainedModel:
@@ -318,6 +340,8 @@ def network_on_meta(path: Path, raw: Mapping[str, Any]) -> PreTrainedModel:
         check_folder(path)
         config = _network_config(path, raw)
     with torch.device("meta"):
+        if isinstance(config, LLaDA2Config):
+            return LLaDA2MoeModelLM(config)
         return AutoModelForCausalLM.from_config(config)
 
 
@@ -328,6 +352,8 @@ def _network_config(path: Path, raw: Mapping[str, Any]) -> PretrainedConfig:
     left_out = ("model_type", "auto_map", "architectures", "attn_implementation", SECTION, LORA)
     known = {key: value for key, value in raw.items() if key not in left_out}
     try:
+        if name == LLaDA2Config.model_type:
+            return LLaDA2Config(**known)
         return AutoConfig.for_model(name, **known)
     except Exception as error:  # each family checks its configuration in its own way
         raise UserError(

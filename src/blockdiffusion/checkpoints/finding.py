@@ -12,6 +12,7 @@ from blockdiffusion.files import records
 CONFIG = "config.json"
 COPY_AGAIN = "copy or download it again"
 WEIGHTS = "model.safetensors"
+PARTS = "model*.safetensors"  # and `WEIGHTS`
 INDEX = "model.safetensors.index.json"  # of weights in several files
 ADAPTER = "adapter_model.safetensors"  # of LoRA: weights that are added to those of a parent
 GGUF = ".gguf"
@@ -111,14 +112,15 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", WEIGHTS, "*.txt"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=["*.json", PARTS, "*.txt"]))
     except Exception as error:  # the hub client has no common base class for its failures
         raise UserError(
             f"{hub_id} is no local directory, and the download from the hub failed "
             f"({type(error).__name__}); check the name and the connection, or give a directory"
         ) from error
     # Without a connection an interrupted download in the cache is taken for the snapshot.
-    if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
+    needed = (CONFIG, INDEX if (folder / INDEX).is_file() else WEIGHTS)
+    if missing := [name for name in needed if not (folder / name).is_file()]:
         raise UserError(
             f"{hub_id} is incomplete in the cache: {folder} has no {' and no '.join(missing)}; "
             "repeat with a connection, or give a directory that has both"

@@ -16,7 +16,12 @@ from transformers.initialization import no_init_weights
 
 from blockdiffusion.checkpoints.bd3lm import MODEL_TYPE as BD3LM
 from blockdiffusion.checkpoints.bd3lm import from_bd3lm
-from blockdiffusion.checkpoints.causal_lm import is_causal_lm, read_causal_lm, read_network
+from blockdiffusion.checkpoints.causal_lm import (
+    FAMILIES,
+    is_causal_lm,
+    read_causal_lm,
+    read_network,
+)
 from blockdiffusion.checkpoints.finding import (
     ADAPTER,
     CONFIG,
@@ -146,13 +151,15 @@ def find_model(
 
 
 def load_parent(path_or_hub_id: str | Path) -> Any:
-    """Return a causal model of transformers as it is, or the `AdaptedModel` that a directory holds.
+    """Return a causal model of transformers as it is, or the block diffusion model around it that a
+    directory holds, which may be of a published family.
 
     Raises:
         UserError: see `load`; or it is neither.
     """
     path, raw = find_causal_lm(path_or_hub_id)
-    return load(path) if SECTION in raw else read_network(path, raw, None).eval()
+    is_adapted = SECTION in raw or raw.get("model_type") in FAMILIES
+    return load(path) if is_adapted else read_network(path, raw, None).eval()
 
 
 def find_causal_lm(path_or_hub_id: str | Path) -> tuple[Path, dict[str, Any]]:

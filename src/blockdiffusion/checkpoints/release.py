@@ -31,13 +31,13 @@ from blockdiffusion.checkpoints.formats import Found, find_model, read_config, w
 from blockdiffusion.checkpoints.options import LightningOptions, Target
 from blockdiffusion.checkpoints.tensors import write_safetensors
 from blockdiffusion.data.tokenizers import load_tokenizer, save_tokenizer, vocab_size
-from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.errors import UserError, reason, shown
 from blockdiffusion.files.checksums import sums_of, write_sums
 from blockdiffusion.files.directories import publish_directory, writing
 from blockdiffusion.files.disk import written_aside
 from blockdiffusion.files.records import read_json
 from blockdiffusion.models.block_diffusion import BlockDiffusion
+from blockdiffusion.models.causal_lm import has_vocabulary
 from blockdiffusion.models.transformer import BlockDiffusionConfig
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _tokenizer(
     """The tokenizer `spec`, or the source's own, if it fits the model."""
     if spec is not None:
         tokenizer = load_tokenizer(spec)
-        if why := _misfit(tokenizer, found.model.config):
+        if why := _misfit(tokenizer, found.model):
             raise UserError(f"the tokenizer {spec} is not this model's: {why}; give another")
         return tokenizer
     if found.model.tokenizer is not None:
@@ -140,7 +140,7 @@ def _tokenizer(
             file = Path(folder) / "tokenizer.json"
             file.write_text(found.lightning.tokenizer, encoding="utf-8")
             tokenizer = load_tokenizer(file)
-        why = _misfit(tokenizer, found.model.config)
+        why = _misfit(tokenizer, found.model)
         if why is None:
             notes.append("the tokenizer is the one in the file")
             return tokenizer
@@ -150,10 +150,10 @@ def _tokenizer(
     return None
 
 
-def _misfit(tokenizer: PreTrainedTokenizerFast, config: DiffusionConfig) -> str | None:
+def _misfit(tokenizer: PreTrainedTokenizerFast, model: BlockDiffusion) -> str | None:
     theirs = (vocab_size(tokenizer), tokenizer.mask_token_id)
-    ours = (config.vocab_size, config.mask_id)
-    if theirs == ours:
+    ours = (model.config.vocab_size, model.config.mask_id)
+    if has_vocabulary(model, theirs[0]) and theirs[1] == ours[1]:
         return None
     return (
         f"it has V = {theirs[0]} and mask {theirs[1]}, the model V = {ours[0]} and mask {ours[1]}"

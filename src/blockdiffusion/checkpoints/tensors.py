@@ -109,6 +109,17 @@ def check_tensors(config: Any, given: Mapping[str, torch.Tensor], path: Path, si
     config = copy.deepcopy(config)
     config.num_hidden_layers = min(config.num_hidden_layers, len(given) + 1)
     wanted = {name: tuple(x.shape) for name, x in meta_model(config).backbone.state_dict().items()}
+    compare_tensors(wanted, given, path, sizes)
+
+
+def compare_tensors(
+    wanted: Mapping[str, tuple[int, ...]],
+    given: Mapping[str, torch.Tensor],
+    path: Path,
+    sizes: str,
+) -> None:
+    """Refuse tensors of a file that are not the wanted ones, by name and shape; see
+    `check_tensors`."""
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:
         found = {"lacks": missing, "has the unexpected": unexpected}

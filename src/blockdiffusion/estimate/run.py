@@ -16,7 +16,7 @@ from blockdiffusion.data.manifest import FORMAT_VERSION, MANIFEST_FILE, Manifest
 from blockdiffusion.errors import UserError
 from blockdiffusion.estimate.options import SamplingRequest
 from blockdiffusion.estimate.sampling import SamplingEstimate, estimate_sampling
-from blockdiffusion.estimate.sizes import NetworkSizes
+from blockdiffusion.estimate.sizes import NetworkSizes, has_equal_layers
 from blockdiffusion.estimate.training import TrainingEstimate, estimate_training
 from blockdiffusion.limits import check_limit
 from blockdiffusion.runtime.hardware import Hardware
@@ -78,6 +78,12 @@ def estimate_recipe(
         sizes = NetworkSizes.of_config(config)
     else:
         adapted = adapted_on_meta(recipe, manifest)
+        if not has_equal_layers(adapted):
+            raise UserError(
+                f"{recipe.adapt.parent} has layers of several kinds, or mixtures of experts, whose "
+                "cost is not known; estimate a model of equal layers, or train a few steps: the "
+                "run shows its speed"
+            )
         config, sizes = adapted.config, NetworkSizes.of(adapted)
     request = sampling or SamplingRequest()
     return Estimate(

@@ -124,5 +124,12 @@ class NetworkSizes:
         )
 
 
+def has_equal_layers(model: Any) -> bool:
+    """Return whether all layers apply matrices of the same shapes to every token, as the sizes say:
+    not if some are mixtures of experts, each of which sees a part of the tokens."""
+    shapes = [[tuple(p.shape) for p in unit.parameters()] for unit in model.backbone.units()]
+    return all(found == shapes[0] for found in shapes) and max(map(len, shapes[0])) <= 2
+
+
 def _numbers(parameters: Iterable[torch.Tensor]) -> int:
     return sum(p.numel() for p in parameters)

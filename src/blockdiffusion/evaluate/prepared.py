@@ -17,6 +17,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.evaluate.likelihood import Likelihood
 from blockdiffusion.files.checksums import Report, silent
 from blockdiffusion.limits import check_limit
+from blockdiffusion.models.causal_lm import has_vocabulary
 
 # The values of a likelihood that a model card keeps.
 MEASURED = (
@@ -68,7 +69,7 @@ def read_rows(
     check_limit("rows", rows)
     source = TokenRows(directory, split, report)
     manifest, config = source.manifest, model.config
-    if (manifest.vocab_size, manifest.mask_id) != (config.vocab_size, config.mask_id):
+    if not has_vocabulary(model, manifest.vocab_size) or config.mask_id != manifest.mask_id:
         raise UserError(
             f"{directory} has V = {manifest.vocab_size} and mask {manifest.mask_id}, the model "
             f"V = {config.vocab_size} and mask {config.mask_id}; prepare the text with the "

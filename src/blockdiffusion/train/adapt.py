@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockdiffusion.checkpoints.causal_lm import (
+    FAMILIES,
+    known_mask_id,
     network_on_meta,
     read_network,
     read_tokenizer,
     section_of,
     start_token_id,
+    trained_with,
 )
 from blockdiffusion.checkpoints.formats import find_causal_lm
 from blockdiffusion.data.manifest import TOKENIZER_FOLDER
@@ -50,12 +53,14 @@ def adapted_for(recipe: Recipe, manifest: Manifest) -> AdaptedModel:
     tokenizer = load_tokenizer(Path(recipe.data.path) / TOKENIZER_FOLDER)
     parents = read_tokenizer(path)
     _check_tokenizers(parents, tokenizer, options.parent, recipe.data.path)
-    before = section_of(path, raw)
-    _check_section(before, options)
+    _check_conventions(trained_with(path, raw), options)
     network = read_network(path, raw, torch.float32)
     digest = fingerprint(network) if options.lora_rank else ""
-    if before is None:
-        _add_mask(network, manifest.mask_id, _copied_row(options, parents))
+    if section_of(path, raw) is None:
+        copied = _copied_row(options, parents)
+        if copied is None and raw.get("model_type") in FAMILIES:  # it was trained with a mask token
+            copied = known_mask_id(raw, network, parents)
+        _add_mask(network, manifest.mask_id, copied)
     return _adapted(recipe, manifest, network, digest, parents, tokenizer)
 
 
@@ -134,13 +139,13 @@ def _check_tokenizers(parents: Any, of_data: Any, parent: str, data: str) -> Non
         )
 
 
-def _check_section(before: DiffusionConfig | None, options: AdaptOptions) -> None:
-    """Refuse another reading or attention than that of a parent that was adapted before."""
-    for name in ("reading", "clean_attention") if before is not None else ():
-        found, wanted = getattr(before, name), getattr(options, name)
+def _check_conventions(before: dict[str, str], options: AdaptOptions) -> None:
+    """Refuse another reading or attention than that of a parent that is a block diffusion model."""
+    for name, found in before.items():
+        wanted = getattr(options, name)
         if found != wanted:
             raise UserError(
-                f"adapt.{name} is {wanted}, but {options.parent} was adapted with {shown(found)}; "
+                f"adapt.{name} is {wanted}, but {options.parent} was trained with {found!r}; "
                 f"set adapt.{name}={found}"
             )
 

@@ -20,7 +20,7 @@ from blockdiffusion.data.loader import TokenRows
 from blockdiffusion.errors import UserError
 from blockdiffusion.files.disk import written_aside
 from blockdiffusion.models.block_diffusion import BlockDiffusion
-from blockdiffusion.models.causal_lm import AdaptedModel
+from blockdiffusion.models.causal_lm import has_vocabulary
 from blockdiffusion.runtime.distributed import ProcessGroup, current_group
 from blockdiffusion.train import checkpoint as checkpoints
 from blockdiffusion.train.checkpoint import TrainState
@@ -143,8 +143,8 @@ def check_fit(model: BlockDiffusion, rows: TokenRows, objective: ObjectiveOption
             )
     for name in ("seq_len", "vocab_size", "mask_id"):
         of_model, of_data = getattr(config, name), getattr(rows.manifest, name)
-        is_padded = name == "vocab_size" and isinstance(model, AdaptedModel)
-        if of_model < of_data or (of_model > of_data and not is_padded):
+        fits = has_vocabulary(model, of_data) if name == "vocab_size" else of_model == of_data
+        if not fits:
             raise UserError(
                 f"the model's {name} is {of_model}, but the data's is {of_data}; "
                 "prepare the data for this model, or build the model for the data"

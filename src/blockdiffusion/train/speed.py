@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blockdiffusion.estimate.flops import Pass, training_flops
-from blockdiffusion.estimate.sizes import NetworkSizes
+from blockdiffusion.estimate.sizes import NetworkSizes, has_equal_layers
 from blockdiffusion.models.attention import resolve_backend
 from blockdiffusion.runtime.hardware import quick_peak, share_of_peak
 
@@ -32,16 +32,19 @@ class Speed:
         row_bos: bool,
         processes: int = 1,
     ):
-        self.sizes = NetworkSizes.of(model)
+        self.sizes = NetworkSizes.of(model) if has_equal_layers(model) else None
         self.options, self.row_bos = options, row_bos
         self.attention: Any = "causal"
-        if not self.sizes.autoregressive:
+        if not model.config.is_autoregressive:
             self.attention = resolve_backend(model.attention_backend, device)
         peak = quick_peak(str(device), options.dtype, torch.get_num_threads())
         self.peak = None if peak is None else peak * processes
 
     def reached(self, update: BatchLoss, seconds: float) -> dict[str, float]:
-        """Return what metrics.jsonl gets about an update that took `seconds`."""
+        """Return what metrics.jsonl gets about an update that took `seconds`; {} if the operations
+        of the network cannot be counted."""
+        if self.sizes is None:
+            return {}
         whole = Pass(
             rows=len(update.batch.ids_BL),
             scored=update.num_scored,
