@@ -141,6 +141,17 @@ def test_the_shifted_reading_samples_what_a_cpu_samples(policy, recorded):
     assert torch.equal(*results)
 
 
+def test_a_mixture_of_experts_samples_what_a_cpu_samples():
+    results = []
+    for device in ("cpu", "cuda"):
+        model = make_hugging_face("llada2_moe", eos_id=None).to(device)
+        made = blockdiffusion.generate(
+            model, [[1, 2, 3], []], num_samples=3, max_new_tokens=21, generator=seeded()
+        )
+        results.append(made.sequences.cpu())
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("filters", [
     {}, dict(top_p=0.8), dict(top_p=0.8, top_p_rule="authors"), dict(top_k=5, temperature=0.7),
 ])  # fmt: skip

@@ -207,7 +207,12 @@ def test_the_clean_stream_of_the_shifted_reading_predicts_next_tokens(family, ra
         ("llama", "shifted"),
         *(
             pytest.param(*kind, marks=pytest.mark.slow)
-            for kind in (("llama", "same"), ("gemma2", "next"), ("gemma2", "shifted"))
+            for kind in (
+                ("llama", "same"),
+                ("gemma2", "next"),
+                ("gemma2", "shifted"),
+                ("llada2_moe", "same"),
+            )
         ),
     ],
 )

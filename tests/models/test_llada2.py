@@ -14,9 +14,15 @@ from blockdiffusion.diffusion.config import DiffusionConfig
 from blockdiffusion.diffusion.denoiser import masked_loss
 from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.models.causal_lm import adapted_model
-from blockdiffusion.models.inference import optimize_for_inference
+from blockdiffusion.models.inference import can_be_recorded, optimize_for_inference
 from blockdiffusion.models.llada2 import Experts, LLaDA2Config
-from tests.models.hugging_face import LLADA2, SIZES, make_llada2, with_large_weights
+from tests.models.hugging_face import (
+    LLADA2,
+    SIZES,
+    make_hugging_face,
+    make_llada2,
+    with_large_weights,
+)
 from tests.oracles import mask_by_loops
 
 # --- the oracle: lists of tokens, loops over heads, positions and experts
@@ -249,6 +255,20 @@ def test_in_16_bits_scores_are_computed_in_32():
     ids = torch.arange(8)[None]
     logits = block_diffusion(network).denoise_logits(ids, ids)
     assert logits.dtype == torch.float32 and logits.isfinite().all()
+
+
+def test_passes_of_a_mixture_are_not_recorded():
+    """A CUDA graph cannot wait for the numbers of tokens that chose each expert."""
+    assert not can_be_recorded(block_diffusion(make_llada2()).backbone)
+    assert can_be_recorded(make_hugging_face("llama").backbone)
+
+
+def test_layers_without_mixtures_are_compiled():
+    backbone = block_diffusion(make_llada2()).backbone
+    backbone.compile_layers()
+    dense, mixed = backbone.units()
+    assert dense.mlp._compiled_call_impl is not None and mixed.mlp._compiled_call_impl is None
+    assert mixed.input_layernorm._compiled_call_impl is not None
 
 
 def test_the_wrapper_does_not_compare_ways_that_rounding_parts():

@@ -32,7 +32,7 @@ from blockdiffusion.models.attention import attend_causal, causal_mask
 from blockdiffusion.models.backbone import ALL, AttentionSizes, Outputs, Read
 from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.models.fused_llama import fused_llama, replace_conv1d
-from blockdiffusion.models.llada2 import LLaDA2MoeModelLM
+from blockdiffusion.models.llada2 import Experts, LLaDA2MoeModelLM
 from blockdiffusion.runtime.devices import allow_compilations
 
 ATTENTION = "blockdiffusion"  # our function's name in the registry of transformers
@@ -311,11 +311,13 @@ class CausalLM(nn.Module):
             setattr(self.model, self.model.base_model_prefix, body)
 
     def compile_layers(self) -> None:
-        """Let PyTorch compile the parts of the layers that do not attend."""
+        """Let PyTorch compile the parts of the layers that do not attend, and whose operations do
+        not depend on values, as a mixture's do."""
         allow_compilations()
         for layer in self.units():
             for part in layer.children():
-                if not any(module in self._attending for module in part.modules()):
+                attends = any(module in self._attending for module in part.modules())
+                if not attends and not isinstance(part, Experts):
                     part.compile()
 
 

@@ -31,6 +31,7 @@ from blockdiffusion.errors import UserError
 from blockdiffusion.models.backbone import ALL, Outputs
 from blockdiffusion.models.block_diffusion import BlockDiffusion
 from blockdiffusion.models.fused import gelu
+from blockdiffusion.models.llada2 import Experts
 from blockdiffusion.models.transformer import (
     NORM_EPS,
     DiT,
@@ -77,8 +78,14 @@ def optimize_for_inference(model: AnyModel, *, int8: bool = False) -> AnyModel:
     elif _packs(model):
         _replace(made, PackedLinear)
     sampling = model.with_backbone(made.eval())
-    sampling.records_passes = model.device.type == "cuda"
+    sampling.records_passes = model.device.type == "cuda" and can_be_recorded(made)
     return sampling.eval()
+
+
+def can_be_recorded(network: nn.Module) -> bool:
+    """Return whether the kernels of a pass are always the same ones: not with a mixture of experts,
+    where the host first asks how many tokens chose each."""
+    return not any(isinstance(module, Experts) for module in network.modules())
 
 
 class FoldedLayer(nn.Module):
