@@ -16,6 +16,7 @@ from blockdiffusion.data.packing import prepare
 from blockdiffusion.data.shards import MARK, ChatPacker, RowRules
 from blockdiffusion.data.tokenizers import load_tokenizer
 from blockdiffusion.errors import UserError
+from tests.command import blockdiff
 
 WORDS = ["<user>", "<assistant>", "<end>", "hi", "yes", "no", "why", "|", "?", "[end]"]
 PLAIN = (
@@ -297,6 +298,20 @@ def test_damage_beside_the_rows_is_seen(place, tmp_path):
     file.write_bytes(content[:-2])
     with pytest.raises(UserError, match=r"train-00000.chat has"):
         TokenRows(tmp_path / "data", "train")
+
+
+def test_longer_conversations_are_reported(place, tmp_path):
+    long = [messages(("user", "w" * size), ("assistant", "yes")) for size in (10, 90, 200, 10)]
+    file = tmp_path / "c.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": talk}) for talk in long))
+    line = ["prepare", file, "--packing", "chat", "--tokenizer", place / "tokenizer",
+            "--valid-fraction", 0, "--align", 8, "--seq-len"]  # fmt: skip
+    done = blockdiff(*line, 128, "--out", tmp_path / "data")
+    assert done.returncode == 0, done.stderr
+    tokens = len("[user]") + 200 + 1 + len("\n[assistant]") + len("yes") + 1
+    assert f"left out {tokens} tokens beyond L, of longer conversations" in done.stdout
+    done = blockdiff(*line, 16, "--out", tmp_path / "short")
+    assert done.returncode == 2 and "no training conversation has a response" in done.stderr
 
 
 @pytest.mark.parametrize(

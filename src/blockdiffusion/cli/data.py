@@ -51,6 +51,9 @@ def prepare(
         account.append(
             f"left out {counted(skipped, 'document')} that cannot be read (--skip-invalid)"
         )
+    cut = sum(split.dropped_tokens for split in manifest.splits.values())
+    if cut and manifest.packing == "chat":
+        account.append(f"left out {counted(cut, 'token')} beyond L, of longer conversations")
     for line in account:
         say(f"  {line}")
 

@@ -31,7 +31,7 @@ from blockdiffusion.data.manifest import (
 )
 from blockdiffusion.data.options import PrepareOptions
 from blockdiffusion.data.parts import UNIT_BYTES, Job, PartRules, id_dtype, read_part, run_jobs
-from blockdiffusion.data.shards import PACKERS, Packer, RowRules, ShardWriter
+from blockdiffusion.data.shards import PACKERS, ChatPacker, Packer, RowRules, ShardWriter
 from blockdiffusion.data.sources import Source
 from blockdiffusion.errors import UserError, counted, shown
 from blockdiffusion.files.checksums import SUMS, Report, silent
@@ -390,6 +390,11 @@ def _finish_split(name: str, state: _SplitState, rules: RowRules) -> Split:
             "train": ("training", "more text"),
             "valid": ("validation", "more validation text (valid, valid_fraction)"),
         }[name]
+        if state.packer.left_over and isinstance(state.packer, ChatPacker):
+            raise UserError(
+                f"no {what} conversation has a response within its first {rules.seq_len:,} tokens: "
+                "give a larger seq_len, or shorter conversations"
+            )
         raise UserError(
             f"the {what} text has {counted(state.tokens, 'token')}, fewer than the "
             f"{rules.payload:,} of one row: give {more} or a smaller seq_len"
