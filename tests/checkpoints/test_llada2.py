@@ -137,6 +137,21 @@ def test_a_mixture_of_types_stays_one(folder):
     assert model.denoise_logits(ids, ids).isfinite().all()
 
 
+def test_a_tied_output_layer_may_be_repeated_and_must_then_be_equal(tmp_path):
+    network = save_random(tmp_path, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.word_embeddings.weight"].clone()
+    save_file(tensors, tmp_path / WEIGHTS)
+    model = blockdiffusion.load(tmp_path, block_size=4, mask_id=12).backbone.model
+    assert model.lm_head.weight is model.model.word_embeddings.weight
+    assert torch.equal(model.lm_head.weight, network.lm_head.weight)
+    tensors["lm_head.weight"][3, 3] += 1
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=r"lm_head\.weight is not .* tie_word_embeddings"):
+        blockdiffusion.load(tmp_path, block_size=4, mask_id=12)
+
+
 # --- refusals
 
 LAYER = "model.layers.1.mlp"

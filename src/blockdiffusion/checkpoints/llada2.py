@@ -14,6 +14,7 @@ from blockdiffusion.files import records
 from blockdiffusion.models.llada2 import SIZES, LLaDA2Config, LLaDA2MoeModelLM
 
 ADVICE = "copy or download it again"
+HEAD, EMBEDDINGS = "lm_head.weight", "model.word_embeddings.weight"
 
 
 def read_llada2(folder: Path, config: LLaDA2Config, dtype: torch.dtype | None) -> LLaDA2MoeModelLM:
@@ -41,13 +42,26 @@ def read_llada2(folder: Path, config: LLaDA2Config, dtype: torch.dtype | None) -
         network = LLaDA2MoeModelLM(config)
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     if config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
+        del wanted[HEAD]
+        _leave_out_head(given, folder)
     compare_tensors(wanted, given, folder, CONFIG)
     if dtype is not None:
         given = {name: tensor.to(dtype) for name, tensor in given.items()}
     network.load_state_dict(given, strict=False, assign=True)  # all that is wanted is there
     network.tie_weights()
     return network
+
+
+def _leave_out_head(given: dict[str, torch.Tensor], folder: Path) -> None:
+    """Leave out an output layer that repeats the embeddings, with which it is tied."""
+    if (head := given.pop(HEAD, None)) is None:
+        return
+    embeddings = given.get(EMBEDDINGS)
+    if embeddings is None or not torch.equal(head, embeddings):
+        raise UserError(
+            f"{folder}: {HEAD} is not {EMBEDDINGS}, but {CONFIG} says that they are tied; set "
+            "tie_word_embeddings to false there if the model has both"
+        )
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
