@@ -77,6 +77,13 @@ def test_damaged_weights_are_named(parent):
     save_file(wrong, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"model\.norm\.weight holds numbers that are not finite"):
         blockdiffusion.load(parent, 4, 12)
+    more = dict(tensors) | {"model.layers.2.mlp.up_proj.weight": torch.ones(32, 16)}
+    save_file(more, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"the unexpected tensor 'model\.layers\.2\.mlp\.up_proj"):
+        blockdiffusion.load(parent, 4, 12)
+    older = dict(tensors) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(older, path, {"format": "pt"})
+    blockdiffusion.load(parent, 4, 12)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ MOST_LAYERS, MOST_NUMBER = 10_000, 2**32  # in a configuration
 MOST_POSITIONS = 2**14  # of L, where only the network says how many positions it has
 START_TOKEN = "<|endoftext|>"  # what GPT-2, Qwen and SmolLM put between documents
 ADVICE = "copy or download it again"
+COMPUTED = ("inv_freq", ".masked_bias")  # tensors of older files that networks now compute
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,12 @@ def load_network(name: str | Path, label: str, advice: str, **options: Any) -> P
                 f"{label} {problem} the tensor {names[0]}: the weights do not fit config.json, and "
                 f"random numbers would take their place; {ADVICE}"
             )
+    unused = sorted(n for n in map(str, report["unexpected_keys"]) if not n.endswith(COMPUTED))
+    if unused:
+        raise UserError(
+            f"{label} has the unexpected tensor {shown(unused[0])}, which a network of config.json "
+            f"has no use for, so they are not of one model; {ADVICE}"
+        )
     for tensor, parameter in network.named_parameters():
         if parameter.is_floating_point() and not is_finite(parameter.detach()):
             raise UserError(
