@@ -54,6 +54,10 @@ variance RUN --data DATA --json {}
 variance RUN --data DATA --plot {}
 sample {}
 sample RUN --prompt-file {}
+decide {} CASES
+decide RUN {}
+decide RUN CASES --out {}
+decide RUN CASES --calibrate {}
 chat {}
 generate {} PROMPTS --out NEW
 generate RUN {} --out NEW
@@ -103,6 +107,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paths")
     (folder / "TEXT").write_text(TEXT)
     (folder / "PROMPTS").write_text('{"prompt": "The"}')
+    (folder / "CASES").write_text('{"prompt": "The", "choices": [" cat", " dog"]}')
     made = blockdiff("prepare", folder / "TEXT", "--out", folder / "DATA", "--tokenizer", "byte",
                      "--seq-len", 16, "--documents", "blank-line", "--workers", 1)  # fmt: skip
     assert made.returncode == 0, made.stderr
@@ -135,7 +140,7 @@ def places(folder):
 
 def words(line, folder, where):
     for word in line.split():
-        for name in ("TEXT", "RECIPE", "DATA", "RUN", "JUDGE", "RESULT", "PROMPTS", "NEW"):
+        for name in ("TEXT", "RECIPE", "DATA", "RUN", "JUDGE", "RESULT", "PROMPTS", "CASES", "NEW"):
             if word == name or word.endswith(f"={name}"):
                 word = word.removesuffix(name) + str(folder / name)
         yield word.replace("{}", str(where))

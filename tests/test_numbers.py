@@ -28,6 +28,7 @@ LINES = {
     "references": "DATA --model RUN --rows 2 --order 2 --samples 1",
     "variance": "RUN --data DATA --batch-size 2 --batches 1 --replicates 2",
     "sample": "RUN --max-new-tokens 4",
+    "decide": "RUN CASES",
     "chat": "RUN",
     "generate": "RUN PROMPTS --out NEW --max-new-tokens 4",
     "infill": "RUN a[MASK:2]b",

@@ -17,7 +17,14 @@ import typer
 from blockdiffusion.cli.data import datasets, prepare
 from blockdiffusion.cli.generating import chat, generate, infill, lengths, sample
 from blockdiffusion.cli.judging import generate_compare, generate_eval, pareto
-from blockdiffusion.cli.measuring import compare, evaluate, references, variance, zero_shot
+from blockdiffusion.cli.measuring import (
+    compare,
+    decide,
+    evaluate,
+    references,
+    variance,
+    zero_shot,
+)
 from blockdiffusion.cli.options import new_names, within_limits
 from blockdiffusion.cli.releasing import convert, push
 from blockdiffusion.cli.shared import renamed, warn
@@ -54,6 +61,7 @@ COMMANDS = {
     "report": report,
     "eval": evaluate,
     "compare": compare,
+    "decide": decide,
     "zero-shot": zero_shot,
     "references": references,
     "variance": variance,

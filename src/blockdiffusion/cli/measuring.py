@@ -17,7 +17,7 @@ from blockdiffusion.cli.options import (
     Outputs,
     grouped,
 )
-from blockdiffusion.cli.shared import write_json, write_text
+from blockdiffusion.cli.shared import check_places, write_json, write_text
 from blockdiffusion.errors import UserError
 from blockdiffusion.escape import say
 from blockdiffusion.evaluate.options import LikelihoodOptions
@@ -96,6 +96,62 @@ def compare(
         )
     say("\n".join(comparison_table(found).lines()))
     write_json(options.files.json_file, found.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecideOptions:
+    """How `decide` finds the probabilities, and what it does with them."""
+
+    out: Path | None = option(None, "The results, as JSON lines.")
+    calibrate: Path | None = option(
+        None, "Cases with answers, on which a temperature of the probabilities is found."
+    )
+    how: LikelihoodOptions = field(default=LikelihoodOptions())
+    seed: int = option(0, MASK_SEED)
+    network: NetworkOptions = field(default=NetworkOptions())
+
+
+@grouped
+def decide(
+    model: MODEL,
+    cases: Annotated[
+        Path, typer.Argument(help='JSON lines: {"prompt": ..., "choices": [...], "answer": ...}.')
+    ],
+    options: DecideOptions,
+) -> None:
+    """Choose among given texts by their exact probabilities; with answers, say how well."""
+    import json
+
+    from blockdiffusion.reports.terminal import progress_bar
+    from blockdiffusion.serving import decisions
+
+    check_places(options.out)
+    network, temperature = options.network.load(model), 1.0
+    with progress_bar("decide") as report:
+
+        def measured(path: Path) -> Any:
+            read = decisions.read_cases(network, path)
+            nats, is_exact = decisions.choice_nats(
+                network, read, options.how, seed=options.seed,
+                progress=lambda done, total: report(path.name, round(done), round(total)),
+            )  # fmt: skip
+            return read, nats, is_exact
+
+        held = None if options.calibrate is None else measured(options.calibrate)
+        read, nats, is_exact = measured(cases)
+    if held is not None:
+        pairs = [(n, c.answer) for c, n in zip(held[0], held[1], strict=True)]
+        if any(answer is None for _, answer in pairs):
+            raise UserError(f"{options.calibrate} has a case without answer; give all answers")
+        temperature = decisions.fit_temperature(*zip(*pairs, strict=True))
+    made = [decisions.decided(c, n, temperature) for c, n in zip(read, nats, strict=True)]
+    lines = [json.dumps(one.to_dict()) for one in made]
+    write_text(options.out, "".join(f"{line}\n" for line in lines))
+    if options.out is None:
+        say("\n".join(lines))
+    found = decisions.quality(made)
+    about = decisions.quality_lines(len(made), found, temperature, is_exact)
+    say("\n".join(about), err=options.out is None)
 
 
 @grouped

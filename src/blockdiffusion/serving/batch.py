@@ -10,14 +10,11 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from blockdiffusion.data.chat import messages_of, prompt_ids
-from blockdiffusion.data.reading import decode, read_lines, unpacked
-from blockdiffusion.data.sources import JSON
 from blockdiffusion.errors import UserError, shown
 from blockdiffusion.evaluate.journal import Journal, fingerprint
 from blockdiffusion.files.checksums import sha256_of
@@ -31,12 +28,12 @@ from blockdiffusion.sampling.events import Finished
 from blockdiffusion.sampling.infilling import prepare_templates
 from blockdiffusion.sampling.params import SamplingParams
 from blockdiffusion.sampling.requests import prepare_rows, resolved
+from blockdiffusion.serving.lines import about, check_keys, copied, records
 from blockdiffusion.serving.options import OF_LINE, BatchOptions
 from blockdiffusion.text import whole_text
 
 Kind = Literal["prompt", "messages", "template"]
 KINDS: tuple[Kind, ...] = ("prompt", "messages", "template")
-COPIED = ("id", "metadata")  # from a line to its results
 Progress = Callable[[str, int, int], None]
 
 
@@ -178,7 +175,7 @@ def _sample(
             )
     for job in jobs:
         if job.kind == "template":
-            with _about(job.line, prompts):
+            with about(job.line, prompts):
                 made = infill(model, job.content, job.params)
             assert made.texts is not None
             ids, given = made.sequences[0].tolist(), int(made.prompt_lengths[0])
@@ -201,7 +198,7 @@ def _engine_events(
         window=options.sampling.window,
     )
     for job in jobs:
-        with _about(job.line, prompts):
+        with about(job.line, prompts):
             engine.check(job.content, job.params)
     waiting, running = deque(jobs), {}
     while waiting or running:
@@ -223,35 +220,21 @@ def read_jobs(model: Any, prompts: Path, params: SamplingParams) -> list[Job]:
         UserError: a line is no request, or there is none; the line is named.
     """
     jobs: list[Job] = []
-    with unpacked(prompts, str(prompts)) as file:
-        for number, offset, raw in read_lines(file, str(prompts)):
-            line = decode(raw, str(prompts), offset).strip()
-            if line:
-                with _about(number, prompts):
-                    jobs += _jobs(model, line, number, params)
+    for number, record in records(prompts):
+        with about(number, prompts):
+            jobs += _jobs(model, record, number, params)
     if not jobs:
         raise UserError(f'{prompts} holds no prompt; write lines such as {{"prompt": "..."}}')
     return jobs
 
 
-def _jobs(model: Any, line: str, number: int, params: SamplingParams) -> list[Job]:
+def _jobs(model: Any, record: dict[str, Any], number: int, params: SamplingParams) -> list[Job]:
     """Return the samples of one line."""
-    try:
-        record = JSON.decode(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"it is not JSON ({error}); write one object a line") from None
-    if not isinstance(record, dict):
-        raise UserError('it is not an object; write {"prompt": "..."}')
     given = [kind for kind in KINDS if kind in record]
     if len(given) != 1:
         which = "none of them" if not given else f"{' and '.join(given)}"
         raise UserError(f"it has {which}; give one of {', '.join(KINDS)}")
-    unknown = record.keys() - {*KINDS, *COPIED, *OF_LINE}
-    if unknown:
-        raise UserError(
-            f"it has {shown(min(unknown))}; known are {', '.join((*KINDS, *COPIED, *OF_LINE))} "
-            "(put what is yours into metadata)"
-        )
+    check_keys(record, (*KINDS, *OF_LINE))
     own = _options(record, params)
     kind, content = given[0], record[given[0]]
     if kind == "messages":
@@ -261,11 +244,10 @@ def _jobs(model: Any, line: str, number: int, params: SamplingParams) -> list[Jo
     resolved(model, own)
     if kind == "template":
         prepare_templates(model, [content], 1, own.bos)
-    copied = {name: record[name] for name in COPIED if name in record}
     seed, is_lines = own.seed, "seed" in record
     assert seed is not None
     return [
-        Job(number, sample, copied, kind, content, replace(
+        Job(number, sample, copied(record), kind, content, replace(
             own, num_samples=1,
             seed=seed if is_lines and not sample
             else derive_seed(seed, "generate", number, sample),
@@ -285,12 +267,3 @@ def _options(record: dict[str, Any], params: SamplingParams) -> SamplingParams:
         raise UserError(str(error)) from None
     own |= {"seed": params.seed} if own.get("seed") is None else {}
     return replace(params, **own)
-
-
-@contextmanager
-def _about(line: int, prompts: Path) -> Iterator[None]:
-    """Name the line in an error."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"line {line} of {prompts}: {error}") from None
