@@ -76,7 +76,10 @@ class Held(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in ("uniform", "time") else n for n in CASES],
+)
 def test_the_peak_is_that_of_the_tensors(name, tmp_path, monkeypatch):
     case = {"model": MODEL, "batch": 4, **CASES[name]}
     recipe = recipe_of(case, str(tmp_path))
